@@ -5,7 +5,16 @@ from typing import Any
 
 import peft
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -37,4 +46,26 @@ def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **config: A
             parameter.data = 1.0 + 0.5 * noise.to(parameter)
     model.save_pretrained(folder)
     model.unload()
+    return folder
+
+
+def save_tiny_model(folder: Path, **overrides: Any) -> Path:
+    """`tiny_llama` and a byte-level tokenizer (every byte a token, chat template) as a folder."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<|user|>": 3, "<|assistant|>": 4}
+    vocab |= {letter: index for index, letter in enumerate(alphabet, start=len(vocab))}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    fast.chat_template = (
+        "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    model = tiny_llama(**{"vocab_size": len(vocab)} | overrides)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
