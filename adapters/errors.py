@@ -6,6 +6,7 @@ AdapterError
 ├── UnknownRevision      the name exists, that revision of it does not
 ├── AdapterExists        the name is taken
 ├── RevisionConflict     the adapter changed since the caller last looked
+├── NoFreeSlot           more adapters attached than the bank was made for
 ├── StoreLocked          another process owns the store's folder
 └── StoreFull            the disk has no room left
 """
@@ -63,6 +64,13 @@ class RevisionConflict(AdapterError):
         self.name = name
         self.current = current
         super().__init__(f"The adapter '{name}' has changed; its ETag is now {current}.")
+
+
+class NoFreeSlot(AdapterError):
+    def __init__(self, capacity: int) -> None:
+        super().__init__(
+            f"All {capacity} adapter slots are taken; delete an adapter or raise max_adapters."
+        )
 
 
 class StoreLocked(AdapterError):

@@ -1,0 +1,67 @@
+"""The layer around a target module: scales what goes in, calls the base, scales what comes out."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+Piece = tuple[int, int, torch.Tensor]
+"""Tokens `start:stop` of the flat axis and the vector, `[size]` or `[stop - start, size]`, for them."""
+
+
+class Scale:
+    """How the rows of one tensor `[batch, tokens, size]` are rescaled.
+
+    Either one factor for the whole tensor, any shape that broadcasts against it, or pieces of the
+    token axis; a token in no piece keeps its value. Factors are float32, and as in PEFT's
+    `ia3.layer.Linear.forward` the product is taken in the wider type and rounded once.
+    """
+
+    __slots__ = ("factor", "pieces")
+
+    def __init__(self, factor: torch.Tensor | None = None, pieces: tuple[Piece, ...] = ()) -> None:
+        self.factor = factor
+        self.pieces = pieces
+
+    def scale_(self, x: torch.Tensor) -> torch.Tensor:
+        """Rescale `x` in place: for a tensor that nobody else reads."""
+        if self.factor is not None:
+            return x.mul_(self.factor)
+        for start, stop, vector in self.pieces:
+            x[:, start:stop].mul_(vector)
+        return x
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """A rescaled copy of `x`, in its dtype."""
+        if self.factor is not None:
+            return torch.mul(x, self.factor).to(x.dtype)
+        return self.scale_(x.clone())
+
+
+class IA3Layer(nn.Module):
+    """A target module of the base model, whatever it is, with its rows rescaled on either side.
+
+    Output side (keys, values): `l * (W x + b)`. Input side (feed-forward): `W (l * x) + b`
+    (T-Few, section 3.3). It knows no adapters: the bank sets the two scales, None for no change.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.input_scale: Scale | None = None
+        self.output_scale: Scale | None = None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.input_scale is not None:
+            x = self.input_scale.scaled(x)
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return y if self.output_scale is None else self.output_scale.scale_(y)
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read `self.wo.weight.dtype` (T5): the base layer's attributes are ours."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)

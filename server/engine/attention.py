@@ -1,0 +1,157 @@
+"""Attention on the engine's own keys and values, under the model's unmodified code.
+
+transformers calls the function registered here for every attention layer; it hands queries, keys
+and values of all rows, flat, to the plan of the running step, which the KV cache made.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from server.engine.errors import UnsupportedModel
+
+IMPLEMENTATION = "infuse"
+_CONTEXT = "infuse_step_context"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer's attention asks for beside queries, keys and values."""
+
+    layer: int
+    scaling: float
+    window: int | None = None
+    """A query sees this many keys, itself included; None: all."""
+    softcap: float | None = None
+
+
+class AttentionPlan(Protocol):
+    """A step's attention: stores the new keys and values, attends to all that a row has."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
+    ) -> torch.Tensor:
+        """`query` `[heads, tokens, head_dim]`, `key` and `value` `[kv_heads, tokens, head_dim]`.
+
+        Returns `[tokens, heads, head_dim]`.
+        """
+        ...
+
+
+class StepContext:
+    """Holds the plan of the running step, for the attention layers of one model."""
+
+    def __init__(self) -> None:
+        self.plan: AttentionPlan | None = None
+
+    @contextmanager
+    def step(self, plan: AttentionPlan) -> Iterator[None]:
+        assert self.plan is None, "steps do not nest"
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = None
+
+
+def install(model: PreTrainedModel) -> StepContext:
+    """Route the model's attention through `StepContext`. Raises UnsupportedModel."""
+    context = StepContext()
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not let its attention be replaced: {error}"
+        ) from error
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, _CONTEXT, context)
+    return context
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `AttentionInterface`: tensors are `[1, heads, tokens, head_dim]`."""
+    name = type(module).__name__
+    if attention_mask is not None or query.shape[0] != 1:
+        raise UnsupportedModel(f"{name} makes a mask of its own, which a flat batch cannot keep")
+    if s_aux is not None:
+        raise UnsupportedModel(f"{name} uses attention sinks")
+    if not getattr(module, "is_causal", True) or is_causal is False:
+        raise UnsupportedModel(f"{name} is not causal")
+    context: StepContext = getattr(module, _CONTEXT)
+    assert context.plan is not None, "a forward outside of a step"
+    layer = LayerAttention(
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    out = context.plan.attend(query[0], key[0], value[0], layer)
+    return out.unsqueeze(0), None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Keys and values of one layer, per token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes for the keys and values of one token."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class _Probe:
+    """Attends one token to itself and notes what each layer would keep."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
+    ) -> torch.Tensor:
+        self.shapes[layer.layer] = LayerShape(
+            key.shape[0], key.shape[-1], value.shape[-1], key.dtype
+        )
+        groups = query.shape[0] // value.shape[0]
+        return value.repeat_interleave(groups, dim=0).transpose(0, 1)
+
+
+def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
+    """What each layer keeps of a token, learned by running one.
+
+    Raises UnsupportedModel where a layer attends past the interface: its rows would mix.
+    """
+    plan = _Probe()
+    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with context.step(plan), torch.inference_mode():
+        model(input_ids=one, position_ids=one, use_cache=False)
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if sorted(plan.shapes) != list(range(layers)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} runs only {len(plan.shapes)} of its {layers} layers through "
+            "transformers' AttentionInterface; a flat batch would mix its rows"
+        )
+    return [plan.shapes[layer] for layer in range(layers)]

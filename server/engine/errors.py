@@ -1,0 +1,40 @@
+"""What the engine refuses.
+
+EngineError
+├── UnsupportedModel   no way to run this model exactly; the reason says which part
+├── DoesNotFit         a setting asks for more memory than there is, or too little to work with
+├── QueueFull          too many requests wait already; carries when to come back
+├── EngineStopping     the server drains
+└── EngineDead         the model thread has ended on an error
+"""
+
+
+class EngineError(Exception):
+    """Root of everything that the engine raises on purpose."""
+
+
+class UnsupportedModel(EngineError):
+    pass
+
+
+class DoesNotFit(EngineError):
+    pass
+
+
+class QueueFull(EngineError):
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        self.retry_after = retry_after
+        """Seconds until a place is likely to be free."""
+        super().__init__(
+            f"{waiting} requests are waiting already; try again in {retry_after:.0f} s."
+        )
+
+
+class EngineStopping(EngineError):
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down and takes no new requests.")
+
+
+class EngineDead(EngineError):
+    def __init__(self) -> None:
+        super().__init__("The model thread has ended on an error; the server must be restarted.")
