@@ -1,0 +1,255 @@
+"""The bodies and answers of `POST /v1/chat/completions`, in OpenAI's shape."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from server.api.schemas import (
+    MAX_LOGPROBS,
+    FinishedBecause,
+    GenerationBody,
+    NotYet,
+    Text,
+    Usage,
+)
+
+MAX_MESSAGES = 4096
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"] = Field(description="Only text is supported.", examples=["text"])
+    text: str = Field(description="The text.", examples=["Where is my order?"])
+
+
+def _join_text_parts(content: object) -> object:
+    """A message's content as one text; its parts are joined by line breaks."""
+    if content is None:
+        raise ValueError("is missing; every message needs a text")
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(
+                f"part {index} is of type {str(kind)[:40]!r}; only text parts are supported: "
+                '{"type": "text", "text": "…"}'
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {index} has no text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _check_response_format(value: object) -> object:
+    if value is None or (isinstance(value, dict) and value.get("type") == "text"):
+        return value
+    raise ValueError('only {"type": "text"} is supported yet; leave it out')
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `developer` is another word for `system`.", examples=["user"]
+    )
+    content: Annotated[
+        Text, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
+    ] = Field(description="The text, or a list of text parts.", examples=["Where is my order?"])
+    name: Text | None = Field(
+        None, description="The speaker's name, for templates that use it.", examples=["Ada"]
+    )
+
+
+class ChatBody(GenerationBody):
+    """Answer a conversation."""
+
+    messages: Annotated[list[Message], FailFast()] = Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        description="The conversation so far, rendered by the model's chat template.",
+        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
+    )
+    logprobs: bool | None = Field(
+        None, description="Report each token's log-probability.", examples=[True]
+    )
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="How many of the likeliest tokens to report beside each; needs `logprobs`.",
+        examples=[3],
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="End the prompt with the template's opening of an answer (default true, or "
+        "false with `continue_final_message`).",
+        examples=[True],
+    )
+    continue_final_message: bool | None = Field(
+        None,
+        description="Go on with the text of the last message instead of answering it.",
+        examples=[False],
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        max_length=64,
+        description="Further variables for the chat template.",
+        examples=[{"enable_thinking": False}],
+    )
+    response_format: Annotated[Any, AfterValidator(_check_response_format)] = Field(
+        None, description="Only `text` is supported.", examples=[{"type": "text"}]
+    )
+    tools: NotYet = Field(None, description="Not supported yet, refused.", examples=[None])
+    functions: NotYet = Field(None, description="Not supported yet, refused.", examples=[None])
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        if top is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return top
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _continue_or_answer(cls, goes_on: bool | None, info: ValidationInfo) -> bool | None:
+        if goes_on and info.data.get("add_generation_prompt"):
+            raise ValueError("excludes add_generation_prompt; set one of the two")
+        return goes_on
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been taken."""
+
+    token: str = Field(description="The token's text.", examples=["Paris"])
+    logprob: float = Field(
+        description="The natural logarithm of its probability.", examples=[-0.12]
+    )
+    bytes: list[int] = Field(description="The token as UTF-8.", examples=[[80, 97, 114, 105, 115]])
+
+
+class ChatTokenLogprob(TopLogprob):
+    """A token of the answer."""
+
+    top_logprobs: list[TopLogprob] = Field(
+        description="The likeliest tokens at this place, best first.",
+        examples=[[{"token": "Paris", "logprob": -0.12, "bytes": [80, 97, 114, 105, 115]}]],
+    )
+
+
+class ChatLogprobs(BaseModel):
+    """The log-probabilities of a choice's tokens."""
+
+    content: list[ChatTokenLogprob] = Field(
+        description="One entry per token, before temperature and filters.", examples=[[]]
+    )
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = Field(description="Always `assistant`.", examples=["assistant"])
+    content: str = Field(description="The generated text.", examples=["Paris."])
+
+
+class ChatChoice(BaseModel):
+    """One answer to the conversation."""
+
+    index: int = Field(description="The choice's number, from 0.", examples=[0])
+    message: AssistantMessage = Field(
+        description="The answer.", examples=[{"role": "assistant", "content": "Paris."}]
+    )
+    logprobs: ChatLogprobs | None = Field(
+        description="The tokens' log-probabilities, where asked for.", examples=[None]
+    )
+    finish_reason: FinishedBecause = Field(
+        description="`stop`: an end token or a stop string; `length`: the token limit.",
+        examples=["stop"],
+    )
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = Field(
+        None, description="In a choice's first chunk.", examples=["assistant"]
+    )
+    content: str | None = Field(None, description="The next part of the text.", examples=["Par"])
+
+
+class ChunkChoice(BaseModel):
+    """What a chunk adds to one choice."""
+
+    index: int = Field(description="The choice's number, from 0.", examples=[0])
+    delta: Delta = Field(description="The addition.", examples=[{"content": "Par"}])
+    logprobs: ChatLogprobs | None = Field(
+        description="The log-probabilities of this chunk's tokens.", examples=[None]
+    )
+    finish_reason: FinishedBecause | None = Field(
+        description="Set in a choice's last chunk.", examples=[None]
+    )
+
+
+class ChatAnswer(BaseModel):
+    """What an answer and its chunks have in common."""
+
+    id: str = Field(description="This answer's id.", examples=["chatcmpl-2f1c"])
+    created: int = Field(description="Unix time in seconds.", examples=[1764000000])
+    model: str = Field(description="The model as it was asked for.", examples=["support-intent"])
+    system_fingerprint: str = Field(
+        description="What answered: the adapter and its revision, or the base model.",
+        examples=["support-intent@3"],
+    )
+    usage: Usage | None = Field(
+        None,
+        description="Tokens taken; in a stream only in the last chunk, and only if asked for.",
+        examples=[{"prompt_tokens": 12, "completion_tokens": 30, "total_tokens": 42}],
+    )
+
+
+class ChatCompletion(ChatAnswer):
+    """A whole answer."""
+
+    object: Literal["chat.completion"] = Field(
+        description="Always `chat.completion`.", examples=["chat.completion"]
+    )
+    choices: list[ChatChoice] = Field(
+        description="The answers.",
+        examples=[
+            [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "Paris."},
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                }
+            ]
+        ],
+    )
+
+
+class ChatChunk(ChatAnswer):
+    """One event of a stream."""
+
+    object: Literal["chat.completion.chunk"] = Field(
+        description="Always `chat.completion.chunk`.", examples=["chat.completion.chunk"]
+    )
+    choices: list[ChunkChoice] = Field(
+        description="What this event adds; empty in the usage chunk.",
+        examples=[
+            [{"index": 0, "delta": {"content": "Par"}, "logprobs": None, "finish_reason": None}]
+        ],
+    )

@@ -1,0 +1,149 @@
+"""`POST /v1/completions`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from server.api.completion_schemas import (
+    Completion,
+    CompletionBody,
+    CompletionChoice,
+    CompletionLogprobs,
+)
+from server.api.generation import (
+    Order,
+    check_fan_out,
+    check_model,
+    finished_because,
+    place_order,
+    respond,
+)
+from server.api.logprobs import CompletionLogprobWriter, TokenBytes
+from server.api.prompts import encode_prompts, fit_to_window
+from server.api.sampling import sampling_params
+from server.api.schemas import Usage
+from server.engine.request import Output
+from server.errors import ApiError
+from server.services import Services, get_services
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post(
+    "/v1/completions",
+    summary="Continue a prompt",
+    response_model=None,
+    responses={200: {"model": Completion, "description": "The text, or a stream of chunks."}},
+)
+async def create_completion(
+    body: CompletionBody, request: Request, services: Annotated[Services, Depends(get_services)]
+) -> Response:
+    """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
+    check_fan_out(services, body, len(body.prompt))
+    order = await to_thread.run_sync(_prepare, services, body)
+    return await respond(request, services, body, order, CompletionWriter(services, body, order))
+
+
+def _prepare(services: Services, body: CompletionBody) -> Order:
+    check_model(services, body.model)
+    engine = services.engine
+    field, limit = body.token_limit
+    prompt_logprobs = body.logprobs if body.echo else None
+    if limit == 0:
+        if not body.echo:
+            raise ApiError(
+                400,
+                f"{field} 0 generates nothing; set echo to score the prompt alone, or raise it.",
+                param=field,
+            )
+        prompt_logprobs = body.logprobs or 0
+    prompts = [
+        (
+            prompt,
+            sampling_params(
+                engine,
+                body,
+                max_tokens=fit_to_window(engine, prompt, field, limit, DEFAULT_MAX_TOKENS),
+                logprobs=body.logprobs,
+                prompt_logprobs=prompt_logprobs,
+            ),
+        )
+        for prompt in encode_prompts(engine, body.prompt)
+    ]
+    return place_order(services, body, "cmpl", prompts)
+
+
+class CompletionWriter:
+    """Writes outputs as OpenAI's completions: a chunk has the same shape as the whole."""
+
+    def __init__(self, services: Services, body: CompletionBody, order: Order) -> None:
+        self._body = body
+        self._order = order
+        self._tokenizer = services.engine.tokenizer
+        self._token_bytes = TokenBytes(self._tokenizer) if body.logprobs is not None else None
+        self._logprobs: dict[int, CompletionLogprobWriter] = {}
+        self._echoed: set[int] = set()
+
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> Completion:
+        choices = [self._choice(number, output) for number, output in enumerate(outputs)]
+        answer = self._completion(choices)
+        answer.usage = usage
+        return answer
+
+    def chunks(self, number: int, output: Output) -> Iterator[Completion]:
+        choice = self._choice(number, output)
+        scored = choice.logprobs is not None and choice.logprobs.tokens
+        if choice.text or choice.finish_reason or scored:
+            yield self._completion([choice])
+
+    def usage_chunk(self, usage: Usage) -> Completion:
+        return self.whole([], usage)
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=self._order.id,
+            object="text_completion",
+            created=self._order.created,
+            model=self._order.model,
+            system_fingerprint=self._order.fingerprint,
+            choices=choices,
+        )
+
+    def _choice(self, number: int, output: Output) -> CompletionChoice:
+        echo = ""
+        if self._body.echo and number not in self._echoed:
+            self._echoed.add(number)
+            echo = self._prompt_text(number)
+        return CompletionChoice(
+            index=number,
+            text=echo + output.text,
+            logprobs=self._score(number, output, echo),
+            finish_reason=finished_because(output),
+        )
+
+    def _prompt_text(self, number: int) -> str:
+        prompt = self._body.prompt[number // self._order.choices]
+        if isinstance(prompt, str):
+            return prompt
+        return str(self._tokenizer.decode(prompt))
+
+    def _score(self, number: int, output: Output, echo: str) -> CompletionLogprobs | None:
+        if self._token_bytes is None:
+            return None
+        request = self._order.requests[number]
+        if number not in self._logprobs:
+            self._logprobs[number] = CompletionLogprobWriter(
+                self._token_bytes, request.params.skip_special_tokens
+            )
+        writer = self._logprobs[number]
+        if output.prompt_logprobs is not None:
+            writer.write(zip(request.prompt, output.prompt_logprobs, strict=True))
+            writer.begin_text(len(echo))
+        writer.write((scored.token_id, scored) for scored in output.logprobs)
+        return writer.take()

@@ -1,0 +1,328 @@
+"""One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+from fastapi import Request
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from adapters.errors import UnknownAdapter, UnknownRevision
+from adapters.registry import Lease
+from server.api.sampling import params_of_choice
+from server.api.schemas import FinishedBecause, GenerationBody, Usage
+from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
+from server.errors import ApiError, error_body
+from server.metrics import RequestMetrics
+from server.services import Services
+
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its answer; only logs ever see it."""
+
+
+def unknown_model(model: str) -> ApiError:
+    return ApiError(
+        404,
+        f"There is no model '{model[:200]}'; GET /v1/models lists the base model and every "
+        "adapter.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A checked body, ready for the engine. Its requests own their leases until submitted.
+
+    `requests` stand prompt by prompt: choice i of prompt p is number `p * choices + i`.
+    """
+
+    id: str
+    created: int
+    model: str
+    adapter: str | None
+    """`name@revision`, or None for the base model."""
+    fingerprint: str
+    choices: int
+    requests: tuple[GenerationRequest, ...]
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [request.prompt for request in self.requests[:: self.choices]]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.adapter is None else {"Infuse-Adapter": self.adapter}
+
+
+def check_fan_out(services: Services, body: GenerationBody, prompts: int) -> None:
+    """Refuse more choices than the queue holds: they could never be admitted together."""
+    wanted = prompts * body.choices_per_prompt
+    if wanted > services.settings.max_queue:
+        raise ApiError(
+            400,
+            f"{prompts} prompts with n = {body.choices_per_prompt} are {wanted} choices; this "
+            f"server takes at most {services.settings.max_queue} in one request. Send several.",
+            param="n" if prompts == 1 else "prompt",
+        )
+
+
+def place_order(
+    services: Services,
+    body: GenerationBody,
+    prefix: str,
+    prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
+) -> Order:
+    """Lease the model once for each choice. Blocking: the registry may read from disk.
+
+    Raises ApiError 404 for a model that does not exist; nothing is leased then.
+    """
+    order_id = f"{prefix}-{uuid.uuid4().hex}"
+    choices = body.choices_per_prompt
+    with ExitStack() as undo:
+        leases = _lease(services, body.model, len(prompts) * choices, undo)
+        requests = tuple(
+            GenerationRequest(
+                id=f"{order_id}-{number}",
+                prompt=prompts[number // choices][0],
+                params=params_of_choice(prompts[number // choices][1], number % choices),
+                lease=lease,
+                priority=body.priority or 0,
+            )
+            for number, lease in enumerate(leases)
+        )
+        adapter = None if leases[0] is None else _label(leases[0])
+        undo.pop_all()
+    return Order(
+        id=order_id,
+        created=int(time.time()),
+        model=body.model,
+        adapter=adapter,
+        fingerprint=adapter or services.model_name,
+        choices=choices,
+        requests=requests,
+    )
+
+
+def check_model(services: Services, model: str) -> None:
+    """Refuse an unknown model before its prompt is read. Raises ApiError 404."""
+    with ExitStack() as undo:
+        _lease(services, model, 1, undo)
+
+
+def _label(lease: Lease) -> str:
+    return f"{lease.name}@{lease.revision.number}"
+
+
+def _lease(services: Services, model: str, count: int, undo: ExitStack) -> list[Lease | None]:
+    if model == services.model_name:
+        return [None] * count
+    try:
+        first = undo.enter_context(services.registry.lease(model))
+        # All choices come from one revision, even if the name gets a new one right now.
+        others = [
+            undo.enter_context(services.registry.lease(_label(first))) for _ in range(count - 1)
+        ]
+    except (UnknownAdapter, UnknownRevision):
+        raise unknown_model(model) from None
+    return [first, *others]
+
+
+class _Running:
+    """A submitted request that has not ended."""
+
+    def __init__(self, request: GenerationRequest, metrics: RequestMetrics) -> None:
+        self.request = request
+        self.metrics = metrics
+        self.tokens = 0
+
+    def end(self, outcome: str) -> None:
+        self.metrics.finished(outcome, len(self.request.prompt), self.tokens)
+
+
+class Generation:
+    """An order in the engine. Close it in any case: what still runs is cancelled then.
+
+    Starting raises what `Engine.submit` raises; no request of the order runs on then.
+    """
+
+    def __init__(self, services: Services, order: Order) -> None:
+        self.order = order
+        self._engine = services.engine
+        self._running: dict[str, _Running] = {}
+        self._numbers = {request.id: number for number, request in enumerate(order.requests)}
+        self._completion_tokens = 0
+        self._stream = services.streams.open(*self._numbers, observe=self._observe)
+        label = services.model_name if order.adapter is None else order.adapter.partition("@")[0]
+        for number, request in enumerate(order.requests):
+            try:
+                self._engine.submit(request)
+            except BaseException:
+                _release(order.requests[number:])
+                self.close()
+                raise
+            self._running[request.id] = _Running(request, services.metrics.request_started(label))
+
+    def _observe(self, output: Output) -> None:
+        running = self._running[output.request_id]
+        if output.token_ids:
+            running.tokens += len(output.token_ids)
+            running.metrics.token(len(output.token_ids))
+            self._completion_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            running.end(output.finish_reason.value)
+            del self._running[output.request_id]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage.of(self.order.prompts, self._completion_tokens)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """The choices' numbers and outputs as they come. Raises ApiError where a choice failed."""
+        async for output in self._stream:
+            _raise_if_failed(output)
+            yield self._numbers[output.request_id], output
+
+    async def whole(self) -> list[Output]:
+        """Each choice's outputs joined to one, in order. Raises ApiError where a choice failed."""
+        await self._stream.wait_for_all()
+        parts: list[list[Output]] = [[] for _ in self.order.requests]
+        async for number, output in self.outputs():
+            parts[number].append(output)
+        return [_join(outputs) for outputs in parts]
+
+    def close(self) -> None:
+        self._stream.close()
+        for request_id, running in self._running.items():
+            self._engine.cancel(request_id)
+            running.end(FinishReason.CANCELLED.value)
+        self._running.clear()
+
+
+def _release(requests: Iterable[GenerationRequest]) -> None:
+    for request in requests:
+        if request.lease is not None:
+            request.lease.release()
+
+
+def _raise_if_failed(output: Output) -> None:
+    if output.finish_reason is FinishReason.ERROR:
+        raise ApiError(500, output.error or "The engine failed; the server's log says why.")
+    if output.finish_reason is FinishReason.CANCELLED:
+        raise ApiError(
+            503,
+            "The server is shutting down and could not finish this answer; send it again.",
+            headers={"Retry-After": "5"},
+        )
+
+
+def _join(outputs: Sequence[Output]) -> Output:
+    return Output(
+        request_id=outputs[-1].request_id,
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(scored for output in outputs for scored in output.logprobs),
+        prompt_logprobs=outputs[0].prompt_logprobs,
+        finish_reason=outputs[-1].finish_reason,
+    )
+
+
+def finished_because(output: Output) -> FinishedBecause | None:
+    match output.finish_reason:
+        case FinishReason.STOP:
+            return "stop"
+        case FinishReason.LENGTH:
+            return "length"
+        case _:
+            return None
+
+
+class Writer(Protocol):
+    """Writes an order's outputs in the shape of one endpoint."""
+
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> BaseModel: ...
+
+    def chunks(self, number: int, output: Output) -> Iterable[BaseModel]:
+        """What the next output of choice `number` adds to a stream."""
+
+    def usage_chunk(self, usage: Usage) -> BaseModel: ...
+
+
+async def respond(
+    request: Request, services: Services, body: GenerationBody, order: Order, writer: Writer
+) -> Response:
+    """Run the order and answer: at once where it cannot run, else as a stream or as a whole."""
+    generation = Generation(services, order)
+    if body.stream:
+        return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
+    try:
+        outputs = await _unless_client_leaves(request, generation)
+        if outputs is None:
+            return Response(status_code=CLIENT_GONE)
+        answer = writer.whole(outputs, generation.usage)
+    finally:
+        generation.close()
+    return Response(to_json(answer), media_type="application/json", headers=order.headers)
+
+
+async def _unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
+    outputs: list[Output] | None = None
+    failure: ApiError | None = None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        try:
+            outputs = await generation.whole()
+        except ApiError as error:
+            # Raised inside, the group would wrap it.
+            failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return outputs
+
+
+def to_json(answer: BaseModel) -> str:
+    """Writers set every field that OpenAI's shape has, null or not; the others stay out."""
+    return answer.model_dump_json(exclude_unset=True)
+
+
+class GenerationStream(EventSourceResponse):
+    """The outputs as server-sent events, then `[DONE]`; whoever leaves early cancels the rest."""
+
+    def __init__(self, generation: Generation, writer: Writer, *, with_usage: bool) -> None:
+        self._generation = generation
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(
+            _events(generation, writer, with_usage), headers=headers | generation.order.headers
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+async def _events(generation: Generation, writer: Writer, with_usage: bool) -> AsyncIterator[bytes]:
+    try:
+        async for number, output in generation.outputs():
+            for chunk in writer.chunks(number, output):
+                yield format_sse_event(data_str=to_json(chunk))
+        if with_usage:
+            yield format_sse_event(data_str=to_json(writer.usage_chunk(generation.usage)))
+    except ApiError as error:
+        yield format_sse_event(data_str=error_body(error))
+    yield format_sse_event(data_str="[DONE]")

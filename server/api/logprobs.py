@@ -1,0 +1,136 @@
+"""Log-probabilities in OpenAI's two shapes."""
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase
+
+from server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
+from server.api.completion_schemas import CompletionLogprobs
+from server.engine.request import TokenLogprob
+
+LEAST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that cannot come; JSON has no infinity."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte behind each letter of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    shifted = [byte for byte in range(256) if byte not in set(plain)]
+    letters = {chr(byte): byte for byte in plain}
+    letters |= {chr(256 + index): byte for index, byte in enumerate(shifted)}
+    assert letters.keys() == set(ByteLevel.alphabet())
+    return letters
+
+
+_BYTE_OF_LETTER = _byte_alphabet()
+
+
+class TokenBytes:
+    """The bytes that single tokens stand for, with a token's own leading space kept.
+
+    `tokenizer.decode` cannot say it: it joins bytes to characters and drops leading spaces.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._added = tokenizer.added_tokens_decoder
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = backend.decoder if backend is not None else None
+        self._byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        self._known: dict[int, bytes] = {}
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def __getitem__(self, token: int) -> bytes:
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._look_up(token)
+        return known
+
+    def _look_up(self, token: int) -> bytes:
+        if token in self._added:
+            return str(self._added[token].content).encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(piece, str):
+            # A row of the output embedding beyond the tokenizer's vocabulary.
+            return b""
+        if self._byte_level:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in piece if letter in _BYTE_OF_LETTER)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode()
+
+
+def _name(data: bytes) -> str:
+    """A token's text; bytes that are no text alone as OpenAI's completions write them."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+class CompletionLogprobWriter:
+    """Writes one choice's logprobs part by part, and knows where in its text each token begins."""
+
+    def __init__(self, token_bytes: TokenBytes, skip_special_tokens: bool) -> None:
+        self._bytes = token_bytes
+        self._skips = skip_special_tokens
+        self._part = _no_logprobs()
+        self.begin_text(0)
+
+    def begin_text(self, offset: int) -> None:
+        """The next token begins at this character of the choice's text."""
+        self._offset = offset
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(self, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> None:
+        """Add tokens, each with what the engine says about it (None: a first token, unscored)."""
+        for token, scored in tokens:
+            self._part.tokens.append(_name(self._bytes[token]))
+            self._part.text_offset.append(self._offset)
+            self._part.token_logprobs.append(None if scored is None else _finite(scored.logprob))
+            self._part.top_logprobs.append(None if scored is None else self._top(scored))
+            if not (self._skips and self._bytes.is_special(token)):
+                self._offset += len(self._utf8.decode(self._bytes[token]))
+
+    def take(self) -> CompletionLogprobs:
+        """What was written since the last time."""
+        part, self._part = self._part, _no_logprobs()
+        return part
+
+    def _top(self, scored: TokenLogprob) -> dict[str, float]:
+        named: dict[str, float] = {}
+        # Different tokens can have the same text; the likeliest one is reported.
+        for token, logprob in (*scored.top, (scored.token_id, scored.logprob)):
+            named.setdefault(_name(self._bytes[token]), _finite(logprob))
+        return named
+
+
+def _no_logprobs() -> CompletionLogprobs:
+    return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+
+
+def chat_logprobs(token_bytes: TokenBytes, scored: Sequence[TokenLogprob]) -> ChatLogprobs:
+    def entry(token: int, logprob: float) -> TopLogprob:
+        data = token_bytes[token]
+        return TopLogprob(
+            token=data.decode(errors="replace"), logprob=_finite(logprob), bytes=list(data)
+        )
+
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                **entry(token.token_id, token.logprob).model_dump(),
+                top_logprobs=[entry(*candidate) for candidate in token.top],
+            )
+            for token in scored
+        ]
+    )

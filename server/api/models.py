@@ -1,0 +1,109 @@
+"""`GET /v1/models`: the base model and every adapter."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from typing import Annotated, Literal
+
+from adapters.store import Revision
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+
+from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
+from server.api.generation import unknown_model
+from server.services import Services, get_services
+
+router = APIRouter(tags=["models"])
+
+
+class Model(BaseModel):
+    """Something that a generation request can name as its `model`."""
+
+    id: str = Field(description="The name to ask for.", examples=["support-intent"])
+    object: Literal["model"] = Field("model", description="Always `model`.", examples=["model"])
+    created: int = Field(
+        description="Unix time in seconds: when the adapter's revision was made, or the server "
+        "started.",
+        examples=[1764000000],
+    )
+    owned_by: str = Field("infuse", description="Always `infuse`.", examples=["infuse"])
+    root: str = Field(
+        description="What answers: the adapter with its revision, or the base model.",
+        examples=["support-intent@3"],
+    )
+    parent: str | None = Field(
+        description="The base model of an adapter; null for the base model itself.",
+        examples=["smollm2-135m-instruct"],
+    )
+
+
+class ModelList(BaseModel):
+    """Everything that is served."""
+
+    object: Literal["list"] = Field("list", description="Always `list`.", examples=["list"])
+    data: list[Model] = Field(
+        description="The base model, then the adapters by name.",
+        examples=[
+            [
+                {
+                    "id": "smollm2-135m-instruct",
+                    "object": "model",
+                    "created": 1764000000,
+                    "owned_by": "infuse",
+                    "root": "smollm2-135m-instruct",
+                    "parent": None,
+                }
+            ]
+        ],
+    )
+
+
+@router.get("/v1/models", summary="List the models")
+def list_models(services: Annotated[Services, Depends(get_services)]) -> ModelList:
+    """The base model and the current revision of every adapter."""
+    return ModelList(data=[_base(services), *_adapters(services)])
+
+
+@router.get("/v1/models/{model:path}", summary="Look a model up")
+def get_model(model: str, services: Annotated[Services, Depends(get_services)]) -> Model:
+    """The base model, an adapter, or one revision of an adapter (`name@revision`)."""
+    if model == services.model_name:
+        return _base(services)
+    name, at, number = model.partition("@")
+    try:
+        if not at:
+            return _adapter(services, name, services.store.current(name))
+        if not (number.isascii() and number.isdigit() and len(number) < 10):
+            raise unknown_model(model)
+        return _adapter(services, model, services.store.revision(name, int(number)))
+    except (UnknownAdapter, UnknownRevision, InvalidAdapter):
+        raise unknown_model(model) from None
+
+
+def _base(services: Services) -> Model:
+    return Model(
+        id=services.model_name,
+        created=_seconds(services.started),
+        root=services.model_name,
+        parent=None,
+    )
+
+
+def _adapters(services: Services) -> Iterator[Model]:
+    for name in services.store.names():
+        # It may have been deleted since the names were read.
+        with suppress(UnknownAdapter):
+            yield _adapter(services, name, services.store.current(name))
+
+
+def _adapter(services: Services, model: str, revision: Revision) -> Model:
+    return Model(
+        id=model,
+        created=_seconds(revision.created),
+        root=f"{revision.name}@{revision.number}",
+        parent=services.model_name,
+    )
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())

@@ -1,0 +1,156 @@
+"""From texts and conversations to token ids that fit the model. Blocking: call it in a thread."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from server.api.chat_schemas import ChatBody
+from server.engine.engine import Engine
+from server.errors import ApiError
+
+MAX_CHARACTERS_PER_TOKEN = 128
+"""No text averages more characters a token, so a longer one need not be tokenised to be refused."""
+
+_RESERVED_TEMPLATE_KWARGS = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+) | {"messages"}
+
+
+def encode_prompts(engine: Engine, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+    """The token ids of each prompt. Raises ApiError 400 where one is empty, too long or unknown."""
+    several = len(prompts) > 1
+    encoded: list[tuple[int, ...]] = []
+    for index, prompt in enumerate(prompts):
+        where = f"prompt[{index}]" if several else "prompt"
+        if isinstance(prompt, str):
+            encoded.append(_encode_text(engine, prompt, where, add_special_tokens=True))
+        else:
+            encoded.append(_check_ids(engine, prompt, where))
+    return encoded
+
+
+def encode_conversation(engine: Engine, body: ChatBody) -> tuple[int, ...]:
+    """The conversation as the model's chat template writes it. Raises ApiError 400."""
+    tokenizer = engine.tokenizer
+    if not tokenizer.chat_template:
+        raise ApiError(
+            400,
+            f"The model '{engine.model_name}' has no chat template; use /v1/completions and "
+            "write the prompt yourself.",
+            param="messages",
+        )
+    text = _render(tokenizer, body)
+    return _encode_text(engine, text, "messages", add_special_tokens=False)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> str:
+    variables: dict[str, Any] = body.chat_template_kwargs or {}
+    reserved = sorted(_RESERVED_TEMPLATE_KWARGS & variables.keys())
+    if reserved:
+        raise ApiError(
+            400,
+            f"chat_template_kwargs cannot set {', '.join(reserved)}; only the template's own "
+            "variables.",
+            param="chat_template_kwargs",
+        )
+    messages = [
+        {"role": "system" if message.role == "developer" else message.role}
+        | {"content": message.content}
+        | ({"name": message.name} if message.name else {})
+        for message in body.messages
+    ]
+    goes_on = bool(body.continue_final_message)
+    opens = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=opens,
+            continue_final_message=goes_on,
+            **variables,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ApiError(
+            400,
+            f"The model's chat template does not take this conversation: {error}",
+            param="messages",
+        ) from error
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _encode_text(
+    engine: Engine, text: str, where: str, *, add_special_tokens: bool
+) -> tuple[int, ...]:
+    if len(text) > engine.max_model_len * MAX_CHARACTERS_PER_TOKEN:
+        raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
+    ids = engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
+    if not ids:
+        raise _empty(where)
+    return tuple(ids)
+
+
+def _check_ids(engine: Engine, ids: Sequence[int], where: str) -> tuple[int, ...]:
+    if not ids:
+        raise _empty(where)
+    for index, token in enumerate(ids):
+        if not 0 <= token < engine.vocab_size:
+            raise ApiError(
+                400,
+                f"{where}[{index}] is {shown(token)}; the token ids of this model go from 0 to "
+                f"{engine.vocab_size - 1}.",
+                param="prompt",
+            )
+    return tuple(ids)
+
+
+def fit_to_window(
+    engine: Engine, prompt: Sequence[int], field: str, limit: int | None, default: int | None
+) -> int:
+    """How many tokens may be generated after this prompt: `limit`, or the default cut to fit.
+
+    `field` names the limit in errors. Without a default, the whole rest of the window. Raises
+    ApiError 400 (`context_length_exceeded`) where prompt and limit do not fit together.
+    """
+    room = engine.max_model_len - len(prompt)
+    if limit is None:
+        if room < 1:
+            raise _too_long(
+                engine, f"The prompt has {len(prompt)} tokens, so nothing can follow it.", "prompt"
+            )
+        return room if default is None else min(default, room)
+    if limit > room:
+        mend = f" or ask for at most {room} tokens" if room > 0 else ""
+        raise _too_long(
+            engine,
+            f"The prompt has {len(prompt)} tokens and {field} is {shown(limit)}; shorten the "
+            f"prompt{mend}.",
+            field if room > 0 else "prompt",
+        )
+    return limit
+
+
+def shown(number: int) -> str:
+    """A number for an error message, however long the client made it."""
+    return str(number) if abs(number) < 10**18 else "a number of more than 18 digits"
+
+
+def _empty(where: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{where} is empty; give at least one token (for the bare start of a text, the id of the "
+        "model's begin token as a list).",
+        param=where.partition("[")[0],
+    )
+
+
+def _too_long(engine: Engine, problem: str, param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"This model's window is {engine.max_model_len} tokens. {problem}",
+        param=param.partition("[")[0],
+        code="context_length_exceeded",
+    )

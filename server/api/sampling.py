@@ -1,0 +1,117 @@
+"""From a request's body to the engine's sampling parameters."""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from transformers import GenerationConfig
+
+from server.api.prompts import shown
+from server.api.schemas import INT64, GenerationBody
+from server.engine.engine import Engine
+from server.engine.request import SamplingParams
+from server.errors import ApiError
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this count as 0: dividing logits by them would overflow."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request gets that does not say how to sample."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, config: GenerationConfig | None) -> "SamplingDefaults":
+        """The model's own where its `generation_config` says `do_sample`; OpenAI's otherwise."""
+        if config is None or not config.do_sample:
+            return cls()
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        said = {name: getattr(config, name, None) for name in names}
+        return cls(**{name: value for name, value in said.items() if value is not None})
+
+
+_T = TypeVar("_T")
+
+
+def _chosen(asked: _T | None, default: _T) -> _T:
+    return default if asked is None else asked
+
+
+def sampling_params(
+    engine: Engine,
+    body: GenerationBody,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The parameters of a prompt's first choice. Raises ApiError 400."""
+    defaults = SamplingDefaults.of(engine.generation_config)
+    temperature = _chosen(body.temperature, defaults.temperature)
+    top_k = _chosen(body.top_k, defaults.top_k)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=_min_tokens(body, max_tokens),
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_k=min(max(top_k, 0), engine.vocab_size),
+        top_p=_chosen(body.top_p, defaults.top_p),
+        min_p=_chosen(body.min_p, defaults.min_p),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_chosen(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=_logit_bias(engine, body),
+        seed=body.seed,
+        stop=tuple(body.stop or ()),
+        stop_token_ids=_stop_token_ids(engine, body),
+        ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=_chosen(body.skip_special_tokens, True),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """The same for choice `choice` of the prompt: drawn with a seed of its own."""
+    if params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + choice) % INT64)
+
+
+def _min_tokens(body: GenerationBody, max_tokens: int) -> int:
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise ApiError(
+            400,
+            f"min_tokens is {shown(min_tokens)} but at most {max_tokens} tokens are generated; "
+            "lower it or raise max_tokens.",
+            param="min_tokens",
+        )
+    return min_tokens
+
+
+def _logit_bias(engine: Engine, body: GenerationBody) -> dict[int, float]:
+    bias = body.logit_bias or {}
+    for token in bias:
+        _check_token(engine, token, "logit_bias")
+    return bias
+
+
+def _stop_token_ids(engine: Engine, body: GenerationBody) -> frozenset[int]:
+    for token in body.stop_token_ids or ():
+        _check_token(engine, token, "stop_token_ids")
+    return frozenset(body.stop_token_ids or ())
+
+
+def _check_token(engine: Engine, token: int, field: str) -> None:
+    if not 0 <= token < engine.vocab_size:
+        raise ApiError(
+            400,
+            f"{field} names token {shown(token)}; the token ids of this model go from 0 to "
+            f"{engine.vocab_size - 1}.",
+            param=field,
+        )
