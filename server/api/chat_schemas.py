@@ -7,7 +7,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     ValidationInfo,
     field_validator,
@@ -18,7 +17,6 @@ from server.api.schemas import (
     FinishedBecause,
     GenerationBody,
     NotYet,
-    Text,
     Usage,
 )
 
@@ -67,9 +65,9 @@ class Message(BaseModel):
         description="Who speaks; `developer` is another word for `system`.", examples=["user"]
     )
     content: Annotated[
-        Text, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
+        str, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
     ] = Field(description="The text, or a list of text parts.", examples=["Where is my order?"])
-    name: Text | None = Field(
+    name: str | None = Field(
         None, description="The speaker's name, for templates that use it.", examples=["Ada"]
     )
 
@@ -77,7 +75,7 @@ class Message(BaseModel):
 class ChatBody(GenerationBody):
     """Answer a conversation."""
 
-    messages: Annotated[list[Message], FailFast()] = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
         description="The conversation so far, rendered by the model's chat template.",

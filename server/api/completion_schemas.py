@@ -10,10 +10,21 @@ from server.api.schemas import (
     GenerationBody,
     NotYet,
     Usage,
-    check_text,
 )
 
 Prompt = str | list[int]
+
+
+def check_text(text: str, where: str) -> str:
+    """Refuse half surrogate pairs: JSON can carry them, UTF-8 and tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half of a surrogate pair as character {error.start}; send complete "
+            "characters"
+        ) from None
+    return text
 
 
 def _check_token_ids(ids: list[object], where: str) -> list[int]:
@@ -28,7 +39,7 @@ def _check_token_ids(ids: list[object], where: str) -> list[int]:
 def _check_prompt(value: object) -> list[Prompt]:
     """One text, several texts, one list of token ids, or several of them: always as a list."""
     if isinstance(value, str):
-        return [check_text(value)]
+        return [check_text(value, "prompt")]
     if not isinstance(value, list) or not value:
         raise ValueError(
             "must be a text, a list of texts, a list of token ids or a list of such lists, "
@@ -38,7 +49,7 @@ def _check_prompt(value: object) -> list[Prompt]:
         for index, text in enumerate(value):
             if not isinstance(text, str):
                 raise ValueError(f"prompt[{index}] must be a text, as prompt[0] is")
-            check_text(text)
+            check_text(text, f"prompt[{index}]")
         return list(value)
     if isinstance(value[0], list):
         for index, ids in enumerate(value):

@@ -3,8 +3,8 @@
 import codecs
 from collections.abc import Iterable, Sequence
 
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from server.api.completion_schemas import CompletionLogprobs
@@ -14,17 +14,8 @@ LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come; JSON has no infinity."""
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each letter of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    shifted = [byte for byte in range(256) if byte not in set(plain)]
-    letters = {chr(byte): byte for byte in plain}
-    letters |= {chr(256 + index): byte for index, byte in enumerate(shifted)}
-    assert letters.keys() == set(ByteLevel.alphabet())
-    return letters
-
-
-_BYTE_OF_LETTER = _byte_alphabet()
+_BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The byte behind each letter of the alphabet that byte-level tokenizers write tokens in."""
 
 
 class TokenBytes:

@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from server.api.chat_schemas import ChatBody
+from server.api.completion_schemas import check_text
 from server.engine.engine import Engine
 from server.errors import ApiError
 
@@ -72,14 +73,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> str:
             continue_final_message=goes_on,
             **variables,
         )
+        assert isinstance(rendered, str)
+        return check_text(rendered, "the rendered conversation")
     except (TemplateError, ValueError, TypeError) as error:
         raise ApiError(
             400,
             f"The model's chat template does not take this conversation: {error}",
             param="messages",
         ) from error
-    assert isinstance(rendered, str)
-    return rendered
 
 
 def _encode_text(

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     PlainValidator,
     ValidationInfo,
@@ -23,17 +21,6 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 INT32 = 2**31
 INT64 = 2**63
-
-
-def check_text(text: str) -> str:
-    """Refuse half surrogate pairs: JSON can carry them, UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start} is half of a surrogate pair; send complete characters"
-        ) from None
-    return text
 
 
 def _as_list(stop: object) -> object:
@@ -62,9 +49,15 @@ def _refuse_if_given(value: object) -> None:
         raise ValueError("not supported yet; leave it out")
 
 
-Text = Annotated[str, AfterValidator(check_text)]
-StopString = Annotated[
-    str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(check_text)
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[
+    list[StopString],
+    Field(fail_fast=True, max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)]
+LogitBias = Annotated[
+    dict[int, float], PlainValidator(_check_logit_bias, json_schema_input_type=dict[str, float])
 ]
 NotYet = Annotated[Any, PlainValidator(_refuse_if_given, json_schema_input_type=Any)]
 """A field of the contract that this version cannot honour: refused, rather than ignored."""
@@ -91,7 +84,7 @@ class GenerationBody(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    model: Text = Field(
+    model: str = Field(
         min_length=1,
         max_length=1024,
         description="The base model's name, an adapter's name, or `name@revision`.",
@@ -141,15 +134,7 @@ class GenerationBody(BaseModel):
         "the model's, or 1 (off).",
         examples=[0.95],
     )
-    stop: (
-        Annotated[
-            list[StopString],
-            FailFast(),
-            Field(max_length=MAX_STOP_STRINGS),
-            BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
-        ]
-        | None
-    ) = Field(
+    stop: StopStrings | None = Field(
         None,
         description=f"A string, or up to {MAX_STOP_STRINGS}, that ends the text; not part of it.",
         examples=[["\n\n"]],
@@ -176,13 +161,7 @@ class GenerationBody(BaseModel):
         "generated (default 0).",
         examples=[0.0],
     )
-    logit_bias: (
-        Annotated[
-            dict[int, float],
-            PlainValidator(_check_logit_bias, json_schema_input_type=dict[str, float]),
-        ]
-        | None
-    ) = Field(
+    logit_bias: LogitBias | None = Field(
         None,
         description="Added to the logits: token id (as a string) to a number from -100 to 100.",
         examples=[{"50": -100}],
@@ -224,12 +203,10 @@ class GenerationBody(BaseModel):
     ignore_eos: bool | None = Field(
         None, description="Go on past the model's end tokens.", examples=[False]
     )
-    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_STOP_TOKENS)] | None = (
-        Field(
-            None,
-            description="Token ids that end the text, beside the model's own end tokens.",
-            examples=[[2]],
-        )
+    stop_token_ids: StopTokenIds | None = Field(
+        None,
+        description="Token ids that end the text, beside the model's own end tokens.",
+        examples=[[2]],
     )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text (default true).", examples=[True]

@@ -1,0 +1,83 @@
+"""What transformers and PEFT themselves say, for answers that came over HTTP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import peft
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.factories import save_adapter
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "by-default": {},
+    "query-only": {"target_modules": ["q_proj"], "feedforward_modules": []},
+    "both-ends": {
+        "target_modules": ["v_proj", "up_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+}
+"""Adapters of different kinds for one base model."""
+
+
+def save_adapters(model_folder: Path, folder: Path) -> dict[str, Path]:
+    """One folder for each of `ADAPTERS`, as PEFT saves it."""
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    return {
+        name: save_adapter(base, folder / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items(), start=1)
+    }
+
+
+def upload(client: httpx.Client, name: str, folder: Path, method: str = "POST") -> httpx.Response:
+    files = {
+        "config": (folder / "adapter_config.json").read_bytes(),
+        "weights": (folder / "adapter_model.safetensors").read_bytes(),
+    }
+    if method == "PUT":
+        return client.put(f"/v1/adapters/{name}", files=files)
+    return client.post("/v1/adapters", data={"name": name}, files=files)
+
+
+class Oracle:
+    """The tiny model, alone or with one adapter put on by PEFT."""
+
+    def __init__(self, model_folder: Path, adapter: Path | None = None) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        self._model: torch.nn.Module = LlamaForCausalLM.from_pretrained(model_folder).eval()
+        if adapter is not None:
+            self._model = peft.PeftModel.from_pretrained(self._model, adapter).eval()
+        self._bytes = {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text))
+
+    def scores(self, ids: Sequence[int]) -> torch.Tensor:
+        """The log-probabilities after each position: `[position, token]`."""
+        with torch.no_grad():
+            logits = self._model(input_ids=torch.tensor([list(ids)])).logits[0]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def greedy(self, prompt: str | Sequence[int], count: int) -> list[int]:
+        """The next `count` tokens, end tokens included like any other."""
+        ids = self.ids(prompt) if isinstance(prompt, str) else list(prompt)
+        for _ in range(count):
+            ids.append(int(self.scores(ids)[-1].argmax()))
+        return ids[-count:]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as `/v1/completions` names them in its logprobs."""
+        return [self._name(token) for token in ids]
+
+    def _name(self, token: int) -> str:
+        piece = str(self.tokenizer.convert_ids_to_tokens(token))
+        byte = self._bytes.get(piece)
+        if byte is None:
+            return piece
+        return chr(byte) if byte < 128 else f"bytes:\\x{byte:02x}"
