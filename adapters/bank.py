@@ -72,13 +72,18 @@ class AdapterBank:
         self._modules = modules
         self._rows = 1
         self._sheets: list[_Sheet] = []
-        self._fills = 0
+        self.fills = 0
+        """How many times a slot was filled: the bank's content changes only with it."""
         self.keep_active = False
         """Scale by ones rather than skip: a captured CUDA graph must hold every column."""
 
     @property
     def columns(self) -> Iterable[Target]:
         return (target for sheet in self._sheets for target in sheet.columns)
+
+    @property
+    def column_count(self) -> int:
+        return sum(len(sheet.columns) for sheet in self._sheets)
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +101,7 @@ class AdapterBank:
         """Write an adapter into a slot: one copy from the host per sheet."""
         assert BASE_SLOT < slot <= self.capacity, f"slot {slot} of {self.capacity}"
         self._make_columns(vectors)
-        self._fills += 1
+        self.fills += 1
         for sheet in self._sheets:
             sheet.used.pop(slot, None)
             mine = [target for target in sheet.columns if target in vectors.vectors]
@@ -106,7 +111,7 @@ class AdapterBank:
             for target in mine:
                 host[sheet.columns[target]] = vectors.vectors[target]
             sheet.slots[slot].copy_(host, non_blocking=True)
-            sheet.used[slot] = self._fills
+            sheet.used[slot] = self.fills
 
     def clear(self, slot: int) -> None:
         """Forget a slot's adapter; nothing may use the slot any more."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 Piece = tuple[int, int, torch.Tensor]
-"""Tokens `start:stop` of the flat axis and the vector, `[size]` or `[stop - start, size]`, for them."""
+"""Tokens `start:stop` of the flat axis, and their vector: `[size]` or `[stop - start, size]`."""
 
 
 class Scale:

@@ -1,6 +1,6 @@
 """IA3 on a base model: PEFT's calls, and a forward in which every row has its own adapter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class IA3Model(nn.Module):
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
         self._layers: dict[str, IA3Layer] = {}
         self._scaled: dict[Target, Scale] = {}
+        self._packed: tuple[int, tuple[int, ...], tuple[Segment, ...]] | None = None
+        """The batch that the scales are set for, and the state of the bank then."""
         self._names: dict[str, tuple[int, AdapterVectors]] = {}
         self._active: tuple[str, ...] = ()
         self._product_slot: int | None = None
@@ -66,10 +68,14 @@ class IA3Model(nn.Module):
 
     def set_packed(self, rows: Sequence[int], segments: Sequence[Segment] = ()) -> None:
         """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
-        the segments."""
-        self._apply(self.bank.packed(rows, segments))
+        the segments. Costs nothing while the batch stays as it is."""
+        packed = (self.bank.fills, tuple(rows), tuple(segments))
+        if packed != self._packed:
+            self._apply(self.bank.packed(rows, segments))
+            self._packed = packed
 
     def _apply(self, scales: dict[Target, Scale]) -> None:
+        self._packed = None
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)
         for target, scale in scales.items():
@@ -178,13 +184,11 @@ class IA3Model(nn.Module):
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """The base model's `generate`, with `adapter_names` as in `forward`."""
-        generate: Any = self.base.generate
+        generate: Callable[..., torch.Tensor] = self.base.generate
         if adapter_names is None:
-            tokens: torch.Tensor = generate(*args, **kwargs)
-            return tokens
+            return generate(*args, **kwargs)
         with self.by_row(adapter_names):
-            tokens = generate(*args, **kwargs)
-            return tokens
+            return generate(*args, **kwargs)
 
     def _slot(self, name: str) -> int:
         if name == BASE_NAME:

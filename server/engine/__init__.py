@@ -1,0 +1,40 @@
+"""Tokens in, tokens out: continuous batching of rows that each use an adapter of their own."""
+
+from server.engine.engine import Engine, EngineConfig, EngineStats
+from server.engine.errors import (
+    DoesNotFit,
+    EngineDead,
+    EngineError,
+    EngineStopping,
+    ModelNotFound,
+    QueueFull,
+    UnsupportedModel,
+)
+from server.engine.loading import LoadedModel, load_model
+from server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    Output,
+    SamplingParams,
+    TokenLogprob,
+)
+
+__all__ = [
+    "DoesNotFit",
+    "Engine",
+    "EngineConfig",
+    "EngineDead",
+    "EngineError",
+    "EngineStats",
+    "EngineStopping",
+    "FinishReason",
+    "GenerationRequest",
+    "LoadedModel",
+    "ModelNotFound",
+    "Output",
+    "QueueFull",
+    "SamplingParams",
+    "TokenLogprob",
+    "UnsupportedModel",
+    "load_model",
+]

@@ -1,6 +1,7 @@
 """What the engine refuses.
 
 EngineError
+├── ModelNotFound      there is no model where the settings point
 ├── UnsupportedModel   no way to run this model exactly; the reason says which part
 ├── DoesNotFit         a setting asks for more memory than there is, or too little to work with
 ├── QueueFull          too many requests wait already; carries when to come back
@@ -11,6 +12,10 @@ EngineError
 
 class EngineError(Exception):
     """Root of everything that the engine raises on purpose."""
+
+
+class ModelNotFound(EngineError):
+    pass
 
 
 class UnsupportedModel(EngineError):

@@ -108,11 +108,15 @@ class StripCache:
         if place is None:
             return False
         self._slabs[place.slab][1][place.index] = True
+        kept = 0 if old is None else old.strip
+        for layer in range(len(self._shapes)):
+            for strips in (self.keys, self.values):
+                strip = strips(layer, place.slab)[place.index]
+                # What another row left there is masked, but NaN times a weight of 0 is NaN.
+                strip[:, kept:].zero_()
+                if old is not None:
+                    strip[:, :kept].copy_(strips(layer, old.slab)[old.index])
         if old is not None:
-            for layer in range(len(self._shapes)):
-                for strips in (self.keys, self.values):
-                    source = strips(layer, old.slab)[old.index]
-                    strips(layer, place.slab)[place.index, :, : old.strip].copy_(source)
             self._free(old)
         self._places[row] = place
         return True
@@ -328,7 +332,7 @@ def attend_chunk(
     mask: torch.Tensor | None,
     layer: LayerAttention,
 ) -> torch.Tensor:
-    """`query` `[heads, tokens, dim]` over `keys` `[kv_heads, time, dim]`: `[heads, tokens, dim]`."""
+    """`[heads, tokens, dim]` over keys `[kv_heads, time, dim]`: `[heads, tokens, value_dim]`."""
     if layer.softcap is None:
         out: torch.Tensor = F.scaled_dot_product_attention(
             query[None],

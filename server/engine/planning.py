@@ -1,0 +1,73 @@
+"""How much memory the keys and values get, and how long a row may be."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.attention import LayerShape
+from server.engine.errors import DoesNotFit, UnsupportedModel
+from server.engine.kv_cache import KVCache, StripCache
+from server.engine.paged_cache import PagedCache
+
+_CPU_SHARE = 0.25
+_CUDA_SHARE = 0.85
+"""Of the memory that is free once weights and bank are in place. The CPU is shared with others."""
+_POSITIONS_BY_LENGTH = {"dynamic", "longrope"}
+"""Rotary kinds that read the longest row of a batch beyond the original window."""
+
+
+def window_of(model: PreTrainedModel, asked: int | None) -> int:
+    """The longest row in tokens, prompt and answer. Raises UnsupportedModel and DoesNotFit."""
+    config = model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _POSITIONS_BY_LENGTH:
+        window = rope.get("original_max_position_embeddings", window)
+    if window is None and asked is None:
+        raise UnsupportedModel("the model's config names no window; set max-model-len")
+    if window is None:
+        assert asked is not None
+        return asked
+    if asked is not None and asked > window:
+        raise DoesNotFit(f"max-model-len {asked} is longer than the model's window of {window}")
+    return asked or int(window)
+
+
+def make_cache(
+    shapes: Sequence[LayerShape],
+    device: torch.device,
+    max_tokens: int,
+    max_rows: int,
+    asked: int | None,
+) -> KVCache:
+    """A cache of `asked` tokens, or of as many as rows and memory allow. Raises DoesNotFit."""
+    per_token = sum(shape.nbytes for shape in shapes)
+    free = int(_free_bytes(device))
+    tokens = asked
+    if tokens is None:
+        share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE
+        tokens = int(free * share / per_token)
+        # Strips are a power of two long, and a moving row holds two of them for a moment.
+        tokens = min(tokens, (max_rows + 1) * 2 * max_tokens)
+    if tokens * per_token > free:
+        raise DoesNotFit(
+            f"kv-cache-tokens {tokens} takes {tokens * per_token / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free; {int(free * 0.9 / per_token)} would fit"
+        )
+    if device.type == "cuda":
+        return PagedCache(shapes, tokens, max_tokens, device)
+    return StripCache(shapes, tokens, max_tokens)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, int(text) - used)
+    return free

@@ -1,0 +1,108 @@
+"""One step on the device: pack the rows' tokens into one flat forward, and return logits."""
+
+import inspect
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+
+from adapters.bank import Segment
+from adapters.model import IA3Model
+from server.engine.attention import StepContext
+from server.engine.cuda_graphs import DecodeGraphs
+from server.engine.kv_cache import Chunk, KVCache
+from server.engine.paged_cache import PagedCache
+from server.engine.scheduler import Step
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a step computed."""
+
+    sequences: list[Sequence]
+    """Those with all of their tokens computed: each takes its next one."""
+    next_token: torch.Tensor
+    """`[sequences, vocab]`."""
+    prompts: list[tuple[Sequence, torch.Tensor]]
+    """Sequences that score their prompt, and `[chunk, vocab]`: position i predicts token i + 1."""
+
+
+class Runner:
+    def __init__(
+        self, ia3: IA3Model, context: StepContext, cache: KVCache, max_rows: int, max_tokens: int
+    ) -> None:
+        self._ia3 = ia3
+        self._context = context
+        self._cache = cache
+        self._device = ia3.base.device
+        self._keeps_logits = "logits_to_keep" in inspect.signature(ia3.base.forward).parameters
+        ia3.bank.reserve_rows(max_rows)
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and isinstance(cache, PagedCache):
+            self._graphs = DecodeGraphs(ia3, context, cache, max_rows, max_tokens)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Logits:
+        decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
+        prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
+        slots = [_slot(sequence) for sequence in step.decode]
+        if self._graphs is not None and not prefill and self._graphs.fit(decode):
+            ids = [sequence.tokens[-1] for sequence in step.decode]
+            return Logits(step.decode, self._graphs.run(ids, decode, slots), [])
+        self._ia3.set_packed(slots, [Segment(_slot(s), tokens) for s, tokens in step.prefill])
+        ids, positions = [], []
+        for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
+            end = sequence.computed + tokens
+            ids += sequence.tokens[sequence.computed : end]
+            positions += range(sequence.computed, end)
+        wanted = _Wanted.of(step)
+        with self._context.step(self._cache.plan(decode, prefill)):
+            logits = self._forward(ids, positions, wanted.index)
+        taking = len(wanted.taking)
+        scored = logits[taking:].split([tokens for _, tokens in wanted.scoring])
+        prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
+        return Logits(wanted.taking, logits[:taking], prompts)
+
+    def _forward(self, ids: Rows[int], positions: Rows[int], index: Rows[int]) -> torch.Tensor:
+        """`[index, vocab]`: the logits after the tokens at `index` of the flat batch."""
+        keep = torch.tensor(index, dtype=torch.long, device=self._device)
+        arguments = {"logits_to_keep": keep} if self._keeps_logits else {}
+        out = self._ia3.base(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            **arguments,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits if self._keeps_logits else logits[keep]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Whose logits a step must give, and where they stand in the flat batch."""
+
+    taking: list[Sequence]
+    scoring: list[tuple[Sequence, int]]
+    index: list[int]
+
+    @classmethod
+    def of(cls, step: Step) -> "_Wanted":
+        taking, ends = list(step.decode), list(range(len(step.decode)))
+        scoring: list[tuple[Sequence, int]] = []
+        scored: list[int] = []
+        start = len(step.decode)
+        for sequence, tokens in step.prefill:
+            if tokens == sequence.uncomputed:
+                taking.append(sequence)
+                ends.append(start + tokens - 1)
+            if sequence.wants_prompt_logprobs:
+                scoring.append((sequence, tokens))
+                scored += range(start, start + tokens)
+            start += tokens
+        return cls(taking, scoring, ends + scored)
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "a running sequence has a slot"
+    return sequence.slot
