@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,10 +71,10 @@ class IA3Model(nn.Module):
         the segments. Costs nothing while the batch stays as it is."""
         packed = (self.bank.fills, tuple(rows), tuple(segments))
         if packed != self._packed:
-            self._apply(self.bank.packed(rows, segments))
+            self._set_scales(self.bank.packed(rows, segments))
             self._packed = packed
 
-    def _apply(self, scales: dict[Target, Scale]) -> None:
+    def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)
@@ -144,7 +144,7 @@ class IA3Model(nn.Module):
 
     def unload(self) -> PreTrainedModel:
         """The base model as it was before any adapter was attached."""
-        self._apply({})
+        self._set_scales({})
         for name, layer in self._layers.items():
             self.base.set_submodule(name, layer.base_layer)
         self._layers.clear()
@@ -157,7 +157,7 @@ class IA3Model(nn.Module):
         """Within: row i of a `[batch, tokens]` batch uses adapter `names[i]`."""
         slots = [self._slot(name) for name in names]
         self.bank.reserve_rows(len(slots))
-        self._apply(self.bank.by_row(slots))
+        self._set_scales(self.bank.by_row(slots))
         try:
             yield
         finally:
@@ -184,7 +184,7 @@ class IA3Model(nn.Module):
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """The base model's `generate`, with `adapter_names` as in `forward`."""
-        generate: Callable[..., torch.Tensor] = self.base.generate
+        generate = cast(Callable[..., torch.Tensor], self.base.generate)
         if adapter_names is None:
             return generate(*args, **kwargs)
         with self.by_row(adapter_names):
@@ -209,11 +209,11 @@ class IA3Model(nn.Module):
             self.clear_slot(self._product_slot)
             self._product_slot = None
         if not self._enabled or not self._active:
-            self._apply({})
+            self._set_scales({})
         elif len(self._active) == 1:
-            self._apply(self.bank.uniform(self._slot(self._active[0])))
+            self._set_scales(self.bank.uniform(self._slot(self._active[0])))
         else:
             slot = self._free_slot()
             self.fill_slot(slot, product([self._names[name][1] for name in self._active]))
             self._product_slot = slot
-            self._apply(self.bank.uniform(slot))
+            self._set_scales(self.bank.uniform(slot))

@@ -30,7 +30,9 @@ class DecodeGraphs:
         self._context = context
         self._cache = cache
         self._max_tokens = max_tokens
-        self._sizes = [size for size in (1, 2, 4, 8, *range(16, max_rows, 8)) if size < max_rows]
+        self._sizes: list[int] = [
+            size for size in (1, 2, 4, 8, *range(16, max_rows, 8)) if size < max_rows
+        ]
         self._sizes.append(max_rows)
         ia3.bank.reserve_rows(max_rows)
         ia3.bank.keep_active = True
@@ -69,7 +71,7 @@ class DecodeGraphs:
         return logits[:rows]
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):

@@ -1,9 +1,7 @@
 """A request's text, as its tokens come: whole characters, and never a stop string."""
 
 from collections.abc import Sequence
-from typing import cast
 
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +17,7 @@ class Detokenizer:
         stop: Sequence[str],
         skip_special_tokens: bool,
     ) -> None:
-        self._tokenizer = cast(Tokenizer, tokenizer.backend_tokenizer)
+        self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(
             ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=skip_special_tokens
         )

@@ -15,7 +15,7 @@ from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.loading import LoadedModel
 from server.engine.packing import pack_linears
 from server.engine.planning import make_cache, window_of
-from server.engine.request import FinishReason, GenerationRequest, Output
+from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
 from server.engine.runner import Logits, Runner
 from server.engine.sampler import Sampled, Sampler, score_tokens
 from server.engine.scheduler import Scheduler, Step
@@ -277,7 +277,7 @@ class Engine:
         sequence: Sequence,
         reason: FinishReason,
         error: str = "",
-        prompt_logprobs: tuple[object, ...] | None = None,
+        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
     ) -> Output:
         """The one place where a request ends: its row, its cache, its pin and its lease go."""
         self._scheduler.remove(sequence)

@@ -214,11 +214,11 @@ class _StripPlan:
                 groups.append((slab, index, [chunk.start]))
         runs = []
         first = 0
-        for slab, strip, starts in groups:
+        for slab, first_strip, starts in groups:
             rows = len(starts)
-            index = torch.arange(strip, strip + rows)
+            index = torch.arange(first_strip, first_strip + rows)
             lengths = [start + 1 for start in starts]
-            runs.append(_Run(first, rows, slab, strip, lengths, index, torch.tensor(starts)))
+            runs.append(_Run(first, rows, slab, first_strip, lengths, index, torch.tensor(starts)))
             first += rows
         return runs
 

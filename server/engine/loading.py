@@ -63,7 +63,9 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
     if Path(name).is_dir():
         name = Path(name).resolve().name
     base.requires_grad_(False)
-    return LoadedModel(base.to(device).eval(), tokenizer, name, base.generation_config)
+    return LoadedModel(
+        base.to(torch.device(device)).eval(), tokenizer, name, base.generation_config
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -108,7 +110,7 @@ def default_model_folder() -> Path:
 def _convert_gguf(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     del model.config.quantization_config
-    plain = AutoModelForCausalLM.from_config(model.config)
+    plain = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
     plain.load_state_dict(model.state_dict())
     plain.generation_config = GenerationConfig.from_model_config(model.config)
     plain.save_pretrained(target)

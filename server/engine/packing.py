@@ -57,9 +57,11 @@ def pack_linears(model: nn.Module) -> int:
     A weight that another module also uses (a tied LM head's) stays for that module. Returns how
     many layers were packed.
     """
+    names = [name for name, _ in model.named_modules()]
     works: dict[torch.dtype, bool] = {}
     packed = 0
-    for name, module in list(model.named_modules()):
+    for name in names:
+        module = model.get_submodule(name)
         if type(module) is not nn.Linear or module.weight.device.type != "cpu":
             continue
         dtype = module.weight.dtype

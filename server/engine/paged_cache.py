@@ -183,7 +183,7 @@ class PagedPlan:
         if layer.window is not None:
             seen &= times >= lengths - layer.window
         # Query heads that share a key head: [rows, kv_heads, group, dim].
-        grouped = query.transpose(0, 1).unflatten(1, (mine.shape[1], -1))
+        grouped = query.transpose(0, 1).reshape(rows, mine.shape[1], -1, query.shape[-1])
         scores = torch.matmul(grouped * layer.scaling, mine.transpose(-1, -2))
         if layer.softcap is not None:
             scores = torch.tanh(scores / layer.softcap) * layer.softcap

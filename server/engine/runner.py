@@ -51,7 +51,8 @@ class Runner:
             ids = [sequence.tokens[-1] for sequence in step.decode]
             return Logits(step.decode, self._graphs.run(ids, decode, slots), [])
         self._ia3.set_packed(slots, [Segment(_slot(s), tokens) for s, tokens in step.prefill])
-        ids, positions = [], []
+        ids: list[int] = []
+        positions: list[int] = []
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
             end = sequence.computed + tokens
             ids += sequence.tokens[sequence.computed : end]
@@ -60,7 +61,7 @@ class Runner:
         with self._context.step(self._cache.plan(decode, prefill)):
             logits = self._forward(ids, positions, wanted.index)
         taking = len(wanted.taking)
-        scored = logits[taking:].split([tokens for _, tokens in wanted.scoring])
+        scored = torch.split(logits[taking:], [tokens for _, tokens in wanted.scoring])
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
         return Logits(wanted.taking, logits[:taking], prompts)
 

@@ -1,0 +1,179 @@
+"""An adapter's files <-> named vectors, with every check that an upload must pass."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
+from adapters.errors import Fault, InvalidAdapter
+from adapters.targets import BaseModules, Side, Target, resolve_targets
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PICKLED_FILE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_SUFFIX = ".ia3_l"
+_CONVERT = (
+    "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
+    ".save_pretrained(new_folder, safe_serialization=True)"
+)
+_MAX_FAULTS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What PEFT saved: its config, and its tensors by PEFT's own keys, shapes and dtypes."""
+
+    config: IA3Config
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterVectors:
+    """What an adapter does to a base model: a float32 `[size]` for each target."""
+
+    vectors: Mapping[Target, torch.Tensor]
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for adapters that do the same, whatever their names and files."""
+        sha = hashlib.sha256()
+        for target in sorted(self.vectors):
+            sha.update(f"{target.module}\0{target.side}\0".encode())
+            sha.update(self.vectors[target].numpy().tobytes())
+        return sha.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(vector.nbytes for vector in self.vectors.values())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read what `save_pretrained` wrote. Raises InvalidAdapter with the faults of both files."""
+    faults: list[Fault] = []
+    config, tensors = None, None
+    try:
+        config = _read_config(folder / CONFIG_FILE)
+    except InvalidAdapter as error:
+        faults += error.faults
+    try:
+        tensors = _read_weights(folder)
+    except InvalidAdapter as error:
+        faults += error.faults
+    if config is None or tensors is None:
+        raise InvalidAdapter(faults)
+    return Checkpoint(config, tensors)
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a folder that `PeftModel.from_pretrained` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_bytes(checkpoint.config.dump())
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVectors:
+    """The adapter's vectors for this base model. Raises InvalidAdapter with all faults.
+
+    PEFT keeps vectors in float32 whatever the model's dtype (`autocast_adapter_dtype`); so do we.
+    """
+    config = checkpoint.config
+    if config.modules_to_save:
+        problem = f"the adapter carries whole modules ({', '.join(config.modules_to_save)})"
+        fix = "train without modules_to_save; only IA3 vectors can be served"
+        raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
+    targets = resolve_targets(config, modules)
+    expected = {f"{_PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    faults = [_unknown_key(key, expected) for key in checkpoint.tensors if key not in expected]
+    vectors = {}
+    for key, target in expected.items():
+        if key not in checkpoint.tensors:
+            fix = f"target_modules names {target.module}; save the adapter again with PEFT"
+            faults.append(Fault(key, f"is missing in {WEIGHTS_FILE}", fix))
+            continue
+        tensor = checkpoint.tensors[key]
+        fault = _tensor_fault(key, tensor, target, modules.size(target))
+        if fault is None:
+            vectors[target] = tensor.detach().to(torch.float32).flatten().contiguous()
+        else:
+            faults.append(fault)
+    if len(faults) > _MAX_FAULTS:
+        more = len(faults) - _MAX_FAULTS
+        faults = [*faults[:_MAX_FAULTS], Fault(WEIGHTS_FILE, f"and {more} more faults like these")]
+    if faults:
+        raise InvalidAdapter(faults)
+    return AdapterVectors(vectors)
+
+
+def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
+    """Several adapters active at once: PEFT's `IA3Model.set_adapter([a, b])`, in its order."""
+    vectors: dict[Target, torch.Tensor] = {}
+    for adapter in several:
+        for target, vector in adapter.vectors.items():
+            vectors[target] = vectors[target] * vector if target in vectors else vector
+    return AdapterVectors(vectors)
+
+
+def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
+    """What to tell the owner of an adapter that was trained on a base of another name."""
+    trained = config.base_model_name_or_path
+    if not trained or trained == served or Path(trained).name.lower() == Path(served).name.lower():
+        return None
+    return f"the adapter was trained on '{trained}', and this server runs '{served}'"
+
+
+def _read_config(path: Path) -> IA3Config:
+    if not path.is_file():
+        fix = "upload both files that PEFT's save_pretrained writes"
+        raise InvalidAdapter([Fault(CONFIG_FILE, "is missing", fix)])
+    with path.open("rb") as file:
+        return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / _PICKLED_FILE).exists():
+            problem = f"{_PICKLED_FILE} is pickled, which can run code"
+            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)])
+        fix = "upload both files that PEFT's save_pretrained writes"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
+    data = path.read_bytes()
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        problem = "holds pickled weights, which can run code"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)])
+    try:
+        return load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        fix = "upload the file whole, as PEFT's save_pretrained wrote it"
+        problem = f"is no safetensors file, or is damaged: {error}"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
+
+
+def _unknown_key(key: str, expected: Mapping[str, Target]) -> Fault:
+    near = difflib.get_close_matches(key, expected, n=1)
+    fix = f"did you mean {near[0]}?" if near else "each key is base_model.model.<module>.ia3_l"
+    shown = key if len(key) <= 200 else key[:197] + "..."
+    return Fault(shown, "belongs to no module that the config targets in this base model", fix)
+
+
+def _tensor_fault(key: str, tensor: torch.Tensor, target: Target, size: int) -> Fault | None:
+    shape = (1, size) if target.side is Side.INPUT else (size, 1)
+    if tuple(tensor.shape) != shape:
+        problem = f"has shape {tuple(tensor.shape)}, and the base model's layer needs {shape}"
+        return Fault(key, problem, "train the adapter on the base model that is served here")
+    if not tensor.is_floating_point():
+        return Fault(key, f"has dtype {tensor.dtype}", "save the vectors as float32")
+    bad = int((~torch.isfinite(tensor.float())).sum())
+    if bad:
+        problem = f"{bad} of {size} values are NaN or infinite"
+        return Fault(key, problem, "train again with a lower learning rate")
+    return None

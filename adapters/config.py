@@ -1,0 +1,95 @@
+"""PEFT's `adapter_config.json`, read, checked and written back unchanged."""
+
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from adapters.errors import Fault, InvalidAdapter
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+
+Names = list[str] | str | None
+"""Module names or suffixes, or one regular expression, or PEFT's default for the model."""
+
+
+class IA3Config(BaseModel):
+    """PEFT's `IA3Config`. A field that it does not know is kept as it came."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    peft_type: Literal["IA3"] = "IA3"
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    target_modules: Names = None
+    exclude_modules: Names = None
+    feedforward_modules: Names = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+    @model_validator(mode="after")
+    def _feedforward_is_targeted(self) -> Self:
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if isinstance(targets, list) and isinstance(feedforward, list):
+            stray = sorted(set(feedforward) - set(targets))
+            if stray:
+                raise ValueError(
+                    f"feedforward_modules must be a subset of target_modules; not in it: {stray}"
+                )
+        return self
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read a config file's bytes. Raises InvalidAdapter with every fault."""
+        return cls._check(_json_object(data))
+
+    @classmethod
+    def _check(cls, values: dict[str, Any]) -> Self:
+        kind = values.get("peft_type")
+        if kind != "IA3":
+            problem = f"{CONFIG_FILE} describes {_shown(kind)}, and Infuse serves IA3 adapters only"
+            raise InvalidAdapter([Fault("peft_type", problem, "train with peft.IA3Config")])
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            faults = {_field(e["loc"]): Fault(_field(e["loc"]), e["msg"]) for e in error.errors()}
+            fix = "write the file with PEFT's save_pretrained"
+            raise InvalidAdapter(
+                [Fault(f.field, f.problem, fix) for f in faults.values()]
+            ) from None
+
+    def dump(self) -> bytes:
+        """The file as PEFT writes it."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True).encode()
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    fix = "write the file with PEFT's save_pretrained"
+    if len(data) > MAX_CONFIG_BYTES:
+        problem = f"{len(data)} bytes is more than a config's limit of {MAX_CONFIG_BYTES}"
+        raise InvalidAdapter([Fault(CONFIG_FILE, problem, fix)])
+    try:
+        values = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter([Fault(CONFIG_FILE, f"is no JSON: {error}", fix)]) from None
+    if not isinstance(values, dict):
+        raise InvalidAdapter([Fault(CONFIG_FILE, "is no JSON object", fix)])
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    return str(location[0]) if location else "feedforward_modules"

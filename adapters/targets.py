@@ -1,0 +1,194 @@
+"""Which modules of a base model a config adapts, and on which side: exactly PEFT's choice."""
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+import regex
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapters.config import IA3Config
+from adapters.errors import Fault, InvalidAdapter
+from adapters.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+
+_ALL_LINEAR = "all-linear"
+_MAX_PATTERN = 2000
+"""Characters of a regular expression."""
+_MAX_REPEAT = 1000
+"""Largest counted repeat in one: compiling `((a{9999}){9999}){9999}` alone would stall."""
+_MATCH_SECONDS = 1.0
+"""For all regular expressions of one config together."""
+
+
+class Side(StrEnum):
+    INPUT = "input"
+    """Feed-forward: the vector scales what goes into the module."""
+    OUTPUT = "output"
+    """Keys, values: the vector scales what comes out."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Target:
+    module: str
+    side: Side
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModules:
+    """The modules of a base model, noted before anything in it is wrapped or packed."""
+
+    model_type: str
+    names: tuple[str, ...]
+    """All of them, in `named_modules` order."""
+    sizes: dict[str, tuple[int, int]]
+    """(in, out) features of those that IA3 can adapt."""
+    output_embedding: str | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        names, sizes, output = [], {}, None
+        for name, module in model.named_modules():
+            if name:
+                names.append(name)
+            if isinstance(module, nn.Linear):
+                sizes[name] = (module.in_features, module.out_features)
+            elif isinstance(module, Conv1D):
+                sizes[name] = (module.weight.shape[0], module.weight.shape[1])
+            if module is head and output is None:
+                output = name
+        return cls(model.config.model_type, tuple(names), sizes, output)
+
+    def size(self, target: Target) -> int:
+        """The length of a target's vector."""
+        inputs, outputs = self.sizes[target.module]
+        return inputs if target.side is Side.INPUT else outputs
+
+
+def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ...]:
+    """PEFT's `BaseTuner.inject_adapter` and `IA3Model._check_target_module_feedforward`.
+
+    Raises InvalidAdapter: nothing matches, a match is no linear layer, a regular expression is
+    malformed or takes too long.
+    """
+    targets = _names_or_default("target_modules", config.target_modules, TARGET_MODULES, modules)
+    feedforward = _names_or_default(
+        "feedforward_modules", config.feedforward_modules, FEEDFORWARD_MODULES, modules
+    )
+    deadline = time.monotonic() + _MATCH_SECONDS
+    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+        targets = [name for name in modules.sizes if name != modules.output_embedding]
+    is_target = _NameMatcher("target_modules", targets, deadline)
+    is_excluded = _NameMatcher("exclude_modules", config.exclude_modules or [], deadline)
+    is_saved = _SavedMatcher(config.modules_to_save or [], deadline)
+    matched = [
+        name
+        for name in modules.names
+        if not is_excluded(name) and not is_saved(name) and is_target(name)
+    ]
+    faults = [
+        Fault("target_modules", f"'{name}' is no linear layer", "name linear layers only")
+        for name in matched
+        if name not in modules.sizes
+    ]
+    if not matched:
+        suffixes = sorted({name.rpartition(".")[2] for name in modules.sizes})
+        fix = f"the base model's linear layers end in: {', '.join(suffixes)}"
+        faults = [Fault("target_modules", "matches no module of the base model", fix)]
+    if faults:
+        raise InvalidAdapter(faults)
+    is_input = _FeedforwardMatcher(feedforward, deadline)
+    return tuple(Target(name, Side.INPUT if is_input(name) else Side.OUTPUT) for name in matched)
+
+
+def _names_or_default(
+    field: str,
+    names: list[str] | str | None,
+    defaults: dict[str, list[str]],
+    modules: BaseModules,
+) -> list[str] | str:
+    if names is not None:
+        return names
+    if modules.model_type not in defaults:
+        problem = f"PEFT has no default for the model type '{modules.model_type}'"
+        raise InvalidAdapter([Fault(field, problem, f"set {field} in the config and train again")])
+    return defaults[modules.model_type]
+
+
+class _Pattern:
+    """A regular expression from a stranger: bounded in size and, over all its uses, in time.
+
+    `regex` rather than `re`, since a running match can be interrupted, and lets other threads run.
+    """
+
+    def __init__(self, field: str, pattern: str, deadline: float) -> None:
+        self._field = field
+        self._deadline = deadline
+        if len(pattern) > _MAX_PATTERN:
+            raise self._refusal(f"is longer than {_MAX_PATTERN} characters")
+        repeats = [
+            int(n) for n in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,\s]*\}", pattern)))
+        ]
+        if any(repeat > _MAX_REPEAT for repeat in repeats):
+            raise self._refusal(f"repeats something more than {_MAX_REPEAT} times")
+        try:
+            self._compiled = regex.compile(pattern, regex.VERSION0)
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise self._refusal(f"is no regular expression: {error}") from None
+
+    def matches(self, name: str) -> bool:
+        left = self._deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            return self._compiled.fullmatch(name, timeout=left, concurrent=True) is not None
+        except TimeoutError:
+            raise self._refusal(f"takes more than {_MATCH_SECONDS:.0f} s to match") from None
+
+    def _refusal(self, problem: str) -> InvalidAdapter:
+        return InvalidAdapter([Fault(self._field, problem, "list the modules' names instead")])
+
+
+class _NameMatcher:
+    """`target_modules`, `exclude_modules`: exact name or `.suffix`; a string is a full match."""
+
+    def __init__(self, field: str, names: Iterable[str], deadline: float) -> None:
+        self._pattern = _Pattern(field, names, deadline) if isinstance(names, str) else None
+        self._exact = frozenset(names)
+        self._suffixes = tuple(f".{name}" for name in self._exact)
+
+    def __call__(self, name: str) -> bool:
+        if self._pattern is not None:
+            return self._pattern.matches(name)
+        return name in self._exact or name.endswith(self._suffixes)
+
+
+class _FeedforwardMatcher:
+    """`feedforward_modules`: bare `endswith`, so that `proj` catches `down_proj` (PEFT's quirk)."""
+
+    def __init__(self, names: list[str] | str, deadline: float) -> None:
+        field = "feedforward_modules"
+        self._pattern = _Pattern(field, names, deadline) if isinstance(names, str) else None
+        self._ends = tuple(names)
+
+    def __call__(self, name: str) -> bool:
+        if self._pattern is not None:
+            return self._pattern.matches(name)
+        return name.endswith(self._ends)
+
+
+class _SavedMatcher:
+    """`modules_to_save` are never targets: each is a regular expression for a part of the path."""
+
+    def __init__(self, names: list[str], deadline: float) -> None:
+        self._patterns = [
+            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", deadline) for name in names
+        ]
+
+    def __call__(self, name: str) -> bool:
+        return any(pattern.matches(name) for pattern in self._patterns)
