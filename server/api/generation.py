@@ -124,6 +124,8 @@ def _label(lease: Lease) -> str:
 def _lease(services: Services, model: str, count: int, undo: ExitStack) -> list[Lease | None]:
     if model == services.model_name:
         return [None] * count
+    if model.endswith("@"):
+        raise unknown_model(model)
     try:
         first = undo.enter_context(services.registry.lease(model))
         # All choices come from one revision, even if the name gets a new one right now.

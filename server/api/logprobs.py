@@ -14,7 +14,7 @@ LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come; JSON has no infinity."""
 
 
-_BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
+_BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """The byte behind each letter of the alphabet that byte-level tokenizers write tokens in."""
 
 

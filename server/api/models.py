@@ -5,11 +5,11 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Literal
 
-from adapters.store import Revision
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
+from adapters.store import Revision
 from server.api.generation import unknown_model
 from server.services import Services, get_services
 

@@ -196,8 +196,7 @@ class GenerationBody(BaseModel):
     min_tokens: int | None = Field(
         None,
         ge=0,
-        description="Neither end tokens nor stop strings end the text before this many tokens "
-        "(default 0).",
+        description="No end token or stop token comes before this many tokens (default 0).",
         examples=[0],
     )
     ignore_eos: bool | None = Field(

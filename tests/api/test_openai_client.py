@@ -103,17 +103,21 @@ def test_it_streams_a_chat(ai: OpenAI, base: str) -> None:
     assert (last.choices, last.usage) == ([], whole.usage)
 
 
-def test_its_stream_helper_collects_the_answer(ai: OpenAI, base: str) -> None:
+def test_its_stream_helper_collects_the_answer(ai: OpenAI, base: str, oracle: Oracle) -> None:
     with ai.chat.completions.stream(
         model=base,
         messages=[{"role": "user", "content": "Where is my order?"}],
-        max_tokens=12,
         logprobs=True,
+        logit_bias={str(oracle.tokenizer.eos_token_id): 100},
+        extra_body={"min_tokens": 5},
     ) as stream:
         final = stream.get_final_completion()
 
-    assert final.choices[0].message.role == "assistant"
-    assert final.choices[0].logprobs is not None
+    [choice] = final.choices
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 6
 
 
 def test_its_token_scores_have_the_expected_types(ai: OpenAI, base: str) -> None:

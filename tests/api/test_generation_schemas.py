@@ -1,0 +1,36 @@
+"""What the OpenAPI page says about the generation endpoints."""
+
+import pytest
+from pydantic import BaseModel
+
+from server.api import chat_schemas, completion_schemas, models, schemas
+
+
+def _models() -> list[type[BaseModel]]:
+    modules = (schemas, completion_schemas, chat_schemas, models)
+    values = [value for module in modules for value in vars(module).values()]
+    found = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
+    return sorted(found - {BaseModel}, key=lambda model: model.__name__)
+
+
+@pytest.mark.parametrize("model", _models(), ids=lambda model: model.__name__)
+def test_every_field_is_described_with_an_example_that_fits(model: type[BaseModel]) -> None:
+    example = {}
+    for name, field in model.model_fields.items():
+        assert field.description, name
+        assert field.examples, name
+        example[name] = field.examples[0]
+    if "stream_options" in example:
+        example["stream"] = True
+    if "add_generation_prompt" in example:
+        example["continue_final_message"] = False
+
+    model.model_validate(example)
+
+
+def test_requests_are_shown_as_clients_write_them() -> None:
+    page = completion_schemas.CompletionBody.model_json_schema()["properties"]
+
+    kinds = {kind["type"] for kind in page["prompt"]["anyOf"]}
+    assert kinds == {"string", "array"}
+    assert {kind["type"] for kind in page["stop"]["anyOf"]} == {"string", "array", "null"}
