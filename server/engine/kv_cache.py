@@ -216,9 +216,9 @@ class _StripPlan:
         first = 0
         for slab, first_strip, starts in groups:
             rows = len(starts)
-            index = torch.arange(first_strip, first_strip + rows)
+            strips = torch.arange(first_strip, first_strip + rows)
             lengths = [start + 1 for start in starts]
-            runs.append(_Run(first, rows, slab, first_strip, lengths, index, torch.tensor(starts)))
+            runs.append(_Run(first, rows, slab, first_strip, lengths, strips, torch.tensor(starts)))
             first += rows
         return runs
 

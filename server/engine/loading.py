@@ -63,9 +63,9 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
     if Path(name).is_dir():
         name = Path(name).resolve().name
     base.requires_grad_(False)
-    return LoadedModel(
-        base.to(torch.device(device)).eval(), tokenizer, name, base.generation_config
-    )
+    base.train(False)
+    base.to(device)  # type: ignore[arg-type]
+    return LoadedModel(base, tokenizer, name, base.generation_config)
 
 
 def _first_line(error: Exception) -> str:

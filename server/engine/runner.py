@@ -48,8 +48,8 @@ class Runner:
         prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
         slots = [_slot(sequence) for sequence in step.decode]
         if self._graphs is not None and not prefill and self._graphs.fit(decode):
-            ids = [sequence.tokens[-1] for sequence in step.decode]
-            return Logits(step.decode, self._graphs.run(ids, decode, slots), [])
+            last = [sequence.tokens[-1] for sequence in step.decode]
+            return Logits(step.decode, self._graphs.run(last, decode, slots), [])
         self._ia3.set_packed(slots, [Segment(_slot(s), tokens) for s, tokens in step.prefill])
         ids: list[int] = []
         positions: list[int] = []

@@ -1,0 +1,41 @@
+"""For orchestrators and for Prometheus."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel, Field
+
+from server.errors import ApiError, ErrorBody
+from server.services import Services, get_services
+
+router = APIRouter(tags=["operations"])
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
+
+
+@router.get("/health/live")
+async def live() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@router.get(
+    "/health/ready", responses={503: {"model": ErrorBody, "description": "Not now: draining."}}
+)
+async def ready(services: ServicesDep) -> Health:
+    """Requests are welcome."""
+    if not services.engine.stats().ready:
+        raise ApiError(
+            503, "The server takes no requests now.", code="not_ready", headers={"Retry-After": "5"}
+        )
+    return Health(status="ok")
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(services: ServicesDep) -> Response:
+    """Prometheus' text format."""
+    return Response(services.metrics.expose(), media_type="text/plain; version=0.0.4")

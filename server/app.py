@@ -1,0 +1,151 @@
+"""The application: builds engine, registry and routes from the settings; start-up and drain."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from anyio import to_thread
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters.errors import AdapterError, UnknownAdapter
+from adapters.model import IA3Model
+from adapters.registry import AdapterRegistry
+from adapters.store import AdapterStore
+from server.api import adapters, chat, completions, health, models
+from server.api.streams import Streams
+from server.auth import Authorize, Key, read_keys
+from server.engine import Engine, EngineConfig, load_model
+from server.errors import ApiError, error_response, install_error_handlers
+from server.metrics import Metrics
+from server.services import Services
+from server.settings import MEBIBYTE, Settings
+
+log = logging.getLogger(__name__)
+
+_UPLOADS = "/v1/adapters"
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Loads the model, which takes a while. Raises BadKeysFile, EngineError and AdapterError."""
+    keys: list[Key] = [] if settings.keys_file is None else read_keys(settings.keys_file)
+    make_services = load_services(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = make_services(streams=Streams(asyncio.get_running_loop()))
+        app.state.services = services
+        services.engine.start(services.streams.deliver)
+        log.info("Serving %s with %d adapters.", services.model_name, len(services.store))
+        try:
+            yield
+        finally:
+            await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
+            services.store.close()
+
+    app = FastAPI(
+        title="Infuse",
+        summary="One base model, thousands of IA3 adapters, one batch.",
+        lifespan=lifespan,
+    )
+    install_error_handlers(app)
+    for module in (completions, chat, models, adapters, health):
+        app.include_router(module.router)
+    app.add_middleware(LimitBodies, settings=settings)
+    app.add_middleware(Authorize, keys=keys)
+    return app
+
+
+def load_services(settings: Settings) -> "partial[Services]":
+    """Everything but the streams, which belong to an event loop that does not run yet."""
+    store = AdapterStore(settings.adapters_dir)
+    try:
+        loaded = load_model(settings.model, settings.device, settings.dtype)
+        name = settings.served_model_name or loaded.name
+        ia3 = IA3Model(loaded.model, settings.max_resident_adapters)
+        registry = AdapterRegistry(store, ia3.modules_of_base, ia3, reserved=(name,))
+        engine = Engine(loaded, ia3, registry, _engine_config(settings))
+        if settings.preload_adapters is not None:
+            preload(registry, store, settings.preload_adapters)
+    except BaseException:
+        store.close()
+        raise
+    return partial(
+        Services,
+        settings=settings,
+        engine=engine,
+        registry=registry,
+        store=store,
+        metrics=Metrics(engine.stats, registry.stats),
+        model_name=name,
+        started=datetime.now(UTC),
+    )
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        max_rows=settings.max_batch_rows,
+        max_queue=settings.max_queue,
+        max_model_len=settings.max_model_len,
+        kv_cache_tokens=settings.kv_cache_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        pack_linears=settings.pack_linears,
+    )
+
+
+def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> None:
+    """Offer each sub-folder as an adapter of its name; what does not fit is passed over."""
+    for source in sorted(path for path in folder.iterdir() if path.is_dir()):
+        with store.staging() as staged:
+            for file in source.iterdir():
+                if file.is_file():
+                    (staged / file.name).write_bytes(file.read_bytes())
+            try:
+                try:
+                    registry.replace(source.name, staged, source="preload")
+                except UnknownAdapter:
+                    registry.add(source.name, staged, source="preload")
+            except AdapterError as error:
+                log.warning("The adapter in %s is not offered: %s", source, error)
+
+
+class LimitBodies:
+    """ASGI middleware: a body over its limit is refused by its header, or while it comes."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._upload_limit = settings.max_upload_bytes + MEBIBYTE
+        """The form around the files needs some room of its own."""
+        self._body_limit = settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        upload = str(scope["path"]).startswith(_UPLOADS)
+        limit = self._upload_limit if upload else self._body_limit
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            refusal = ApiError(413, _too_large(limit), code="body_too_large")
+            await error_response(refusal)(scope, receive, send)
+            return
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, _too_large(limit))
+            return message
+
+        await self._app(scope, limited, send)
+
+
+def _too_large(limit: int) -> str:
+    return f"The body is larger than this server's limit of {limit} bytes."

@@ -1,0 +1,104 @@
+"""API keys: who may generate and who may administer, decided before a body is read."""
+
+import hashlib
+import hmac
+import logging
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import ApiError, error_response
+
+log = logging.getLogger(__name__)
+
+Role = Literal["generate", "admin"]
+_OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
+
+
+class Key(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    key: SecretStr = Field(min_length=16)
+    roles: frozenset[Role] = Field(min_length=1)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.key.get_secret_value().encode()).digest()
+
+
+class BadKeysFile(Exception):
+    """The keys file cannot be used; the message says why, without a key in it."""
+
+
+def read_keys(path: Path) -> list[Key]:
+    """Raises BadKeysFile."""
+    try:
+        keys = TypeAdapter(list[Key]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadKeysFile(f"the keys file {path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BadKeysFile(f"the keys file {path} is wrong at {where}: {first['msg']}") from None
+    if not keys:
+        raise BadKeysFile(f"the keys file {path} holds no key; nobody could use the server")
+    if path.stat().st_mode & stat.S_IROTH:
+        log.warning("The keys file %s can be read by every user of this machine.", path)
+    return keys
+
+
+class Authorize:
+    """ASGI middleware. Without keys everybody may do everything."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+        self._app = app
+        self._keys = [(key, key.digest) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        path = str(scope["path"])
+        if path.startswith(_OPEN):
+            return None
+        header = Headers(scope=scope).get("authorization", "")
+        scheme, _, given = header.partition(" ")
+        key = self._find(given.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            return ApiError(
+                401,
+                "No valid API key was given; send it as 'Authorization: Bearer <key>'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        role: Role | None = _role(path)
+        if role is not None and role not in key.roles:
+            message = f"The key '{key.name}' lacks the role '{role}', which {path} needs."
+            return ApiError(403, message, code="missing_role")
+        return None
+
+    def _find(self, given: str) -> Key | None:
+        digest = hashlib.sha256(given.encode()).digest()
+        found = None
+        for key, expected in self._keys:
+            if hmac.compare_digest(digest, expected):
+                found = key
+        return found
+
+
+def _role(path: str) -> Role | None:
+    """What a path needs; None: any key will do."""
+    if path == "/metrics":
+        return None
+    return "admin" if path.startswith("/v1/adapters") else "generate"

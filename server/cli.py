@@ -1,0 +1,158 @@
+"""`infuse serve`, and `infuse adapters …` for a server that runs."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from adapters.errors import AdapterError
+from server.client import AdminClient, ClientError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serve many IA3 adapters on one base model.",
+)
+adapters_app = typer.Typer(
+    no_args_is_help=True, help="Add, list, remove and check adapters of a server that runs."
+)
+app.add_typer(adapters_app, name="adapters")
+
+Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with 'admin'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Folder = Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.")]
+_HERE = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    app()
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    help="Serve a model. `infuse serve --help` lists every setting.",
+)
+def serve(context: typer.Context) -> None:
+    # torch and transformers take seconds to import, which the other commands need not wait for.
+    from server.app import create_app
+    from server.auth import BadKeysFile
+    from server.engine import EngineError
+    from server.settings import Settings
+
+    try:
+        settings = CliApp.run(Settings, cli_args=context.args)
+    except ValidationError as error:
+        for each in error.errors():
+            where = " ".join(f"--{str(part).replace('_', '-')}" for part in each["loc"])
+            typer.echo(f"infuse serve: {where or 'settings'}: {each['msg']}", err=True)
+        raise typer.Exit(2) from None
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        application = create_app(settings)
+    except (BadKeysFile, EngineError, AdapterError) as error:
+        typer.echo(f"infuse serve: {error}", err=True)
+        raise typer.Exit(2) from None
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=settings.host,
+            port=settings.port,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=round(settings.drain_timeout),
+        )
+    )
+    server.run()
+    if not server.started:
+        raise typer.Exit(2)
+
+
+@adapters_app.command()
+def add(
+    name: Name,
+    folder: Folder,
+    replace: Annotated[bool, typer.Option(help="Make a new revision of a known name.")] = False,
+    url: Url = _HERE,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add an adapter.
+
+    Example: infuse adapters add support-de ./out/support-de
+    """
+    with _client(url, api_key) as client:
+        answer = client.replace(name, folder) if replace else client.add(name, folder)
+    _warn(answer)
+    done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
+    _print(answer, as_json, f"{name} {done}")
+
+
+@adapters_app.command("list")
+def list_adapters(url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """List the adapters: name, revision, bytes, time.
+
+    Example: infuse adapters list --json
+    """
+    with _client(url, api_key) as client:
+        adapters = client.list()
+    lines = [f"{a['name']}\t{a['revision']}\t{a['size']}\t{a['created']}" for a in adapters]
+    _print(adapters, as_json, "\n".join(lines))
+
+
+@adapters_app.command()
+def remove(name: Name, url: Url = _HERE, api_key: ApiKey = None) -> None:
+    """Remove an adapter; requests that run on it finish.
+
+    Example: infuse adapters remove support-de
+    """
+    with _client(url, api_key) as client:
+        client.remove(name)
+
+
+@adapters_app.command()
+def check(
+    folder: Folder, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
+) -> None:
+    """Check whether the server could serve an adapter, and keep nothing.
+
+    Example: infuse adapters check ./out/support-de
+    """
+    with _client(url, api_key) as client:
+        answer = client.check(folder)
+    _warn(answer)
+    _print(answer, as_json, f"{folder} fits: it rescales {answer['targets']} modules")
+
+
+@contextmanager
+def _client(url: str, api_key: str | None) -> Iterator[AdminClient]:
+    """A client whose errors end the command."""
+    try:
+        with AdminClient(url, api_key) as client:
+            yield client
+    except ClientError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _warn(answer: dict[str, Any]) -> None:
+    for warning in answer["warnings"]:
+        typer.echo(f"Warning: {warning}", err=True)
+
+
+def _print(answer: Any, as_json: bool, text: str) -> None:
+    if as_json or text:
+        typer.echo(json.dumps(answer, indent=2) if as_json else text)

@@ -1,0 +1,85 @@
+"""The admin API from the command line's side."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from adapters.checkpoint import WEIGHTS_FILE
+from adapters.config import CONFIG_FILE
+
+_TIMEOUT = 60.0
+
+
+class ClientError(Exception):
+    """The server refused, or could not be reached; the message is for the terminal."""
+
+
+class AdminClient:
+    def __init__(self, url: str, api_key: str | None) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def add(self, name: str, folder: Path) -> dict[str, Any]:
+        return self._upload("POST", "/v1/adapters", folder, {"name": name})
+
+    def replace(self, name: str, folder: Path) -> dict[str, Any]:
+        return self._upload("PUT", f"/v1/adapters/{name}", folder)
+
+    def check(self, folder: Path) -> dict[str, Any]:
+        return self._upload("POST", "/v1/adapters?dry_run=true", folder)
+
+    def list(self) -> list[dict[str, Any]]:
+        adapters: list[dict[str, Any]] = []
+        after = ""
+        while True:
+            query = {"limit": 1000} | ({"after": after} if after else {})
+            page = self._send("GET", "/v1/adapters", params=query)
+            adapters += page["data"]
+            if page["next"] is None:
+                return adapters
+            after = page["next"]
+
+    def remove(self, name: str) -> None:
+        self._send("DELETE", f"/v1/adapters/{name}")
+
+    def _upload(
+        self, method: str, path: str, folder: Path, data: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            files = {
+                "config": (CONFIG_FILE, (folder / CONFIG_FILE).read_bytes()),
+                "weights": (WEIGHTS_FILE, (folder / WEIGHTS_FILE).read_bytes()),
+            }
+        except OSError as error:
+            raise ClientError(
+                f"{error.filename}: {error.strerror}; name a folder that PEFT's save_pretrained "
+                "wrote"
+            ) from None
+        return self._send(method, path, data=data, files=files)
+
+    def _send(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, **content)
+        except httpx.HTTPError as error:
+            raise ClientError(
+                f"no answer from {self._http.base_url}: {error}; is the server up? (--url)"
+            ) from None
+        if response.is_success:
+            return {} if response.status_code == 204 else dict(response.json())
+        try:
+            error_info = response.json()["error"]
+        except (ValueError, KeyError, TypeError):
+            raise ClientError(f"the server answered {response.status_code}") from None
+        lines = [error_info["message"]]
+        lines += [
+            f"  {d['field']}: {d['problem']}" + (f" - {d['fix']}" if d["fix"] else "")
+            for d in error_info["details"]
+        ]
+        raise ClientError("\n".join(lines))

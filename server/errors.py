@@ -1,0 +1,213 @@
+"""Errors as HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    Fault,
+    InvalidAdapter,
+    RevisionConflict,
+    StoreFull,
+    UnknownAdapter,
+    UnknownRevision,
+)
+from server.engine.errors import EngineDead, EngineError, EngineStopping, QueueFull
+
+log = logging.getLogger(__name__)
+
+_DRAIN_RETRY_AFTER = "5"
+"""Seconds: another replica, or this one restarted, should answer by then."""
+
+
+class ErrorDetail(BaseModel):
+    field: str = Field(description="What is wrong.", examples=["target_modules"])
+    problem: str = Field(
+        description="How it is wrong.", examples=["matches no module of the base model"]
+    )
+    fix: str = Field(description="What to do about it.", examples=["name linear layers only"])
+
+
+class ErrorInfo(BaseModel):
+    message: str = Field(description="For people.", examples=["There is no adapter named 'x'."])
+    type: str = Field(description="OpenAI's class of error.", examples=["invalid_request_error"])
+    param: str | None = Field(description="The field that is to blame.", examples=["model"])
+    code: str | None = Field(description="For programs.", examples=["model_not_found"])
+    details: list[ErrorDetail] = Field(
+        description="All faults, where there are several.",
+        examples=[[{"field": "weights", "problem": "is missing", "fix": "upload both files"}]],
+    )
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    model_config = ConfigDict(title="Error")
+
+    error: ErrorInfo = Field(
+        description="The error.",
+        examples=[
+            {
+                "message": "There is no adapter named 'x'.",
+                "type": "invalid_request_error",
+                "param": "model",
+                "code": "model_not_found",
+                "details": [],
+            }
+        ],
+    )
+
+
+class ApiError(Exception):
+    """An answer that is no success. `details` lists every fault, not the first one."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        details: Sequence[Fault] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.details = tuple(details)
+        self.headers = dict(headers or {})
+
+
+def error_body(error: ApiError) -> str:
+    """The JSON text of an error."""
+    info = {
+        "message": error.message,
+        "type": _type(error.status),
+        "param": error.param,
+        "code": error.code,
+        "details": [
+            {"field": fault.field, "problem": fault.problem, "fix": fault.fix}
+            for fault in error.details
+        ],
+    }
+    return json.dumps({"error": info})
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error_body(error), error.status, error.headers, media_type="application/json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(AdapterError, _adapter_error)
+    app.add_exception_handler(EngineError, _engine_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unforeseen)
+
+
+def _type(status: int) -> str:
+    known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return known.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _adapter_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, AdapterError)
+    return error_response(from_adapter_error(error))
+
+
+def from_adapter_error(error: AdapterError) -> ApiError:
+    match error:
+        case InvalidAdapter(faults=faults):
+            many = f"The adapter has {len(faults)} faults; see details."
+            message = str(faults[0]) if len(faults) == 1 else many
+            return ApiError(
+                400, message, code="invalid_adapter", param=faults[0].field, details=faults
+            )
+        case UnknownAdapter() | UnknownRevision():
+            return ApiError(404, str(error), code="adapter_not_found", param="name")
+        case AdapterExists():
+            return ApiError(409, str(error), code="adapter_exists", param="name")
+        case RevisionConflict(current=current):
+            headers = {"ETag": current}
+            return ApiError(
+                412, str(error), code="revision_conflict", param="If-Match", headers=headers
+            )
+        case StoreFull():
+            return ApiError(507, str(error), code="storage_full")
+        case _:
+            log.error("An adapter error without a status of its own: %r", error)
+            return ApiError(500, str(error))
+
+
+async def _engine_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    return error_response(from_engine_error(error))
+
+
+def from_engine_error(error: EngineError) -> ApiError:
+    match error:
+        case QueueFull(retry_after=seconds):
+            headers = {"Retry-After": str(round(seconds))}
+            return ApiError(429, str(error), code="queue_full", headers=headers)
+        case EngineStopping():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="stopping", headers=headers)
+        case EngineDead():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="engine_dead", headers=headers)
+        case _:
+            log.error("An engine error without a status of its own: %r", error)
+            return ApiError(500, str(error))
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
+    assert isinstance(error, RequestValidationError)
+    faults = [_fault(each) for each in error.errors()]
+    first = faults[0]
+    message = f"{first.field}: {first.problem}"
+    api_error = ApiError(400, message, code="invalid_request", param=first.field, details=faults)
+    return error_response(api_error)
+
+
+def _fault(error: Mapping[str, Any]) -> Fault:
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "")
+        return Fault("body", f"is no valid JSON: {reason}", "send a JSON object")
+    where = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
+    fix = "leave it out" if error["type"] == "extra_forbidden" else ""
+    return Fault(".".join(where) or "body", str(error["msg"]), fix)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"There is nothing at {request.method} {request.url.path}; /docs lists what is.",
+        405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    headers = dict(error.headers or {})
+    return error_response(ApiError(error.status_code, message, headers=headers))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
+    body = json.loads(error_body(ApiError(500, "The server failed; its log says why.")))
+    return JSONResponse(body, 500)

@@ -1,0 +1,127 @@
+"""What Prometheus sees."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from adapters.registry import RegistryStats
+from server.engine import EngineStats
+
+_MAX_ADAPTER_LABELS = 100
+"""Adapters with a series of their own: the first that traffic names. The rest are "other"."""
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counters and histograms of requests; gauges are read from their owners at each scrape."""
+
+    def __init__(
+        self, engine: Callable[[], EngineStats], registry: Callable[[], RegistryStats]
+    ) -> None:
+        self._collectors = CollectorRegistry()
+        self._collectors.register(_Gauges(engine, registry))
+        labels = ("adapter",)
+        self.requests = Counter(
+            "infuse_requests",
+            "Choices that ended, by adapter and outcome.",
+            ("adapter", "outcome"),
+            registry=self._collectors,
+        )
+        self.prompt_tokens = Counter(
+            "infuse_prompt_tokens", "Prompt tokens.", labels, registry=self._collectors
+        )
+        self.generated_tokens = Counter(
+            "infuse_generated_tokens", "Generated tokens.", labels, registry=self._collectors
+        )
+        self.first_token = Histogram(
+            "infuse_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=self._collectors,
+        )
+        self.per_token = Histogram(
+            "infuse_time_per_output_token_seconds",
+            "Mean time between a request's output tokens after the first.",
+            buckets=_SECONDS,
+            registry=self._collectors,
+        )
+        self.duration = Histogram(
+            "infuse_request_seconds",
+            "From the request's arrival to its end.",
+            buckets=(*_SECONDS, 120.0, 300.0),
+            registry=self._collectors,
+        )
+        self._labels: set[str] = set()
+
+    def request_started(self, adapter: str) -> "RequestMetrics":
+        """`adapter`: its name, or the base model's."""
+        if len(self._labels) < _MAX_ADAPTER_LABELS:
+            self._labels.add(adapter)
+        return RequestMetrics(self, adapter if adapter in self._labels else "other")
+
+    def expose(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._collectors)
+
+
+class RequestMetrics:
+    """One request's clock."""
+
+    def __init__(self, metrics: Metrics, label: str) -> None:
+        self._metrics = metrics
+        self._label = label
+        self._started = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._started
+
+    def token(self, count: int) -> None:
+        """`count` tokens have come, now."""
+        if count == 0:
+            return
+        self._last = time.perf_counter()
+        if self._first is None:
+            self._first = self._last
+            self._metrics.first_token.observe(self._first - self._started)
+
+    def finished(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """`outcome`: stop, length, cancelled or error."""
+        metrics = self._metrics
+        metrics.requests.labels(self._label, outcome).inc()
+        metrics.prompt_tokens.labels(self._label).inc(prompt_tokens)
+        metrics.generated_tokens.labels(self._label).inc(completion_tokens)
+        metrics.duration.observe(time.perf_counter() - self._started)
+        if self._first is not None and completion_tokens > 1:
+            metrics.per_token.observe((self._last - self._first) / (completion_tokens - 1))
+
+
+class _Gauges(Collector):
+    def __init__(
+        self, engine: Callable[[], EngineStats], registry: Callable[[], RegistryStats]
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        engine, registry = self._engine(), self._registry()
+        gauges = {
+            "infuse_requests_running": ("Rows in the batch.", engine.running),
+            "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
+            "infuse_kv_tokens_used": ("Tokens of cache set aside for rows.", engine.kv_tokens_used),
+            "infuse_kv_tokens_total": ("The cache's budget in tokens.", engine.kv_tokens_total),
+            "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
+            "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
+            "infuse_adapters_pinned": ("Adapters that a running row uses.", registry.pinned),
+            "infuse_adapter_leases": ("Requests that hold a revision.", registry.leases),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)
+        counters = {
+            "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),
+            "infuse_preemptions": ("Rows put back to be computed again.", engine.preemptions),
+            "infuse_steps": ("Forwards of the model.", engine.steps),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(name, text, value=value)

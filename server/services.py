@@ -1,0 +1,32 @@
+"""What the routes work with, made once by `create_app`."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from starlette.requests import Request
+
+from adapters.registry import AdapterRegistry
+from adapters.store import AdapterStore
+from server.api.streams import Streams
+from server.engine import Engine
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    settings: Settings
+    engine: Engine
+    registry: AdapterRegistry
+    store: AdapterStore
+    metrics: Metrics
+    streams: Streams
+    model_name: str
+    """What requests call the base model."""
+    started: datetime
+
+
+def get_services(request: Request) -> Services:
+    """FastAPI dependency."""
+    services: Services = request.app.state.services
+    return services

@@ -1,0 +1,124 @@
+"""Every setting, once: flags of `infuse serve`, environment variables, and their checks."""
+
+import ipaddress
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1 << 20
+
+
+class Settings(BaseSettings):
+    """Serve one base model and its IA3 adapters over HTTP.
+
+    Each flag is also an environment variable: --max-model-len is INFUSE_MAX_MODEL_LEN.
+
+    Example: infuse serve --model ./llama-3.2-3b --adapters-dir ./adapters --keys-file keys.json
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="INFUSE_", cli_kebab_case=True, cli_implicit_flags=True, extra="forbid"
+    )
+
+    model: str | None = Field(
+        None,
+        description="Hub id or folder of the base model. Default: SmolLM2-135M-Instruct.",
+        examples=["meta-llama/Llama-3.2-3B"],
+    )
+    served_model_name: str | None = Field(
+        None, description="What requests call the base model.", examples=["base"]
+    )
+    adapters_dir: Path = Field(
+        Path("data/adapters"), description="Where adapters are kept.", examples=["/data/adapters"]
+    )
+    preload_adapters: Path | None = Field(
+        None,
+        description="A folder of adapter folders; those that fit the model are offered at start.",
+        examples=["examples/adapters"],
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.", examples=[8000])
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto: the GPU if there is one.", examples=["cpu"]
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="The base's number format; auto: the checkpoint's on a GPU, else float32.",
+        examples=["bfloat16"],
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        description="Longest prompt and answer together, in tokens. Default: the model's window.",
+        examples=[4096],
+    )
+    max_batch_rows: int = Field(
+        32, ge=1, le=4096, description="Requests in one batch.", examples=[32]
+    )
+    max_resident_adapters: int = Field(
+        256, ge=1, le=1_000_000, description="Adapters on the device at once.", examples=[256]
+    )
+    kv_cache_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Budget of the keys and values, in tokens. Default: what memory allows.",
+        examples=[65536],
+    )
+    prefill_chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt tokens in one step. Default: 256 on the CPU, 2048 on a GPU.",
+        examples=[512],
+    )
+    max_queue: int = Field(
+        256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
+    )
+    max_upload_bytes: int = Field(
+        64 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[67108864]
+    )
+    max_body_bytes: int = Field(
+        4 * MEBIBYTE, ge=1, description="Largest JSON request.", examples=[4194304]
+    )
+    keys_file: Path | None = Field(
+        None,
+        description='JSON: [{"name": "ci", "key": "...", "roles": ["generate", "admin"]}].',
+        examples=["keys.json"],
+    )
+    allow_anonymous: bool = Field(
+        False,
+        description="Listen beyond this machine without keys: something else guards the server.",
+        examples=[False],
+    )
+    drain_timeout: float = Field(
+        30.0, ge=0, description="Seconds that running requests get at shutdown.", examples=[30.0]
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="How much to log.", examples=["info"]
+    )
+    pack_linears: bool = Field(
+        True, description="Pack linear layers for oneDNN on the CPU.", examples=[True]
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _is_address(cls, host: str) -> str:
+        if host != "localhost":
+            try:
+                ipaddress.ip_address(host)
+            except ValueError:
+                raise ValueError(f"'{host}' is no IP address and not localhost") from None
+        return host
+
+    @model_validator(mode="after")
+    def _is_guarded(self) -> Self:
+        if self.keys_file is not None and not self.keys_file.is_file():
+            raise ValueError(f"there is no keys file at {self.keys_file}")
+        loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        if not loopback and self.keys_file is None and not self.allow_anonymous:
+            raise ValueError(
+                f"without keys the server listens on loopback only, not on {self.host}: set "
+                "--keys-file, or --allow-anonymous if something else guards it"
+            )
+        return self

@@ -1,0 +1,111 @@
+"""A real server on a free port, with a tiny model and adapters that PEFT saved."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from server.app import create_app
+from server.services import Services
+from server.settings import Settings
+from tests.factories import save_adapter, save_tiny_model
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "queries": {"target_modules": ["q_proj"], "feedforward_modules": []},
+    "mlp": {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+}
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    base_url: str
+    services: Services
+    model_folder: Path
+    adapter_folders: dict[str, Path]
+
+
+@contextlib.contextmanager
+def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
+    app = create_app(settings)
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server does not come up"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.services
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server does not stop"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: save_adapter(base, root / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(ADAPTERS.items(), start=1)
+    }
+
+
+@pytest.fixture(scope="session")
+def server(
+    model_folder: Path,
+    adapter_folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningServer]:
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=tmp_path_factory.mktemp("store"),
+        preload_adapters=adapter_folders["default"].parent,
+        max_batch_rows=8,
+    )
+    with run_server(settings) as (url, services):
+        yield RunningServer(url, services, model_folder, adapter_folders)
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.base_url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def start_server(
+    model_folder: Path, tmp_path: Path
+) -> Iterator[Callable[..., tuple[str, Services]]]:
+    """Start a server with other settings; it stops with the test."""
+    with contextlib.ExitStack() as servers:
+
+        def start(**overrides: Any) -> tuple[str, Services]:
+            settings: dict[str, Any] = {
+                "model": str(model_folder),
+                "served_model_name": "tiny",
+                "adapters_dir": tmp_path / "store",
+                "max_batch_rows": 8,
+            }
+            return servers.enter_context(run_server(Settings(**settings | overrides)))
+
+        yield start
