@@ -39,8 +39,7 @@ def encode_conversation(engine: Engine, body: ChatBody) -> tuple[int, ...]:
     if not tokenizer.chat_template:
         raise ApiError(
             400,
-            f"The model '{engine.model_name}' has no chat template; use /v1/completions and "
-            "write the prompt yourself.",
+            "This model has no chat template; use /v1/completions and write the prompt yourself.",
             param="messages",
         )
     text = _render(tokenizer, body)

@@ -2,34 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import peft
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from tests.factories import save_adapter
-
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "by-default": {},
-    "query-only": {"target_modules": ["q_proj"], "feedforward_modules": []},
-    "both-ends": {
-        "target_modules": ["v_proj", "up_proj", "down_proj"],
-        "feedforward_modules": ["down_proj"],
-    },
-}
-"""Adapters of different kinds for one base model."""
-
-
-def save_adapters(model_folder: Path, folder: Path) -> dict[str, Path]:
-    """One folder for each of `ADAPTERS`, as PEFT saves it."""
-    base = LlamaForCausalLM.from_pretrained(model_folder)
-    return {
-        name: save_adapter(base, folder / name, seed=seed, **config)
-        for seed, (name, config) in enumerate(ADAPTERS.items(), start=1)
-    }
 
 
 def upload(client: httpx.Client, name: str, folder: Path, method: str = "POST") -> httpx.Response:

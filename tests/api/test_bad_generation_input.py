@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 from tests.api.test_streaming import CHAT, COMPLETIONS, PROMPTS, at_rest, eventually
 
 BOTH = [COMPLETIONS, CHAT]
@@ -14,12 +14,12 @@ USER = {"role": "user", "content": "Hi"}
 
 
 @pytest.fixture(scope="module")
-def base(server: Server) -> str:
+def base(server: RunningServer) -> str:
     return server.services.model_name
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left_behind(server: Server) -> Any:
+def _nothing_is_left_behind(server: RunningServer) -> Any:
     yield
     assert eventually(lambda: at_rest(server))
 
@@ -142,7 +142,7 @@ def test_a_body_that_is_no_json_object_is_refused(
 
 
 def test_a_body_beyond_the_limit_is_refused(
-    client: httpx.Client, base: str, server: Server
+    client: httpx.Client, base: str, server: RunningServer
 ) -> None:
     body = {"model": base, "prompt": "x" * (server.services.settings.max_body_bytes + 1)}
 
@@ -200,7 +200,7 @@ def test_a_token_outside_of_the_vocabulary_is_named(
 
 @pytest.mark.parametrize("path", BOTH)
 def test_prompt_and_limit_beyond_the_window_name_both_numbers(
-    client: httpx.Client, base: str, server: Server, path: str
+    client: httpx.Client, base: str, server: RunningServer, path: str
 ) -> None:
     window = server.services.engine.max_model_len
     body = {"model": base, **PROMPTS[path], "max_tokens": window}
@@ -216,7 +216,7 @@ def test_prompt_and_limit_beyond_the_window_name_both_numbers(
 @pytest.mark.parametrize("tokens", ["window", "beyond", "far beyond"])
 @pytest.mark.parametrize("limit", [None, 1])
 def test_a_prompt_as_long_as_the_window_is_refused(
-    client: httpx.Client, base: str, server: Server, tokens: str, limit: int | None
+    client: httpx.Client, base: str, server: RunningServer, tokens: str, limit: int | None
 ) -> None:
     window = server.services.engine.max_model_len
     length = {"window": window, "beyond": window + 1, "far beyond": window * 1000}[tokens]
@@ -230,7 +230,7 @@ def test_a_prompt_as_long_as_the_window_is_refused(
 
 
 def test_a_prompt_that_is_only_scored_may_fill_the_window(
-    client: httpx.Client, base: str, server: Server
+    client: httpx.Client, base: str, server: RunningServer
 ) -> None:
     window = server.services.engine.max_model_len
     body = {"model": base, "prompt": "x" * window, "max_tokens": 0, "echo": True, "logprobs": 0}
@@ -255,9 +255,9 @@ def test_an_unknown_model_is_never_answered_by_the_base(
 
 @pytest.mark.parametrize("suffix", ["@99", "@0", "@-1", "@", "@latest", "@1@1"])
 def test_an_unknown_revision_is_not_found(
-    client: httpx.Client, adapters: dict[str, Path], suffix: str
+    client: httpx.Client, adapter_folders: dict[str, Path], suffix: str
 ) -> None:
-    body = {"model": next(iter(adapters)) + suffix, "prompt": "a"}
+    body = {"model": next(iter(adapter_folders)) + suffix, "prompt": "a"}
 
     assert refused(client.post(COMPLETIONS, json=body), 404)["code"] == "model_not_found"
 
@@ -346,7 +346,7 @@ def test_messages_must_be_a_conversation_of_texts(
 
 @pytest.mark.parametrize("prompts", [1, 100])
 def test_more_choices_than_the_queue_holds_are_refused(
-    client: httpx.Client, base: str, server: Server, prompts: int
+    client: httpx.Client, base: str, server: RunningServer, prompts: int
 ) -> None:
     n = min(128, server.services.settings.max_queue // prompts + 1)
     body = {"model": base, "prompt": ["a"] * (prompts if n < 128 else 1000), "n": n}

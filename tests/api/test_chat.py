@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 
 MESSAGES = [
@@ -25,8 +25,13 @@ def chat(client: httpx.Client, model: str, **body: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(server: Server) -> str:
+def base(server: RunningServer) -> str:
     return server.services.model_name
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path) -> Oracle:
+    return Oracle(model_folder)
 
 
 def rendered(oracle: Oracle, messages: list[dict[str, str]] = MESSAGES, **how: Any) -> list[int]:
@@ -36,10 +41,10 @@ def rendered(oracle: Oracle, messages: list[dict[str, str]] = MESSAGES, **how: A
 
 
 def test_base_and_adapter_answer_as_peft_does(
-    client: httpx.Client, base: str, model_folder: Path, adapters: dict[str, Path]
+    client: httpx.Client, base: str, model_folder: Path, adapter_folders: dict[str, Path]
 ) -> None:
     oracles = {base: Oracle(model_folder)}
-    oracles |= {name: Oracle(model_folder, folder) for name, folder in adapters.items()}
+    oracles |= {name: Oracle(model_folder, folder) for name, folder in adapter_folders.items()}
 
     for model, oracle in oracles.items():
         answer = chat(client, model, ignore_eos=True)
@@ -66,8 +71,10 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str, oracle: Or
     assert (choice["logprobs"], choice["finish_reason"]) == (None, "length")
 
 
-def test_the_answering_revision_is_named(client: httpx.Client, adapters: dict[str, Path]) -> None:
-    name = next(iter(adapters))
+def test_the_answering_revision_is_named(
+    client: httpx.Client, adapter_folders: dict[str, Path]
+) -> None:
+    name = next(iter(adapter_folders))
 
     response = client.post(
         "/v1/chat/completions", json={"model": name, "messages": MESSAGES, "max_tokens": 1}
@@ -77,7 +84,9 @@ def test_the_answering_revision_is_named(client: httpx.Client, adapters: dict[st
     assert response.json()["system_fingerprint"] == f"{name}@1"
 
 
-def test_an_answer_may_fill_the_window(client: httpx.Client, base: str, server: Server) -> None:
+def test_an_answer_may_fill_the_window(
+    client: httpx.Client, base: str, server: RunningServer
+) -> None:
     answer = chat(client, base, max_tokens=None, ignore_eos=True)
 
     assert answer["usage"]["total_tokens"] == server.services.engine.max_model_len

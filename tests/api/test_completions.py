@@ -8,7 +8,7 @@ import httpx
 import pytest
 import torch
 
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 
 PROMPT = "The order arrived"
@@ -23,16 +23,24 @@ def complete(client: httpx.Client, model: str, **body: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(server: Server) -> str:
+def base(server: RunningServer) -> str:
     return server.services.model_name
 
 
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path) -> Oracle:
+    return Oracle(model_folder)
+
+
 def test_base_and_adapters_in_one_batch_equal_peft(
-    client: httpx.Client, server: Server, model_folder: Path, adapters: dict[str, Path]
+    client: httpx.Client,
+    server: RunningServer,
+    model_folder: Path,
+    adapter_folders: dict[str, Path],
 ) -> None:
     prompts = [f"{PROMPT} on day {day}" for day in range(4)]
     oracles = {server.services.model_name: Oracle(model_folder)}
-    oracles |= {name: Oracle(model_folder, folder) for name, folder in adapters.items()}
+    oracles |= {name: Oracle(model_folder, folder) for name, folder in adapter_folders.items()}
     asked = [(name, prompt) for prompt in prompts for name in oracles]
 
     def ask(model: str, prompt: str) -> dict[str, Any]:
@@ -69,9 +77,9 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str) -> None:
 
 
 def test_the_answering_revision_is_named(
-    client: httpx.Client, base: str, adapters: dict[str, Path]
+    client: httpx.Client, base: str, adapter_folders: dict[str, Path]
 ) -> None:
-    name = next(iter(adapters))
+    name = next(iter(adapter_folders))
     body = {"model": name, "prompt": PROMPT, "max_tokens": 1}
 
     current = client.post("/v1/completions", json=body)
@@ -186,7 +194,7 @@ def test_sixteen_tokens_come_without_a_limit(client: httpx.Client, base: str) ->
 
 
 def test_the_default_limit_is_cut_to_the_window(
-    client: httpx.Client, base: str, server: Server
+    client: httpx.Client, base: str, server: RunningServer
 ) -> None:
     window = server.services.engine.max_model_len
     body = {"model": base, "prompt": "x" * (window - 3), "ignore_eos": True}
@@ -203,10 +211,10 @@ def test_logprobs_are_the_models_own(
     base: str,
     adapted: bool,
     model_folder: Path,
-    adapters: dict[str, Path],
+    adapter_folders: dict[str, Path],
 ) -> None:
-    name = next(iter(adapters))
-    oracle = Oracle(model_folder, adapters[name] if adapted else None)
+    name = next(iter(adapter_folders))
+    oracle = Oracle(model_folder, adapter_folders[name] if adapted else None)
     model = name if adapted else base
 
     answer = complete(client, model, logprobs=3, ignore_eos=True, temperature=0)

@@ -5,11 +5,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 
 
 def test_the_base_comes_first_and_every_adapter_names_it(
-    client: httpx.Client, server: Server, adapters: dict[str, Path]
+    client: httpx.Client, server: RunningServer, adapter_folders: dict[str, Path]
 ) -> None:
     base = server.services.model_name
 
@@ -18,7 +18,7 @@ def test_the_base_comes_first_and_every_adapter_names_it(
     assert listed["object"] == "list"
     first, *others = listed["data"]
     assert (first["id"], first["root"], first["parent"]) == (base, base, None)
-    assert adapters.keys() <= {model["id"] for model in others}
+    assert adapter_folders.keys() <= {model["id"] for model in others}
     for model in others:
         assert model["object"] == "model"
         assert model["owned_by"] == "infuse"
@@ -28,16 +28,16 @@ def test_the_base_comes_first_and_every_adapter_names_it(
 
 
 def test_a_model_is_looked_up_by_its_name(
-    client: httpx.Client, server: Server, adapters: dict[str, Path]
+    client: httpx.Client, server: RunningServer, adapter_folders: dict[str, Path]
 ) -> None:
     listed = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
 
-    for name in (server.services.model_name, *adapters):
+    for name in (server.services.model_name, *adapter_folders):
         assert client.get(f"/v1/models/{name}").json() == listed[name]
 
 
-def test_a_revision_is_a_model_too(client: httpx.Client, adapters: dict[str, Path]) -> None:
-    name = next(iter(adapters))
+def test_a_revision_is_a_model_too(client: httpx.Client, adapter_folders: dict[str, Path]) -> None:
+    name = next(iter(adapter_folders))
 
     model = client.get(f"/v1/models/{name}@1").json()
 
@@ -46,9 +46,9 @@ def test_a_revision_is_a_model_too(client: httpx.Client, adapters: dict[str, Pat
 
 @pytest.mark.parametrize("suffix", ["@99", "@0", "@-1", "@x", "@", "@1@1", "@²", "-unknown"])
 def test_an_unknown_model_is_not_found(
-    client: httpx.Client, adapters: dict[str, Path], suffix: str
+    client: httpx.Client, adapter_folders: dict[str, Path], suffix: str
 ) -> None:
-    name = next(iter(adapters))
+    name = next(iter(adapter_folders))
 
     response = client.get(f"/v1/models/{name}{suffix}")
 

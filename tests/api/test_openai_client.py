@@ -7,28 +7,33 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 
 PROMPT = "The order arrived"
 
 
 @pytest.fixture(scope="module")
-def ai(server: Server) -> Iterator[OpenAI]:
+def ai(server: RunningServer) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def base(server: Server) -> str:
+def base(server: RunningServer) -> str:
     return server.services.model_name
 
 
-def test_it_lists_and_finds_models(ai: OpenAI, base: str, adapters: dict[str, Path]) -> None:
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path) -> Oracle:
+    return Oracle(model_folder)
+
+
+def test_it_lists_and_finds_models(ai: OpenAI, base: str, adapter_folders: dict[str, Path]) -> None:
     names = [model.id for model in ai.models.list()]
 
     assert names[0] == base
-    assert adapters.keys() <= set(names)
+    assert adapter_folders.keys() <= set(names)
     assert ai.models.retrieve(names[-1]).id == names[-1]
     with pytest.raises(openai.NotFoundError):
         ai.models.retrieve("nobody")
@@ -57,8 +62,8 @@ def test_it_completes_and_streams_the_same_text(ai: OpenAI, base: str, oracle: O
     assert whole.usage.completion_tokens == 12
 
 
-def test_it_chats_with_logprobs(ai: OpenAI, adapters: dict[str, Path]) -> None:
-    name = next(iter(adapters))
+def test_it_chats_with_logprobs(ai: OpenAI, adapter_folders: dict[str, Path]) -> None:
+    name = next(iter(adapter_folders))
 
     answer = ai.chat.completions.create(
         model=name,

@@ -9,14 +9,14 @@ from transformers import GenerationConfig
 from server.api.completion_schemas import CompletionBody
 from server.api.sampling import SamplingDefaults, params_of_choice, sampling_params
 from server.engine.request import SamplingParams
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 
 
 def body(**fields: Any) -> CompletionBody:
     return CompletionBody.model_validate({"model": "m", "prompt": "a"} | fields)
 
 
-def params(server: Server, **fields: Any) -> SamplingParams:
+def params(server: RunningServer, **fields: Any) -> SamplingParams:
     return sampling_params(server.services.engine, body(**fields), max_tokens=8, logprobs=None)
 
 
@@ -40,19 +40,21 @@ def test_a_saved_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (defaults.temperature, defaults.top_p) == (1.0, 1.0)
 
 
-def test_what_a_request_says_wins(server: Server) -> None:
+def test_what_a_request_says_wins(server: RunningServer) -> None:
     said = params(server, temperature=0.3, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
 
     assert (said.temperature, said.top_k, said.top_p) == (0.3, 5, 0.5)
     assert (said.min_p, said.repetition_penalty) == (0.1, 1.2)
 
 
-def test_a_vanishing_temperature_is_greedy(server: Server) -> None:
+def test_a_vanishing_temperature_is_greedy(server: RunningServer) -> None:
     assert params(server, temperature=1e-300).temperature == 0
 
 
 @pytest.mark.parametrize(("asked", "meant"), [(-1, 0), (0, 0), (3, 3), (10**30, 261)])
-def test_top_k_is_off_or_within_the_vocabulary(server: Server, asked: int, meant: int) -> None:
+def test_top_k_is_off_or_within_the_vocabulary(
+    server: RunningServer, asked: int, meant: int
+) -> None:
     assert params(server, top_k=asked).top_k == meant
 
 

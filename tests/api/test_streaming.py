@@ -13,7 +13,7 @@ import pytest
 
 from server.api.streams import Streams
 from server.engine.request import FinishReason, Output
-from tests.api.conftest import Server
+from tests.api.conftest import RunningServer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ Chunk = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def base(server: Server) -> str:
+def base(server: RunningServer) -> str:
     return server.services.model_name
 
 
@@ -58,7 +58,7 @@ def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
-def at_rest(server: Server) -> bool:
+def at_rest(server: RunningServer) -> bool:
     services = server.services
     engine, registry = services.engine.stats(), services.registry.stats()
     counts = (engine.running, engine.waiting, engine.kv_tokens_used)
@@ -68,9 +68,11 @@ def at_rest(server: Server) -> bool:
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_stream_brings_what_a_whole_answer_brings(
-    client: httpx.Client, base: str, adapters: dict[str, Path], path: str, adapted: bool
+    client: httpx.Client, base: str, adapter_folders: dict[str, Path], path: str, adapted: bool
 ) -> None:
-    body = body_of(path, next(iter(adapters)) if adapted else base, n=2, seed=3, temperature=1)
+    body = body_of(
+        path, next(iter(adapter_folders)) if adapted else base, n=2, seed=3, temperature=1
+    )
     whole = client.post(path, json=body).json()
 
     chunks = stream(client, path, **body)
@@ -150,9 +152,9 @@ def test_a_stop_string_never_shows_in_a_stream(client: httpx.Client, base: str) 
 
 
 def test_a_stream_names_the_revision_that_answers(
-    client: httpx.Client, adapters: dict[str, Path]
+    client: httpx.Client, adapter_folders: dict[str, Path]
 ) -> None:
-    name = next(iter(adapters))
+    name = next(iter(adapter_folders))
 
     with client.stream("POST", CHAT, json=body_of(CHAT, name, stream=True)) as response:
         assert response.headers["infuse-adapter"] == f"{name}@1"
@@ -172,9 +174,9 @@ def test_a_fault_before_the_first_byte_is_an_http_error(
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_client_that_leaves_a_stream_frees_its_rows(
-    client: httpx.Client, server: Server, adapters: dict[str, Path], path: str
+    client: httpx.Client, server: RunningServer, adapter_folders: dict[str, Path], path: str
 ) -> None:
-    body = body_of(path, next(iter(adapters)), n=3, stream=True, max_tokens=200)
+    body = body_of(path, next(iter(adapter_folders)), n=3, stream=True, max_tokens=200)
 
     with client.stream("POST", path, json=body) as response:
         next(response.iter_lines())
@@ -185,10 +187,10 @@ def test_a_client_that_leaves_a_stream_frees_its_rows(
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_client_that_does_not_wait_for_its_answer_frees_its_rows(
-    server: Server, adapters: dict[str, Path], path: str
+    server: RunningServer, adapter_folders: dict[str, Path], path: str
 ) -> None:
     steps = server.services.engine.stats().steps
-    body = body_of(path, next(iter(adapters)), n=4, max_tokens=200)
+    body = body_of(path, next(iter(adapter_folders)), n=4, max_tokens=200)
 
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.base_url) as impatient:
         impatient.post(path, json=body, timeout=0.05)
