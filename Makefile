@@ -15,7 +15,7 @@ install: .venv/.installed
 	touch $@
 
 serve: install
-	$(BIN)/infuse serve $(ARGS)
+	$(BIN)/infuse serve --preload-adapters examples/adapters $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)

@@ -18,7 +18,7 @@ from transformers import (
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A two-layer llama with random weights: hidden 32, 4 heads of 8 over 2 key heads, 128 tokens."""
+    """Two layers, random weights, hidden 32, 4 heads of 8 over 2 key heads, 128 tokens."""
     settings: dict[str, Any] = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -37,7 +37,7 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 
 
 def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **config: Any) -> Path:
-    """An IA3 adapter with random vectors around 1, saved by PEFT itself. Wraps (and restores) `base`."""
+    """An IA3 adapter with random vectors around 1, saved by PEFT. Wraps, and restores, `base`."""
     generator = torch.Generator().manual_seed(seed)
     model = peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():

@@ -21,6 +21,7 @@ from server.api.generation import (
     Order,
     check_fan_out,
     check_model,
+    describe,
     finished_because,
     place_order,
     respond,
@@ -40,7 +41,7 @@ router = APIRouter(tags=["generation"])
     "/v1/chat/completions",
     summary="Answer a conversation",
     response_model=None,
-    responses={200: {"model": ChatCompletion, "description": "The answer, or a stream of chunks."}},
+    responses=describe(ChatCompletion),
 )
 async def create_chat_completion(
     body: ChatBody, request: Request, services: Annotated[Services, Depends(get_services)]

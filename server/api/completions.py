@@ -17,6 +17,7 @@ from server.api.generation import (
     Order,
     check_fan_out,
     check_model,
+    describe,
     finished_because,
     place_order,
     respond,
@@ -39,7 +40,7 @@ router = APIRouter(tags=["generation"])
     "/v1/completions",
     summary="Continue a prompt",
     response_model=None,
-    responses={200: {"model": Completion, "description": "The text, or a stream of chunks."}},
+    responses=describe(Completion),
 )
 async def create_completion(
     body: CompletionBody, request: Request, services: Annotated[Services, Depends(get_services)]

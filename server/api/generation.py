@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 from fastapi import Request
@@ -19,7 +19,7 @@ from adapters.registry import Lease
 from server.api.sampling import params_of_choice
 from server.api.schemas import FinishedBecause, GenerationBody, Usage
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
-from server.errors import ApiError, error_body
+from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
 from server.services import Services
 
@@ -60,6 +60,26 @@ class Order:
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.adapter is None else {"Infuse-Adapter": self.adapter}
+
+
+def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The answers of a generation endpoint, for the OpenAPI page."""
+    events = {"text/event-stream": {"example": 'data: {"id": "…"}\n\ndata: [DONE]\n\n'}}
+    errors = {
+        400: "The request is malformed, or longer than the model's window.",
+        404: "There is no such model.",
+        429: "The queue is full; `Retry-After` says when to come back.",
+        503: "The server is shutting down.",
+    }
+    answers: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": text} for status, text in errors.items()
+    }
+    answers[200] = {
+        "model": whole,
+        "description": "The answer; with `stream`, its chunks as events.",
+        "content": events,
+    }
+    return answers
 
 
 def check_fan_out(services: Services, body: GenerationBody, prompts: int) -> None:

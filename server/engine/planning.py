@@ -65,7 +65,7 @@ def make_cache(
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
+    free = float(psutil.virtual_memory().available)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

@@ -60,7 +60,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapter_folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def adapter_folders(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     root = tmp_path_factory.mktemp("adapters")
     return {
