@@ -65,7 +65,7 @@ class IA3Config(BaseModel):
 
     def dump(self) -> bytes:
         """The file as PEFT writes it."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True).encode()
+        return json.dumps(dict(self), indent=2, sort_keys=True).encode()
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
