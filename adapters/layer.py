@@ -13,8 +13,9 @@ class Scale:
     """How the rows of one tensor `[batch, tokens, size]` are rescaled.
 
     Either one factor for the whole tensor, any shape that broadcasts against it, or pieces of the
-    token axis; a token in no piece keeps its value. Factors are float32, and as in PEFT's
-    `ia3.layer.Linear.forward` the product is taken in the wider type and rounded once.
+    token axis; a token in no piece keeps its value. Some models (OPT) flatten batch and tokens
+    into one axis on the way: `[batch * tokens, size]` is scaled alike. Factors are float32, and as
+    in PEFT's `ia3.layer.Linear.forward` the product is taken in the wider type and rounded once.
     """
 
     __slots__ = ("factor", "pieces")
@@ -26,16 +27,23 @@ class Scale:
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale `x` in place: for a tensor that nobody else reads."""
         if self.factor is not None:
-            return x.mul_(self.factor)
+            self._by_row(x).mul_(self.factor)
         for start, stop, vector in self.pieces:
-            x[:, start:stop].mul_(vector)
+            x[..., start:stop, :].mul_(vector)
         return x
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """A rescaled copy of `x`, in its dtype."""
         if self.factor is not None:
-            return torch.mul(x, self.factor).to(x.dtype)
+            return torch.mul(self._by_row(x), self.factor).to(x.dtype).view_as(x)
         return self.scale_(x.clone())
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` with a batch axis, where the factor has one."""
+        assert self.factor is not None
+        if x.dim() == 2 and self.factor.dim() == 3:
+            return x.view(len(self.factor), -1, x.shape[-1])
+        return x
 
 
 class IA3Layer(nn.Module):

@@ -10,11 +10,16 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+TOKENS = 261
+"""The byte tokenizer's vocabulary: 256 bytes and five special tokens."""
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -49,8 +54,31 @@ def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **config: A
     return folder
 
 
-def save_tiny_model(folder: Path, **overrides: Any) -> Path:
-    """`tiny_llama` and a byte-level tokenizer (every byte a token, chat template) as a folder."""
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model of any decoder family in the same size, with the byte tokenizer's vocabulary."""
+    shape: dict[str, Any] = {
+        "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256},
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "bloom": {"n_head": 4, "n_layer": 2},
+    }.get(family, {"intermediate_size": 64, "num_key_value_heads": 2})
+    common = {
+        "vocab_size": TOKENS,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **common | shape | overrides)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token; three special tokens, a chat template."""
     alphabet = sorted(ByteLevel.alphabet())
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<|user|>": 3, "<|assistant|>": 4}
     vocab |= {letter: index for index, letter in enumerate(alphabet, start=len(vocab))}
@@ -65,7 +93,11 @@ def save_tiny_model(folder: Path, **overrides: Any) -> Path:
         "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    model = tiny_llama(**{"vocab_size": len(vocab)} | overrides)
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    return fast
+
+
+def save_tiny_model(folder: Path, **overrides: Any) -> Path:
+    """`tiny_llama` and `tiny_tokenizer` as a folder."""
+    tiny_llama(**{"vocab_size": TOKENS} | overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder

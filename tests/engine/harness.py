@@ -1,0 +1,177 @@
+"""An engine on a real (tiny) model, driven as a server drives it: submit, then listen."""
+
+import copy
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from adapters.model import IA3Model
+from adapters.registry import AdapterRegistry
+from adapters.store import AdapterStore
+from server.engine import (
+    Engine,
+    EngineConfig,
+    FinishReason,
+    GenerationRequest,
+    LoadedModel,
+    Output,
+    SamplingParams,
+    TokenLogprob,
+)
+from tests.factories import tiny_tokenizer
+
+_PATIENCE = 60.0
+"""Seconds until a test that waits for the engine gives up."""
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: FinishReason | None = None
+    error: str = ""
+
+    def add(self, output: Output) -> None:
+        assert self.finish is None, "an output after the last one"
+        self.tokens += output.token_ids
+        self.text += output.text
+        self.logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.finish, self.error = output.finish_reason, output.error
+
+
+class Harness:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        folder: Path,
+        adapters: Mapping[str, Path],
+        max_resident: int = 64,
+        **config: Any,
+    ) -> None:
+        self.store = AdapterStore(folder)
+        self.ia3 = IA3Model(base, max_resident)
+        self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
+        tokenizer = tiny_tokenizer()
+        loaded = LoadedModel(base, tokenizer, "tiny", GenerationConfig(eos_token_id=2))
+        self.engine = Engine(loaded, self.ia3, self.registry, EngineConfig(**config))
+        for name, source in adapters.items():
+            self.add(name, source)
+        self.answers: dict[str, Answer] = {}
+        self._outputs: queue.Queue[list[Output]] = queue.Queue()
+        self._gate = threading.Event()
+        self._gate.set()
+        self.engine.start(self._deliver)
+
+    def add(self, name: str, source: Path) -> None:
+        with self.store.staging() as staged:
+            for file in source.iterdir():
+                (staged / file.name).write_bytes(file.read_bytes())
+            self.registry.add(name, staged)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        self._outputs.put(outputs)
+        self._gate.wait(_PATIENCE)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: the model thread stands still, so that what is submitted starts together."""
+        self._gate.clear()
+        self.submit("plug", [5], max_tokens=1)
+        self.wait("plug")
+        try:
+            yield
+        finally:
+            self._gate.set()
+            del self.answers["plug"]
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        adapter: str | None = None,
+        priority: int = 0,
+        **params: Any,
+    ) -> None:
+        lease = None if adapter is None else self.registry.lease(adapter)
+        sampling = SamplingParams(
+            **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
+        )
+        request = GenerationRequest(
+            id=request_id, prompt=tuple(prompt), params=sampling, lease=lease, priority=priority
+        )
+        self.answers[request_id] = Answer()
+        try:
+            self.engine.submit(request)
+        except BaseException:
+            del self.answers[request_id]
+            if lease is not None:
+                lease.release()
+            raise
+
+    def read(self) -> None:
+        """Take in one delivery."""
+        for output in self._outputs.get(timeout=_PATIENCE):
+            self.answers[output.request_id].add(output)
+
+    def wait(self, *request_ids: str) -> None:
+        """Until these requests (none given: all) have ended."""
+        wanted = request_ids or tuple(self.answers)
+        while any(self.answers[each].finish is None for each in wanted):
+            self.read()
+
+    def ask(self, prompt: Sequence[int], adapter: str | None = None, **params: Any) -> Answer:
+        """One request, alone."""
+        self.submit("alone", prompt, adapter, **params)
+        self.wait("alone")
+        return self.answers.pop("alone")
+
+    def assert_idle(self) -> None:
+        """Nothing is held once nothing runs (invariant 6 of the design)."""
+        self.engine.stop(_PATIENCE)
+        stats, adapters = self.engine.stats(), self.registry.stats()
+        assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
+        assert (adapters.leases, adapters.pinned) == (0, 0)
+
+    def close(self) -> None:
+        self._gate.set()
+        self.engine.stop(0)
+        self.store.close()
+
+
+class Oracle:
+    """The base, or the base with one adapter put on by PEFT: one sequence at a time."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapter: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._model: Any = copy.deepcopy(base)
+        if adapter is not None:
+            self._model = PeftModel.from_pretrained(self._model, adapter)
+        self._model = self._model.to(dtype).eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """`[tokens, vocab]`."""
+        logits: torch.Tensor = self._model(torch.tensor([list(ids)])).logits[0]
+        return logits
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.logits(ids)[-1].argmax()))
+        return ids[len(prompt) :]
