@@ -1,0 +1,193 @@
+"""Both caches give the attention of whole rows, however rows come, grow and go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+from server.engine.attention import LayerAttention, LayerShape
+from server.engine.errors import DoesNotFit
+from server.engine.kv_cache import Chunk, KVCache, StripCache
+from server.engine.paged_cache import BLOCK, PagedCache
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+SHAPES = [LayerShape(KV_HEADS, DIM, DIM, torch.float32)] * 2
+LONGEST = 512
+ATTENTION = nn.Module().eval()
+ATTENTION.num_key_value_groups = HEADS // KV_HEADS
+
+
+def strips(tokens: int = 4 * LONGEST) -> KVCache:
+    return StripCache(SHAPES, tokens, LONGEST)
+
+
+def blocks(tokens: int = 4 * LONGEST) -> KVCache:
+    return PagedCache(SHAPES, tokens, LONGEST, torch.device("cpu"))
+
+
+CACHES = pytest.mark.parametrize("make", [strips, blocks])
+
+
+@dataclass
+class Row:
+    """The oracle's copy of a row: all queries, keys and values so far, `[heads, tokens, dim]`."""
+
+    number: int
+    query: list[torch.Tensor] = field(default_factory=list)
+    key: list[torch.Tensor] = field(default_factory=list)
+    value: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return sum(each.shape[1] for each in self.key)
+
+    def attention(self, layer: LayerAttention, last: int) -> torch.Tensor:
+        """`[last, heads, dim]`: what transformers' own attention (gemma2's) says of the last
+        tokens."""
+        query, key, value = (
+            torch.cat(each, dim=1)[None] for each in (self.query, self.key, self.value)
+        )
+        times = torch.arange(self.length)
+        past = times[:, None] - times
+        hidden = (past < 0) | (past >= (layer.window or self.length))
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+        out, _ = eager_attention_forward(
+            ATTENTION, query, key, value, mask, scaling=layer.scaling, softcap=layer.softcap
+        )
+        return out[0, -last:]
+
+
+def run_step(
+    cache: KVCache, decode: list[Row], prefill: list[tuple[Row, int]], layer: LayerAttention
+) -> None:
+    """Attend to new random tokens of these rows and compare with the oracle."""
+    by_number = {row.number: row for row in decode}
+    ordered = [by_number[number] for number in cache.order(list(by_number))]
+    batch = [*((row, 1) for row in ordered), *prefill]
+    chunks = [Chunk(row.number, row.length, tokens) for row, tokens in batch]
+    plan = cache.plan(chunks[: len(decode)], chunks[len(decode) :])
+    total = sum(tokens for _, tokens in batch)
+    query = torch.randn(HEADS, total, DIM)
+    key, value = torch.randn(2, KV_HEADS, total, DIM)
+    found = plan.attend(query, key, value, layer)
+    start = 0
+    for row, tokens in batch:
+        span = slice(start, start + tokens)
+        row.query.append(query[:, span])
+        row.key.append(key[:, span])
+        row.value.append(value[:, span])
+        torch.testing.assert_close(found[span], row.attention(layer, tokens), atol=2e-5, rtol=1e-4)
+        start += tokens
+
+
+LAYERS = {
+    "plain": LayerAttention(layer=1, scaling=0.3),
+    "sliding window": LayerAttention(layer=0, scaling=0.3, window=5),
+    "soft-capping": LayerAttention(layer=0, scaling=0.9, softcap=2.0),
+    "both": LayerAttention(layer=1, scaling=0.9, window=70, softcap=2.0),
+}
+
+
+@CACHES
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@settings(max_examples=12)
+@given(plan=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=9))
+def test_attention_equals_transformers_over_whole_rows(
+    make: Callable[[], KVCache], layer: LayerAttention, plan: list[tuple[int, int]]
+) -> None:
+    """Each entry is a step: a chunk for one row, one token for each row that has begun."""
+    torch.manual_seed(0)
+    cache = make()
+    rows = {number: Row(number) for number in range(4)}
+    for number, tokens in plan:
+        decoding = [row for row in rows.values() if row.length and row.number != number]
+        for row in decoding:
+            assert cache.reserve(row.number, row.length + 1)
+        assert cache.reserve(number, rows[number].length + tokens)
+        run_step(cache, decoding, [(rows[number], tokens)], layer)
+
+
+@CACHES
+def test_room_is_kept_used_up_and_given_back(make: Callable[[int], KVCache]) -> None:
+    cache = make(2 * LONGEST)
+    assert cache.reserve(0, LONGEST)
+    assert cache.reserve(1, LONGEST)
+    assert not cache.reserve(2, 1)
+    cache.release(0)
+    assert cache.reserve(2, LONGEST)
+    cache.release(1)
+    cache.release(2)
+    cache.release(7)
+
+    assert cache.used_tokens == 0
+
+
+@CACHES
+def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], KVCache]) -> None:
+    """Not even where it was NaN, which no mask of weight 0 would hold back."""
+    torch.manual_seed(0)
+    cache = make()
+    cache.reserve(0, 60)
+    poison = torch.full((KV_HEADS, 60, DIM), torch.nan)
+    cache.plan([], [Chunk(0, 0, 60)]).attend(
+        torch.randn(HEADS, 60, DIM), poison, poison, LAYERS["plain"]
+    )
+    cache.release(0)
+    rows = [Row(1), Row(2)]
+    for row in rows:
+        cache.reserve(row.number, 50)
+    run_step(cache, [], [(rows[0], 3), (rows[1], 40)], LAYERS["plain"])
+    run_step(cache, rows, [], LAYERS["plain"])
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.one_of(st.none(), st.integers(1, LONGEST))), max_size=40
+    )
+)
+def test_strips_never_overlap_and_never_leak(
+    moves: list[tuple[int, int | None]],
+) -> None:
+    cache = StripCache(SHAPES[:1], 3 * LONGEST, LONGEST)
+    lengths: dict[int, int] = {}
+    for row, tokens in moves:
+        if tokens is None:
+            cache.release(row)
+            lengths.pop(row, None)
+        elif cache.reserve(row, tokens):
+            lengths[row] = max(lengths.get(row, 0), tokens)
+        for number in lengths:
+            slab, index = cache.place(number)
+            cache.keys(0, slab)[index].fill_(number)
+        for number, length in lengths.items():
+            slab, index = cache.place(number)
+            strip = cache.keys(0, slab)[index]
+            assert strip.shape[1] >= length
+            assert (strip == number).all()
+    for row in list(lengths):
+        cache.release(row)
+    assert cache.used_tokens == 0
+    assert all(cache.reserve(row, LONGEST) for row in range(3))
+
+
+@pytest.mark.parametrize(("make", "least"), [(strips, 2 * LONGEST), (blocks, LONGEST)])
+def test_a_budget_too_small_for_the_window_says_what_would_do(
+    make: Callable[[int], KVCache], least: int
+) -> None:
+    with pytest.raises(DoesNotFit, match=f"kv-cache-tokens to {least}"):
+        make(least - 1)
+    assert make(least).total_tokens == least
+
+
+def test_a_table_grows_by_whole_blocks() -> None:
+    cache = blocks()
+    cache.reserve(0, 1)
+    assert cache.used_tokens == BLOCK
+    cache.reserve(0, BLOCK + 1)
+    assert cache.used_tokens == 2 * BLOCK
