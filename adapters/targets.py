@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Self
 
 import regex
@@ -19,8 +20,8 @@ from adapters.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
 _ALL_LINEAR = "all-linear"
 _MAX_PATTERN = 2000
 """Characters of a regular expression."""
-_MAX_REPEAT = 1000
-"""Largest counted repeat in one: compiling `((a{9999}){9999}){9999}` alone would stall."""
+_MAX_REPEAT = 100
+"""Product of the counts in one: they are written out, and `((a{999}){999}){999}` fills memory."""
 _MATCH_SECONDS = 1.0
 """For all regular expressions of one config together."""
 
@@ -126,27 +127,32 @@ class _Pattern:
     `regex` rather than `re`, since a running match can be interrupted, and lets other threads run.
     """
 
-    def __init__(self, field: str, pattern: str, deadline: float) -> None:
+    def __init__(self, field: str, pattern: str, deadline: float, whole: bool = True) -> None:
+        """`whole`: the pattern must match all of a name, rather than how it begins."""
         self._field = field
         self._deadline = deadline
         if len(pattern) > _MAX_PATTERN:
             raise self._refusal(f"is longer than {_MAX_PATTERN} characters")
-        repeats = [
-            int(n) for n in re.findall(r"\d+", " ".join(re.findall(r"\{[\d,\s]*\}", pattern)))
-        ]
-        if any(repeat > _MAX_REPEAT for repeat in repeats):
-            raise self._refusal(f"repeats something more than {_MAX_REPEAT} times")
+        counts = re.findall(r"\{([0-9]*),?([0-9]*)\}", pattern)
+        if len(counts) != pattern.count("{"):
+            raise self._refusal("has braces that are no count, {n} or {n,m}")
+        if prod(max(1, *(int(n or 1) for n in count)) for count in counts) > _MAX_REPEAT:
+            raise self._refusal(f"repeats something more than {_MAX_REPEAT} times in all")
         try:
-            self._compiled = regex.compile(pattern, regex.VERSION0)
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            # What `re` cannot read was never trained: it is what PEFT uses, and it knows neither
+            # recursion nor fuzzy matches.
+            re.compile(pattern)
+            compiled = regex.compile(pattern, regex.VERSION0)
+        except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise self._refusal(f"is no regular expression: {error}") from None
+        self._match = compiled.fullmatch if whole else compiled.match
 
     def matches(self, name: str) -> bool:
         left = self._deadline - time.monotonic()
         try:
             if left <= 0:
                 raise TimeoutError
-            return self._compiled.fullmatch(name, timeout=left, concurrent=True) is not None
+            return self._match(name, timeout=left, concurrent=True) is not None
         except TimeoutError:
             raise self._refusal(f"takes more than {_MATCH_SECONDS:.0f} s to match") from None
 
@@ -187,7 +193,8 @@ class _SavedMatcher:
 
     def __init__(self, names: list[str], deadline: float) -> None:
         self._patterns = [
-            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", deadline) for name in names
+            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", deadline, whole=False)
+            for name in names
         ]
 
     def __call__(self, name: str) -> bool:
