@@ -160,7 +160,10 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _unknown_key(key: str, expected: Mapping[str, Target]) -> Fault:
     near = difflib.get_close_matches(key, expected, n=1)
-    fix = f"did you mean {near[0]}?" if near else "each key is base_model.model.<module>.ia3_l"
+    if ".base_layer." in key:
+        fix = "save the vectors alone: save_pretrained(folder, save_embedding_layers=False)"
+    else:
+        fix = f"did you mean {near[0]}?" if near else "each key is base_model.model.<module>.ia3_l"
     shown = key if len(key) <= 200 else key[:197] + "..."
     return Fault(shown, "belongs to no module that the config targets in this base model", fix)
 

@@ -118,16 +118,21 @@ class IA3Model(nn.Module):
     def set_adapter(self, name: str | Sequence[str]) -> None:
         """Make one adapter, or the product of several, active for every row.
 
-        PEFT: `IA3Model.set_adapter`, on `PeftModel.base_model` for a list.
+        PEFT: `IA3Model.set_adapter`, on `PeftModel.base_model` for a list. A product takes a slot
+        of its own: raises UnknownAdapter, NoFreeSlot.
         """
         names = (name,) if isinstance(name, str) else tuple(name)
         for each in names:
             self._slot(each)
+        if len(names) > 1 and self._product_slot is None:
+            self._free_slot()  # Refused before anything changes.
         self._active = names
         self._set_active()
 
     def delete_adapter(self, name: str) -> None:
         """Detach an adapter; the other active ones, or the base, stay active."""
+        if name == BASE_NAME:
+            raise UnknownAdapter(name)
         slot = self._slot(name)
         self._active = tuple(each for each in self._active if each != name)
         self._set_active()
@@ -214,6 +219,7 @@ class IA3Model(nn.Module):
             self._set_scales(self.bank.uniform(self._slot(self._active[0])))
         else:
             slot = self._free_slot()
-            self.fill_slot(slot, product([self._names[name][1] for name in self._active]))
+            several = [self._names[name][1] for name in self._active if name != BASE_NAME]
+            self.fill_slot(slot, product(several))
             self._product_slot = slot
             self._set_scales(self.bank.uniform(slot))

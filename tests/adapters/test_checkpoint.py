@@ -276,6 +276,17 @@ def test_a_key_unlike_any_other_is_told_the_form_of_keys(folder: Path) -> None:
     assert len(shown) == 200
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_copy_of_the_head_is_refused_with_the_way_to_save_without_it(tmp_path: Path) -> None:
+    """PEFT saves the weights of a targeted head or embedding too, unless told not to."""
+    head = {"target_modules": ["lm_head"], "feedforward_modules": []}
+    folder = save_adapter(tiny_llama(), tmp_path, **head)
+    [fault] = faults_of(folder).values()
+    assert "save_embedding_layers=False" in fault
+    change_weights(folder, lambda t: t.pop("base_model.model.lm_head.base_layer.weight"))
+    assert [target.module for target in vectors_of(folder).vectors] == ["lm_head"]
+
+
 def test_an_adapter_of_a_larger_model_is_refused(tmp_path: Path) -> None:
     larger = save_adapter(tiny_llama(num_hidden_layers=3), tmp_path)
     faults = faults_of(larger)

@@ -18,13 +18,13 @@ from adapters.config import IA3Config
 from adapters.errors import InvalidAdapter
 from adapters.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
 from adapters.targets import BaseModules, Side, resolve_targets
-from tests.adapters.tiny_bases import tiny_gpt2, tiny_opt, tiny_t5
-from tests.factories import tiny_llama
+from tests.adapters.tiny_t5 import tiny_t5
+from tests.factories import tiny_model
 
 BASES: dict[str, PreTrainedModel] = {
-    "llama": tiny_llama(),
-    "gpt2": tiny_gpt2(),
-    "opt": tiny_opt(),
+    "llama": tiny_model("llama"),
+    "gpt2": tiny_model("gpt2"),
+    "opt": tiny_model("opt"),
     "t5": tiny_t5(),
 }
 MODULES = {family: BaseModules.of(base) for family, base in BASES.items()}
