@@ -1,0 +1,254 @@
+"""Slots: what a server fills, and what each row and segment of a packed batch then computes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.bank import BASE_SLOT, AdapterBank, Segment
+from adapters.checkpoint import AdapterVectors
+from adapters.layer import IA3Layer
+from adapters.model import IA3Model
+from adapters.targets import BaseModules, Side, Target
+from tests.adapters.oracle import logits, peft_logits, vectors_of
+from tests.factories import save_adapter, tiny_llama
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "queries": {"target_modules": ["q_proj"], "feedforward_modules": []},
+    "mlp_out": {"target_modules": ["down_proj", "k_proj"], "feedforward_modules": []},
+}
+CAPACITY = 4
+MODULES = BaseModules.of(tiny_llama())
+
+
+@dataclass(frozen=True)
+class Known:
+    """What each kind of adapter does, and what PEFT computes with it: `[token, logits]`."""
+
+    vectors: dict[str, AdapterVectors]
+    by_peft: dict[str, torch.Tensor]
+
+
+IDS = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(5))
+"""Every row and segment of these tests is the beginning of this text."""
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    base, root = tiny_llama(), tmp_path_factory.mktemp("kinds")
+    folders: dict[str, list[Path]] = {"base": []}
+    for seed, (kind, config) in enumerate(KINDS.items()):
+        folders[kind] = [save_adapter(base, root / kind, seed=seed, **config)]
+    return Known(
+        {kind: vectors_of(folders[kind][0], base) for kind in KINDS},
+        {kind: peft_logits(base, IDS, *folders[kind])[0] for kind in folders},
+    )
+
+
+@pytest.fixture
+def model() -> IA3Model:
+    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model.bank.reserve_rows(8)
+    return model
+
+
+def packed_logits(model: IA3Model, rows: list[int], segments: list[Segment]) -> torch.Tensor:
+    """A step: the text's first token in each row, its beginning in each segment."""
+    lengths = [1] * len(rows) + [segment.tokens for segment in segments]
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(1, -1)
+    model.set_packed(rows, segments)
+    return logits(model, IDS[:, positions[0]], position_ids=positions, use_cache=False)[0]
+
+
+def expect(
+    known: Known, kinds: dict[int, str], rows: list[int], segments: list[Segment]
+) -> torch.Tensor:
+    """The same step, each row and segment alone in PEFT."""
+    parts = [(slot, 1) for slot in rows] + [(s.slot, s.tokens) for s in segments]
+    return torch.cat([known.by_peft[kinds.get(slot, "base")][:n] for slot, n in parts])
+
+
+def test_rows_and_segments_of_one_step_each_have_their_slot(model: IA3Model, known: Known) -> None:
+    kinds = dict(enumerate(KINDS, start=1))
+    for slot, kind in kinds.items():
+        model.fill_slot(slot, known.vectors[kind])
+    rows, segments = [2, 0, 1, 3, 1], [Segment(3, 4), Segment(0, 2), Segment(1, 6)]
+    step = packed_logits(model, rows, segments)
+    assert torch.allclose(step, expect(known, kinds, rows, segments), atol=1e-5)
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("fill"), st.integers(1, CAPACITY), st.sampled_from(sorted(KINDS))),
+        st.tuples(st.just("clear"), st.integers(1, CAPACITY), st.none()),
+        st.tuples(
+            st.just("step"),
+            st.lists(st.integers(0, CAPACITY), max_size=5),
+            st.lists(st.tuples(st.integers(0, CAPACITY), st.integers(1, 6)), max_size=3),
+        ),
+    ),
+    min_size=4,
+    max_size=14,
+)
+
+
+@settings(max_examples=60)
+@given(steps)
+def test_whatever_came_before_a_step_computes_what_its_slots_hold(
+    known: Known, steps: list[tuple[str, Any, Any]]
+) -> None:
+    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model.bank.reserve_rows(5)
+    kinds: dict[int, str] = {}
+    for what, first, second in steps:
+        if what == "fill":
+            model.fill_slot(first, known.vectors[second])
+            kinds[first] = second
+        elif what == "clear":
+            model.clear_slot(first)
+            kinds.pop(first, None)
+        else:
+            # A slot that nothing fills is never in a step.
+            rows = [slot for slot in first if slot in kinds or slot == BASE_SLOT]
+            segments = [Segment(slot, n) for slot, n in second if slot in kinds or slot == 0]
+            if rows or segments:
+                step = packed_logits(model, rows, segments)
+                assert torch.allclose(step, expect(known, kinds, rows, segments), atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [[], [Segment(BASE_SLOT, 6)]], ids=["decode", "prefill"])
+def test_slot_0_is_the_plain_model_bit_for_bit(
+    model: IA3Model, known: Known, segments: list[Segment]
+) -> None:
+    plain = packed_logits(model, [0, 0, 0], segments)
+    model.fill_slot(1, known.vectors["default"])
+    model.fill_slot(2, known.vectors["mlp_out"])
+    packed_logits(model, [1, 2, 1], [])
+    assert torch.equal(packed_logits(model, [0, 0, 0], segments), plain)
+
+
+def test_a_row_of_slot_0_beside_adapters_is_the_plain_model_bit_for_bit(
+    model: IA3Model, known: Known
+) -> None:
+    plain = packed_logits(model, [0, 0, 0], [])
+    model.fill_slot(1, known.vectors["default"])
+    model.fill_slot(2, known.vectors["queries"])
+    assert torch.equal(packed_logits(model, [1, 0, 2], [])[1], plain[1])
+
+
+def test_filling_a_slot_again_changes_the_rows_that_use_it(model: IA3Model, known: Known) -> None:
+    for kind in ("default", "mlp_out", "default", "queries"):
+        model.fill_slot(1, known.vectors[kind])
+        step = packed_logits(model, [1, 0, 1], [])
+        expected = expect(known, {1: kind}, [1, 0, 1], [])
+        assert torch.allclose(step, expected, atol=1e-5), kind
+
+
+def test_a_cleared_slot_can_be_filled_by_an_adapter_of_other_modules(
+    model: IA3Model, known: Known
+) -> None:
+    model.fill_slot(1, known.vectors["default"])
+    packed_logits(model, [1], [])
+    model.clear_slot(1)
+    model.fill_slot(1, known.vectors["queries"])
+    step = packed_logits(model, [1], [])
+    assert torch.allclose(step, expect(known, {1: "queries"}, [1], []), atol=1e-5)
+
+
+def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
+    model: IA3Model, known: Known
+) -> None:
+    def wrapped() -> set[str]:
+        layers = model.base.named_modules()
+        return {name.split(".")[-1] for name, layer in layers if isinstance(layer, IA3Layer)}
+
+    assert wrapped() == set()
+    model.fill_slot(1, known.vectors["queries"])
+    assert wrapped() == {"q_proj"}
+    model.fill_slot(2, known.vectors["default"])
+    model.fill_slot(3, known.vectors["mlp_out"])
+    assert wrapped() == {"q_proj", "k_proj", "v_proj", "down_proj"}
+    assert not isinstance(
+        model.base.get_submodule("model.layers.0.mlp.down_proj").base_layer, IA3Layer
+    )
+
+
+def test_a_column_is_made_for_each_module_and_side_in_use(model: IA3Model, known: Known) -> None:
+    assert (model.bank.column_count, model.bank.nbytes) == (0, 0)
+    model.fill_slot(1, known.vectors["queries"])
+    model.fill_slot(2, known.vectors["queries"])
+    assert set(model.bank.columns) == set(known.vectors["queries"].vectors)
+    model.fill_slot(3, known.vectors["default"])
+    model.fill_slot(4, known.vectors["mlp_out"])
+    both_sides = {t.side for t in model.bank.columns if t.module.endswith("down_proj")}
+    assert both_sides == set(Side)
+    assert model.bank.column_count == len({t for v in known.vectors.values() for t in v.vectors})
+
+
+def test_the_bank_s_bytes_are_its_slots_and_its_rows(known: Known) -> None:
+    bank = AdapterBank(MODULES, capacity=4, device=torch.device("cpu"))
+    bank.reserve_rows(8)
+    bank.fill(1, known.vectors["queries"])
+    assert bank.nbytes == (4 + 1 + 8) * known.vectors["queries"].nbytes
+    bank.fill(2, known.vectors["queries"])
+    assert bank.nbytes == (4 + 1 + 8) * known.vectors["queries"].nbytes
+
+
+def test_rows_reserved_later_are_up_to_date(known: Known) -> None:
+    model = IA3Model(tiny_llama(), max_adapters=1)
+    model.fill_slot(1, known.vectors["default"])
+    packed_logits(model, [1], [])
+    model.bank.reserve_rows(3)
+    model.bank.reserve_rows(2)
+    step = packed_logits(model, [1, 0, 1], [])
+    assert torch.allclose(step, expect(known, {1: "default"}, [1, 0, 1], []), atol=1e-5)
+
+
+def test_a_sheet_that_no_row_uses_is_passed_over_unless_kept_active(known: Known) -> None:
+    bank = AdapterBank(MODULES, capacity=2, device=torch.device("cpu"))
+    bank.reserve_rows(2)
+    bank.fill(1, known.vectors["default"])
+    bank.fill(2, known.vectors["queries"])
+    assert bank.packed([0, 1], []).keys() == known.vectors["default"].vectors.keys()
+    assert bank.packed([0, 0], []) == {}
+    bank.keep_active = True
+    kept = bank.packed([0, 0], [])
+    assert kept.keys() == set(bank.columns)
+    for target, scale in kept.items():
+        x = torch.randn(1, 2, MODULES.size(target))
+        assert torch.equal(scale.scaled(x), x)
+
+
+def test_a_gathered_vector_per_token_does_what_the_segments_do(known: Known) -> None:
+    """The way of a GPU against the way of the CPU."""
+    bank = AdapterBank(MODULES, capacity=3, device=torch.device("cpu"))
+    bank.reserve_rows(2)
+    for slot, kind in enumerate(KINDS, start=1):
+        bank.fill(slot, known.vectors[kind])
+    rows, segments = [1, 0], [Segment(3, 4), Segment(0, 2), Segment(1, 3)]
+    by_segment, by_token = bank.packed(rows, segments), bank._packed_by_token(rows, segments)
+    assert by_segment.keys() == by_token.keys()
+    assert not any(t.module.endswith("q_proj") for t in by_token)
+    for target, scale in by_segment.items():
+        x = torch.randn(1, 11, MODULES.size(target))
+        assert torch.equal(scale.scaled(x), by_token[target].scaled(x))
+
+
+@pytest.mark.parametrize("slot", [BASE_SLOT, -1, 3])
+def test_a_slot_outside_of_the_bank_is_a_bug(slot: int) -> None:
+    bank = AdapterBank(MODULES, capacity=2, device=torch.device("cpu"))
+    vectors = AdapterVectors({Target("lm_head", Side.INPUT): torch.ones(32)})
+    with pytest.raises(AssertionError, match="of 2"):
+        bank.fill(slot, vectors)
+
+
+def test_more_rows_than_reserved_are_a_bug(known: Known) -> None:
+    bank = AdapterBank(MODULES, capacity=2, device=torch.device("cpu"))
+    bank.fill(1, known.vectors["default"])
+    with pytest.raises(AssertionError, match="reserve_rows"):
+        bank.by_row([1, 1])
