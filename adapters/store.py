@@ -234,11 +234,17 @@ class AdapterStore:
                     json.dump(event, file)
                     file.flush()
                     os.fsync(file.fileno())
-                os.link(temporary, folder / f"{history.events + 1:08}.json")
+                visible = folder / f"{history.events + 1:08}.json"
+                os.link(temporary, visible)
+                try:
+                    _sync(folder)
+                except OSError:
+                    # Not durable, so not done: a restart must not find it without its content.
+                    visible.unlink()
+                    raise
                 history.events += 1
             finally:
                 os.unlink(temporary)
-            _sync(folder)
 
     def _collect(self, digests: set[str]) -> None:
         """Remove those contents that no reachable revision has."""
@@ -269,16 +275,19 @@ def _read_log(folder: Path) -> _Log:
     """A damaged event can only come from outside (an event appears whole): it is passed over with
     a warning, so that one bad file takes neither the server nor the name's other revisions."""
     history = _Log()
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[0-9]" * 8 + ".json")):
         history.events = int(path.stem)
         try:
             event = json.loads(path.read_text())
+            number = int(event["number"])
             if event["event"] == "delete":
                 history.reachable = []
             else:
                 history.reachable.append(_from_json(folder.name, event))
-            history.last_number = max(history.last_number, int(event["number"]))
+            history.last_number = max(history.last_number, number)
         except (ValueError, KeyError, TypeError) as error:
+            # It may have been a revision: no other one gets its number.
+            history.last_number += 1
             log.warning("The event %s is damaged and passed over: %r", path, error)
     return history
 

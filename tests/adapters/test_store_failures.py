@@ -1,0 +1,170 @@
+"""What the store makes of damaged files and a full disk."""
+
+import errno
+import itertools
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import StoreFull
+from adapters.store import AdapterStore
+from tests.adapters.store_contents import content_of, create, reopened, replace
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[AdapterStore]:
+    store = AdapterStore(folder)
+    yield store
+    store.close()
+
+
+# Damage from outside
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"null", b'{"event": "revision"}', b"\xff", b'{"event": "delete"}'],
+    ids=repr,
+)
+def test_a_damaged_event_is_passed_over_with_a_warning(
+    store: AdapterStore, folder: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    create(store, "support", "a")
+    replace(store, "support", "b")
+    create(store, "other", "c")
+    (folder / "names/support/00000002.json").write_bytes(damage)
+    with reopened(store, folder) as again:
+        assert content_of(again, again.current("other")) == "c"
+        assert "00000002.json is damaged" in caplog.text
+        if b"delete" not in damage:
+            assert content_of(again, again.current("support")) == "a"
+            assert replace(again, "support", "d")[0].number == 3
+
+
+@pytest.mark.parametrize("stray", ["notes.json", "00000001.json~", ".DS_Store", "1.5.json"])
+def test_a_stray_file_among_the_events_is_passed_over(
+    store: AdapterStore, folder: Path, stray: str
+) -> None:
+    create(store, "support", "a")
+    (folder / "names/support" / stray).write_text("{}")
+    (folder / "names" / stray).write_text("{}")
+    with reopened(store, folder) as again:
+        assert again.names() == ["support"]
+        assert replace(again, "support", "b")[0].number == 2
+
+
+def test_what_an_interrupted_upload_left_behind_is_removed_at_start(
+    store: AdapterStore, folder: Path
+) -> None:
+    create(store, "support", "a")
+    (folder / "staging/half").mkdir()
+    (folder / "staging/half/weights").write_text("half")
+    (folder / "staging/event").write_text("{")
+    (folder / "content/unused").mkdir()
+    with reopened(store, folder) as again:
+        assert list((folder / "staging").iterdir()) == []
+        assert len(list((folder / "content").iterdir())) == 1
+        assert content_of(again, again.current("support")) == "a"
+
+
+# A full disk
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+CHANGES: dict[str, Callable[[AdapterStore], object]] = {
+    "create": lambda store: create(store, "new", "c"),
+    "create again": lambda store: create(store, "deleted", "c"),
+    "create with known content": lambda store: create(store, "new", "a"),
+    "replace": lambda store: replace(store, "support", "c"),
+    "roll back": lambda store: replace(store, "support", "a"),
+    "delete": lambda store: store.delete("support"),
+}
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, call: str, place: int) -> None:
+    """The disk is full at the `place`-th call of `os.<call>` from now on."""
+    real, calls = getattr(os, call), itertools.count()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == place:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, call, full)
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
+    folder: Path, change: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the calls that take room fails once, until none is left and the change succeeds."""
+    store = AdapterStore(folder)
+    create(store, "support", "a")
+    current, _ = replace(store, "support", "b")
+    create(store, "deleted", "d")
+    store.delete("deleted")
+    before = everything(folder)
+    for place in itertools.count():
+        with monkeypatch.context() as patch:
+            fail_once(patch, call, place)
+            try:
+                CHANGES[change](store)
+                break
+            except StoreFull:
+                pass
+        assert everything(folder) == before
+        assert store.current("support") == current
+        store.close()
+        store = AdapterStore(folder)
+        assert store.names() == ["support"]
+        assert content_of(store, store.current("support")) == "b"
+    store.close()
+    assert everything(folder) != before
+
+
+def test_an_upload_that_the_disk_cannot_hold_is_named_and_removed(
+    store: AdapterStore, folder: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limit[1]))
+    try:
+        with pytest.raises(StoreFull, match="make room"):
+            create(store, "large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert everything(folder).keys() == {"lock"}
+    assert create(store, "large").number == 1
+
+
+def test_another_failure_of_the_disk_is_not_called_full(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        create(store, "support")
+    assert "support" not in store
+
+
+def test_an_event_is_plain_json(store: AdapterStore, folder: Path) -> None:
+    revision = create(store, "support", "a")
+    event = json.loads((folder / "names/support/00000001.json").read_text())
+    assert event["event"] == "revision"
+    assert (event["number"], event["digest"]) == (1, revision.digest)
