@@ -118,6 +118,13 @@ class _Gauges(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
+        memory = GaugeMetricFamily(
+            "infuse_memory_bytes", "Planned memory, by what holds it.", labels=("part",)
+        )
+        memory.add_metric(["weights"], engine.weights_bytes)
+        memory.add_metric(["kv_cache"], engine.kv_cache_bytes)
+        memory.add_metric(["bank"], engine.bank_bytes)
+        yield memory
         counters = {
             "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),
             "infuse_preemptions": ("Rows put back to be computed again.", engine.preemptions),

@@ -48,6 +48,12 @@ class EngineStats:
     waiting: int
     kv_tokens_used: int
     kv_tokens_total: int
+    weights_bytes: int
+    """Of the base model, each parameter once."""
+    kv_cache_bytes: int
+    """The planned budget."""
+    bank_bytes: int
+    """Of the columns that adapters have used so far, for all slots."""
     preemptions: int
     steps: int
     prompt_tokens: int
@@ -64,6 +70,8 @@ class Engine:
         self, loaded: LoadedModel, ia3: IA3Model, registry: AdapterRegistry, config: EngineConfig
     ) -> None:
         base = loaded.model
+        self._bank = ia3.bank
+        self._weights_bytes = sum(p.nbytes for p in base.parameters())
         self.model_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.generation_config = loaded.generation_config
@@ -77,6 +85,12 @@ class Engine:
             log.info("Packed %d linear layers for oneDNN.", packed)
         self._cache = make_cache(
             shapes, base.device, self.max_model_len, config.max_rows, config.kv_cache_tokens
+        )
+        log.info(
+            "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",
+            self._weights_bytes / 1e6,
+            self._cache.nbytes / 1e6,
+            self._cache.total_tokens,
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
         self._scheduler = Scheduler(self._cache, registry, config.max_rows, chunk)
@@ -139,6 +153,9 @@ class Engine:
             waiting=max(0, self._in_flight - running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
+            weights_bytes=self._weights_bytes,
+            kv_cache_bytes=self._cache.nbytes,
+            bank_bytes=self._bank.nbytes,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,

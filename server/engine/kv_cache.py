@@ -31,6 +31,8 @@ class Chunk:
 class KVCache(Protocol):
     total_tokens: int
     """The budget."""
+    nbytes: int
+    """Bytes that the budget takes; on the CPU they are touched only as they are written."""
 
     @property
     def used_tokens(self) -> int:
@@ -82,6 +84,7 @@ class StripCache:
                 f"set kv-cache-tokens to {2 * self.slab_tokens} or more, or max-model-len lower"
             )
         self.total_tokens = slabs * self.slab_tokens
+        self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
         self._keys = [
             torch.empty(slabs, self.slab_tokens * s.kv_heads * s.key_dim, dtype=s.dtype)
             for s in shapes

@@ -70,4 +70,9 @@ def pack_linears(model: nn.Module) -> int:
         if works[dtype]:
             model.set_submodule(name, PackedLinear(module))
             packed += 1
+    if packed:
+        # A checkpoint's file stays mapped in memory as long as one tensor of it lives.
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.clone()
     return packed

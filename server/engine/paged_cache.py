@@ -36,6 +36,7 @@ class PagedCache:
                 f"set kv-cache-tokens to {self.table_width * BLOCK} or more, or max-model-len lower"
             )
         self.total_tokens = blocks * BLOCK
+        self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
         self.device = device
         self.keys = [
             torch.zeros(blocks + 1, BLOCK, s.kv_heads, s.key_dim, dtype=s.dtype, device=device)
