@@ -1,0 +1,43 @@
+"""Changes adapters in a store until it is killed; says before and after each change what it is.
+
+python -m tests.adapters.crash_worker FOLDER SEED
+"""
+
+import random
+import sys
+from pathlib import Path
+
+from adapters.store import AdapterStore
+
+NAMES = ("a", "b", "c")
+FILES = 3
+
+
+def write(staged: Path, content: str) -> None:
+    """Files of some ten kilobytes that all say which content they belong to."""
+    for index in range(FILES):
+        (staged / f"file{index}").write_text(f"{content} {index}\n" * 1000)
+
+
+def main(folder: Path, seed: int) -> None:
+    choose = random.Random(seed)
+    print("starts", flush=True)
+    store = AdapterStore(folder)
+    while True:
+        name, content = choose.choice(NAMES), f"content{choose.randrange(5)}"
+        change = choose.choice(("replace", "replace", "delete")) if name in store else "create"
+        print("begins", change, name, content, flush=True)
+        if change == "delete":
+            store.delete(name)
+        else:
+            with store.staging() as staged:
+                write(staged, content)
+                if change == "create":
+                    store.create(name, staged)
+                else:
+                    store.replace(name, staged)
+        print("ends", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,110 @@
+"""Killed at any moment, the store is found at its old or its new state, whole."""
+
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapters.store import AdapterStore
+from tests.adapters.crash_worker import FILES
+
+KILLS = 100
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a name is: its last number, and its content unless it is deleted."""
+
+    number: int = 0
+    content: str | None = None
+
+    def after(self, change: str, content: str) -> "Name":
+        if change == "delete":
+            return replace(self, content=None)
+        if content == self.content:
+            return self
+        return Name(self.number + 1, content)
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a worker acknowledged, and what it was doing as it was killed."""
+
+    ends: dict[str, Name]
+    pending: tuple[str, Name] | None
+
+
+def run_and_kill(folder: Path, seed: int, before: dict[str, Name], moment: random.Random) -> Story:
+    """Kills after some lines, and then some time into whatever comes next."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.adapters.crash_worker", str(folder), str(seed)],
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=REPOSITORY,
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"starts\n"
+    lines = [worker.stdout.readline().decode() for _ in range(moment.randrange(30))]
+    with suppress(subprocess.TimeoutExpired):
+        worker.communicate(timeout=moment.uniform(0, 0.004))
+    worker.kill()
+    lines += worker.communicate()[0].decode().splitlines()
+    assert worker.returncode == -9, "the worker ended by itself"
+    return read_story(lines, before)
+
+
+def read_story(lines: list[str], before: dict[str, Name]) -> Story:
+    states, pending = dict(before), None
+    for line in lines:
+        match line.split():
+            case ["begins", change, name, content]:
+                pending = name, states.get(name, Name()).after(change, content)
+            case ["ends"]:
+                assert pending is not None
+                states[pending[0]] = pending[1]
+                pending = None
+    return Story(states, pending)
+
+
+def read_folder(folder: Path) -> dict[str, Name]:
+    """What a restart finds. Every file of every name must be whole."""
+    store = AdapterStore(folder)
+    try:
+        assert list((folder / "staging").iterdir()) == []
+        found = {}
+        for name in store.names():
+            revision = store.current(name)
+            files = sorted(store.files(revision).iterdir())
+            assert [file.name for file in files] == [f"file{index}" for index in range(FILES)]
+            content = files[0].read_text().split()[0]
+            for index, file in enumerate(files):
+                assert file.read_text() == f"{content} {index}\n" * 1000
+            found[name] = Name(revision.number, content)
+        return found
+    finally:
+        store.close()
+
+
+def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
+    tmp_path: Path,
+) -> None:
+    moment = random.Random(0)
+    known: dict[str, Name] = {}
+    acknowledged = interrupted = 0
+    for kill in range(KILLS):
+        story = run_and_kill(tmp_path, kill, known, moment)
+        found = read_folder(tmp_path)
+        acknowledged += story.ends != known
+        known = dict(story.ends)
+        if story.pending is not None:
+            interrupted += 1
+            name, new = story.pending
+            if found.get(name, replace(new, content=None)) == new:
+                known[name] = new
+        alive = {name: state for name, state in known.items() if state.content is not None}
+        assert found == alive, f"kill {kill}: {story}"
+    assert acknowledged > KILLS // 10
+    assert interrupted > KILLS // 10
