@@ -54,10 +54,6 @@ def _write(path: Path, text: str, owner: int) -> None:
 
 if __name__ == "__main__":
     make_keys(Path(sys.argv[1]), Owners())
-    print(
-        "The API keys:          docker compose -f docker/compose.yaml exec infuse cat /keys/keys.json"
-    )
-    print(
-        "Grafana's password:    docker compose -f docker/compose.yaml exec grafana cat /keys/password"
-    )
-    print("(Grafana's user is admin.)")
+    print("Read the API keys, and the password of Grafana's user admin:")
+    print("  docker compose -f docker/compose.yaml exec infuse cat /keys/keys.json")
+    print("  docker compose -f docker/compose.yaml exec grafana cat /keys/password")

@@ -1,0 +1,260 @@
+"""What the container files promise each other and the server; docker/test_image.sh runs them."""
+
+import ast
+import json
+import os
+import re
+import runpy
+import stat
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
+
+from adapters.registry import RegistryStats
+from server.auth import read_keys
+from server.engine import EngineStats
+from server.metrics import Metrics
+from server.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+CUDA = yaml.safe_load((DOCKER / "compose.cuda.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+DASHBOARD = json.loads((DOCKER / "grafana" / "infuse.json").read_text())
+SCRIPTS = runpy.run_path(str(DOCKER / "make_keys.py"), run_name="make_keys")
+
+NOT_SETTINGS = {"INFUSE_CACHE_DIR", "INFUSE_URL", "INFUSE_API_KEY"}
+"""Read by the model's conversion, and by `infuse adapters`."""
+
+
+def instructions(name: str, text: str = DOCKERFILE) -> list[str]:
+    """The arguments of each `name` in the Dockerfile, in order, on one line each."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [found.group(1).strip() for found in re.finditer(rf"(?m)^{name} (.*)$", joined)]
+
+
+def last_stage() -> str:
+    return DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+
+
+def image_environment() -> dict[str, str]:
+    pairs = " ".join(instructions("ENV", last_stage())).split()
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def mounts(service: str) -> list[list[str]]:
+    """Source, target and perhaps "ro" of each of its volumes."""
+    return [volume.split(":") for volume in SERVICES[service].get("volumes", [])]
+
+
+@pytest.fixture(scope="module")
+def metric_names() -> set[str]:
+    """Every sample that the server exposes once a request has ended."""
+    engine = EngineStats(**{field.name: 0 for field in fields(EngineStats)})
+    registry = RegistryStats(**{field.name: 0 for field in fields(RegistryStats)})
+    metrics = Metrics(lambda: engine, lambda: registry)
+    request = metrics.request_started("sentiment")
+    request.token(1)
+    request.token(1)
+    request.finished("stop", 1, 2)
+    families = text_string_to_metric_families(metrics.expose().decode())
+    return {sample.name for family in families for sample in family.samples}
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted([*(DOCKER / "grafana").iterdir(), *(DOCKER / "prometheus").iterdir()]),
+    ids=lambda file: file.name,
+)
+def test_dashboards_and_prometheus_ask_only_for_metrics_that_the_server_has(
+    file: Path, metric_names: set[str]
+) -> None:
+    named = set(re.findall(r"\binfuse_[a-z_]+", file.read_text()))
+
+    assert named <= metric_names
+    assert named or file.name != "infuse.json"
+
+
+def test_every_panel_asks_the_chosen_data_source_and_says_what_it_shows() -> None:
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
+    assert all(panel["description"] and panel["targets"] for panel in panels)
+    assert max(Counter(panel["id"] for panel in DASHBOARD["panels"]).values()) == 1
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "Dockerfile",
+        "docker/README.md",
+        "docker/compose.yaml",
+        "docker/compose.cuda.yaml",
+        "docker/engines/docker.sh",
+        "docker/engines/buildah.sh",
+    ],
+)
+def test_every_infuse_variable_is_a_setting(file: str) -> None:
+    named = set(re.findall(r"\bINFUSE_[A-Z_]+\b", (ROOT / file).read_text()))
+
+    assert named - NOT_SETTINGS <= {f"INFUSE_{field.upper()}" for field in Settings.model_fields}
+
+
+def test_the_image_starts_with_keys_or_an_explicit_choice_and_not_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in image_environment().items():
+        if name.startswith("INFUSE_"):
+            monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValidationError, match="--allow-anonymous"):
+        Settings()
+    monkeypatch.setenv("INFUSE_ALLOW_ANONYMOUS", "true")
+    settings = Settings()
+    assert settings.host == "0.0.0.0"
+    assert instructions("EXPOSE") == [str(settings.port)]
+    assert [str(settings.adapters_dir.parent)] == instructions("VOLUME")
+
+
+def test_every_stage_stands_on_the_base_image_or_on_an_earlier_stage() -> None:
+    assert DOCKERFILE.index("ARG BASE_IMAGE=") < DOCKERFILE.index("\nFROM ")
+    stages: set[str] = set()
+    for line in instructions("FROM"):
+        source, *named = line.split(" AS ")
+        assert source == "${BASE_IMAGE}" or source in stages
+        stages.update(named)
+
+
+def test_the_image_runs_as_an_ordinary_user() -> None:
+    assert instructions("USER", last_stage()) == ["10001:10001"]
+    assert "useradd --uid 10001 --gid app" in last_stage()
+    assert SCRIPTS["Owners"]().infuse == 10001
+
+
+def test_the_image_checks_its_own_health_with_python() -> None:
+    (check,) = instructions("HEALTHCHECK", last_stage())
+
+    command = json.loads(check[check.index("CMD ") + 4 :])
+    assert command[:2] == ["python", "-c"]
+    assert "/health/ready" in command[2]
+    ast.parse(command[2])
+
+
+def test_the_image_takes_nothing_from_apt() -> None:
+    assert not re.search(r"\bapt(-get)?\b", DOCKERFILE)
+
+
+def test_the_image_has_the_default_model_of_the_makefile() -> None:
+    (wanted,) = re.findall(r"^DEFAULT_MODEL := (\S+)$", (ROOT / "Makefile").read_text(), re.M)
+
+    assert f"--no-deps {wanted}\n" in DOCKERFILE
+
+
+def test_the_code_that_converts_the_model_needs_no_more_than_is_copied_for_it() -> None:
+    (copied,) = [line.split()[:-1] for line in instructions("COPY") if "loading.py" in line]
+    modules = {file.removesuffix(".py").replace("/", ".") for file in copied}
+
+    for file in copied:
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert node.module in modules or node.module.split(".")[0] not in {
+                    "adapters",
+                    "server",
+                }
+
+
+def test_all_that_the_image_copies_exists_and_reaches_the_builder() -> None:
+    let_in = [
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    ]
+    for line in instructions("COPY"):
+        if not line.startswith("--from="):
+            for source in line.split()[:-1]:
+                assert (ROOT / source).exists()
+                assert any(source == path or source.startswith(f"{path}/") for path in let_in)
+
+
+def test_what_compose_mounts_exists() -> None:
+    for service in SERVICES:
+        for source, *_ in mounts(service):
+            if source.startswith("."):
+                assert (DOCKER / source).is_file()
+            else:
+                assert source in COMPOSE["volumes"]
+    used = {source for service in SERVICES for source, *_ in mounts(service)}
+    assert set(COMPOSE["volumes"]) <= used
+
+
+def test_compose_pins_each_image_and_publishes_on_loopback_only() -> None:
+    for service in SERVICES.values():
+        assert re.fullmatch(r"[a-z/]+:(cpu|v?\d+(\.\d+)+(-slim)?)", service["image"])
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def test_each_service_sees_its_own_keys_only_and_cannot_change_them() -> None:
+    for service in set(SERVICES) - {"keys"}:
+        keys = [mount for mount in mounts(service) if mount[0].endswith("-keys")]
+        assert keys == [[f"{service}-keys", "/keys", "ro"]]
+        assert [f"{service}-keys", f"/secrets/{service}"] in mounts("keys")
+
+
+def test_prometheus_asks_the_server_with_the_key_that_was_made_for_it() -> None:
+    config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yaml").read_text())
+
+    (job,) = config["scrape_configs"]
+    assert job["authorization"] == {"credentials_file": "/keys/key"}
+    assert job["static_configs"] == [{"targets": ["infuse:8000"]}]
+
+
+def test_grafana_finds_its_source_and_its_dashboard() -> None:
+    sources = yaml.safe_load((DOCKER / "grafana" / "datasource.yaml").read_text())
+    providers = yaml.safe_load((DOCKER / "grafana" / "dashboards.yaml").read_text())
+    targets = {target for _, target, *_ in mounts("grafana")}
+
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+    folder = providers["providers"][0]["options"]["path"]
+    dashboard = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert dashboard in targets
+    assert str(Path(dashboard).parent) == folder
+
+
+def test_cuda_changes_what_differs_and_nothing_else() -> None:
+    assert set(CUDA["services"]) == {"infuse"}
+    args = CUDA["services"]["infuse"]["build"]["args"]
+    assert set(args) <= {line.split("=")[0] for line in instructions("ARG")}
+
+
+def test_keys_are_made_once_for_their_owners_only(tmp_path: Path) -> None:
+    me = os.getuid()
+    owners = SCRIPTS["Owners"](infuse=me, prometheus=me, grafana=me)
+
+    SCRIPTS["make_keys"](tmp_path, owners)
+    first = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    SCRIPTS["make_keys"](tmp_path, owners)
+
+    assert first == {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(first) == 3
+    assert {stat.S_IMODE(path.stat().st_mode) for path in first} == {0o400}
+
+
+def test_the_server_reads_the_keys_and_prometheus_cannot_administer(tmp_path: Path) -> None:
+    me = os.getuid()
+    SCRIPTS["make_keys"](tmp_path, SCRIPTS["Owners"](infuse=me, prometheus=me, grafana=me))
+
+    admin, prometheus = read_keys(tmp_path / "infuse" / "keys.json")
+
+    assert (admin.name, prometheus.name) == ("admin", "prometheus")
+    assert admin.roles == {"generate", "admin"}
+    assert prometheus.roles == {"generate"}
+    assert prometheus.key.get_secret_value() == (tmp_path / "prometheus" / "key").read_text()
