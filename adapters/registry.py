@@ -167,8 +167,8 @@ class AdapterRegistry:
 
         Raises UnknownAdapter, UnknownRevision.
         """
-        name, _, number = model.partition("@")
-        if not number:
+        name, at, number = model.partition("@")
+        if not at:
             revision = self._store.current(name)
         elif number.isascii() and number.isdigit() and len(number) < 10:
             revision = self._store.revision(name, int(number))
@@ -195,7 +195,11 @@ class AdapterRegistry:
                 if slot is None:
                     return None
                 # A few hundred kilobytes from host memory, and only this thread uses slots.
-                self._slots.fill_slot(slot, vectors)
+                try:
+                    self._slots.fill_slot(slot, vectors)
+                except BaseException:
+                    self._free.append(slot)
+                    raise
                 self._swaps += 1
                 content.slot = self._resident[vectors.digest] = slot
             content.pins += 1

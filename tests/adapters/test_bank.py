@@ -1,7 +1,5 @@
 """Slots: what a server fills, and what each row and segment of a packed batch then computes."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,40 +12,11 @@ from adapters.checkpoint import AdapterVectors
 from adapters.layer import IA3Layer
 from adapters.model import IA3Model
 from adapters.targets import BaseModules, Side, Target
-from tests.adapters.oracle import logits, peft_logits, vectors_of
-from tests.factories import save_adapter, tiny_llama
+from tests.adapters.kinds import KINDS, Known, packed_logits
+from tests.factories import tiny_llama
 
-KINDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "queries": {"target_modules": ["q_proj"], "feedforward_modules": []},
-    "mlp_out": {"target_modules": ["down_proj", "k_proj"], "feedforward_modules": []},
-}
 CAPACITY = 4
 MODULES = BaseModules.of(tiny_llama())
-
-
-@dataclass(frozen=True)
-class Known:
-    """What each kind of adapter does, and what PEFT computes with it: `[token, logits]`."""
-
-    vectors: dict[str, AdapterVectors]
-    by_peft: dict[str, torch.Tensor]
-
-
-IDS = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(5))
-"""Every row and segment of these tests is the beginning of this text."""
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    base, root = tiny_llama(), tmp_path_factory.mktemp("kinds")
-    folders: dict[str, list[Path]] = {"base": []}
-    for seed, (kind, config) in enumerate(KINDS.items()):
-        folders[kind] = [save_adapter(base, root / kind, seed=seed, **config)]
-    return Known(
-        {kind: vectors_of(folders[kind][0], base) for kind in KINDS},
-        {kind: peft_logits(base, IDS, *folders[kind])[0] for kind in folders},
-    )
 
 
 @pytest.fixture
@@ -57,29 +26,13 @@ def model() -> IA3Model:
     return model
 
 
-def packed_logits(model: IA3Model, rows: list[int], segments: list[Segment]) -> torch.Tensor:
-    """A step: the text's first token in each row, its beginning in each segment."""
-    lengths = [1] * len(rows) + [segment.tokens for segment in segments]
-    positions = torch.cat([torch.arange(length) for length in lengths]).view(1, -1)
-    model.set_packed(rows, segments)
-    return logits(model, IDS[:, positions[0]], position_ids=positions, use_cache=False)[0]
-
-
-def expect(
-    known: Known, kinds: dict[int, str], rows: list[int], segments: list[Segment]
-) -> torch.Tensor:
-    """The same step, each row and segment alone in PEFT."""
-    parts = [(slot, 1) for slot in rows] + [(s.slot, s.tokens) for s in segments]
-    return torch.cat([known.by_peft[kinds.get(slot, "base")][:n] for slot, n in parts])
-
-
 def test_rows_and_segments_of_one_step_each_have_their_slot(model: IA3Model, known: Known) -> None:
     kinds = dict(enumerate(KINDS, start=1))
     for slot, kind in kinds.items():
         model.fill_slot(slot, known.vectors[kind])
     rows, segments = [2, 0, 1, 3, 1], [Segment(3, 4), Segment(0, 2), Segment(1, 6)]
     step = packed_logits(model, rows, segments)
-    assert torch.allclose(step, expect(known, kinds, rows, segments), atol=1e-5)
+    assert torch.allclose(step, known.step(kinds, rows, segments), atol=1e-5)
 
 
 steps = st.lists(
@@ -118,7 +71,7 @@ def test_whatever_came_before_a_step_computes_what_its_slots_hold(
             segments = [Segment(slot, n) for slot, n in second if slot in kinds or slot == 0]
             if rows or segments:
                 step = packed_logits(model, rows, segments)
-                assert torch.allclose(step, expect(known, kinds, rows, segments), atol=1e-5)
+                assert torch.allclose(step, known.step(kinds, rows, segments), atol=1e-5)
 
 
 @pytest.mark.parametrize("segments", [[], [Segment(BASE_SLOT, 6)]], ids=["decode", "prefill"])
@@ -145,7 +98,7 @@ def test_filling_a_slot_again_changes_the_rows_that_use_it(model: IA3Model, know
     for kind in ("default", "mlp_out", "default", "queries"):
         model.fill_slot(1, known.vectors[kind])
         step = packed_logits(model, [1, 0, 1], [])
-        expected = expect(known, {1: kind}, [1, 0, 1], [])
+        expected = known.step({1: kind}, [1, 0, 1], [])
         assert torch.allclose(step, expected, atol=1e-5), kind
 
 
@@ -157,7 +110,7 @@ def test_a_cleared_slot_can_be_filled_by_an_adapter_of_other_modules(
     model.clear_slot(1)
     model.fill_slot(1, known.vectors["queries"])
     step = packed_logits(model, [1], [])
-    assert torch.allclose(step, expect(known, {1: "queries"}, [1], []), atol=1e-5)
+    assert torch.allclose(step, known.step({1: "queries"}, [1], []), atol=1e-5)
 
 
 def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
@@ -206,7 +159,7 @@ def test_rows_reserved_later_are_up_to_date(known: Known) -> None:
     model.bank.reserve_rows(3)
     model.bank.reserve_rows(2)
     step = packed_logits(model, [1, 0, 1], [])
-    assert torch.allclose(step, expect(known, {1: "default"}, [1, 0, 1], []), atol=1e-5)
+    assert torch.allclose(step, known.step({1: "default"}, [1, 0, 1], []), atol=1e-5)
 
 
 def test_a_sheet_that_no_row_uses_is_passed_over_unless_kept_active(known: Known) -> None:
