@@ -38,9 +38,12 @@ class Story:
 
 
 def run_and_kill(folder: Path, seed: int, before: dict[str, Name], moment: random.Random) -> Story:
-    """Kills after some lines, and then some time into whatever comes next."""
+    """Kills after some lines, and then some time into whatever comes next.
+
+    The worker starts fast: without site-packages, for the store needs the standard library only.
+    """
     worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.adapters.crash_worker", str(folder), str(seed)],
+        [sys.executable, "-S", "-m", "tests.adapters.crash_worker", str(folder), str(seed)],
         stdout=subprocess.PIPE,
         bufsize=0,
         cwd=REPOSITORY,

@@ -149,5 +149,5 @@ class RegistryMachine(RuleBasedStateMachine):
 def test_any_sequence_of_uploads_requests_and_steps(known: Known) -> None:
     RegistryMachine.known = known
     machine = RegistryMachine.TestCase
-    machine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    machine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
     machine().runTest()
