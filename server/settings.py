@@ -19,7 +19,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="INFUSE_", cli_kebab_case=True, cli_implicit_flags=True, extra="forbid"
+        env_prefix="INFUSE_",
+        cli_prog_name="infuse serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        extra="forbid",
     )
 
     model: str | None = Field(
