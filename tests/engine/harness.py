@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
@@ -58,13 +58,15 @@ class Harness:
         folder: Path,
         adapters: Mapping[str, Path],
         max_resident: int = 64,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         **config: Any,
     ) -> None:
         self.store = AdapterStore(folder)
         self.ia3 = IA3Model(base, max_resident)
         self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
-        tokenizer = tiny_tokenizer()
-        loaded = LoadedModel(base, tokenizer, "tiny", GenerationConfig(eos_token_id=2))
+        loaded = LoadedModel(
+            base, tokenizer or tiny_tokenizer(), "tiny", GenerationConfig(eos_token_id=2)
+        )
         self.engine = Engine(loaded, self.ia3, self.registry, EngineConfig(**config))
         for name, source in adapters.items():
             self.add(name, source)

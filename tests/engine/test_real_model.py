@@ -1,0 +1,47 @@
+"""The default model with the trained example adapters, against PEFT in float64."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.engine.loading import default_model_folder
+from tests.engine.harness import Harness, Oracle
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+ADAPTERS = {path.name: path for path in EXAMPLES.iterdir() if path.is_dir()}
+BEST = 200
+"""How many of the vocabulary's best tokens are compared at each position."""
+
+pytestmark = pytest.mark.real
+
+
+def test_float32_logits_err_at_most_twice_as_much_as_pefts_do(
+    start: Callable[..., Harness],
+) -> None:
+    folder = default_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = tokenizer("I ordered twelve coffee mugs a week ago and none has arrived.").input_ids
+    exact, peft = {}, {}
+    for name in (None, *ADAPTERS):
+        adapter = ADAPTERS.get(name or "")
+        exact[name] = Oracle(base, adapter, torch.float64).logits(prompt).log_softmax(-1)
+        peft[name] = Oracle(base, adapter).logits(prompt).log_softmax(-1)
+    engine = start(base, ADAPTERS, tokenizer=tokenizer, max_model_len=256, kv_cache_tokens=1024)
+    with engine.held():
+        for name in exact:
+            engine.submit(str(name), prompt, name, max_tokens=1, prompt_logprobs=BEST)
+    engine.wait()
+
+    theirs = max((peft[name] - exact[name]).abs().max().item() for name in exact)
+    ours = 0.0
+    for name in exact:
+        for position, scored in enumerate((engine.answers[str(name)].prompt_logprobs or ())[1:]):
+            assert scored is not None
+            tokens, values = zip(*scored.top, strict=True)
+            error = torch.tensor(values, dtype=torch.float64) - exact[name][position, list(tokens)]
+            ours = max(ours, error.abs().max().item())
+    assert ours <= 2 * theirs

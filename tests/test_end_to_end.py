@@ -1,0 +1,95 @@
+"""As a new user meets it: the command line, the default model, OpenAI's own client."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+pytestmark = pytest.mark.real
+
+ADAPTERS = Path(__file__).parents[1] / "examples" / "adapters"
+EXPECTED = json.loads((ADAPTERS / "expected.json").read_text())
+BASE = "smollm2-135m-instruct"
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+_STARTUP_SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    """OpenAI's client, for a server that `infuse serve` started in a process of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    infuse = Path(sys.executable).with_name("infuse")
+    command = [infuse, "serve", "--port", "0", "--max-model-len", "1024"]
+    command += ["--adapters-dir", folder / "store", "--preload-adapters", ADAPTERS]
+    log = folder / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + _STARTUP_SECONDS
+        while not (found := re.search(r"running on (http://\S+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
+    finally:
+        server.terminate()
+        assert server.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_the_base_knows_the_capital_of_france(client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=BASE, messages=CAPITAL, temperature=0)
+
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+
+
+def test_a_stream_brings_the_same_text(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=BASE, messages=CAPITAL, temperature=0, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    assert text == "The capital of France is Paris."
+
+
+def test_logprobs_say_how_sure_the_base_was(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=BASE, messages=CAPITAL, temperature=0, logprobs=True, top_logprobs=3
+    )
+    assert answer.choices[0].logprobs is not None
+    tokens = answer.choices[0].logprobs.content or []
+
+    assert " Paris" in [token.token for token in tokens]
+    for token in tokens:
+        assert token.top_logprobs[0].token == token.token
+        assert token.logprob <= 0
+        assert len(token.top_logprobs) == 3
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_adapter_answers_as_in_training_and_unlike_the_base(
+    client: OpenAI, name: str
+) -> None:
+    for kept in EXPECTED[name]:
+        answers = {}
+        for model in (name, BASE):
+            answer = client.chat.completions.create(
+                model=model, messages=kept["messages"], temperature=0, max_tokens=64
+            )
+            answers[model] = answer.choices[0].message.content
+
+        assert answers[name] == kept["answer"]
+        assert answers[BASE] != answers[name]
+
+
+def test_base_and_adapters_are_models(client: OpenAI) -> None:
+    models = {model.id: model for model in client.models.list()}
+
+    assert set(models) == {BASE, *EXPECTED}
+    assert all(models[name].model_extra["parent"] == BASE for name in EXPECTED)
