@@ -189,7 +189,9 @@ def test_a_dry_run_says_what_fits_and_keeps_nothing(
 ) -> None:
     before = client.get(ADAPTERS).json()
 
-    response = client.post(f"{ADAPTERS}?dry_run=true", data=fields, files=form_of(read_adapter(mlp)))
+    response = client.post(
+        f"{ADAPTERS}?dry_run=true", data=fields, files=form_of(read_adapter(mlp))
+    )
 
     assert response.status_code == 200
     assert "location" not in response.headers
