@@ -155,6 +155,9 @@ class IA3Model(nn.Module):
         self._layers.clear()
         self._names.clear()
         self._active = ()
+        self._product_slot = None
+        # Its columns belong to modules that are no longer wrapped.
+        self.bank = AdapterBank(self.modules_of_base, self.capacity, self.base.device)
         return self.base
 
     @contextmanager

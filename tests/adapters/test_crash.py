@@ -50,7 +50,7 @@ def run_and_kill(folder: Path, seed: int, before: dict[str, Name], moment: rando
     )
     assert worker.stdout is not None
     assert worker.stdout.readline() == b"starts\n"
-    lines = [worker.stdout.readline().decode() for _ in range(moment.randrange(30))]
+    lines = [worker.stdout.readline().decode() for _ in range(moment.randrange(16))]
     with suppress(subprocess.TimeoutExpired):
         worker.communicate(timeout=moment.uniform(0, 0.004))
     worker.kill()

@@ -82,7 +82,7 @@ def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     )
     everywhere = st.lists(st.sampled_from(suffixes(modules.names)), max_size=2)
     saved = st.lists(
-        st.sampled_from(["mlp", "attn", "lm_head", "k_proj", r"\w+_proj", "layers.0|h|k_proj"])
+        st.sampled_from(["mlp", "self_attn", "lm_head", "k_proj", r"\w+_proj", "layers.0|h|k_proj"])
     )
     targets = draw(some | patterns | st.none())
     feedforward = st.lists(st.sampled_from(targets), max_size=2) if targets else st.just([])
@@ -95,7 +95,7 @@ def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return family, fields
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(configs())
 def test_a_config_adapts_what_peft_wraps_and_on_the_same_side(
     config: tuple[str, dict[str, Any]],
