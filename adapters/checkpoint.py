@@ -25,6 +25,8 @@ _CONVERT = (
     ".save_pretrained(new_folder, safe_serialization=True)"
 )
 _MAX_FAULTS = 50
+_MAX_SHOWN = 200
+"""Characters of a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,10 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
         raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
     targets = resolve_targets(config, modules)
     expected = {f"{_PREFIX}{target.module}{_SUFFIX}": target for target in targets}
-    faults = [_unknown_key(key, expected) for key in checkpoint.tensors if key not in expected]
+    unknown = [key for key in checkpoint.tensors if key not in expected]
+    # A stranger's file may have a million keys: a few are compared with ours, the rest counted.
+    faults = [_unknown_key(key, expected) for key in unknown[:_MAX_FAULTS]]
+    faults += [Fault(key, "belongs to no module") for key in unknown[_MAX_FAULTS:]]
     vectors = {}
     for key, target in expected.items():
         if key not in checkpoint.tensors:
@@ -159,12 +164,12 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _unknown_key(key: str, expected: Mapping[str, Target]) -> Fault:
-    near = difflib.get_close_matches(key, expected, n=1)
+    near = difflib.get_close_matches(key, expected, n=1) if len(key) <= _MAX_SHOWN else []
     if ".base_layer." in key:
         fix = "save the vectors alone: save_pretrained(folder, save_embedding_layers=False)"
     else:
         fix = f"did you mean {near[0]}?" if near else "each key is base_model.model.<module>.ia3_l"
-    shown = key if len(key) <= 200 else key[:197] + "..."
+    shown = key if len(key) <= _MAX_SHOWN else key[: _MAX_SHOWN - 3] + "..."
     return Fault(shown, "belongs to no module that the config targets in this base model", fix)
 
 

@@ -1,12 +1,16 @@
 """An upload's files, from form fields or an archive, into a staging folder: nothing else."""
 
+import bz2
+import errno
+import gzip
+import lzma
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from adapters.checkpoint import WEIGHTS_FILE
 from adapters.config import CONFIG_FILE
@@ -16,7 +20,16 @@ from server.errors import ApiError
 _WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 _PICKLED = "adapter_model.bin"
 _MAX_ENTRIES = 1000
-_ZIP_MAGIC = b"PK"
+_MAX_READ = 1 << 20
+"""Bytes at once. Parsers read as much as a header says that a name or a directory takes."""
+_TAR_ROOM = 4 << 20
+"""Bytes of headers and padding around a tar's files."""
+_ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
+_DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 
 
 def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int) -> None:
@@ -33,22 +46,52 @@ def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
     unpacks to more than `limit` bytes is cut off while it is read, whatever its header says.
     Raises InvalidAdapter with all faults, and ApiError 413.
     """
-    magic = archive.read(2)
-    archive.seek(0)
     try:
-        entries = _zip_entries if magic == _ZIP_MAGIC else _tar_entries
-        with entries(archive) as files:
+        with _entries(archive, limit) as files:
             _check([path for path, _ in files])
             left = limit
             for path, opener in files:
                 if path.name in _WANTED:
                     with opener as source:
                         left -= _copy(source, folder / path.name, left, limit)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except (InvalidAdapter, ApiError):
+        raise
+    except Exception as error:
+        # The libraries promise no set of errors for damaged archives: zlib.error, ValueError for a
+        # negative offset, IndexError for an empty name, ... Only the disk's own are not about it.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         fix = "send a zip, tar, tar.gz, tar.bz2 or tar.xz of the adapter's folder"
         raise InvalidAdapter([Fault("archive", f"cannot be read: {error}", fix)]) from None
+
+
+class _Bounded:
+    """What an archive's parser reads from: never more at once than _MAX_READ, nor past `end`.
+
+    A tar is read through its decompressor, so what is skipped in it costs time as well.
+    """
+
+    def __init__(self, file: IO[bytes], end: int | None = None) -> None:
+        self._file = file
+        self._end = end
+        self.tell = file.tell
+        self.seekable = file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_READ:
+            problem = f"says that a part of its directory takes {size} bytes"
+            raise InvalidAdapter([Fault("archive", problem, "send the adapter's folder alone")])
+        self._check_end(self._file.tell() + size)
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0:
+            self._check_end(offset)
+        return self._file.seek(offset, whence)
+
+    def _check_end(self, position: int) -> None:
+        if self._end is not None and position > self._end:
+            raise _too_large(self._end - _TAR_ROOM)
 
 
 class _Opener:
@@ -77,8 +120,23 @@ _Entries = list[tuple[PurePosixPath, _Opener]]
 
 
 @contextmanager
-def _zip_entries(archive: IO[bytes]) -> Iterator[_Entries]:
-    with zipfile.ZipFile(archive) as opened:
+def _entries(archive: IO[bytes], limit: int) -> Iterator[_Entries]:
+    start = archive.read(8)
+    archive.seek(0)
+    if start.startswith(_ZIP_MAGICS):
+        with _zip_entries(_Bounded(archive)) as files:
+            yield files
+        return
+    for magic, decompress in _DECOMPRESSORS.items():
+        if start.startswith(magic):
+            archive = cast(IO[bytes], decompress(archive))
+    with _tar_entries(_Bounded(archive, end=limit + _TAR_ROOM)) as files:
+        yield files
+
+
+@contextmanager
+def _zip_entries(archive: _Bounded) -> Iterator[_Entries]:
+    with zipfile.ZipFile(cast(IO[bytes], archive)) as opened:
         infos = opened.infolist()
         _check_count(len(infos))
         files: _Entries = []
@@ -88,16 +146,20 @@ def _zip_entries(archive: IO[bytes]) -> Iterator[_Entries]:
                 raise _climbing(info.filename, "is a link")
             if info.flag_bits & 1:
                 raise InvalidAdapter(
-                    [Fault("archive", f"{info.filename!r} is encrypted", "send it without one")]
+                    [Fault("archive", f"{info.filename!r} is encrypted", "pack without a password")]
                 )
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # The others are unpacked without a limit by `zipfile`.
+                problem = f"{info.filename!r} is not packed by deflate"
+                raise InvalidAdapter([Fault("archive", problem, "pack with another program")])
             if not info.is_dir():
                 files.append((PurePosixPath(info.filename), _Opener(opened, info)))
         yield files
 
 
 @contextmanager
-def _tar_entries(archive: IO[bytes]) -> Iterator[_Entries]:
-    with tarfile.open(fileobj=archive, mode="r:*") as opened:
+def _tar_entries(archive: _Bounded) -> Iterator[_Entries]:
+    with tarfile.open(fileobj=cast(IO[bytes], archive), mode="r:") as opened:
         files: _Entries = []
         for number, info in enumerate(opened, start=1):
             _check_count(number)
@@ -148,10 +210,11 @@ def _copy(source: IO[bytes], target: Path, left: int, limit: int) -> int:
         while chunk := source.read(min(1 << 20, left - copied + 1)):
             copied += len(chunk)
             if copied > left:
-                raise ApiError(
-                    413,
-                    f"The adapter's files are larger than this server's limit of {limit} bytes.",
-                    code="upload_too_large",
-                )
+                raise _too_large(limit)
             file.write(chunk)
     return copied
+
+
+def _too_large(limit: int) -> ApiError:
+    message = f"The adapter's files are larger than this server's limit of {limit} bytes."
+    return ApiError(413, message, code="upload_too_large")
