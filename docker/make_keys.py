@@ -24,8 +24,7 @@ def make_keys(folder: Path, owners: Owners) -> None:
     """Write infuse/keys.json, prometheus/key and grafana/password in `folder`."""
     keys_file = folder / "infuse" / "keys.json"
     if not keys_file.exists():
-        # Any key may read /metrics; of the two roles Prometheus has the one that changes nothing.
-        keys = [_key("admin", ["generate", "admin"]), _key("prometheus", ["generate"])]
+        keys = [_key("admin", ["generate", "admin"]), _key("prometheus", ["metrics"])]
         _write(keys_file, json.dumps(keys, indent=2) + "\n", owners.infuse)
     by_name = {entry["name"]: entry["key"] for entry in json.loads(keys_file.read_text())}
     if "prometheus" in by_name:

@@ -16,7 +16,8 @@ from server.errors import ApiError, error_response
 
 log = logging.getLogger(__name__)
 
-Role = Literal["generate", "admin"]
+Role = Literal["generate", "admin", "metrics"]
+"""Any key may read `/metrics`; one with `metrics` alone may do nothing else."""
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 
 

@@ -24,6 +24,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        env_ignore_empty=True,
         extra="forbid",
     )
 

@@ -256,5 +256,5 @@ def test_the_server_reads_the_keys_and_prometheus_cannot_administer(tmp_path: Pa
 
     assert (admin.name, prometheus.name) == ("admin", "prometheus")
     assert admin.roles == {"generate", "admin"}
-    assert prometheus.roles == {"generate"}
+    assert prometheus.roles == {"metrics"}
     assert prometheus.key.get_secret_value() == (tmp_path / "prometheus" / "key").read_text()
