@@ -41,7 +41,8 @@ from adapters.errors import (
 log = logging.getLogger(__name__)
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What an OSError says when a disk is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +339,7 @@ def _room() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise StoreFull(
                 "The disk that holds the adapters is full; delete adapters or make room."
             ) from error

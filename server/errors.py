@@ -203,8 +203,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",
     }
     message = messages.get(error.status_code, str(error.detail))
+    code = "body_too_large" if error.status_code == 413 else None
     headers = dict(error.headers or {})
-    return error_response(ApiError(error.status_code, message, headers=headers))
+    return error_response(ApiError(error.status_code, message, code=code, headers=headers))
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

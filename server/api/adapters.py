@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse
 
-from adapters.errors import Fault, InvalidAdapter
-from adapters.store import NAME_PATTERN, Revision
+from adapters.errors import Fault, InvalidAdapter, StoreFull
+from adapters.store import NAME_PATTERN, NO_ROOM, Revision
 from server.api.uploads import save_files, unpack
 from server.errors import ApiError, ErrorBody
 from server.services import Services, get_services
@@ -139,7 +139,12 @@ async def _read_upload(request: Request, named: bool) -> _Upload:
             code="not_multipart",
             param="body",
         )
-    form = await request.form(max_files=8, max_fields=8)
+    try:
+        form = await request.form(max_files=8, max_fields=8)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StoreFull("The disk that takes uploads in is full; make room.") from error
     faults, files, name = [], {}, None
     for field, value in form.multi_items():
         if field in files or (field == "name" and name is not None):
