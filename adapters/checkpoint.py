@@ -11,11 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
+from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
 from adapters.errors import Fault, InvalidAdapter
 from adapters.targets import BaseModules, Side, Target, resolve_targets
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."

@@ -48,7 +48,7 @@ class InfuseServer:
 
     def __enter__(self) -> Self:
         deadline = time.monotonic() + _STARTUP_SECONDS
-        while not (address := re.search(r"running on (http://\S+)", self._output())):
+        while not (address := re.search(r"answers on (http://\S+)", self._output())):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{self._output()}")
             time.sleep(0.1)

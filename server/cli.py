@@ -2,10 +2,11 @@
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
@@ -14,6 +15,9 @@ from pydantic_settings import CliApp
 
 from adapters.errors import AdapterError
 from server.client import AdminClient, ClientError
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,12 +50,6 @@ def main() -> None:
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
-    # torch and transformers take seconds to import, which the other commands need not wait for.
-    from server.app import create_app
-    from server.auth import BadKeysFile
-    from server.engine import EngineError
-    from server.settings import Settings
-
     try:
         settings = CliApp.run(Settings, cli_args=context.args)
     except ValidationError as error:
@@ -62,23 +60,51 @@ def serve(context: typer.Context) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    listening = _bind(settings.host, settings.port)
+    # These import torch and transformers: seconds that nothing else here need wait for.
+    from server.app import create_app
+    from server.auth import BadKeysFile
+    from server.engine import EngineError
+
     try:
         application = create_app(settings)
     except (BadKeysFile, EngineError, AdapterError) as error:
-        typer.echo(f"infuse serve: {error}", err=True)
-        raise typer.Exit(2) from None
-    server = uvicorn.Server(
+        _refuse(str(error))
+    server = _Server(
         uvicorn.Config(
             application,
-            host=settings.host,
-            port=settings.port,
             log_level=settings.log_level,
             timeout_graceful_shutdown=round(settings.drain_timeout),
         )
     )
-    server.run()
-    if not server.started:
-        raise typer.Exit(2)
+    server.run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("Infuse answers on http://%s:%d (/docs says what it can do).", shown, port)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        _refuse(f"cannot listen on {host}, port {port}: {error.strerror}")
+    return listening
+
+
+def _refuse(reason: str) -> NoReturn:
+    typer.echo(f"infuse serve: {reason}", err=True)
+    raise typer.Exit(2) from None
 
 
 @adapters_app.command()

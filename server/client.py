@@ -5,8 +5,7 @@ from typing import Any, Self
 
 import httpx
 
-from adapters.checkpoint import WEIGHTS_FILE
-from adapters.config import CONFIG_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 
 _TIMEOUT = 60.0
 
@@ -35,11 +34,11 @@ class AdminClient:
     def check(self, folder: Path) -> dict[str, Any]:
         return self._upload("POST", "/v1/adapters?dry_run=true", folder)
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self, page_size: int = 1000) -> list[dict[str, Any]]:
         adapters: list[dict[str, Any]] = []
         after = ""
         while True:
-            query = {"limit": 1000} | ({"after": after} if after else {})
+            query = {"limit": page_size} | ({"after": after} if after else {})
             page = self._send("GET", "/v1/adapters", params=query)
             adapters += page["data"]
             if page["next"] is None:

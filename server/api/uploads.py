@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from adapters.checkpoint import WEIGHTS_FILE
-from adapters.config import CONFIG_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
 

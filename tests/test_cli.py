@@ -1,0 +1,237 @@
+"""The command line, against a real server and as a process of its own."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adapters.store import AdapterStore
+from server.cli import app
+from server.client import AdminClient
+from server.settings import Settings
+from tests.api.conftest import run_server
+from tests.factories import save_adapter, save_tiny_model, tiny_model
+
+INFUSE = Path(sys.executable).with_name("infuse")
+KEY = "an-administrators-key"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tiny_model("llama"), tmp_path_factory.mktemp("adapter") / "a")
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    keys = folder / "keys.json"
+    keys.write_text(json.dumps([{"name": "ops", "key": KEY, "roles": ["admin"]}]))
+    settings = Settings(model=str(model_folder), adapters_dir=folder / "store", keys_file=keys)
+    with run_server(settings) as (address, _):
+        yield address
+
+
+def infuse(url: str, *arguments: object, key: str = KEY) -> Result:
+    environment = {"INFUSE_URL": url, "INFUSE_API_KEY": key}
+    return CliRunner().invoke(app, ["adapters", *map(str, arguments)], env=environment)
+
+
+def test_an_adapter_is_checked_added_listed_replaced_and_removed(
+    url: str, adapter: Path, tmp_path: Path
+) -> None:
+    other = save_adapter(tiny_model("llama"), tmp_path / "b", seed=2)
+    checked = infuse(url, "check", adapter)
+    assert checked.exit_code == 0
+    assert checked.stdout == f"{adapter} fits: it rescales 6 modules\n"
+    assert infuse(url, "list").stdout == ""
+
+    assert infuse(url, "add", "support", adapter).stdout == "support is revision 1\n"
+    assert infuse(url, "add", "support", adapter, "--replace").stdout == "support is unchanged\n"
+    assert infuse(url, "add", "support", other, "--replace").stdout == "support is revision 2\n"
+    assert infuse(url, "list").stdout.startswith("support\t2\t")
+    assert infuse(url, "remove", "support").exit_code == 0
+    assert infuse(url, "list").stdout == ""
+
+
+def test_json_is_the_servers_answer(url: str, adapter: Path) -> None:
+    added = json.loads(infuse(url, "add", "plain", adapter, "--json").stdout)
+    [listed] = json.loads(infuse(url, "list", "--json").stdout)
+
+    assert (added["name"], added["revision"], added["warnings"]) == ("plain", 1, [])
+    assert listed == added
+    infuse(url, "remove", "plain")
+
+
+def test_a_list_of_more_than_a_page_is_whole(url: str, adapter: Path) -> None:
+    for number in range(3):
+        infuse(url, "add", f"a{number}", adapter)
+    with AdminClient(url, KEY) as client:
+        assert [a["name"] for a in client.list(page_size=2)] == ["a0", "a1", "a2"]
+    for number in range(3):
+        infuse(url, "remove", f"a{number}")
+
+
+def test_every_fault_is_printed(url: str, adapter: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps(config | {"inference_mode": "x"}))
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    result = infuse(url, "check", broken)
+
+    assert result.exit_code == 1
+    assert "2 faults" in result.stderr
+    assert "inference_mode" in result.stderr
+    assert "adapter_model.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("add", "x", "/no/such/folder"), "save_pretrained"),
+        (("remove", "nobody"), "no adapter named 'nobody'"),
+        (("add",), "Missing argument"),
+    ],
+)
+def test_what_cannot_be_done_is_said_on_stderr(
+    url: str, arguments: tuple[str, ...], said: str
+) -> None:
+    result = infuse(url, *arguments)
+
+    assert result.exit_code != 0
+    assert result.stdout == ""
+    assert said in result.stderr
+
+
+def test_a_wrong_key_is_said(url: str) -> None:
+    result = infuse(url, "list", key="not-the-right-key")
+
+    assert result.exit_code == 1
+    assert "No valid API key" in result.stderr
+
+
+def test_a_server_that_is_not_there_is_said() -> None:
+    result = infuse("http://127.0.0.1:9", "list")
+
+    assert result.exit_code == 1
+    assert "is the server up?" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["add", "list", "remove", "check"])
+def test_every_command_shows_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, ["adapters", command, "--help"])
+
+    assert f"Example: infuse adapters {command}" in result.stdout
+
+
+# `infuse serve`, as a process.
+
+
+def serve(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [INFUSE, "serve", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
+    )
+
+
+def test_help_lists_every_setting() -> None:
+    result = serve("--help")
+
+    assert result.returncode == 0
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in result.stdout
+    assert "INFUSE_MAX_MODEL_LEN" in result.stdout
+
+
+def test_a_model_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
+    result = serve("--model", "/does/not/exist", "--adapters-dir", tmp_path / "store")
+
+    assert result.returncode == 2
+    assert result.stderr.startswith("infuse serve: no model at '/does/not/exist'")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--port", "70000"], {}, "--port: Input should be less than or equal to 65535"),
+        (["--prot", "1"], {}, "--prot"),
+        (["--host", "0.0.0.0"], {}, "listens on loopback only, not on 0.0.0.0"),
+        (["--host", "::"], {}, "listens on loopback only, not on ::"),
+        (["--host", "example.org"], {}, "no IP address"),
+        (["--keys-file", "/no/keys"], {}, "no keys file at /no/keys"),
+        ([], {"INFUSE_MAX_QUEUE": "0"}, "--max-queue: Input should be greater"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(
+    arguments: list[str], environment: dict[str, str], said: str
+) -> None:
+    result = serve(*arguments, **environment)
+
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_said_and_nothing_is_served(model_folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = serve("--model", model_folder, "--adapters-dir", tmp_path, "--port", port)
+
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"infuse serve: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+    )
+
+
+def test_keys_that_cannot_be_used_are_one_line_without_a_key(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps([{"name": "x", "key": "a-secret-key-of-mine", "roles": ["root"]}]))
+    result = serve("--model", model_folder, "--adapters-dir", tmp_path, "--keys-file", keys)
+
+    assert result.returncode == 2
+    assert "is wrong at 0.roles" in result.stderr
+    assert "a-secret-key-of-mine" not in result.stderr
+
+
+def test_an_adapters_folder_that_another_server_owns_is_one_line(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with closing(AdapterStore(tmp_path)):
+        result = serve("--model", model_folder, "--adapters-dir", tmp_path)
+
+    assert result.returncode == 2
+    assert "infuse serve: another server uses the adapters folder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    (folder / "empty").mkdir(parents=True)
+    (folder / "good").symlink_to(adapter)
+    settings = Settings(
+        model=str(model_folder), adapters_dir=tmp_path / "store", preload_adapters=folder
+    )
+    for _ in range(2):
+        with run_server(settings) as (_, services):
+            assert services.store.names() == ["good"]
+            assert services.store.current("good").number == 1
