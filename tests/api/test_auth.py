@@ -1,0 +1,288 @@
+"""Keys: who may do what, decided before a body is read."""
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.auth import BadKeysFile, read_keys
+from server.services import Services
+from server.settings import Settings
+from tests.api.archives import form_of, read_adapter
+from tests.api.conftest import run_server
+from tests.api.test_adapters import ADAPTERS, PROMPT
+
+KEYS = {
+    "everything": ["generate", "admin"],
+    "generate": ["generate"],
+    "admin": ["admin"],
+    "metrics": ["metrics"],
+}
+COMPLETION = {"json": PROMPT | {"model": "tiny"}}
+GENERATE: list[tuple[str, str, dict[str, Any]]] = [
+    ("POST", "/v1/completions", COMPLETION),
+    ("POST", "/v1/chat/completions", {"json": {"model": "tiny", "messages": []}}),
+    ("GET", "/v1/models", {}),
+    ("GET", "/v1/models/tiny", {}),
+]
+ADMIN: list[tuple[str, str, dict[str, Any]]] = [
+    ("GET", ADAPTERS, {}),
+    ("POST", ADAPTERS, {}),
+    ("POST", f"{ADAPTERS}?dry_run=true", {}),
+    ("GET", f"{ADAPTERS}/unknown", {}),
+    ("PUT", f"{ADAPTERS}/unknown", {}),
+    ("DELETE", f"{ADAPTERS}/unknown", {}),
+    ("GET", f"{ADAPTERS}/unknown/files/adapter_config.json", {}),
+]
+OPEN = ["/health/live", "/health/ready", "/docs", "/openapi.json"]
+
+
+def key_of(role: str) -> str:
+    return f"{role}-key-of-this-test"
+
+
+def bearer(role: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key_of(role)}"}
+
+
+def keys_file(path: Path) -> Path:
+    keys = [{"name": name, "key": key_of(name), "roles": roles} for name, roles in KEYS.items()]
+    path.write_text(json.dumps(keys))
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Services]]:
+    folder = tmp_path_factory.mktemp("guarded")
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=folder / "store",
+        keys_file=keys_file(folder / "keys.json"),
+        log_level="debug",
+    )
+    with run_server(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client(guarded: tuple[str, Services]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=guarded[0], timeout=60) as client:
+        yield client
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    return dict(response.json()["error"])
+
+
+# Without a key
+
+
+@pytest.mark.parametrize(("method", "path", "body"), [*GENERATE, *ADMIN, ("GET", "/metrics", {})])
+def test_nothing_is_done_without_a_key(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any]
+) -> None:
+    response = client.request(method, path, **body)
+
+    error = error_of(response, 401)
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_health_and_the_documentation_are_open(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code == 200
+
+
+def test_even_what_does_not_exist_needs_a_key(client: httpx.Client) -> None:
+    assert client.get("/v1/secret").status_code == 401
+    assert client.get("/v1/secret", headers=bearer("generate")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer wrong",
+        f"Bearer {key_of('everything')}x",
+        f"Bearer {key_of('everything')[:-1]}",
+        f"Basic {key_of('everything')}",
+        key_of("everything"),
+        f"Bearer x {key_of('everything')}",
+        "Bearer \xff\xfe",
+    ],
+)
+def test_a_wrong_key_opens_nothing(client: httpx.Client, header: str) -> None:
+    headers = {"Authorization": header.encode("latin-1")}
+
+    assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_right_key_opens(client: httpx.Client, scheme: str) -> None:
+    headers = {"Authorization": f"{scheme} {key_of('everything')}"}
+
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("expect", ["", "Expect: 100-continue\r\n"])
+@pytest.mark.parametrize("length", ["Content-Length: 60000000", "Transfer-Encoding: chunked"])
+def test_a_key_is_asked_for_before_the_body(
+    guarded: tuple[str, Services], expect: str, length: str
+) -> None:
+    url = httpx.URL(guarded[0])
+    head = f"POST {ADAPTERS} HTTP/1.1\r\nHost: x\r\n{length}\r\n{expect}"
+    kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+
+    with socket.create_connection((url.host, url.port or 80), timeout=10) as connection:
+        connection.sendall((head + kind).encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_an_upload_without_a_key_leaves_nothing(
+    client: httpx.Client, guarded: tuple[str, Services], adapter_folders: dict[str, Path]
+) -> None:
+    form = form_of(read_adapter(adapter_folders["mlp"]))
+
+    assert client.post(ADAPTERS, data={"name": "mlp"}, files=form).status_code == 401
+    refused = client.post(ADAPTERS, data={"name": "a"}, files=form, headers=bearer("generate"))
+    assert refused.status_code == 403
+    assert guarded[1].store.names() == []
+
+
+# Roles
+
+
+@pytest.mark.parametrize(("method", "path", "body"), GENERATE)
+@pytest.mark.parametrize("role", ["admin", "metrics"])
+def test_only_a_key_that_may_generate_generates(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any], role: str
+) -> None:
+    refused = client.request(method, path, **body, headers=bearer(role))
+    allowed = client.request(method, path, **body, headers=bearer("generate"))
+
+    error = error_of(refused, 403)
+    assert (error["type"], error["code"]) == ("permission_error", "missing_role")
+    assert "'generate'" in error["message"]
+    assert f"'{role}'" in error["message"]
+    assert allowed.status_code not in (401, 403)
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ADMIN)
+@pytest.mark.parametrize("role", ["generate", "metrics"])
+def test_only_a_key_that_may_administer_administers(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any], role: str
+) -> None:
+    refused = client.request(method, path, **body, headers=bearer(role))
+    allowed = client.request(method, path, **body, headers=bearer("admin"))
+
+    assert "'admin'" in error_of(refused, 403)["message"]
+    assert allowed.status_code not in (401, 403)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1//adapters", "/V1/adapters", "/v1/adapters/", "/./v1/adapters"]
+)
+def test_no_other_spelling_of_a_path_is_a_way_in(client: httpx.Client, path: str) -> None:
+    response = client.get(path, headers=bearer("generate"), follow_redirects=True)
+
+    assert response.status_code in (403, 404)
+
+
+@pytest.mark.parametrize("role", KEYS)
+def test_any_key_reads_the_metrics(client: httpx.Client, role: str) -> None:
+    assert client.get("/metrics", headers=bearer(role)).status_code == 200
+
+
+def test_a_key_for_everything_does_everything(
+    client: httpx.Client, adapter_folders: dict[str, Path]
+) -> None:
+    client.headers.update(bearer("everything"))
+    form = form_of(read_adapter(adapter_folders["mlp"]))
+
+    assert client.post(ADAPTERS, data={"name": "mlp"}, files=form).status_code == 201
+    assert client.post("/v1/completions", json=PROMPT | {"model": "mlp"}).status_code == 200
+    assert client.delete(f"{ADAPTERS}/mlp").status_code == 204
+
+
+def test_no_key_is_logged_or_shown(
+    client: httpx.Client, guarded: tuple[str, Services], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for role in KEYS:
+        for method, path, body in [*GENERATE, *ADMIN]:
+            answer = client.request(method, path, **body, headers=bearer(role))
+            assert "-key-of-this-test" not in answer.text + str(answer.headers)
+
+    assert "-key-of-this-test" not in caplog.text + repr(guarded[1])
+
+
+# The keys file
+
+
+GOOD = {"name": "ci", "key": "0123456789abcdef", "roles": ["admin"]}
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "the file: Invalid JSON"),
+    "empty": ("", "the file: Invalid JSON"),
+    "no list": ({}, "the file: Input should be a valid array"),
+    "no keys": ([], "holds no key"),
+    "no name": ([GOOD | {"name": ""}], "0.name"),
+    "short": ([GOOD, GOOD | {"key": "secret"}], "1.key"),
+    "no key": ([{"name": "ci", "roles": ["admin"]}], "0.key: Field required"),
+    "no roles": ([GOOD | {"roles": []}], "0.roles"),
+    "unknown role": ([GOOD | {"roles": ["root"]}], "0.roles"),
+    "unknown field": ([GOOD | {"rolls": []}], "0.rolls"),
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_keys_file_is_refused_with_the_place_and_without_its_keys(
+    tmp_path: Path, content: Any, problem: str
+) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    with pytest.raises(BadKeysFile) as caught:
+        read_keys(path)
+
+    message = str(caught.value)
+    assert str(path) in message
+    assert problem in message
+    assert "secret" not in message
+    assert "0123456789abcdef" not in message
+    assert "\n" not in message
+
+
+def test_a_keys_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadKeysFile, match="cannot be read: Is a directory"):
+        read_keys(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o644, True)])
+def test_a_keys_file_that_everybody_reads_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: bool
+) -> None:
+    path = keys_file(tmp_path / "keys.json")
+    path.chmod(mode)
+
+    read_keys(path)
+
+    assert ("can be read by every user" in caplog.text) is warned
+
+
+def test_without_keys_everybody_may_do_everything(
+    start_server: Callable[..., tuple[str, Services]],
+) -> None:
+    url, _ = start_server()
+
+    assert httpx.get(url + ADAPTERS).status_code == 200
+    assert httpx.post(url + "/v1/completions", **COMPLETION).status_code == 200
