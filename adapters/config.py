@@ -58,11 +58,10 @@ class IA3Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            faults = {_field(e["loc"]): Fault(_field(e["loc"]), e["msg"]) for e in error.errors()}
+            problems = {_field(e["loc"]): _problem(e["msg"]) for e in error.errors()}
             fix = "write the file with PEFT's save_pretrained"
-            raise InvalidAdapter(
-                [Fault(f.field, f.problem, fix) for f in faults.values()]
-            ) from None
+            faults = [Fault(field, problem, fix) for field, problem in problems.items()]
+            raise InvalidAdapter(faults) from None
 
     def dump(self) -> bytes:
         """The file as PEFT writes it."""
@@ -94,3 +93,7 @@ def _shown(value: object) -> str:
 
 def _field(location: tuple[int | str, ...]) -> str:
     return str(location[0]) if location else "feedforward_modules"
+
+
+def _problem(message: str) -> str:
+    return message.removeprefix("Value error, ")

@@ -193,7 +193,8 @@ def _fault(error: Mapping[str, Any]) -> Fault:
         return Fault("body", f"is no valid JSON: {reason}", "send a JSON object")
     where = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
     fix = "leave it out" if error["type"] == "extra_forbidden" else ""
-    return Fault(".".join(where) or "body", str(error["msg"]), fix)
+    # What a validator of ours says stands alone, without pydantic's class of error before it.
+    return Fault(".".join(where) or "body", error["msg"].removeprefix("Value error, "), fix)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -203,7 +204,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    code = "body_too_large" if error.status_code == 413 else None
+    code = {400: "invalid_request", 413: "body_too_large"}.get(error.status_code)
     headers = dict(error.headers or {})
     return error_response(ApiError(error.status_code, message, code=code, headers=headers))
 

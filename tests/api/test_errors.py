@@ -1,0 +1,149 @@
+"""Every error has OpenAI's shape, and none shows the server's insides."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adapters.errors import AdapterError, NoFreeSlot
+from server.errors import from_adapter_error
+from server.services import Services
+from tests.api.conftest import RunningServer
+from tests.api.test_adapters import ADAPTERS, PROMPT
+
+StartServer = Callable[..., tuple[str, Services]]
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert list(response.json()) == ["error"]
+    error = response.json()["error"]
+    assert list(error) == ["message", "type", "param", "code", "details"]
+    assert error["message"]
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    assert error["type"] == kind
+    for detail in error["details"]:
+        assert list(detail) == ["field", "problem", "fix"]
+    return dict(error)
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v2/models", "/metrics/x", "/é%00"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_an_unknown_path_is_said_to_be_one(client: httpx.Client, method: str, path: str) -> None:
+    error = error_of(client.request(method, path), 404)
+
+    assert error["message"].startswith(f"There is nothing at {method} ")
+    assert "/docs" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/completions", {"POST"}),
+        ("DELETE", "/v1/chat/completions", {"POST"}),
+        ("POST", "/v1/models", {"GET"}),
+        ("PUT", ADAPTERS, {"GET", "POST"}),
+        ("POST", f"{ADAPTERS}/default", {"GET", "PUT", "DELETE"}),
+        ("POST", "/metrics", {"GET"}),
+        ("DELETE", "/health/live", {"GET"}),
+    ],
+)
+def test_a_wrong_method_is_said_to_be_one(
+    client: httpx.Client, method: str, path: str, allowed: set[str]
+) -> None:
+    response = client.request(method, path)
+
+    assert f"{method} is not allowed at {path}" in error_of(response, 405)["message"]
+    assert set(response.headers["allow"].split(", ")) & allowed
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 1}', b"\xff\xfe"])
+def test_a_malformed_body_is_a_400(client: httpx.Client, path: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+
+    error = error_of(client.post(path, content=body, headers=headers), 400)
+
+    assert error["code"] == "invalid_request"
+    assert error["param"] == error["details"][0]["field"]
+
+
+def test_a_body_nested_too_deep_is_a_400(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json"}
+
+    response = client.post("/v1/completions", content=b"[" * 99_999, headers=headers)
+
+    assert error_of(response, 400)["code"] == "invalid_request"
+
+
+def test_every_fault_of_a_body_is_listed(client: httpx.Client) -> None:
+    body = {"model": "", "prompt": "x", "temperature": -1, "max_tokens": "many"}
+
+    error = error_of(client.post("/v1/completions", json=body), 400)
+
+    assert [detail["field"] for detail in error["details"]] == [
+        "model",
+        "max_tokens",
+        "temperature",
+    ]
+    assert error["message"].startswith("model: ")
+
+
+def test_what_a_check_of_ours_says_stands_alone(client: httpx.Client) -> None:
+    body = PROMPT | {"model": "default", "stream_options": {"include_usage": True}}
+
+    error = error_of(client.post("/v1/completions", json=body), 400)
+
+    assert error["message"] == "stream_options: needs stream: true; leave it out otherwise"
+
+
+@pytest.fixture
+def broken(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A server whose store fails in a way that nobody foresaw."""
+    url, services = start_server()
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("the password is hunter2")
+
+    monkeypatch.setattr(services.store, "names", fail)
+    return url
+
+
+def test_an_unforeseen_failure_tells_the_log_and_not_the_client(
+    broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = httpx.get(broken + ADAPTERS)
+
+    error = error_of(response, 500)
+    assert error["message"] == "The server failed; its log says why."
+    assert "hunter2" not in response.text
+    assert "Traceback" not in response.text
+    assert "hunter2" in caplog.text
+    assert f"GET {ADAPTERS} failed." in caplog.text
+    assert httpx.get(f"{broken}/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("error", [AdapterError("odd"), NoFreeSlot(3)])
+def test_an_error_without_a_status_is_a_500_and_logged(
+    error: AdapterError, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+
+    assert from_adapter_error(error).status == 500
+    assert "without a status" in caplog.text
+
+
+def test_openai_s_client_raises_its_own_errors(server: RunningServer) -> None:
+    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="nobody", prompt="x")
+
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    assert json.loads(caught.value.response.content)["error"]["details"] == []

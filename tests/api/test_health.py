@@ -1,0 +1,51 @@
+"""What orchestrators ask: is the process alive, and may requests come?"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from server.services import Services
+from tests.api.test_generation_lifecycle import LONG, events
+from tests.api.test_streaming import COMPLETIONS, eventually
+
+StartServer = Callable[..., tuple[str, Services]]
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+def test_a_running_server_is_alive_and_ready(client: httpx.Client, path: str) -> None:
+    response = client.get(path)
+
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> None:
+    url, services = start_server()
+
+    services.engine.stop(timeout=0)
+
+    assert httpx.get(f"{url}/health/live").status_code == 200
+    response = httpx.get(f"{url}/health/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "not_ready"
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(
+    start_server: StartServer,
+) -> None:
+    url, services = start_server()
+    body = LONG | {"model": "tiny"}
+
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as other:
+        alone = client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
+        with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response:
+            chunks = events(response)
+            text = next(chunks)["choices"][0]["text"]
+            stopped = other.submit(services.engine.stop, 30)
+            assert eventually(lambda: client.get("/health/ready").status_code == 503)
+            text += "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        stopped.result()
+
+    assert text == alone
