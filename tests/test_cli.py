@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from adapters.store import AdapterStore
-from server.cli import app
+from server.cli import _bind, app
 from server.client import AdminClient
 from server.settings import Settings
 from tests.api.conftest import run_server
@@ -197,6 +197,29 @@ def test_a_port_in_use_is_said_and_nothing_is_served(model_folder: Path, tmp_pat
     assert result.stderr == (
         f"infuse serve: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
     )
+
+
+def test_a_connection_sends_each_token_at_once() -> None:
+    with closing(_bind("127.0.0.1", 0)) as listening:
+        # This is what asyncio goes by when it decides about TCP_NODELAY.
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.parametrize("setting", ["--adapters-dir", "--preload-adapters"])
+def test_a_file_in_a_folders_place_is_one_line(
+    model_folder: Path, tmp_path: Path, setting: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    settings = {"--model": model_folder, "--adapters-dir": tmp_path / "store", "--port": 0}
+    flags = [str(each) for pair in (settings | {setting: file}).items() for each in pair]
+
+    result = CliRunner().invoke(app, ["serve", *flags])
+
+    assert result.exit_code == 2
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("infuse serve: ")
+    assert str(file) in said
 
 
 def test_keys_that_cannot_be_used_are_one_line_without_a_key(
