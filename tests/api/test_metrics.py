@@ -1,0 +1,212 @@
+"""What Prometheus sees of a real server's requests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import Metrics
+from server.services import Services
+from server.settings import Settings
+from tests.api.conftest import run_server
+from tests.api.oracle import upload
+from tests.api.test_adapters import ADAPTERS, PROMPT, complete
+from tests.api.test_streaming import COMPLETIONS, eventually
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+"""A series: its name and labels."""
+
+
+@pytest.fixture(scope="module")
+def alone(
+    model_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Services]]:
+    """A server whose counters move for these tests only."""
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=tmp_path_factory.mktemp("metrics"),
+        preload_adapters=adapter_folders["mlp"].parent,
+        max_batch_rows=4,
+    )
+    with run_server(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client(alone: tuple[str, Services]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=alone[0], timeout=60) as client:
+        yield client
+
+
+def scrape(client: httpx.Client) -> dict[Sample, float]:
+    response = client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def series(name: str, **labels: str) -> Sample:
+    return name, frozenset(labels.items())
+
+
+def moved(before: dict[Sample, float], after: dict[Sample, float]) -> dict[Sample, float]:
+    """By how much each series moved, without the buckets and birthdays."""
+    return {
+        each: value - before.get(each, 0.0)
+        for each, value in after.items()
+        if value != before.get(each, 0.0) and not each[0].endswith(("_bucket", "_created"))
+    }
+
+
+def test_every_metric_has_a_name_of_ours_and_a_help_text(client: httpx.Client) -> None:
+    complete(client, "mlp")
+
+    families = list(text_string_to_metric_families(client.get("/metrics").text))
+
+    assert {family.name for family in families} >= {
+        "infuse_requests",
+        "infuse_prompt_tokens",
+        "infuse_generated_tokens",
+        "infuse_time_to_first_token_seconds",
+        "infuse_time_per_output_token_seconds",
+        "infuse_request_seconds",
+        "infuse_requests_running",
+        "infuse_requests_waiting",
+        "infuse_kv_tokens_used",
+        "infuse_kv_tokens_total",
+        "infuse_adapters_registered",
+        "infuse_adapters_resident",
+        "infuse_adapters_pinned",
+        "infuse_adapter_leases",
+        "infuse_memory_bytes",
+        "infuse_adapter_swaps",
+        "infuse_preemptions",
+        "infuse_steps",
+    }
+    assert all(family.name.startswith("infuse_") for family in families)
+    assert all(family.documentation for family in families)
+
+
+@pytest.mark.parametrize(("model", "label"), [("mlp", "mlp"), ("mlp@1", "mlp"), ("tiny", "tiny")])
+def test_a_request_is_counted_under_its_adapter(
+    client: httpx.Client, model: str, label: str
+) -> None:
+    before = scrape(client)
+
+    complete(client, model)
+
+    changes = moved(before, scrape(client))
+    assert changes[series("infuse_requests_total", adapter=label, outcome="length")] == 1
+    assert changes[series("infuse_prompt_tokens_total", adapter=label)] == len(PROMPT["prompt"])
+    assert changes[series("infuse_generated_tokens_total", adapter=label)] == 8
+    for clock in ("time_to_first_token", "time_per_output_token", "request"):
+        assert changes[series(f"infuse_{clock}_seconds_count")] == 1
+        assert 0 < changes[series(f"infuse_{clock}_seconds_sum")] < 60
+    assert changes[series("infuse_steps_total")] >= 8
+
+
+def test_each_choice_counts_and_each_stops_for_its_reason(client: httpx.Client) -> None:
+    stop = complete(client, "mlp").json()["choices"][0]["text"][3]
+    before = scrape(client)
+
+    client.post(COMPLETIONS, json=PROMPT | {"model": "mlp", "n": 3, "stop": stop})
+
+    changes = moved(before, scrape(client))
+    assert changes[series("infuse_requests_total", adapter="mlp", outcome="stop")] == 3
+
+
+def test_a_client_that_leaves_is_counted_as_cancelled(client: httpx.Client) -> None:
+    before = scrape(client)
+    body = PROMPT | {"model": "mlp", "max_tokens": 200, "stream": True}
+
+    with client.stream("POST", COMPLETIONS, json=body) as response:
+        next(response.iter_lines())
+
+    cancelled = series("infuse_requests_total", adapter="mlp", outcome="cancelled")
+    assert eventually(lambda: moved(before, scrape(client)).get(cancelled) == 1)
+    assert eventually(lambda: scrape(client)[series("infuse_requests_running")] == 0)
+
+
+@pytest.mark.parametrize("model", ["nobody", "mlp@99", "x" * 900, 'a"} 1\n', "other"])
+def test_an_unknown_model_makes_no_series(client: httpx.Client, model: str) -> None:
+    complete(client, "mlp")
+    before = scrape(client)
+
+    assert complete(client, model).status_code == 404
+
+    assert scrape(client).keys() == before.keys()
+
+
+def test_the_gauges_say_what_runs_and_what_is_there(
+    client: httpx.Client, alone: tuple[str, Services]
+) -> None:
+    body = PROMPT | {"model": "mlp", "n": 6, "max_tokens": 200, "stream": True}
+
+    with client.stream("POST", COMPLETIONS, json=body) as response:
+        next(response.iter_lines())
+        busy = scrape(client)
+    assert eventually(lambda: scrape(client)[series("infuse_adapter_leases")] == 0)
+    idle = scrape(client)
+
+    during = {
+        "requests_running": 4,
+        "requests_waiting": 2,
+        "adapters_pinned": 1,
+        "adapter_leases": 6,
+    }
+    for name, value in during.items():
+        assert busy[series(f"infuse_{name}")] == value
+        assert idle[series(f"infuse_{name}")] == 0
+    assert busy[series("infuse_kv_tokens_used")] > idle[series("infuse_kv_tokens_used")] == 0
+    assert idle[series("infuse_kv_tokens_total")] > 0
+    stats = alone[1].engine.stats()
+    for part in ("weights", "kv_cache", "bank"):
+        expected = getattr(stats, f"{part}_bytes")
+        assert idle[series("infuse_memory_bytes", part=part)] == expected > 0
+
+
+def test_adapters_are_counted_as_they_come_and_go(
+    client: httpx.Client, adapter_folders: dict[str, Path]
+) -> None:
+    registered = series("infuse_adapters_registered")
+    before = scrape(client)[registered]
+
+    upload(client, "passing", adapter_folders["mlp"])
+    with_it = scrape(client)[registered]
+    client.delete(f"{ADAPTERS}/passing")
+
+    assert with_it == before + 1
+    assert scrape(client)[registered] == before
+
+
+def test_a_swap_is_counted_when_an_adapter_takes_a_slot(client: httpx.Client) -> None:
+    swaps, resident = series("infuse_adapter_swaps_total"), series("infuse_adapters_resident")
+    before = scrape(client)
+
+    complete(client, "queries")
+    first = scrape(client)
+    complete(client, "queries")
+
+    assert first[swaps] == before[swaps] + 1
+    assert first[resident] == before[resident] + 1
+    assert scrape(client)[swaps] == first[swaps]
+
+
+def test_however_many_adapters_come_their_series_are_few(alone: tuple[str, Services]) -> None:
+    services = alone[1]
+    metrics = Metrics(services.engine.stats, services.registry.stats)
+
+    for number in range(1000):
+        metrics.request_started(f"a{number}").finished("stop", 1, 1)
+
+    exposed = metrics.expose().decode()
+    assert exposed.count("infuse_requests_total{") == 101
+    assert 'infuse_requests_total{adapter="other",outcome="stop"} 900.0' in exposed
+    assert 'adapter="a0"' in exposed
