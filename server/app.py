@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from anyio import to_thread
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,7 +22,7 @@ from server.api import adapters, chat, completions, health, models
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
-from server.errors import ApiError, error_response, install_error_handlers
+from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
 from server.metrics import Metrics
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -29,6 +30,8 @@ from server.settings import MEBIBYTE, Settings
 log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
+_BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
+"""For the OpenAPI page only: `Authorize` has looked at the key already."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -54,8 +57,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     install_error_handlers(app)
-    for module in (completions, chat, models, adapters, health):
-        app.include_router(module.router)
+    for module in (completions, chat, models, adapters):
+        app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
+    app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(Authorize, keys=keys)
     return app

@@ -36,7 +36,7 @@ _FILES = {"config", "weights", "archive"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
-        400: "The upload has faults; all of them are listed.",
+        400: "What was sent has faults; all of them are listed.",
         404: "There is no such adapter.",
         409: "The name is taken.",
         412: "The adapter has changed since.",
@@ -44,6 +44,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         507: "The disk is full.",
     }.items()
 }
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
 
 
 class Adapter(BaseModel):
@@ -168,7 +172,8 @@ async def _read_upload(request: Request, named: bool) -> _Upload:
 @router.post(
     "",
     status_code=201,
-    responses=_ERRORS | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
+    responses=_errors(400, 409, 413, 507)
+    | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
     openapi_extra=_form(_NAME_FIELD),
 )
 async def add(
@@ -200,7 +205,7 @@ async def _check(upload: _Upload, services: Services) -> CheckedUpload:
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
 
-@router.get("")
+@router.get("", responses=_errors(400))
 def list_adapters(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
@@ -217,7 +222,7 @@ def list_adapters(
     )
 
 
-@router.get("/{name}", responses={404: _ERRORS[404]})
+@router.get("/{name}", responses=_errors(404))
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.store.current(name)
@@ -225,7 +230,7 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     return _adapter(services, revision)
 
 
-@router.put("/{name}", responses=_ERRORS, openapi_extra=_form({}))
+@router.put("/{name}", responses=_errors(400, 404, 412, 413, 507), openapi_extra=_form({}))
 async def replace(
     name: Name,
     request: Request,
@@ -248,13 +253,13 @@ async def replace(
     return _adapter(services, revision, warnings=warnings, unchanged=not changed)
 
 
-@router.delete("/{name}", status_code=204, responses={k: _ERRORS[k] for k in (404, 412)})
+@router.delete("/{name}", status_code=204, responses=_errors(404, 412, 507))
 def delete(name: Name, services: ServicesDep, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match)
 
 
-@router.get("/{name}/files/{file}", responses={404: _ERRORS[404]}, response_class=FileResponse)
+@router.get("/{name}/files/{file}", responses=_errors(400, 404), response_class=FileResponse)
 def download(
     name: Name,
     file: Annotated[

@@ -168,7 +168,7 @@ class ChatChoice(BaseModel):
 
     index: int = Field(description="The choice's number, from 0.", examples=[0])
     message: AssistantMessage = Field(
-        description="The answer.", examples=[{"role": "assistant", "content": "Paris."}]
+        description="What the model says.", examples=[{"role": "assistant", "content": "Paris."}]
     )
     logprobs: ChatLogprobs | None = Field(
         description="The tokens' log-probabilities, where asked for.", examples=[None]

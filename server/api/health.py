@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
-from server.errors import ApiError, ErrorBody
+from server.errors import ERRORS_OF_ALL, ApiError, ErrorBody
 from server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
@@ -35,7 +35,7 @@ async def ready(services: ServicesDep) -> Health:
     return Health(status="ok")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses={401: ERRORS_OF_ALL[401]})
 def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.expose(), media_type="text/plain; version=0.0.4")

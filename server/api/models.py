@@ -5,12 +5,13 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, Field
 
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
 from adapters.store import Revision
 from server.api.generation import unknown_model
+from server.errors import ErrorBody
 from server.services import Services, get_services
 
 router = APIRouter(tags=["models"])
@@ -64,8 +65,15 @@ def list_models(services: Annotated[Services, Depends(get_services)]) -> ModelLi
     return ModelList(data=[_base(services), *_adapters(services)])
 
 
-@router.get("/v1/models/{model:path}", summary="Look a model up")
-def get_model(model: str, services: Annotated[Services, Depends(get_services)]) -> Model:
+@router.get(
+    "/v1/models/{model:path}",
+    summary="Look a model up",
+    responses={404: {"model": ErrorBody, "description": "There is no such model."}},
+)
+def get_model(
+    model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
+    services: Annotated[Services, Depends(get_services)],
+) -> Model:
     """The base model, an adapter, or one revision of an adapter (`name@revision`)."""
     if model == services.model_name:
         return _base(services)
