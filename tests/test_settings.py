@@ -1,0 +1,135 @@
+"""Settings: one place, three ways to set them, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from server.settings import Settings
+
+VALUES = {
+    "model": "folder",
+    "served_model_name": "base",
+    "adapters_dir": "/data",
+    "preload_adapters": "/examples",
+    "host": "127.0.0.2",
+    "port": "8123",
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "max_model_len": "512",
+    "max_batch_rows": "4",
+    "max_resident_adapters": "7",
+    "kv_cache_tokens": "4096",
+    "prefill_chunk_tokens": "64",
+    "max_queue": "9",
+    "max_upload_bytes": "1000",
+    "max_body_bytes": "100",
+    "keys_file": __file__,
+    "allow_anonymous": "true",
+    "drain_timeout": "1.5",
+    "log_level": "debug",
+    "pack_linears": "false",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"INFUSE_{name.upper()}", raising=False)
+
+
+def as_text(settings: Settings) -> dict[str, str]:
+    values = {name: str(value) for name, value in settings.model_dump().items()}
+    return {
+        name: value.lower() if value in ("True", "False") else value
+        for name, value in values.items()
+    }
+
+
+def test_every_setting_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VALUES.items():
+        monkeypatch.setenv(f"INFUSE_{name.upper()}", value)
+
+    assert as_text(Settings()) == VALUES
+    assert VALUES.keys() == Settings.model_fields.keys()
+
+
+def test_every_setting_is_a_flag() -> None:
+    switches = {"true": "--{}", "false": "--no-{}"}
+    flags = [
+        switches.get(value, f"--{{}}={value}").format(name.replace("_", "-"))
+        for name, value in VALUES.items()
+    ]
+
+    assert as_text(CliApp.run(Settings, cli_args=flags)) == VALUES
+
+
+def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFUSE_PORT", "1")
+    monkeypatch.setenv("INFUSE_MAX_QUEUE", "2")
+
+    settings = CliApp.run(Settings, cli_args=["--port", "3"])
+
+    assert (settings.port, settings.max_queue) == (3, 2)
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFUSE_PORT", "")
+    monkeypatch.setenv("INFUSE_KEYS_FILE", "")
+
+    assert Settings() == Settings(port=8000, keys_file=None)
+
+
+def test_a_switch_needs_no_value() -> None:
+    settings = CliApp.run(Settings, cli_args=["--allow-anonymous", "--no-pack-linears"])
+
+    assert (settings.allow_anonymous, settings.pack_linears) == (True, False)
+
+
+def test_every_setting_is_described_with_an_example_that_fits() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        [example] = field.examples or [None]
+        if name not in ("host", "keys_file"):
+            Settings(**{name: example})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.10"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "8.8.8.8", "::ffff:8.8.8.8"])
+def test_the_world_needs_keys_or_a_word_that_it_is_guarded(host: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.touch()
+
+    with pytest.raises(ValidationError, match="loopback only"):
+        Settings(host=host)
+    assert Settings(host=host, keys_file=keys).host == host
+    assert Settings(host=host, allow_anonymous=True).host == host
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", -1),
+        ("port", 65536),
+        ("host", "example.org"),
+        ("device", "tpu"),
+        ("dtype", "int8"),
+        ("max_batch_rows", 0),
+        ("max_resident_adapters", 0),
+        ("max_model_len", 0),
+        ("kv_cache_tokens", 0),
+        ("max_queue", 0),
+        ("drain_timeout", -1),
+        ("log_level", "loud"),
+        ("keys_file", "/no/such/file"),
+        ("modell", "x"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**{name: value})  # type: ignore[arg-type]
