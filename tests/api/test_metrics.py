@@ -15,6 +15,13 @@ from tests.api.oracle import upload
 from tests.api.test_adapters import ADAPTERS, PROMPT, complete
 from tests.api.test_streaming import COMPLETIONS, eventually
 
+IN_USE = (
+    "requests_running",
+    "requests_waiting",
+    "adapters_pinned",
+    "adapter_leases",
+    "kv_tokens_used",
+)
 Sample = tuple[str, frozenset[tuple[str, str]]]
 """A series: its name and labels."""
 
@@ -147,24 +154,21 @@ def test_an_unknown_model_makes_no_series(client: httpx.Client, model: str) -> N
 def test_the_gauges_say_what_runs_and_what_is_there(
     client: httpx.Client, alone: tuple[str, Services]
 ) -> None:
-    body = PROMPT | {"model": "mlp", "n": 6, "max_tokens": 200, "stream": True}
+    body = PROMPT | {"model": "mlp", "n": 40, "max_tokens": 200, "stream": True}
 
     with client.stream("POST", COMPLETIONS, json=body) as response:
-        next(response.iter_lines())
+        # A reader that is let go would close the stream.
+        lines = response.iter_lines()
+        next(lines)
         busy = scrape(client)
     assert eventually(lambda: scrape(client)[series("infuse_adapter_leases")] == 0)
     idle = scrape(client)
 
-    during = {
-        "requests_running": 4,
-        "requests_waiting": 2,
-        "adapters_pinned": 1,
-        "adapter_leases": 6,
-    }
-    for name, value in during.items():
-        assert busy[series(f"infuse_{name}")] == value
-        assert idle[series(f"infuse_{name}")] == 0
-    assert busy[series("infuse_kv_tokens_used")] > idle[series("infuse_kv_tokens_used")] == 0
+    during = {name: busy[series(f"infuse_{name}")] for name in IN_USE}
+    assert (during["requests_running"], during["adapters_pinned"]) == (4, 1)
+    assert during["requests_waiting"] + 4 <= during["adapter_leases"] <= 40
+    assert during["kv_tokens_used"] >= 4 * len(PROMPT["prompt"])
+    assert not any(idle[series(f"infuse_{name}")] for name in IN_USE)
     assert idle[series("infuse_kv_tokens_total")] > 0
     stats = alone[1].engine.stats()
     for part in ("weights", "kv_cache", "bank"):
