@@ -160,14 +160,12 @@ class AdapterBank:
         scales: dict[Target, Scale] = {}
         writing = list(self._written(rows))
         for sheet in self._sheets:
-            spans = []
+            spans = [(0, len(rows), sheet.rows[: len(rows)])] if sheet in writing else []
             start = len(rows)
             for segment in segments:
                 if segment.slot in sheet.used:
                     spans.append((start, start + segment.tokens, sheet.slots[segment.slot]))
                 start += segment.tokens
-            if sheet in writing:
-                spans.append((0, len(rows), sheet.rows[: len(rows)]))
             if spans:
                 for target, column in sheet.columns.items():
                     pieces = tuple((a, b, vectors[..., column]) for a, b, vectors in spans)

@@ -13,9 +13,10 @@ class Scale:
     """How the rows of one tensor `[batch, tokens, size]` are rescaled.
 
     Either one factor for the whole tensor, any shape that broadcasts against it, or pieces of the
-    token axis; a token in no piece keeps its value. Some models (OPT) flatten batch and tokens
-    into one axis on the way: `[batch * tokens, size]` is scaled alike. Factors are float32, and as
-    in PEFT's `ia3.layer.Linear.forward` the product is taken in the wider type and rounded once.
+    token axis, in its order; a token in no piece keeps its value. Some models (OPT) flatten batch
+    and tokens into one axis on the way: `[batch * tokens, size]` is scaled alike. Factors are
+    float32, and as in PEFT's `ia3.layer.Linear.forward` the product is taken in the wider type and
+    rounded once.
     """
 
     __slots__ = ("factor", "pieces")
@@ -36,7 +37,16 @@ class Scale:
         """A rescaled copy of `x`, in its dtype."""
         if self.factor is not None:
             return torch.mul(self._by_row(x), self.factor).to(x.dtype).view_as(x)
-        return self.scale_(x.clone())
+        y = torch.empty_like(x)
+        done, end = 0, x.shape[-2]
+        for start, stop, vector in self.pieces:
+            if done < start:
+                y[..., done:start, :] = x[..., done:start, :]
+            torch.mul(x[..., start:stop, :], vector, out=y[..., start:stop, :])
+            done = stop
+        if done < end:
+            y[..., done:, :] = x[..., done:, :]
+        return y
 
     def _by_row(self, x: torch.Tensor) -> torch.Tensor:
         """`x` with a batch axis, where the factor has one."""

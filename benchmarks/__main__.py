@@ -41,6 +41,7 @@ def main(
     ] = None,
 ) -> None:
     model = default_model_folder()
+    where = machine()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         workload = make_workload(model, folder / "adapters", rows, tokens_in, tokens_out)
@@ -60,7 +61,7 @@ def main(
                 typer.echo(f"{name:9} {speed:7.1f} tokens/s")
             memory = server.memory()
     report = {
-        "machine": machine(),
+        "machine": where,
         "workload": {
             "model": model.name,
             "dtype": "float32",
