@@ -18,6 +18,9 @@ from adapters.targets import BaseModules, Side, Target, resolve_targets
 _PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _SUFFIX = ".ia3_l"
+_BOTH_SIDES = "infuse_both_sides"
+"""Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
+_INPUT_SUFFIX = ".ia3_l_input"
 _CONVERT = (
     "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
     ".save_pretrained(new_folder, safe_serialization=True)"
@@ -92,6 +95,11 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
         raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
     targets = resolve_targets(config, modules)
     expected = {f"{_PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    expected |= {
+        f"{_PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
+        for module in _both_sides(config)
+        if Target(module, Side.OUTPUT) in targets
+    }
     unknown = [key for key in checkpoint.tensors if key not in expected]
     # A stranger's file may have a million keys: a few are compared with ours, the rest counted.
     faults = [_unknown_key(key, expected) for key in unknown[:_MAX_FAULTS]]
@@ -123,6 +131,52 @@ def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
         for target, vector in adapter.vectors.items():
             vectors[target] = vectors[target] * vector if target in vectors else vector
     return AdapterVectors(vectors)
+
+
+def checkpoint_of(vectors: AdapterVectors, base: str | None) -> Checkpoint:
+    """Files for vectors: what PEFT would have saved, where it could have.
+
+    PEFT has one side for a module. One that is rescaled on both sides keeps its input's vector
+    under a key of our own, which we read back and PEFT ignores.
+    """
+    outputs = {target.module for target in vectors.vectors if target.side is Side.OUTPUT}
+    inputs = {target.module for target in vectors.vectors if target.side is Side.INPUT}
+    config = IA3Config.model_validate(
+        {
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "base_model_name_or_path": base,
+            "target_modules": sorted(outputs | inputs),
+            "feedforward_modules": sorted(inputs - outputs),
+        }
+        | ({_BOTH_SIDES: sorted(inputs & outputs)} if inputs & outputs else {})
+    )
+    tensors = {}
+    for target, vector in vectors.vectors.items():
+        if target.side is Side.OUTPUT:
+            tensors[f"{_PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
+        else:
+            suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
+            tensors[f"{_PREFIX}{target.module}{suffix}"] = vector[None]
+    return Checkpoint(config, tensors)
+
+
+def both_sides_warning(config: IA3Config) -> str | None:
+    modules = _both_sides(config)
+    if not modules:
+        return None
+    return (
+        f"{len(modules)} modules are rescaled on both sides, which PEFT cannot load: it would read "
+        "the outputs' vectors only"
+    )
+
+
+def _both_sides(config: IA3Config) -> list[str]:
+    modules = (config.model_extra or {}).get(_BOTH_SIDES, [])
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        fix = "leave it out: only this server writes it"
+        raise InvalidAdapter([Fault(_BOTH_SIDES, "is no list of module names", fix)])
+    return modules
 
 
 def base_mismatch_warning(config: IA3Config, served: str) -> str | None:

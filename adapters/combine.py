@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from adapters.checkpoint import AdapterVectors
-from adapters.targets import Target
+from adapters.errors import CombinedNotFinite
 
 Method = Literal["linear", "product", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -65,16 +65,9 @@ def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVector
     for target in sorted({target for adapter in adapters for target in adapter.vectors}):
         vector = mix([adapter.vectors.get(target) for adapter in adapters], recipe, generator)
         if not bool(torch.isfinite(vector).all()):
-            raise CombinedNotFinite(target)
+            raise CombinedNotFinite(target.module)
         vectors[target] = vector
     return AdapterVectors(vectors)
-
-
-class CombinedNotFinite(Exception):
-    """Weights so large that the result cannot be an adapter."""
-
-    def __init__(self, target: Target) -> None:
-        super().__init__(f"the combined vector of {target.module} is not finite")
 
 
 def strengthened(adapter: AdapterVectors, strength: float) -> AdapterVectors:

@@ -6,6 +6,9 @@ AdapterError
 ├── UnknownRevision      the name exists, that revision of it does not
 ├── AdapterExists        the name is taken
 ├── RevisionConflict     the adapter changed since the caller last looked
+├── AdapterDisabled      an operator has switched the adapter off
+├── TooManyPinned        one more pinned adapter would leave no slot for the others
+├── CombinedNotFinite    weights so large that the result cannot be an adapter
 ├── NoFreeSlot           more adapters attached than the bank was made for
 ├── StoreLocked          another process owns the store's folder
 └── StoreFull            the disk has no room left
@@ -64,6 +67,25 @@ class RevisionConflict(AdapterError):
         self.name = name
         self.current = current
         super().__init__(f"The adapter '{name}' has changed; its ETag is now {current}.")
+
+
+class AdapterDisabled(AdapterError):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"The adapter '{name}' is disabled.")
+
+
+class TooManyPinned(AdapterError):
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"{most} adapters are pinned already, and one slot must stay for the others: unpin "
+            "one, or raise max-resident-adapters."
+        )
+
+
+class CombinedNotFinite(AdapterError):
+    def __init__(self, module: str) -> None:
+        super().__init__(f"The combined vector of {module} is not finite; take smaller weights.")
 
 
 class NoFreeSlot(AdapterError):

@@ -1,101 +1,55 @@
-"""Which adapter a request gets (name -> revision), and where its vectors are (content -> slot)."""
+"""Which adapter a request gets: name -> revision -> vectors; and every change of an adapter."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal
 
-from adapters.bank import BASE_SLOT
 from adapters.checkpoint import (
     AdapterVectors,
     base_mismatch_warning,
+    both_sides_warning,
+    checkpoint_of,
     effective_vectors,
     read_checkpoint,
+    write_checkpoint,
 )
-from adapters.errors import AdapterExists, InvalidAdapter, UnknownAdapter
-from adapters.store import AdapterStore, Revision, check_name
+from adapters.combine import Method, Recipe, combine
+from adapters.errors import (
+    AdapterDisabled,
+    AdapterExists,
+    InvalidAdapter,
+    TooManyPinned,
+    UnknownAdapter,
+)
+from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
+from adapters.revision import Details, Origin, Revision
+from adapters.store import UPLOADED, AdapterStore, check_name
 from adapters.targets import BaseModules
 
-
-class SlotHolder(Protocol):
-    """What holds the vectors on the device: `IA3Model`. Called on the model thread only."""
-
-    @property
-    def capacity(self) -> int:
-        """Slots are 1 to `capacity`; slot 0 is the base."""
-        ...
-
-    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None: ...
-
-
-class Lease:
-    """Keeps one revision's vectors alive from the first to the last moment of a request.
-
-    Whatever happens to its name meanwhile, the request finishes on this revision.
-    """
-
-    def __init__(
-        self, registry: "AdapterRegistry", revision: Revision, vectors: AdapterVectors
-    ) -> None:
-        self.revision = revision
-        self.vectors = vectors
-        self._registry = registry
-        self._released = False
-
-    @property
-    def name(self) -> str:
-        return self.revision.name
-
-    def release(self) -> None:
-        """Give the lease back; a second time does nothing."""
-        if not self._released:
-            self._released = True
-            self._registry._end_lease(self.vectors.digest)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+Composition = Literal["product", "linear"]
 
 
 @dataclass(frozen=True, slots=True)
-class RegistryStats:
+class Part:
+    """One adapter of a mixture."""
+
+    name: str
+    """`name`, or `name@revision`."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryStats(ResidencyStats):
     registered: int
-    resident: int
-    pinned: int
-    """Slots that a running row uses."""
-    leases: int
-    swaps: int
-    """How many times a slot was filled."""
-
-
-@dataclass(slots=True)
-class _Content:
-    """One effective vector set that is leased or resident."""
-
-    vectors: AdapterVectors
-    leases: int = 0
-    pins: int = 0
-    slot: int | None = None
-    retired: bool = False
-    """Its adapter was deleted or replaced: the slot goes with the last lease."""
 
 
 class AdapterRegistry:
-    """Owns leases, pins and slots. Slots go by content: adapters that do the same share one.
+    """Names over a store, vectors over a residency. Thread-safe; may read the disk.
 
-    Any thread may lease, add, replace and delete; only the model thread pins and unpins. The disk
-    is never read while the lock is held that `pin` takes. Resident vectors without a lease stay
-    for the next request and are evicted, least recently used first, when a slot is needed.
+    Raises what the store raises, InvalidAdapter for an upload that must not be served, and
+    UnknownAdapter, UnknownRevision or AdapterDisabled for what cannot be leased.
     """
 
     def __init__(
@@ -109,25 +63,26 @@ class AdapterRegistry:
         that is served."""
         self._store = store
         self._modules = modules
-        self._slots = slots
         self._reserved = tuple(reserved)
-        self._mutex = threading.Lock()
-        self._contents: dict[str, _Content] = {}
-        self._loaded: dict[str, str] = {}
-        """Store digest -> effective digest, of contents that are in memory."""
-        self._resident: OrderedDict[str, int] = OrderedDict()
-        """Effective digest -> slot, least recently used first."""
-        self._free = list(range(slots.capacity, BASE_SLOT, -1))
-        self._leases = 0
-        self._swaps = 0
+        self.residency = Residency(slots)
+        self._changing = threading.RLock()
+        """Held while an operator's change goes through store and residency."""
+        self._kept: dict[str, AdapterVectors] = {}
+        """Name -> the vectors that are kept on the device for it."""
+        for name in store.names():
+            if store.details(name).pinned:
+                self._keep(name)
 
     def check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
-        """Everything that an upload must pass, and warnings. Raises InvalidAdapter."""
+        """Everything that an upload must pass, and warnings."""
         checkpoint = read_checkpoint(staged)
         vectors = effective_vectors(checkpoint, self._modules)
         served = self._reserved[0] if self._reserved else ""
-        warning = base_mismatch_warning(checkpoint.config, served) if served else None
-        return vectors, [] if warning is None else [warning]
+        warnings = [
+            base_mismatch_warning(checkpoint.config, served) if served else None,
+            both_sides_warning(checkpoint.config),
+        ]
+        return vectors, [warning for warning in warnings if warning is not None]
 
     def check_name(self, name: str) -> None:
         """Raises InvalidAdapter for what is no name, AdapterExists for the base's own."""
@@ -135,96 +90,131 @@ class AdapterRegistry:
             raise AdapterExists(name)
         check_name(name)
 
-    def add(self, name: str, staged: Path, source: str = "upload") -> tuple[Revision, list[str]]:
-        """Raises InvalidAdapter, AdapterExists, StoreFull."""
+    def add(self, name: str, staged: Path, origin: Origin = UPLOADED) -> tuple[Revision, list[str]]:
+        """A new adapter, and warnings."""
         self.check_name(name)
         _, warnings = self.check(staged)
-        return self._store.create(name, staged, source), warnings
+        return self._store.create(name, staged, origin), warnings
 
     def replace(
-        self, name: str, staged: Path, if_match: str | None = None, source: str = "upload"
+        self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
     ) -> tuple[Revision, bool, list[str]]:
-        """The revision, whether it is new, and warnings.
-
-        Raises UnknownAdapter, RevisionConflict, InvalidAdapter, StoreFull.
-        """
-        old = self._store.current(name)
+        """The revision, whether it is new, and warnings."""
+        self._store.current(name)
         _, warnings = self.check(staged)
-        revision, changed = self._store.replace(name, staged, if_match, source)
-        if changed:
-            self._retire(old)
+        with self._changing:
+            old = self._store.current(name)
+            revision, changed = self._store.replace(name, staged, if_match, origin)
+            self._moved(old)
         return revision, changed, warnings
 
-    def delete(self, name: str, if_match: str | None = None) -> None:
-        """Running requests finish; new ones do not find it. Raises UnknownAdapter,
-        RevisionConflict."""
-        old = self._store.current(name)
-        self._store.delete(name, if_match)
-        self._retire(old)
+    def roll_back(
+        self, name: str, number: int, if_match: str | None = None, by: str | None = None
+    ) -> tuple[Revision, bool]:
+        """A new revision with an old content, and whether it is new."""
+        with self._changing:
+            old = self._store.current(name)
+            revision, changed = self._store.roll_back(name, number, if_match, by)
+            self._moved(old)
+        return revision, changed
+
+    def describe(
+        self, name: str, details: Details, if_match: str | None = None, by: str | None = None
+    ) -> None:
+        """Raises TooManyPinned where no slot would be left for other adapters."""
+        with self._changing:
+            if details.pinned and name not in self._kept:
+                most = self.residency.capacity - 1
+                if len(self._kept) >= most:
+                    raise TooManyPinned(most)
+            self._store.describe(name, details, if_match, by)
+            if details.pinned:
+                self._keep(name)
+            else:
+                self._stop_keeping(name)
+
+    def combine(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        method: Method,
+        *,
+        missing: Literal["identity", "zero"] = "identity",
+        density: float = 1.0,
+        seed: int = 0,
+        by: str | None = None,
+    ) -> tuple[Revision, list[str]]:
+        """A new adapter out of others, and warnings. Raises AdapterExists, CombinedNotFinite."""
+        self.check_name(name)
+        if name in self._store:
+            raise AdapterExists(name)
+        revisions = [self.resolve(part.name) for part in parts]
+        weights = tuple(part.weight for part in parts)
+        recipe = Recipe(method=method, weights=weights, missing=missing, density=density, seed=seed)
+        vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+        ingredients = [
+            {"name": _label(revision), "digest": revision.digest, "weight": weight}
+            for revision, weight in zip(revisions, weights, strict=True)
+        ]
+        record = {
+            "method": method,
+            "adapters": ingredients,
+            "missing": missing,
+            "density": density,
+            "seed": seed,
+        }
+        base = self._reserved[0] if self._reserved else None
+        checkpoint = checkpoint_of(vectors, base)
+        with self._store.staging() as staged:
+            write_checkpoint(checkpoint, staged)
+            origin = Origin(source="combine", by=by, recipe=record)
+            revision, warnings = self.add(name, staged, origin)
+        return revision, [*warnings, *recipe.warnings]
+
+    def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
+        """Running requests finish; new ones do not find it."""
+        with self._changing:
+            old = self._store.current(name)
+            self._store.delete(name, if_match, by)
+            self._stop_keeping(name)
+            self.residency.retire(old.digest)
 
     def lease(self, model: str) -> Lease:
-        """A lease on what `name` is now, or on `name@number`. May read the disk.
+        """A lease on what `name` is now, or on `name@number`."""
+        revision = self.resolve(model)
+        return self.residency.lease(revision.digest, _label(revision), self.vectors(revision))
 
-        Raises UnknownAdapter, UnknownRevision.
+    def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
+        """A lease on several adapters at once: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
+
+        Mixtures that do the same share a slot. Raises CombinedNotFinite.
         """
+        revisions = [self.resolve(part.name) for part in parts]
+        weights = tuple(part.weight for part in parts)
+        ingredients = [f"{r.digest}*{w!r}" for r, w in zip(revisions, weights, strict=True)]
+        key = f"{composition}({','.join(ingredients)})"
+        vectors = self.residency.find(key)
+        if vectors is None:
+            recipe = Recipe(method=composition, weights=weights)
+            vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+        shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
+        return self.residency.lease(key, f"{composition}({','.join(shown)})", vectors)
+
+    def resolve(self, model: str) -> Revision:
+        """The revision that `name` or `name@number` asks for."""
         name, at, number = model.partition("@")
-        if not at:
-            revision = self._store.current(name)
-        elif number.isascii() and number.isdigit() and len(number) < 10:
-            revision = self._store.revision(name, int(number))
-        else:
+        if at and not (number.isascii() and number.isdigit() and len(number) < 10):
             raise UnknownAdapter(model)
-        with self._mutex:
-            content = self._contents.get(self._loaded.get(revision.digest, ""))
-            if content is not None:
-                return self._begin_lease(revision, content.vectors)
-        vectors = self._load(revision)
-        with self._mutex:
-            self._loaded[revision.digest] = vectors.digest
-            return self._begin_lease(revision, vectors)
+        revision = self._store.revision(name, int(number)) if at else self._store.current(name)
+        if not self._store.details(name).enabled:
+            raise AdapterDisabled(name)
+        return revision
 
-    def pin(self, lease: Lease) -> int | None:
-        """The slot of a lease's vectors, filled on first use; None where every slot is pinned."""
-        vectors = lease.vectors
-        if not vectors.vectors:
-            return BASE_SLOT
-        with self._mutex:
-            content = self._contents[vectors.digest]
-            if content.slot is None:
-                slot = self._take_slot()
-                if slot is None:
-                    return None
-                # A few hundred kilobytes from host memory, and only this thread uses slots.
-                try:
-                    self._slots.fill_slot(slot, vectors)
-                except BaseException:
-                    self._free.append(slot)
-                    raise
-                self._swaps += 1
-                content.slot = self._resident[vectors.digest] = slot
-            content.pins += 1
-            self._resident.move_to_end(vectors.digest)
-            return content.slot
-
-    def unpin(self, lease: Lease) -> None:
-        if not lease.vectors.vectors:
-            return
-        with self._mutex:
-            content = self._contents[lease.vectors.digest]
-            assert content.pins > 0, "unpinned more often than pinned"
-            content.pins -= 1
-
-    def stats(self) -> RegistryStats:
-        with self._mutex:
-            return RegistryStats(
-                registered=len(self._store),
-                resident=len(self._resident),
-                pinned=sum(self._contents[digest].pins > 0 for digest in self._resident),
-                leases=self._leases,
-                swaps=self._swaps,
-            )
-
-    def _load(self, revision: Revision) -> AdapterVectors:
+    def vectors(self, revision: Revision) -> AdapterVectors:
+        """A revision's vectors, from memory where they are there."""
+        found = self.residency.find(revision.digest)
+        if found is not None:
+            return found
         try:
             checkpoint = read_checkpoint(self._store.files(revision))
         except (OSError, InvalidAdapter):
@@ -233,52 +223,35 @@ class AdapterRegistry:
             raise
         return effective_vectors(checkpoint, self._modules)
 
-    def _begin_lease(self, revision: Revision, vectors: AdapterVectors) -> Lease:
-        content = self._contents.setdefault(vectors.digest, _Content(vectors))
-        content.leases += 1
-        content.retired = False
-        self._leases += 1
-        return Lease(self, revision, content.vectors)
+    def stats(self) -> RegistryStats:
+        residency = self.residency.stats()
+        return RegistryStats(
+            registered=len(self._store),
+            resident=residency.resident,
+            pinned=residency.pinned,
+            leases=residency.leases,
+            swaps=residency.swaps,
+        )
 
-    def _end_lease(self, digest: str) -> None:
-        with self._mutex:
-            self._leases -= 1
-            content = self._contents[digest]
-            content.leases -= 1
-            assert content.leases > 0 or content.pins == 0, "a pinned slot has a lease"
-            if content.retired and content.leases == 0:
-                self._free_slot(digest)
-            self._forget_unused(digest)
+    def _moved(self, old: Revision) -> None:
+        """A name has gone on from this revision, or not."""
+        if self._store.current(old.name).digest != old.digest:
+            if old.name in self._kept:
+                self._stop_keeping(old.name)
+                self._keep(old.name)
+            self.residency.retire(old.digest)
 
-    def _retire(self, revision: Revision) -> None:
-        with self._mutex:
-            digest = self._loaded.get(revision.digest)
-            if digest is None:
-                return
-            self._contents[digest].retired = True
-            if self._contents[digest].leases == 0:
-                self._free_slot(digest)
-            self._forget_unused(digest)
+    def _keep(self, name: str) -> None:
+        if name not in self._kept:
+            revision = self._store.current(name)
+            self._kept[name] = self.vectors(revision)
+            self.residency.keep(revision.digest, self._kept[name])
 
-    def _take_slot(self) -> int | None:
-        if not self._free:
-            unpinned = (d for d in self._resident if self._contents[d].pins == 0)
-            digest = next(unpinned, None)
-            if digest is None:
-                return None
-            self._free_slot(digest)
-            self._forget_unused(digest)
-        return self._free.pop()
+    def _stop_keeping(self, name: str) -> None:
+        vectors = self._kept.pop(name, None)
+        if vectors is not None:
+            self.residency.stop_keeping(vectors)
 
-    def _free_slot(self, digest: str) -> None:
-        slot = self._resident.pop(digest, None)
-        if slot is not None:
-            self._contents[digest].slot = None
-            self._free.append(slot)
 
-    def _forget_unused(self, digest: str) -> None:
-        """Host copies live as long as a lease or a slot."""
-        content = self._contents[digest]
-        if content.leases == 0 and content.slot is None:
-            del self._contents[digest]
-            self._loaded = {k: v for k, v in self._loaded.items() if v != digest}
+def _label(revision: Revision) -> str:
+    return f"{revision.name}@{revision.number}"

@@ -1,19 +1,18 @@
 """Durable, content-addressed revisions of adapters in a folder on disk.
 
-    content/<digest>/            an adapter's files, shared by every revision with this content
-    names/<name>/<event>.json    the log of a name: one small file for each event, never changed
-    staging/                     uploads in progress, emptied at start
-    lock                         held by the one process that owns the folder
+    content/<digest>/   an adapter's files, shared by every revision with this content
+    journal.jsonl       every change of every adapter, one line each, by whom and when
+    staging/            uploads in progress, emptied at start
+    lock                held by the one process that owns the folder
 
-An event is either a revision or a deletion; the last one says what the name is. Content is made
-durable first, then its event appears by one exclusive link: after a crash at any moment a name is
-at its old or its new revision, whole, and what was acknowledged is there.
+The journal says what each name is. Content is made durable first, then its line is appended: after
+a crash at any moment a name is at its old or its new revision, whole, and what was acknowledged is
+there. Start-up reads the journal, whatever the number of adapters.
 """
 
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -21,9 +20,10 @@ import shutil
 import tempfile
 import threading
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,41 +37,31 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
+from adapters.journal import Event, Journal
+from adapters.revision import (
+    Details,
+    Origin,
+    Revision,
+    details_from_json,
+    revision_from_json,
+    revision_to_json,
+)
 
 log = logging.getLogger(__name__)
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+UPLOADED = Origin()
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What an OSError says when a disk is full."""
-
-
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """One state of an adapter. Numbers of a name are 1, 2, 3, … and are never used again."""
-
-    name: str
-    number: int
-    digest: str
-    """SHA-256 over the names and bytes of its files."""
-    created: datetime
-    size: int
-    """Bytes of all files."""
-    source: str
-
-    @property
-    def etag(self) -> str:
-        """Of the content: a quoted string, as HTTP wants it."""
-        return f'"{self.digest[:32]}"'
 
 
 @dataclass(slots=True)
-class _Log:
-    """A name's history in memory."""
+class _Adapter:
+    """A name in memory."""
 
-    events: int = 0
     last_number: int = 0
     reachable: list[Revision] = field(default_factory=list)
-    """Since the name was last created; empty once it is deleted."""
+    """Oldest first, since the name was last created; empty once it is deleted."""
+    details: Details = field(default_factory=Details)
 
 
 def check_name(name: str) -> None:
@@ -90,13 +80,15 @@ class AdapterStore:
     folder, and StoreFull where the disk has no room (nothing is left behind then).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep_revisions: int = 10) -> None:
+        """`keep_revisions`: how many of a name stay reachable; older contents are removed."""
+        assert keep_revisions > 0
+        self._keep_revisions = keep_revisions
         self._content = folder / "content"
-        self._names = folder / "names"
         self._staging = folder / "staging"
         self._mutex = threading.RLock()
         with _room():
-            for each in (self._content, self._names, self._staging):
+            for each in (self._content, self._staging):
                 each.mkdir(parents=True, exist_ok=True)
             self._lock_file = (folder / "lock").open("w")
         try:
@@ -104,11 +96,16 @@ class AdapterStore:
         except OSError:
             self._lock_file.close()
             raise StoreLocked(f"another server uses the adapters folder {folder}") from None
-        self._logs: dict[str, _Log] = {}
+        self._adapters: dict[str, _Adapter] = {}
         self._sorted: list[str] = []
+        self._users: Counter[str] = Counter()
+        """Digest -> how many reachable revisions have that content."""
+        with _room():
+            self._journal = Journal(folder / "journal.jsonl")
         self._recover()
 
     def close(self) -> None:
+        self._journal.close()
         self._lock_file.close()
 
     @contextmanager
@@ -122,17 +119,21 @@ class AdapterStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def create(self, name: str, staged: Path, source: str = "upload") -> Revision:
+    def create(self, name: str, staged: Path, origin: Origin = UPLOADED) -> Revision:
         """A new name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
         check_name(name)
         digest, size = _digest(staged)
         with self._mutex:
             if name in self:
                 raise AdapterExists(name)
-            return self._append_revision(name, staged, digest, size, source)
+            return self._add_revision(name, staged, digest, size, origin)
 
     def replace(
-        self, name: str, staged: Path, if_match: str | None = None, source: str = "upload"
+        self,
+        name: str,
+        staged: Path,
+        if_match: str | None = None,
+        origin: Origin = UPLOADED,
     ) -> tuple[Revision, bool]:
         """A new revision; (the current one, False) where the content is the same already.
 
@@ -143,32 +144,65 @@ class AdapterStore:
             current = self._require(name, if_match)
             if current.digest == digest:
                 return current, False
-            return self._append_revision(name, staged, digest, size, source), True
+            return self._add_revision(name, staged, digest, size, origin), True
 
-    def delete(self, name: str, if_match: str | None = None) -> None:
+    def roll_back(
+        self, name: str, number: int, if_match: str | None = None, by: str | None = None
+    ) -> tuple[Revision, bool]:
+        """A new revision with the content of `number`; (the current one, False) where it has that.
+
+        Raises UnknownAdapter, UnknownRevision, RevisionConflict.
+        """
+        with self._mutex:
+            current = self._require(name, if_match)
+            wanted = self.revision(name, number)
+            if wanted.digest == current.digest:
+                return current, False
+            origin = replace(wanted.origin, source=f"rollback to {number}", by=by)
+            return self._add_revision(name, None, wanted.digest, wanted.size, origin), True
+
+    def describe(
+        self, name: str, details: Details, if_match: str | None = None, by: str | None = None
+    ) -> None:
+        """Set what is said of a name. Raises UnknownAdapter, RevisionConflict."""
+        with self._mutex:
+            self._require(name, if_match)
+            adapter = self._adapters[name]
+            if details != adapter.details:
+                self._append("details", name, by, asdict(details))
+                adapter.details = details
+
+    def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """The name is gone at once. Raises UnknownAdapter, RevisionConflict."""
         with self._mutex:
             self._require(name, if_match)
-            history = self._logs[name]
-            self._append(name, {"event": "delete", "number": history.last_number})
-            digests = {revision.digest for revision in history.reachable}
-            history.reachable = []
+            adapter = self._adapters[name]
+            self._append("delete", name, by, {"number": adapter.last_number})
+            gone = self._forget(adapter, len(adapter.reachable))
+            adapter.details = Details()
             self._sorted.remove(name)
-            self._collect(digests)
+            self._collect(gone)
 
     def current(self, name: str) -> Revision:
         with self._mutex:
-            if name not in self:
-                raise UnknownAdapter(name)
-            return self._logs[name].reachable[-1]
+            return self._find(name).reachable[-1]
 
     def revision(self, name: str, number: int) -> Revision:
+        """Raises UnknownAdapter, UnknownRevision."""
+        for revision in self.revisions(name):
+            if revision.number == number:
+                return revision
+        raise UnknownRevision(name, number)
+
+    def revisions(self, name: str) -> list[Revision]:
+        """Those that can be asked for, newest first. Raises UnknownAdapter."""
         with self._mutex:
-            self.current(name)
-            for revision in self._logs[name].reachable:
-                if revision.number == number:
-                    return revision
-            raise UnknownRevision(name, number)
+            return self._find(name).reachable[::-1]
+
+    def details(self, name: str) -> Details:
+        """Raises UnknownAdapter."""
+        with self._mutex:
+            return self._find(name).details
 
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
         """Sorted; the first `limit` that come after `after`."""
@@ -177,14 +211,19 @@ class AdapterStore:
             return self._sorted[start : None if limit is None else start + limit]
 
     def files(self, revision: Revision) -> Path:
-        """The folder of a revision's files, to read only. It goes when the name is deleted."""
+        """The folder of a revision's files, to read only. It goes with the last such revision."""
         return self._content / revision.digest
 
     def __len__(self) -> int:
         return len(self._sorted)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._logs and bool(self._logs[name].reachable)
+        return isinstance(name, str) and bool(self._adapters.get(name, _Adapter()).reachable)
+
+    def _find(self, name: str) -> _Adapter:
+        if name not in self:
+            raise UnknownAdapter(name)
+        return self._adapters[name]
 
     def _require(self, name: str, if_match: str | None) -> Revision:
         current = self.current(name)
@@ -192,25 +231,40 @@ class AdapterStore:
             raise RevisionConflict(name, current.etag)
         return current
 
-    def _append_revision(
-        self, name: str, staged: Path, digest: str, size: int, source: str
+    def _add_revision(
+        self, name: str, staged: Path | None, digest: str, size: int, origin: Origin
     ) -> Revision:
         """Content first, then its event: whoever sees the one finds the other."""
-        history = self._logs.setdefault(name, _Log())
-        number = history.last_number + 1
-        revision = Revision(name, number, digest, datetime.now(UTC), size, source)
+        adapter = self._adapters.get(name, _Adapter())
+        revision = Revision(name, adapter.last_number + 1, digest, datetime.now(UTC), size, origin)
+        dropped = max(0, len(adapter.reachable) + 1 - self._keep_revisions)
         try:
-            with _room():
-                self._keep(staged, self._content / digest)
-            self._append(name, {"event": "revision", **_to_json(revision)})
+            if staged is not None:
+                with _room():
+                    self._keep(staged, self._content / digest)
+            values = {**revision_to_json(revision), "dropped": dropped}
+            self._append("revision", name, origin.by, values)
         except BaseException:
-            self._collect({digest})
+            self._collect([digest])
             raise
-        if not history.reachable:
+        if not adapter.reachable:
             insort(self._sorted, name)
-        history.last_number = number
-        history.reachable.append(revision)
+        self._adapters[name] = adapter
+        self._enter(adapter, revision)
+        self._collect(self._forget(adapter, dropped))
         return revision
+
+    def _enter(self, adapter: _Adapter, revision: Revision) -> None:
+        adapter.last_number = revision.number
+        adapter.reachable.append(revision)
+        self._users[revision.digest] += 1
+
+    def _forget(self, adapter: _Adapter, count: int) -> list[str]:
+        """Drop the oldest revisions of a name; returns their digests."""
+        gone = [revision.digest for revision in adapter.reachable[:count]]
+        del adapter.reachable[:count]
+        self._users.subtract(gone)
+        return gone
 
     def _keep(self, staged: Path, target: Path) -> None:
         """Move the staged files to where their digest says, durably."""
@@ -221,36 +275,16 @@ class AdapterStore:
             staged.rename(target)
             _sync(self._content)
 
-    def _append(self, name: str, event: dict[str, object]) -> None:
-        """Make one event of a name visible and durable."""
-        history = self._logs[name]
-        folder = self._names / name
+    def _append(self, event: str, name: str, by: str | None, values: Mapping[str, object]) -> None:
+        now = datetime.now(UTC).isoformat()
         with _room():
-            if not folder.exists():
-                folder.mkdir()
-                _sync(self._names)
-            descriptor, temporary = tempfile.mkstemp(dir=self._staging)
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    json.dump(event, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                visible = folder / f"{history.events + 1:08}.json"
-                os.link(temporary, visible)
-                try:
-                    _sync(folder)
-                except OSError:
-                    # Not durable, so not done: a restart must not find it without its content.
-                    visible.unlink()
-                    raise
-                history.events += 1
-            finally:
-                os.unlink(temporary)
+            self._journal.append({"time": now, "event": event, "name": name, "by": by, **values})
 
-    def _collect(self, digests: set[str]) -> None:
+    def _collect(self, digests: Iterable[str]) -> None:
         """Remove those contents that no reachable revision has."""
-        used = {r.digest for history in self._logs.values() for r in history.reachable}
-        for digest in digests - used:
+        for digest in digests:
+            if self._users[digest] > 0:
+                continue
             # Out of sight first: a half-removed folder must never pass for the content.
             doomed = self._staging / f"{digest}.removed"
             with suppress(OSError):
@@ -263,55 +297,27 @@ class AdapterStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink()
-        for folder in os.scandir(self._names):
-            history = _read_log(Path(folder.path))
-            self._logs[folder.name] = history
-            if history.reachable:
-                self._sorted.append(folder.name)
-        self._sorted.sort()
-        self._collect({entry.name for entry in os.scandir(self._content)})
+        for event in self._journal.read():
+            try:
+                self._replay(event)
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning(
+                    "The event %r cannot be understood and is passed over: %r", event, error
+                )
+        self._sorted = sorted(name for name in self._adapters if name in self)
+        self._collect([entry.name for entry in os.scandir(self._content)])
 
-
-def _read_log(folder: Path) -> _Log:
-    """A damaged event can only come from outside (an event appears whole): it is passed over with
-    a warning, so that one bad file takes neither the server nor the name's other revisions."""
-    history = _Log()
-    for path in sorted(folder.glob("[0-9]" * 8 + ".json")):
-        history.events = int(path.stem)
-        try:
-            event = json.loads(path.read_text())
-            number = int(event["number"])
-            if event["event"] == "delete":
-                history.reachable = []
-            else:
-                history.reachable.append(_from_json(folder.name, event))
-            history.last_number = max(history.last_number, number)
-        except (ValueError, KeyError, TypeError) as error:
-            # It may have been a revision: no other one gets its number.
-            history.last_number += 1
-            log.warning("The event %s is damaged and passed over: %r", path, error)
-    return history
-
-
-def _to_json(revision: Revision) -> dict[str, object]:
-    return {
-        "number": revision.number,
-        "digest": revision.digest,
-        "created": revision.created.isoformat(),
-        "size": revision.size,
-        "source": revision.source,
-    }
-
-
-def _from_json(name: str, event: dict[str, object]) -> Revision:
-    return Revision(
-        name=name,
-        number=int(str(event["number"])),
-        digest=str(event["digest"]),
-        created=datetime.fromisoformat(str(event["created"])),
-        size=int(str(event["size"])),
-        source=str(event["source"]),
-    )
+    def _replay(self, event: Event) -> None:
+        adapter = self._adapters.setdefault(str(event["name"]), _Adapter())
+        match event["event"]:
+            case "revision":
+                self._enter(adapter, revision_from_json(event))
+                self._forget(adapter, int(event["dropped"]))
+            case "details":
+                adapter.details = details_from_json(event)
+            case "delete":
+                self._forget(adapter, len(adapter.reachable))
+                adapter.details = Details()
 
 
 def _digest(folder: Path) -> tuple[str, int]:

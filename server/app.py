@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
+from adapters.revision import Origin
 from adapters.store import AdapterStore
-from server.api import adapters, chat, completions, health, models
+from server.api import adapters, chat, completions, health, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _UPLOADS = "/v1/adapters"
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI page only: `Authorize` has looked at the key already."""
+_PRELOADED = Origin(source="preload")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -57,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     install_error_handlers(app)
-    for module in (completions, chat, models, adapters):
+    for module in (completions, chat, rank, models, adapters):
         app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
@@ -67,13 +69,13 @@ def create_app(settings: Settings) -> FastAPI:
 
 def load_services(settings: Settings) -> "partial[Services]":
     """Everything but the streams, which belong to an event loop that does not run yet."""
-    store = AdapterStore(settings.adapters_dir)
+    store = AdapterStore(settings.adapters_dir, settings.keep_revisions)
     try:
         loaded = load_model(settings.model, settings.device, settings.dtype)
         name = settings.served_model_name or loaded.name
         ia3 = IA3Model(loaded.model, settings.max_resident_adapters)
         registry = AdapterRegistry(store, ia3.modules_of_base, ia3, reserved=(name,))
-        engine = Engine(loaded, ia3, registry, _engine_config(settings))
+        engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
             preload(registry, store, settings.preload_adapters)
     except BaseException:
@@ -111,9 +113,9 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
                     (staged / file.name).write_bytes(file.read_bytes())
             try:
                 try:
-                    registry.replace(source.name, staged, source="preload")
+                    registry.replace(source.name, staged, origin=_PRELOADED)
                 except UnknownAdapter:
-                    registry.add(source.name, staged, source="preload")
+                    registry.add(source.name, staged, _PRELOADED)
             except AdapterError as error:
                 log.warning("The adapter in %s is not offered: %s", source, error)
 

@@ -6,8 +6,9 @@ import logging
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 Role = Literal["generate", "admin", "metrics"]
 """Any key may read `/metrics`; one with `metrics` alone may do nothing else."""
+_CALLER = "infuse.caller"
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 
 
@@ -63,6 +65,7 @@ class Authorize:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys:
+            # Refused before a body is read; a dependency would come after the form is parsed.
             refusal = self._refusal(scope)
             if refusal is not None:
                 await error_response(refusal)(scope, receive, send)
@@ -87,6 +90,7 @@ class Authorize:
         if role is not None and role not in key.roles:
             message = f"The key '{key.name}' lacks the role '{role}', which {path} needs."
             return ApiError(403, message, code="missing_role")
+        scope[_CALLER] = key.name
         return None
 
     def _find(self, given: str) -> Key | None:
@@ -103,3 +107,12 @@ def _role(path: str) -> Role | None:
     if path == "/metrics":
         return None
     return "admin" if path.startswith("/v1/adapters") else "generate"
+
+
+def get_caller(request: Request) -> str | None:
+    """FastAPI dependency: the name of the key that a request came with; None without keys."""
+    name: str | None = request.scope.get(_CALLER)
+    return name
+
+
+Caller = Annotated[str | None, Depends(get_caller)]

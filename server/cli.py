@@ -136,7 +136,7 @@ def list_adapters(url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = Fa
     Example: infuse adapters list --json
     """
     with _client(url, api_key) as client:
-        adapters = client.list()
+        adapters = client.adapters()
     lines = [f"{a['name']}\t{a['revision']}\t{a['size']}\t{a['created']}" for a in adapters]
     _print(adapters, as_json, "\n".join(lines))
 
@@ -149,6 +149,74 @@ def remove(name: Name, url: Url = _HERE, api_key: ApiKey = None) -> None:
     """
     with _client(url, api_key) as client:
         client.remove(name)
+
+
+@adapters_app.command()
+def combine(
+    name: Name,
+    parts: Annotated[list[str], typer.Argument(help="ADAPTER or ADAPTER=WEIGHT, each.")],
+    method: Annotated[
+        str,
+        typer.Option(help="linear, product, task_arithmetic, ties, dare_linear or dare_ties."),
+    ] = "task_arithmetic",
+    density: Annotated[float, typer.Option(help="What TIES and DARE keep, of 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Which differences DARE drops.")] = 0,
+    url: Url = _HERE,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new adapter out of others.
+
+    Example: infuse adapters combine support-all support-de=0.5 support-fr=0.5 --method ties
+    """
+    weighted = [_part(part) for part in parts]
+    with _client(url, api_key) as client:
+        answer = client.combine(name, weighted, method=method, density=density, seed=seed)
+    _warn(answer)
+    _print(answer, as_json, f"{name} is revision {answer['revision']}")
+
+
+def _part(text: str) -> dict[str, Any]:
+    name, equals, weight = text.partition("=")
+    try:
+        return {"name": name, "weight": float(weight) if equals else 1.0}
+    except ValueError:
+        raise typer.BadParameter(f"'{weight}' is no weight; write {name}=0.5") from None
+
+
+@adapters_app.command()
+def revisions(
+    name: Name, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
+) -> None:
+    """List an adapter's revisions: number, digest, time, source, who.
+
+    Example: infuse adapters revisions support-de
+    """
+    with _client(url, api_key) as client:
+        found = client.revisions(name)
+    lines = [
+        f"{r['revision']}\t{r['digest'][:12]}\t{r['created']}\t{r['source']}\t{r['by'] or '-'}"
+        for r in found
+    ]
+    _print(found, as_json, "\n".join(lines))
+
+
+@adapters_app.command()
+def rollback(
+    name: Name,
+    revision: Annotated[int, typer.Argument(help="The revision to go back to.")],
+    url: Url = _HERE,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go back to an older revision, as a new one.
+
+    Example: infuse adapters rollback support-de 2
+    """
+    with _client(url, api_key) as client:
+        answer = client.roll_back(name, revision)
+    done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
+    _print(answer, as_json, f"{name} {done}")
 
 
 @adapters_app.command()

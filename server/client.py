@@ -34,7 +34,7 @@ class AdminClient:
     def check(self, folder: Path) -> dict[str, Any]:
         return self._upload("POST", "/v1/adapters?dry_run=true", folder)
 
-    def list(self, page_size: int = 1000) -> list[dict[str, Any]]:
+    def adapters(self, page_size: int = 1000) -> list[dict[str, Any]]:
         adapters: list[dict[str, Any]] = []
         after = ""
         while True:
@@ -44,6 +44,16 @@ class AdminClient:
             if page["next"] is None:
                 return adapters
             after = page["next"]
+
+    def combine(self, name: str, parts: list[dict[str, Any]], **recipe: Any) -> dict[str, Any]:
+        body = {"name": name, "adapters": parts, **recipe}
+        return self._send("POST", "/v1/adapters/combine", json=body)
+
+    def revisions(self, name: str) -> list[dict[str, Any]]:
+        return list(self._send("GET", f"/v1/adapters/{name}/revisions")["data"])
+
+    def roll_back(self, name: str, revision: int) -> dict[str, Any]:
+        return self._send("POST", f"/v1/adapters/{name}/rollback", json={"revision": revision})
 
     def remove(self, name: str) -> None:
         self._send("DELETE", f"/v1/adapters/{name}")

@@ -12,12 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from adapters.errors import (
+    AdapterDisabled,
     AdapterError,
     AdapterExists,
+    CombinedNotFinite,
     Fault,
     InvalidAdapter,
     RevisionConflict,
     StoreFull,
+    TooManyPinned,
     UnknownAdapter,
     UnknownRevision,
 )
@@ -157,6 +160,12 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(
                 412, str(error), code="revision_conflict", param="If-Match", headers=headers
             )
+        case AdapterDisabled():
+            return ApiError(403, str(error), code="adapter_disabled", param="model")
+        case TooManyPinned():
+            return ApiError(409, str(error), code="too_many_pinned", param="pinned")
+        case CombinedNotFinite():
+            return ApiError(400, str(error), code="not_finite", param="adapters")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
         case _:

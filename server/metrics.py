@@ -56,8 +56,15 @@ class Metrics:
         )
         self._labels: set[str] = set()
 
+    @staticmethod
+    def label_of(base: str, adapter: str | None) -> str:
+        """What a request is counted under; `adapter` is its lease's label, None for the base."""
+        if adapter is None:
+            return base
+        return "mixture" if "(" in adapter else adapter.partition("@")[0]
+
     def request_started(self, adapter: str) -> "RequestMetrics":
-        """`adapter`: its name, or the base model's."""
+        """`adapter`: see `label_of`."""
         if len(self._labels) < _MAX_ADAPTER_LABELS:
             self._labels.add(adapter)
         return RequestMetrics(self, adapter if adapter in self._labels else "other")

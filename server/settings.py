@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     adapters_dir: Path = Field(
         Path("data/adapters"), description="Where adapters are kept.", examples=["/data/adapters"]
     )
+    keep_revisions: int = Field(
+        10, ge=1, le=10_000, description="Revisions of a name that stay reachable.", examples=[10]
+    )
     preload_adapters: Path | None = Field(
         None,
         description="A folder of adapter folders; those that fit the model are offered at start.",

@@ -64,6 +64,23 @@ def test_an_adapter_is_checked_added_listed_replaced_and_removed(
     assert infuse(url, "list").stdout == ""
 
 
+def test_adapters_are_combined_and_rolled_back(url: str, adapter: Path, tmp_path: Path) -> None:
+    other = save_adapter(tiny_model("llama"), tmp_path / "b", seed=2)
+    infuse(url, "add", "a", adapter)
+    infuse(url, "add", "a", other, "--replace")
+    combined = infuse(url, "combine", "c", "a@1=0.5", "a@2", "--method", "ties", "--density", 0.5)
+    assert combined.stdout == "c is revision 1\n", combined.stderr
+    assert infuse(url, "rollback", "a", 1).stdout == "a is revision 3\n"
+    assert infuse(url, "rollback", "a", 1).stdout == "a is unchanged\n"
+    lines = infuse(url, "revisions", "a").stdout.splitlines()
+
+    assert [line.split("\t")[0] for line in lines] == ["3", "2", "1"]
+    assert lines[0].endswith("rollback to 1\tops")
+    assert infuse(url, "combine", "d", "a=much").exit_code == 2
+    for name in ("a", "c"):
+        infuse(url, "remove", name)
+
+
 def test_json_is_the_servers_answer(url: str, adapter: Path) -> None:
     added = json.loads(infuse(url, "add", "plain", adapter, "--json").stdout)
     [listed] = json.loads(infuse(url, "list", "--json").stdout)
@@ -77,7 +94,7 @@ def test_a_list_of_more_than_a_page_is_whole(url: str, adapter: Path) -> None:
     for number in range(3):
         infuse(url, "add", f"a{number}", adapter)
     with AdminClient(url, KEY) as client:
-        assert [a["name"] for a in client.list(page_size=2)] == ["a0", "a1", "a2"]
+        assert [a["name"] for a in client.adapters(page_size=2)] == ["a0", "a1", "a2"]
     for number in range(3):
         infuse(url, "remove", f"a{number}")
 
@@ -128,7 +145,9 @@ def test_a_server_that_is_not_there_is_said() -> None:
     assert "is the server up?" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["add", "list", "remove", "check"])
+@pytest.mark.parametrize(
+    "command", ["add", "list", "remove", "check", "combine", "revisions", "rollback"]
+)
 def test_every_command_shows_an_example(command: str) -> None:
     result = CliRunner().invoke(app, ["adapters", command, "--help"])
 

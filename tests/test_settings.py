@@ -12,6 +12,7 @@ VALUES = {
     "model": "folder",
     "served_model_name": "base",
     "adapters_dir": "/data",
+    "keep_revisions": "3",
     "preload_adapters": "/examples",
     "host": "127.0.0.2",
     "port": "8123",

@@ -1,23 +1,31 @@
 """The admin API: adapters come, change and go while requests run."""
 
-from collections.abc import Callable, Mapping
-from datetime import datetime
-from pathlib import Path as FilePath
-from typing import IO, Annotated, Any, Literal, TypeVar
+from contextlib import suppress
+from dataclasses import replace as changed
+from typing import Annotated, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse
 
-from adapters.errors import Fault, InvalidAdapter, StoreFull
-from adapters.store import NAME_PATTERN, NO_ROOM, Revision
-from server.api.uploads import save_files, unpack
-from server.errors import ApiError, ErrorBody
+from adapters.errors import Fault, InvalidAdapter, UnknownAdapter
+from adapters.registry import Part
+from adapters.revision import Origin
+from server.api.adapter_schemas import (
+    Adapter,
+    AdapterList,
+    CheckedUpload,
+    CombineBody,
+    DetailsBody,
+    RevisionList,
+    RollbackBody,
+    adapter_of,
+    errors,
+    revision_of,
+)
+from server.api.forms import NAME_FIELD, Upload, form, read_upload
+from server.auth import Caller
 from server.services import Services, get_services
-
-T = TypeVar("T")
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -28,159 +36,28 @@ Name = Annotated[
 IfMatch = Annotated[
     str | None,
     Header(
-        description="Only if this is still the adapter's ETag.", examples=['"9f86d081884c7d65"']
+        description="Only if this is still the adapter's ETag.", examples=['"3-9f86d081884c7d65"']
     ),
 ]
 DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.", examples=[True])]
-_FILES = {"config", "weights", "archive"}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "What was sent has faults; all of them are listed.",
-        404: "There is no such adapter.",
-        409: "The name is taken.",
-        412: "The adapter has changed since.",
-        413: "The upload is too large.",
-        507: "The disk is full.",
-    }.items()
-}
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _ERRORS[status] for status in statuses}
-
-
-class Adapter(BaseModel):
-    object: Literal["adapter"] = Field("adapter", description="Kind.", examples=["adapter"])
-    name: str = Field(description="What requests name as their model.", examples=["support-de"])
-    revision: int = Field(description="Counts the contents of this name.", examples=[3])
-    digest: str = Field(description="SHA-256 of its files.", examples=["9f86d081884c7d65..."])
-    size: int = Field(description="Bytes of its files.", examples=[230912])
-    created: datetime = Field(
-        description="When this revision was made.", examples=["2026-11-23T20:00:00Z"]
-    )
-    source: str = Field(description="Where it came from.", examples=["upload"])
-    parent: str = Field(description="The base model.", examples=["smollm2-135m-instruct"])
-    warnings: list[str] = Field(
-        default=[], description="Not wrong, but worth a look; only after an upload.", examples=[[]]
-    )
-    unchanged: bool = Field(
-        default=False,
-        description="After PUT: the content was the same already, and nothing was done.",
-        examples=[False],
-    )
-
-
-class AdapterList(BaseModel):
-    object: Literal["list"] = Field("list", description="Kind.", examples=["list"])
-    data: list[Adapter] = Field(description="In order of names.", examples=[[]])
-    next: str | None = Field(
-        description="Give this as `after` for the next page.", examples=["support-de"]
-    )
-
-
-class CheckedUpload(BaseModel):
-    """A dry run found no fault."""
-
-    object: Literal["adapter.check"] = Field(
-        "adapter.check", description="Kind.", examples=["adapter.check"]
-    )
-    targets: int = Field(description="How many modules it rescales.", examples=[90])
-    nbytes: int = Field(description="Bytes of its vectors in memory.", examples=[230400])
-    warnings: list[str] = Field(description="Not wrong, but worth a look.", examples=[[]])
-
-
-def _form(fields: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """OpenAPI's description of an upload. The form is read by hand, so that unknown fields are
-    refused and large parts go to disk."""
-    binary = {"type": "string", "format": "binary"}
-    properties = {
-        **fields,
-        "config": {**binary, "description": "adapter_config.json", "example": "@config"},
-        "weights": {**binary, "description": "adapter_model.safetensors", "example": "@weights"},
-        "archive": {**binary, "description": "Or a zip or tar of both.", "example": "@archive"},
-    }
-    schema = {"type": "object", "properties": properties, "required": list(fields)}
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-    }
-
-
-_NAME_FIELD = {
-    "name": {
-        "type": "string",
-        "pattern": f"^{NAME_PATTERN}$",
-        "description": "The new adapter's name.",
-        "example": "support-de",
-    }
-}
-
-
-class _Upload:
-    """A parsed multipart form."""
-
-    def __init__(self, files: Mapping[str, IO[bytes]], name: str | None) -> None:
-        self.files = files
-        self.name = name
-
-    def stage(self, services: Services, then: Callable[[FilePath], T]) -> T:
-        """Write the files to a staging folder, and go on with it. Blocks: for a worker thread."""
-        limit = services.settings.max_upload_bytes
-        with services.store.staging() as folder:
-            if "archive" in self.files:
-                unpack(self.files["archive"], folder, limit)
-            else:
-                save_files(self.files["config"], self.files["weights"], folder, limit)
-            return then(folder)
-
-
-async def _read_upload(request: Request, named: bool) -> _Upload:
-    kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
-        raise ApiError(
-            400,
-            "An adapter comes as multipart/form-data: config and weights, or archive.",
-            code="not_multipart",
-            param="body",
-        )
-    try:
-        form = await request.form(max_files=8, max_fields=8)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise StoreFull("The disk that takes uploads in is full; make room.") from error
-    faults, files, name = [], {}, None
-    for field, value in form.multi_items():
-        if field in files or (field == "name" and name is not None):
-            faults.append(Fault(field, "is given more than once", "send it once"))
-        elif field == "name" and named and isinstance(value, str):
-            name = value
-        elif field in _FILES and isinstance(value, UploadFile):
-            files[field] = value.file
-        elif field in _FILES:
-            faults.append(Fault(field, "is text, not a file", "send it as a file part"))
-        else:
-            faults.append(Fault(field, "is no field of this form", "leave it out"))
-    if files.keys() not in ({"archive"}, {"config", "weights"}) and not faults:
-        fix = "send both config and weights, or archive alone"
-        faults.append(Fault("files", f"cannot work with {sorted(files) or 'no files'}", fix))
-    if faults:
-        raise InvalidAdapter(faults)
-    return _Upload(files, name)
 
 
 @router.post(
     "",
     status_code=201,
-    responses=_errors(400, 409, 413, 507)
+    responses=errors(400, 409, 413, 507)
     | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
-    openapi_extra=_form(_NAME_FIELD),
+    openapi_extra=form(NAME_FIELD),
 )
 async def add(
-    request: Request, response: Response, services: ServicesDep, dry_run: DryRun = False
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    by: Caller,
+    dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
     """Add an adapter: what PEFT's `save_pretrained` wrote, as two files or one archive."""
-    upload = await _read_upload(request, named=True)
+    upload = await read_upload(request, named=True)
     name = upload.name
     if name is not None:
         services.registry.check_name(name)
@@ -191,21 +68,40 @@ async def add(
         fix = "send the adapter's name as a form field"
         raise InvalidAdapter([Fault("name", "is missing", fix)])
     revision, warnings = await to_thread.run_sync(
-        lambda: upload.stage(services, lambda folder: services.registry.add(name, folder))
+        lambda: upload.stage(
+            services, lambda folder: services.registry.add(name, folder, Origin(by=by))
+        )
     )
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{name}"
-    return _adapter(services, revision, warnings=warnings)
+    return adapter_of(services, revision, warnings)
 
 
-async def _check(upload: _Upload, services: Services) -> CheckedUpload:
+async def _check(upload: Upload, services: Services) -> CheckedUpload:
     vectors, warnings = await to_thread.run_sync(
         lambda: upload.stage(services, services.registry.check)
     )
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
 
-@router.get("", responses=_errors(400))
+@router.post("/combine", status_code=201, responses=errors(400, 404, 409, 507))
+def combine(body: CombineBody, response: Response, services: ServicesDep, by: Caller) -> Adapter:
+    """Make a new adapter out of others. It records how it was made."""
+    revision, warnings = services.registry.combine(
+        body.name,
+        [Part(part.name, part.weight) for part in body.adapters],
+        body.method,
+        missing=body.missing,
+        density=body.density,
+        seed=body.seed,
+        by=by,
+    )
+    response.headers["ETag"] = revision.etag
+    response.headers["Location"] = f"/v1/adapters/{body.name}"
+    return adapter_of(services, revision, warnings)
+
+
+@router.get("", responses=errors(400))
 def list_adapters(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
@@ -215,51 +111,96 @@ def list_adapters(
 ) -> AdapterList:
     """Every adapter, in order of names."""
     names = services.store.names(after, limit + 1)
-    page = [services.store.current(name) for name in names[:limit] if name in services.store]
-    return AdapterList(
-        data=[_adapter(services, revision) for revision in page],
-        next=names[limit - 1] if len(names) > limit else None,
-    )
+    page = []
+    for name in names[:limit]:
+        # It may have been deleted since the names were read.
+        with suppress(UnknownAdapter):
+            page.append(adapter_of(services, services.store.current(name)))
+    return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/{name}", responses=_errors(404))
+@router.get("/{name}", responses=errors(404))
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.store.current(name)
     response.headers["ETag"] = revision.etag
-    return _adapter(services, revision)
+    return adapter_of(services, revision)
 
 
-@router.put("/{name}", responses=_errors(400, 404, 412, 413, 507), openapi_extra=_form({}))
+@router.put("/{name}", responses=errors(400, 404, 412, 413, 507), openapi_extra=form({}))
 async def replace(
     name: Name,
     request: Request,
     response: Response,
     services: ServicesDep,
+    by: Caller,
     if_match: IfMatch = None,
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
     """A new revision. Running requests finish on the one that they began with."""
     services.store.current(name)
-    upload = await _read_upload(request, named=False)
+    upload = await read_upload(request, named=False)
     if dry_run:
         return await _check(upload, services)
-    revision, changed, warnings = await to_thread.run_sync(
+    revision, is_new, warnings = await to_thread.run_sync(
         lambda: upload.stage(
-            services, lambda folder: services.registry.replace(name, folder, if_match)
+            services,
+            lambda folder: services.registry.replace(name, folder, if_match, Origin(by=by)),
         )
     )
+    services.engine.wake()
     response.headers["ETag"] = revision.etag
-    return _adapter(services, revision, warnings=warnings, unchanged=not changed)
+    return adapter_of(services, revision, warnings, unchanged=not is_new)
 
 
-@router.delete("/{name}", status_code=204, responses=_errors(404, 412, 507))
-def delete(name: Name, services: ServicesDep, if_match: IfMatch = None) -> None:
+@router.patch("/{name}", responses=errors(400, 404, 409, 412, 507))
+def describe(
+    name: Name,
+    body: DetailsBody,
+    response: Response,
+    services: ServicesDep,
+    by: Caller,
+    if_match: IfMatch = None,
+) -> Adapter:
+    """Set description, tags, pinned or enabled. A disabled adapter's running requests finish."""
+    given = body.model_dump(exclude_none=True)
+    if "tags" in given:
+        given["tags"] = tuple(given["tags"])
+    details = changed(services.store.details(name), **given)
+    services.registry.describe(name, details, if_match, by)
+    services.engine.wake()
+    return get(name, response, services)
+
+
+@router.delete("/{name}", status_code=204, responses=errors(404, 412, 507))
+def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
-    services.registry.delete(name, if_match)
+    services.registry.delete(name, if_match, by)
 
 
-@router.get("/{name}/files/{file}", responses=_errors(400, 404), response_class=FileResponse)
+@router.get("/{name}/revisions", responses=errors(404))
+def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
+    """The revisions that can be asked for as `name@revision` and rolled back to."""
+    return RevisionList(data=[revision_of(each) for each in services.store.revisions(name)])
+
+
+@router.post("/{name}/rollback", responses=errors(400, 404, 412, 507))
+def roll_back(
+    name: Name,
+    body: RollbackBody,
+    response: Response,
+    services: ServicesDep,
+    by: Caller,
+    if_match: IfMatch = None,
+) -> Adapter:
+    """A new revision with an old one's content."""
+    revision, is_new = services.registry.roll_back(name, body.revision, if_match, by)
+    services.engine.wake()
+    response.headers["ETag"] = revision.etag
+    return adapter_of(services, revision, unchanged=not is_new)
+
+
+@router.get("/{name}/files/{file}", responses=errors(400, 404), response_class=FileResponse)
 def download(
     name: Name,
     file: Annotated[
@@ -272,22 +213,3 @@ def download(
     revision = services.store.current(name)
     path = services.store.files(revision) / file
     return FileResponse(path, filename=file, headers={"ETag": revision.etag})
-
-
-def _adapter(
-    services: Services,
-    revision: Revision,
-    warnings: list[str] | None = None,
-    unchanged: bool = False,
-) -> Adapter:
-    return Adapter(
-        name=revision.name,
-        revision=revision.number,
-        digest=revision.digest,
-        size=revision.size,
-        created=revision.created,
-        source=revision.source,
-        parent=services.model_name,
-        warnings=warnings or [],
-        unchanged=unchanged,
-    )

@@ -20,12 +20,12 @@ from server.api.chat_schemas import (
 from server.api.generation import (
     Order,
     check_fan_out,
-    check_model,
     describe,
     finished_because,
     place_order,
     respond,
 )
+from server.api.leasing import check_model
 from server.api.logprobs import TokenBytes, chat_logprobs
 from server.api.prompts import encode_conversation, fit_to_window
 from server.api.sampling import sampling_params
@@ -53,7 +53,7 @@ async def create_chat_completion(
 
 
 def _prepare(services: Services, body: ChatBody) -> Order:
-    check_model(services, body.model)
+    check_model(services, body)
     field, limit = body.token_limit
     if limit == 0:
         raise ApiError(400, f"{field} must be at least 1.", param=field)

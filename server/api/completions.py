@@ -16,12 +16,12 @@ from server.api.completion_schemas import (
 from server.api.generation import (
     Order,
     check_fan_out,
-    check_model,
     describe,
     finished_because,
     place_order,
     respond,
 )
+from server.api.leasing import check_model
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes
 from server.api.prompts import encode_prompts, fit_to_window
 from server.api.sampling import sampling_params
@@ -52,7 +52,7 @@ async def create_completion(
 
 
 def _prepare(services: Services, body: CompletionBody) -> Order:
-    check_model(services, body.model)
+    check_model(services, body)
     engine = services.engine
     field, limit = body.token_limit
     prompt_logprobs = body.logprobs if body.echo else None

@@ -14,10 +14,9 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from adapters.errors import UnknownAdapter, UnknownRevision
-from adapters.registry import Lease
+from server.api.leasing import lease_choices
 from server.api.sampling import params_of_choice
-from server.api.schemas import FinishedBecause, GenerationBody, Usage
+from server.api.schemas import FinishedBecause, GenerationBody, ModelBody, Usage
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
@@ -25,16 +24,6 @@ from server.services import Services
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
-
-
-def unknown_model(model: str) -> ApiError:
-    return ApiError(
-        404,
-        f"There is no model '{model[:200]}'; GET /v1/models lists the base model and every "
-        "adapter.",
-        code="model_not_found",
-        param="model",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +37,7 @@ class Order:
     created: int
     model: str
     adapter: str | None
-    """`name@revision`, or None for the base model."""
+    """`name@revision`, how several are mixed, or None for the base model."""
     fingerprint: str
     choices: int
     requests: tuple[GenerationRequest, ...]
@@ -82,7 +71,7 @@ def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-def check_fan_out(services: Services, body: GenerationBody, prompts: int) -> None:
+def check_fan_out(services: Services, body: ModelBody, prompts: int) -> None:
     """Refuse more choices than the queue holds: they could never be admitted together."""
     wanted = prompts * body.choices_per_prompt
     if wanted > services.settings.max_queue:
@@ -96,18 +85,18 @@ def check_fan_out(services: Services, body: GenerationBody, prompts: int) -> Non
 
 def place_order(
     services: Services,
-    body: GenerationBody,
+    body: ModelBody,
     prefix: str,
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
 ) -> Order:
     """Lease the model once for each choice. Blocking: the registry may read from disk.
 
-    Raises ApiError 404 for a model that does not exist; nothing is leased then.
+    Raises ApiError for a model that does not exist; nothing is leased then.
     """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
     with ExitStack() as undo:
-        leases = _lease(services, body.model, len(prompts) * choices, undo)
+        leases = lease_choices(services, body, len(prompts) * choices, undo)
         requests = tuple(
             GenerationRequest(
                 id=f"{order_id}-{number}",
@@ -118,7 +107,7 @@ def place_order(
             )
             for number, lease in enumerate(leases)
         )
-        adapter = None if leases[0] is None else _label(leases[0])
+        adapter = None if leases[0] is None else leases[0].label
         undo.pop_all()
     return Order(
         id=order_id,
@@ -129,32 +118,6 @@ def place_order(
         choices=choices,
         requests=requests,
     )
-
-
-def check_model(services: Services, model: str) -> None:
-    """Refuse an unknown model before its prompt is read. Raises ApiError 404."""
-    with ExitStack() as undo:
-        _lease(services, model, 1, undo)
-
-
-def _label(lease: Lease) -> str:
-    return f"{lease.name}@{lease.revision.number}"
-
-
-def _lease(services: Services, model: str, count: int, undo: ExitStack) -> list[Lease | None]:
-    if model == services.model_name:
-        return [None] * count
-    if model.endswith("@"):
-        raise unknown_model(model)
-    try:
-        first = undo.enter_context(services.registry.lease(model))
-        # All choices come from one revision, even if the name gets a new one right now.
-        others = [
-            undo.enter_context(services.registry.lease(_label(first))) for _ in range(count - 1)
-        ]
-    except (UnknownAdapter, UnknownRevision):
-        raise unknown_model(model) from None
-    return [first, *others]
 
 
 class _Running:
@@ -182,7 +145,7 @@ class Generation:
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = 0
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
-        label = services.model_name if order.adapter is None else order.adapter.partition("@")[0]
+        label = services.metrics.label_of(services.model_name, order.adapter)
         for number, request in enumerate(order.requests):
             try:
                 self._engine.submit(request)
@@ -285,7 +248,7 @@ async def respond(
     if body.stream:
         return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
     try:
-        outputs = await _unless_client_leaves(request, generation)
+        outputs = await unless_client_leaves(request, generation)
         if outputs is None:
             return Response(status_code=CLIENT_GONE)
         answer = writer.whole(outputs, generation.usage)
@@ -294,7 +257,8 @@ async def respond(
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
 
 
-async def _unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
+async def unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
+    """Each choice's outputs joined; None where nobody is left who wants them. Raises ApiError."""
     outputs: list[Output] | None = None
     failure: ApiError | None = None
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, Field
 
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
-from adapters.store import Revision
-from server.api.generation import unknown_model
+from adapters.revision import Revision
+from server.api.leasing import unknown_model
 from server.errors import ErrorBody
 from server.services import Services, get_services
 

@@ -82,6 +82,35 @@ def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> str:
         ) from error
 
 
+def encode_choice(
+    engine: Engine, prompt: str | list[int], choice: str | list[int], where: str
+) -> tuple[tuple[int, ...], int]:
+    """Prompt and choice as token ids, and how many of them are the choice's.
+
+    Texts are encoded together, and blanks at the prompt's end count to the choice, as in
+    lm-evaluation-harness (`TemplateLM._encode_pair`): so tokens fall as in running text. Raises
+    ApiError 400.
+    """
+    if isinstance(prompt, str) and isinstance(choice, str):
+        whole = _encode_text(engine, prompt + choice, where, add_special_tokens=True)
+        before = engine.tokenizer.encode(prompt.rstrip())
+        if not before:
+            raise _empty("prompt")
+        scored = len(whole) - len(before)
+    elif isinstance(prompt, list) and isinstance(choice, list):
+        whole = _check_ids(engine, [*prompt, *choice], where)
+        scored = len(choice)
+        if not prompt:
+            raise _empty("prompt")
+    else:
+        raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
+    if scored < 1 or not choice:
+        raise _empty(where)
+    if len(whole) > engine.max_model_len:
+        raise _too_long(engine, f"{where} and its prompt have {len(whole)} tokens.", where)
+    return whole, scored
+
+
 def _encode_text(
     engine: Engine, text: str, where: str, *, add_special_tokens: bool
 ) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ MAX_STOP_TOKENS = 256
 MAX_BIASED_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_MIXED_ADAPTERS = 16
+MAX_WEIGHT = 16.0
 INT32 = 2**31
 INT64 = 2**63
 
@@ -75,12 +77,28 @@ class StreamOptions(BaseModel):
     )
 
 
-class GenerationBody(BaseModel):
-    """What both generation endpoints take. Fields that are not listed here are ignored.
+class AdapterWeight(BaseModel):
+    """One adapter of a mixture."""
 
-    Where a default is "the model's", it comes from the base model's `generation_config` if that
-    says `do_sample`; otherwise it is OpenAI's.
-    """
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(
+        min_length=1,
+        max_length=256,
+        description="An adapter's name, or `name@revision`.",
+        examples=["support-intent"],
+    )
+    weight: float = Field(
+        1.0,
+        ge=-MAX_WEIGHT,
+        le=MAX_WEIGHT,
+        description="How much of it: 0 is none, 1 all of it.",
+        examples=[0.7],
+    )
+
+
+class ModelBody(BaseModel):
+    """What a request runs on: the base model, an adapter, or a mixture of adapters."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -90,6 +108,48 @@ class GenerationBody(BaseModel):
         description="The base model's name, an adapter's name, or `name@revision`.",
         examples=["support-intent"],
     )
+    strength: float | None = Field(
+        None,
+        ge=-MAX_WEIGHT,
+        le=MAX_WEIGHT,
+        description="How much of the adapter that `model` names: 0 is the base, 1 (the default) "
+        "the adapter, 2 twice what it changes.",
+        examples=[0.5],
+    )
+    adapters: list[AdapterWeight] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_MIXED_ADAPTERS,
+        description="Mix several adapters for this request; `model` is the base then.",
+        examples=[[{"name": "support-intent", "weight": 0.7}, {"name": "sentiment"}]],
+    )
+    composition: Literal["product", "linear"] | None = Field(
+        None,
+        description="How `adapters` are mixed. `product` (the default): the factors "
+        "1 + weight * (l - 1) multiply, as in PEFT's `set_adapter` with several. `linear`: the "
+        "weighted sum of the vectors, as in PEFT's `add_weighted_adapter`.",
+        examples=["product"],
+    )
+    priority: int | None = Field(
+        None,
+        ge=-INT32,
+        lt=INT32,
+        description="Requests with a lower number leave the queue earlier (default 0).",
+        examples=[0],
+    )
+
+    @property
+    def choices_per_prompt(self) -> int:
+        return 1
+
+
+class GenerationBody(ModelBody):
+    """What both generation endpoints take. Fields that are not listed here are ignored.
+
+    Where a default is "the model's", it comes from the base model's `generation_config` if that
+    says `do_sample`; otherwise it is OpenAI's.
+    """
+
     stream: bool | None = Field(
         None,
         description="Send the answer as server-sent events while it is generated.",
@@ -209,22 +269,6 @@ class GenerationBody(BaseModel):
     )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text (default true).", examples=[True]
-    )
-    priority: int | None = Field(
-        None,
-        ge=-INT32,
-        lt=INT32,
-        description="Requests with a lower number leave the queue earlier (default 0).",
-        examples=[0],
-    )
-    adapters: NotYet = Field(
-        None, description="Mixtures of adapters: not supported yet, refused.", examples=[None]
-    )
-    composition: NotYet = Field(
-        None, description="Mixtures of adapters: not supported yet, refused.", examples=[None]
-    )
-    strength: NotYet = Field(
-        None, description="An adapter's strength: not supported yet, refused.", examples=[None]
     )
 
     @field_validator("stream_options")

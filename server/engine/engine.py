@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from adapters.model import IA3Model
-from adapters.registry import AdapterRegistry
+from adapters.residency import Residency
 from server.engine.attention import install, probe
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.loading import LoadedModel
@@ -67,10 +67,11 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, ia3: IA3Model, registry: AdapterRegistry, config: EngineConfig
+        self, loaded: LoadedModel, ia3: IA3Model, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
         self._bank = ia3.bank
+        self._residency = residency
         self._weights_bytes = sum(p.nbytes for p in base.parameters())
         self.model_name = loaded.name
         self.tokenizer = loaded.tokenizer
@@ -93,7 +94,7 @@ class Engine:
             self._cache.total_tokens,
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
-        self._scheduler = Scheduler(self._cache, registry, config.max_rows, chunk)
+        self._scheduler = Scheduler(self._cache, residency, config.max_rows, chunk)
         self._runner = Runner(ia3, context, self._cache, config.max_rows, self.max_model_len)
         self._sampler = Sampler(self.eos_token_ids)
         self._max_in_flight = config.max_rows + config.max_queue
@@ -145,6 +146,11 @@ class Engine:
             self._cancelled.add(request_id)
             self._changed.notify()
 
+    def wake(self) -> None:
+        """Something beside requests may have changed: which adapters are kept on the device."""
+        with self._changed:
+            self._changed.notify()
+
     def stats(self) -> EngineStats:
         running = len(self._scheduler.running)
         return EngineStats(
@@ -194,10 +200,12 @@ class Engine:
     def _receive(self) -> bool:
         """Take in what other threads have asked; wait while there is nothing to do."""
         with self._changed:
+            self._residency.settle()
             while not (self._sequences or self._inbox) and self._state in ("running", "draining"):
                 assert self._cache.used_tokens == 0, "an idle engine holds no keys"
                 self._cancelled.clear()
                 self._changed.wait()
+                self._residency.settle()
             self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")

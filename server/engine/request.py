@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from adapters.registry import Lease
+from adapters.residency import Lease
 
 
 class FinishReason(StrEnum):

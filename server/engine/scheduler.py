@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from adapters.bank import BASE_SLOT
-from adapters.registry import AdapterRegistry
+from adapters.residency import Residency
 from server.engine.kv_cache import KVCache
 from server.engine.sequence import Sequence
 
@@ -34,11 +34,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: KVCache, registry: AdapterRegistry, max_rows: int, chunk_tokens: int
+        self, cache: KVCache, residency: Residency, max_rows: int, chunk_tokens: int
     ) -> None:
         """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall."""
         self._cache = cache
-        self._registry = registry
+        self._residency = residency
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
         self._waiting: list[tuple[int, int, Sequence]] = []
@@ -125,11 +125,11 @@ class Scheduler:
 
     def _pin(self, sequence: Sequence) -> int | None:
         lease = sequence.request.lease
-        return BASE_SLOT if lease is None else self._registry.pin(lease)
+        return BASE_SLOT if lease is None else self._residency.pin(lease)
 
     def _unpin(self, sequence: Sequence) -> None:
         if sequence.request.lease is not None:
-            self._registry.unpin(sequence.request.lease)
+            self._residency.unpin(sequence.request.lease)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -22,13 +22,19 @@ def write(staged: Path, content: str) -> None:
 def main(folder: Path, seed: int) -> None:
     choose = random.Random(seed)
     print("starts", flush=True)
-    store = AdapterStore(folder)
+    store = AdapterStore(folder, keep_revisions=3)
     while True:
         name, content = choose.choice(NAMES), f"content{choose.randrange(5)}"
-        change = choose.choice(("replace", "replace", "delete")) if name in store else "create"
+        changes = ("replace", "replace", "delete", "roll_back")
+        change = choose.choice(changes) if name in store else "create"
+        if change == "roll_back":
+            wanted = choose.choice(store.revisions(name))
+            content = (store.files(wanted) / "file0").read_text().split()[0]
         print("begins", change, name, content, flush=True)
         if change == "delete":
             store.delete(name)
+        elif change == "roll_back":
+            store.roll_back(name, wanted.number)
         else:
             with store.staging() as staged:
                 write(staged, content)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters.store import AdapterStore, Revision
+from adapters.revision import Revision
+from adapters.store import AdapterStore
 
 
 def create(store: AdapterStore, name: str, content: str = "a") -> Revision:

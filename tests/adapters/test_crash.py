@@ -74,7 +74,7 @@ def read_story(lines: list[str], before: dict[str, Name]) -> Story:
 
 def read_folder(folder: Path) -> dict[str, Name]:
     """What a restart finds. Every file of every name must be whole."""
-    store = AdapterStore(folder)
+    store = AdapterStore(folder, keep_revisions=3)
     try:
         assert list((folder / "staging").iterdir()) == []
         found = {}

@@ -19,8 +19,10 @@ from adapters.errors import (
     UnknownRevision,
 )
 from adapters.model import IA3Model
-from adapters.registry import AdapterRegistry, Lease
-from adapters.store import AdapterStore, Revision
+from adapters.registry import AdapterRegistry
+from adapters.residency import Lease
+from adapters.revision import Revision
+from adapters.store import AdapterStore
 from tests.adapters.kinds import Known, packed_logits
 from tests.adapters.oracle import vectors_of
 from tests.factories import save_adapter, tiny_llama
@@ -51,7 +53,7 @@ class House:
         self.upload(lambda staged: self.registry.replace(name, staged), kind)
 
     def pin(self, lease: Lease) -> int:
-        slot = self.registry.pin(lease)
+        slot = self.registry.residency.pin(lease)
         assert slot is not None
         return slot
 
@@ -141,7 +143,7 @@ def test_a_lease_is_on_the_current_revision_or_on_the_one_named(house: House) ->
     house.replace("support", "queries")
     for model, number, kind in (("support", 2, "queries"), ("support@1", 1, "default")):
         with house.registry.lease(model) as lease:
-            assert (lease.name, lease.revision.number) == ("support", number)
+            assert lease.label == f"support@{number}"
             assert lease.vectors.digest == house.known.vectors[kind].digest
 
 
@@ -172,7 +174,7 @@ def test_a_leased_revision_survives_its_name(house: House, delete: bool) -> None
     else:
         house.replace("support", "queries")
     assert house.computes(slot, "default")
-    house.registry.unpin(lease)
+    house.registry.residency.unpin(lease)
     assert house.computes(house.pin(lease), "default")
 
 
@@ -190,7 +192,7 @@ def test_a_slot_of_a_deleted_adapter_is_freed_with_the_last_lease(house: House) 
     first, second = house.registry.lease("support"), house.registry.lease("support")
     house.pin(first)
     house.registry.delete("support")
-    house.registry.unpin(first)
+    house.registry.residency.unpin(first)
     first.release()
     assert house.registry.stats().resident == 1
     second.release()
@@ -201,7 +203,7 @@ def test_the_slot_of_a_replaced_adapter_is_freed_at_once_without_leases(house: H
     house.add("support", "default")
     with house.registry.lease("support") as lease:
         house.pin(lease)
-        house.registry.unpin(lease)
+        house.registry.residency.unpin(lease)
     assert house.registry.stats().resident == 1
     house.replace("support", "default")
     assert house.registry.stats().resident == 1, "the same content"
@@ -216,7 +218,7 @@ def test_an_adapter_that_is_uploaded_again_while_it_is_leased_stays_resident(hou
     house.registry.delete("support")
     house.add("support", "default")
     with house.registry.lease("support"):
-        house.registry.unpin(old)
+        house.registry.residency.unpin(old)
         old.release()
     assert house.registry.stats().resident == 1
 
@@ -273,7 +275,7 @@ def test_a_slot_is_filled_on_first_use_and_kept_for_the_next(house: House) -> No
     for _ in range(3):
         with house.registry.lease("support") as lease:
             assert house.computes(house.pin(lease), "default")
-            house.registry.unpin(lease)
+            house.registry.residency.unpin(lease)
     assert house.registry.stats().swaps == 1
 
 
@@ -287,7 +289,7 @@ def test_adapters_that_do_the_same_share_a_slot(house: House, tmp_path: Path) ->
     house.registry.add("three", twin)
     leases = [house.registry.lease(name) for name in ("one", "two", "three")]
     assert len({house.pin(lease) for lease in leases}) == 1
-    assert len({lease.revision.digest for lease in leases}) == 2
+    assert len({house.store.current(name).digest for name in ("one", "three")}) == 2
     assert house.registry.stats().pinned == 1
 
 
@@ -298,11 +300,11 @@ def test_a_name_that_is_deleted_leaves_its_twin_leased(house: House) -> None:
     slot = house.pin(lease)
     house.registry.delete("one")
     assert house.computes(slot, "default")
-    house.registry.unpin(lease)
+    house.registry.residency.unpin(lease)
     lease.release()
     with house.registry.lease("two") as again:
         assert house.computes(house.pin(again), "default")
-        house.registry.unpin(again)
+        house.registry.residency.unpin(again)
 
 
 def test_the_least_recently_used_adapter_is_evicted(house: House) -> None:
@@ -313,7 +315,7 @@ def test_the_least_recently_used_adapter_is_evicted(house: House) -> None:
     for kind in use:
         with house.registry.lease(kind) as lease:
             slots[kind] = house.pin(lease)
-            house.registry.unpin(lease)
+            house.registry.residency.unpin(lease)
     assert slots["mlp_out"] == slots["queries"] != slots["default"]
     assert house.computes(slots["default"], "default")
     assert house.computes(slots["mlp_out"], "mlp_out")
@@ -324,9 +326,9 @@ def test_a_pinned_adapter_is_never_evicted_and_without_a_slot_one_waits(house: H
         house.add(kind, kind)
     leases = {kind: house.registry.lease(kind) for kind in house.known.folders}
     first, second = house.pin(leases["default"]), house.pin(leases["queries"])
-    assert house.registry.pin(leases["mlp_out"]) is None
+    assert house.registry.residency.pin(leases["mlp_out"]) is None
     assert house.registry.stats().pinned == CAPACITY
-    house.registry.unpin(leases["queries"])
+    house.registry.residency.unpin(leases["queries"])
     assert house.pin(leases["mlp_out"]) == second
     assert house.computes(first, "default")
 
@@ -335,12 +337,12 @@ def test_an_evicted_adapter_comes_back_with_its_lease(house: House) -> None:
     house.add("default", "default")
     lease = house.registry.lease("default")
     house.pin(lease)
-    house.registry.unpin(lease)
+    house.registry.residency.unpin(lease)
     for kind in ("queries", "mlp_out"):
         house.add(kind, kind)
         house.pin(house.registry.lease(kind))
-    assert house.registry.pin(lease) is None
-    house.registry.unpin(house.registry.lease("mlp_out"))
+    assert house.registry.residency.pin(lease) is None
+    house.registry.residency.unpin(house.registry.lease("mlp_out"))
     assert house.computes(house.pin(lease), "default")
 
 
@@ -350,18 +352,17 @@ def test_an_adapter_pinned_twice_stays_until_it_is_unpinned_twice(house: House) 
     twice, once, third = (house.registry.lease(kind) for kind in house.known.folders)
     for lease in (twice, twice, once):
         house.pin(lease)
-    house.registry.unpin(twice)
-    assert house.registry.pin(third) is None
-    house.registry.unpin(twice)
-    assert house.registry.pin(third) is not None
+    house.registry.residency.unpin(twice)
+    assert house.registry.residency.pin(third) is None
+    house.registry.residency.unpin(twice)
+    assert house.registry.residency.pin(third) is not None
 
 
 def test_an_adapter_that_does_nothing_needs_no_slot(house: House) -> None:
     house.add("support", "default")
-    revision = house.store.current("support")
-    nothing = Lease(house.registry, revision, AdapterVectors({}))
-    assert house.registry.pin(nothing) == 0
-    house.registry.unpin(nothing)
+    nothing = house.registry.residency.lease("nothing", "nothing", AdapterVectors({}))
+    assert house.registry.residency.pin(nothing) == 0
+    house.registry.residency.unpin(nothing)
     assert house.registry.stats().pinned == 0
 
 
@@ -383,7 +384,7 @@ def test_a_slot_that_could_not_be_filled_is_not_lost(house: House) -> None:
     lease = house.registry.lease("support")
     for _ in range(CAPACITY + 1):
         with pytest.raises(MemoryError):
-            house.registry.pin(lease)
+            house.registry.residency.pin(lease)
     assert house.computes(house.pin(lease), "default")
 
 
@@ -393,7 +394,7 @@ def test_everything_is_zero_when_nothing_runs(house: House) -> None:
     for kind in house.known.folders:
         with house.registry.lease(kind) as lease:
             house.pin(lease)
-            house.registry.unpin(lease)
+            house.registry.residency.unpin(lease)
     stats = house.registry.stats()
     assert (stats.registered, stats.leases, stats.pinned) == (3, 0, 0)
     assert (stats.resident, stats.swaps) == (CAPACITY, 3)

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from adapters.bank import Segment
 from adapters.errors import AdapterExists, UnknownAdapter
 from adapters.model import IA3Model
-from adapters.registry import AdapterRegistry, Lease
+from adapters.registry import AdapterRegistry
+from adapters.residency import Lease
 from adapters.store import AdapterStore
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
@@ -42,7 +43,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for lease, _, _ in self.running:
-            self.registry.unpin(lease)
+            self.registry.residency.unpin(lease)
         for lease, *_ in [*self.running, *self.waiting]:
             lease.release()
         stats = self.registry.stats()
@@ -89,7 +90,7 @@ class RegistryMachine(RuleBasedStateMachine):
         revisions = self.alive[name]
         number = data.draw(st.sampled_from(sorted(revisions))) if by_number else max(revisions)
         lease = self.registry.lease(f"{name}@{number}" if by_number else name)
-        assert lease.revision.number == number
+        assert lease.label.endswith(f"@{number}")
         self.waiting.append((lease, revisions[number]))
 
     @precondition(lambda self: self.waiting)
@@ -97,7 +98,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         lease, kind = data.draw(st.sampled_from(self.waiting))
         pinned = {kind for _, kind, _ in self.running}
-        slot = self.registry.pin(lease)
+        slot = self.registry.residency.pin(lease)
         if slot is None:
             assert len(pinned) == CAPACITY
             assert kind not in pinned
@@ -110,7 +111,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def preempt_or_end(self, data: st.DataObject, ends: bool) -> None:
         lease, kind, slot = data.draw(st.sampled_from(self.running))
         self.running.remove((lease, kind, slot))
-        self.registry.unpin(lease)
+        self.registry.residency.unpin(lease)
         if ends:
             lease.release()
         else:

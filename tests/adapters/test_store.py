@@ -17,6 +17,7 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
+from adapters.revision import Origin
 from adapters.store import AdapterStore
 from tests.adapters.store_contents import content_of, create, reopened, replace
 
@@ -39,7 +40,7 @@ def store(folder: Path) -> Iterator[AdapterStore]:
 def test_a_new_name_has_revision_1(store: AdapterStore) -> None:
     before = datetime.now(UTC)
     revision = create(store, "support", "a")
-    assert (revision.name, revision.number, revision.source) == ("support", 1, "upload")
+    assert (revision.name, revision.number, revision.origin) == ("support", 1, Origin())
     assert before <= revision.created <= datetime.now(UTC) + timedelta(seconds=1)
     assert revision.size == len("config of a") + 100
     assert store.current("support") == revision

@@ -6,14 +6,16 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adapters.errors import StoreFull
+from adapters.revision import Details, Origin
 from adapters.store import AdapterStore
-from tests.adapters.store_contents import content_of, create, reopened, replace
+from tests.adapters.store_contents import content_of, create, reopened, replace, write
 
 
 @pytest.fixture
@@ -32,35 +34,34 @@ def store(folder: Path) -> Iterator[AdapterStore]:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [b"", b"{", b"[]", b"null", b'{"event": "revision"}', b"\xff", b'{"event": "delete"}'],
-    ids=repr,
+    "damage", [b"{", b"[]", b"null", b'{"event":"revision","name":"support"}', b"\xff"], ids=repr
 )
-def test_a_damaged_event_is_passed_over_with_a_warning(
+def test_a_damaged_line_of_the_journal_is_passed_over_with_a_warning(
     store: AdapterStore, folder: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     create(store, "support", "a")
     replace(store, "support", "b")
     create(store, "other", "c")
-    (folder / "names/support/00000002.json").write_bytes(damage)
+    journal = folder / "journal.jsonl"
+    first, _, *others = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\n".join([first, damage, *others, b""]))
     with reopened(store, folder) as again:
+        assert "passed over" in caplog.text
         assert content_of(again, again.current("other")) == "c"
-        assert "00000002.json is damaged" in caplog.text
-        if b"delete" not in damage:
-            assert content_of(again, again.current("support")) == "a"
-            assert replace(again, "support", "d")[0].number == 3
+        assert content_of(again, again.current("support")) == "a"
 
 
-@pytest.mark.parametrize("stray", ["notes.json", "00000001.json~", ".DS_Store", "1.5.json"])
-def test_a_stray_file_among_the_events_is_passed_over(
-    store: AdapterStore, folder: Path, stray: str
+def test_a_last_line_that_a_crash_cut_off_was_never_acknowledged(
+    store: AdapterStore, folder: Path
 ) -> None:
     create(store, "support", "a")
-    (folder / "names/support" / stray).write_text("{}")
-    (folder / "names" / stray).write_text("{}")
+    with (folder / "journal.jsonl").open("ab") as journal:
+        journal.write(b'{"event":"delete","name":"supp')
     with reopened(store, folder) as again:
         assert again.names() == ["support"]
-        assert replace(again, "support", "b")[0].number == 2
+        again.delete("support")
+    with reopened(again, folder) as third:
+        assert third.names() == []
 
 
 def test_what_an_interrupted_upload_left_behind_is_removed_at_start(
@@ -69,7 +70,7 @@ def test_what_an_interrupted_upload_left_behind_is_removed_at_start(
     create(store, "support", "a")
     (folder / "staging/half").mkdir()
     (folder / "staging/half/weights").write_text("half")
-    (folder / "staging/event").write_text("{")
+    (folder / "staging/file").write_text("{")
     (folder / "content/unused").mkdir()
     with reopened(store, folder) as again:
         assert list((folder / "staging").iterdir()) == []
@@ -90,7 +91,8 @@ CHANGES: dict[str, Callable[[AdapterStore], object]] = {
     "create again": lambda store: create(store, "deleted", "c"),
     "create with known content": lambda store: create(store, "new", "a"),
     "replace": lambda store: replace(store, "support", "c"),
-    "roll back": lambda store: replace(store, "support", "a"),
+    "roll back": lambda store: store.roll_back("support", 1),
+    "describe": lambda store: store.describe("support", Details(description="x")),
     "delete": lambda store: store.delete("support"),
 }
 
@@ -107,7 +109,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, call: str, place: int) -> None:
     monkeypatch.setattr(os, call, full)
 
 
-@pytest.mark.parametrize("call", ["fsync", "link", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
     folder: Path, change: str, call: str, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +149,7 @@ def test_an_upload_that_the_disk_cannot_hold_is_named_and_removed(
             create(store, "large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert everything(folder).keys() == {"lock"}
+    assert everything(folder).keys() == {"lock", "journal.jsonl"}
     assert create(store, "large").number == 1
 
 
@@ -163,8 +165,18 @@ def test_another_failure_of_the_disk_is_not_called_full(
     assert "support" not in store
 
 
-def test_an_event_is_plain_json(store: AdapterStore, folder: Path) -> None:
-    revision = create(store, "support", "a")
-    event = json.loads((folder / "names/support/00000001.json").read_text())
-    assert event["event"] == "revision"
-    assert (event["number"], event["digest"]) == (1, revision.digest)
+def test_the_journal_says_who_changed_what_and_when(store: AdapterStore, folder: Path) -> None:
+    with store.staging() as staged:
+        write(staged, "a")
+        revision = store.create("support", staged, Origin(by="ops"))
+    store.describe("support", Details(tags=("de",)), by="ops")
+    store.delete("support", by="root")
+    events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+    assert [(e["event"], e["by"]) for e in events] == [
+        ("revision", "ops"),
+        ("details", "ops"),
+        ("delete", "root"),
+    ]
+    assert (events[0]["number"], events[0]["digest"]) == (1, revision.digest)
+    assert all(datetime.fromisoformat(event["time"]).tzinfo for event in events)

@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
+from adapters.revision import Details
 from adapters.store import AdapterStore
 from tests.adapters.store_contents import content_of, create, replace
 
 names = st.sampled_from(["a", "b", "B"])
 contents = st.sampled_from("xyz")
+
+
+KEEP = 3
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -23,8 +27,9 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
-        self.store = AdapterStore(self.folder)
+        self.store = AdapterStore(self.folder, KEEP)
         self.alive: dict[str, dict[int, str]] = {}
+        self.said: dict[str, str] = {}
         self.last: dict[str, int] = {}
 
     def teardown(self) -> None:
@@ -36,7 +41,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     def note(self, name: str, content: str) -> None:
         self.last[name] = self.last.get(name, 0) + 1
-        self.alive.setdefault(name, {})[self.last[name]] = content
+        revisions = self.alive.setdefault(name, {})
+        revisions[self.last[name]] = content
+        for number in sorted(revisions)[:-KEEP]:
+            del revisions[number]
 
     @rule(name=names, content=contents)
     def create(self, name: str, content: str) -> None:
@@ -63,11 +71,11 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), content=contents)
     def replace_what_was_seen(self, data: st.DataObject, content: str) -> None:
-        """With the ETag of any revision: only that of the current content is taken."""
+        """With the ETag of any revision: only that of the current one is taken."""
         name = data.draw(st.sampled_from(sorted(self.alive)))
-        number, seen = data.draw(st.sampled_from(sorted(self.alive[name].items())))
+        number = data.draw(st.sampled_from(sorted(self.alive[name])))
         etag = self.store.revision(name, number).etag
-        if seen == self.current(name):
+        if number == self.last[name]:
             _, changed = replace(self.store, name, content, if_match=etag)
             if changed:
                 self.note(name, content)
@@ -75,11 +83,29 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(RevisionConflict):
                 replace(self.store, name, content, if_match=etag)
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.alive)))
+        number, content = data.draw(st.sampled_from(sorted(self.alive[name].items())))
+        _, changed = self.store.roll_back(name, number)
+        assert changed == (self.current(name) != content)
+        if changed:
+            self.note(name, content)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), text=st.sampled_from(["", "x", "y"]))
+    def describe(self, data: st.DataObject, text: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.alive)))
+        self.store.describe(name, Details(description=text))
+        self.said[name] = text
+
     @rule(name=names)
     def delete(self, name: str) -> None:
         if name in self.alive:
             self.store.delete(name)
             del self.alive[name]
+            self.said.pop(name, None)
         else:
             with pytest.raises(UnknownAdapter):
                 self.store.delete(name)
@@ -87,12 +113,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def open_again(self) -> None:
         self.store.close()
-        self.store = AdapterStore(self.folder)
+        self.store = AdapterStore(self.folder, KEEP)
 
     @invariant()
     def every_reachable_revision_is_whole(self) -> None:
         for name, revisions in self.alive.items():
             assert self.store.current(name).number == self.last[name]
+            assert self.store.details(name).description == self.said.get(name, "")
             for number in range(self.last[name] + 2):
                 if number in revisions:
                     revision = self.store.revision(name, number)

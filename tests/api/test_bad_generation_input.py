@@ -85,7 +85,6 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("model", ""),
         ("model", 5),
         ("model", None),
-        ("adapters", [{"name": "a"}]),
         ("composition", "product"),
         ("strength", 0),
     ],

@@ -18,6 +18,10 @@ ADMIN_ERRORS = {
     ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "507"},
     ("delete", "/v1/adapters/{name}"): {"404", "412", "507"},
     ("get", "/v1/adapters/{name}/files/{file}"): {"400", "404"},
+    ("patch", "/v1/adapters/{name}"): {"400", "404", "409", "412", "507"},
+    ("get", "/v1/adapters/{name}/revisions"): {"404"},
+    ("post", "/v1/adapters/{name}/rollback"): {"400", "404", "412", "507"},
+    ("post", "/v1/adapters/combine"): {"400", "404", "409", "507"},
 }
 
 

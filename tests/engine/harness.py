@@ -67,7 +67,7 @@ class Harness:
         loaded = LoadedModel(
             base, tokenizer or tiny_tokenizer(), "tiny", GenerationConfig(eos_token_id=2)
         )
-        self.engine = Engine(loaded, self.ia3, self.registry, EngineConfig(**config))
+        self.engine = Engine(loaded, self.ia3, self.registry.residency, EngineConfig(**config))
         for name, source in adapters.items():
             self.add(name, source)
         self.answers: dict[str, Answer] = {}

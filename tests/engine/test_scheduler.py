@@ -67,7 +67,7 @@ class Machine:
         self.registry = registry
         shapes = [LayerShape(1, 4, 4, torch.float32)]
         self.cache = StripCache(shapes, 2 * WINDOW, WINDOW)
-        self.scheduler = Scheduler(self.cache, registry, ROWS, CHUNK)
+        self.scheduler = Scheduler(self.cache, registry.residency, ROWS, CHUNK)
         self.finished: list[int] = []
         self.row = 0
 

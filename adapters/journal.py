@@ -1,0 +1,72 @@
+"""A file of events, one JSON line each, that only grows: what was appended survives a crash."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Owns the file. An event is durable when `append` returns, and whole or absent otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        _sync(path.parent)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self) -> list[Event]:
+        """Every event, oldest first.
+
+        A last line that a crash cut off was never acknowledged: it is removed. A damaged line
+        before it can only come from outside and is passed over with a warning, so that one bad
+        line takes no other adapter.
+        """
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self._cut(whole)
+        events = []
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict):
+                events.append(event)
+            else:
+                log.warning("Line %d of %s is damaged and passed over.", number, self._path)
+        return events
+
+    def append(self, event: Mapping[str, object]) -> None:
+        """Raises OSError where the disk has no room or fails; nothing of the event is left then."""
+        size = os.fstat(self._file.fileno()).st_size
+        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._cut(size)
+            raise
+
+    def _cut(self, size: int) -> None:
+        os.truncate(self._path, size)
+        os.fsync(self._file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

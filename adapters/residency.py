@@ -1,0 +1,247 @@
+"""Which vectors are in host memory and which of them in a slot on the device: leases and pins."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from adapters.bank import BASE_SLOT
+from adapters.checkpoint import AdapterVectors
+
+
+class SlotHolder(Protocol):
+    """What holds the vectors on the device: `IA3Model`. Called on the model thread only."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots are 1 to `capacity`; slot 0 is the base."""
+        ...
+
+    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None: ...
+
+
+class Lease:
+    """Keeps vectors alive from the first to the last moment of a request.
+
+    Whatever happens to their adapters meanwhile, the request finishes on them.
+    """
+
+    def __init__(self, residency: "Residency", label: str, vectors: AdapterVectors) -> None:
+        """Made by `Residency.lease`."""
+        self.label = label
+        """What was leased: `name@revision`, or how several were mixed."""
+        self.vectors = vectors
+        self._residency = residency
+        self._released = False
+
+    def again(self) -> "Lease":
+        """Another lease on the same vectors."""
+        assert not self._released
+        return self._residency.lease(None, self.label, self.vectors)
+
+    def release(self) -> None:
+        """Give the lease back; a second time does nothing."""
+        if not self._released:
+            self._released = True
+            self._residency.end_lease(self.vectors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@dataclass(slots=True)
+class _Content:
+    """One effective vector set that is leased, kept or resident."""
+
+    vectors: AdapterVectors
+    keys: set[str] = field(default_factory=set)
+    """What resolves to it while it is in memory."""
+    leases: int = 0
+    pins: int = 0
+    kept: int = 0
+    """How many names an operator keeps on the device with this content."""
+    slot: int | None = None
+    retired: bool = False
+    """Its adapter was deleted or replaced: the slot goes with the last lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    resident: int
+    pinned: int
+    """Slots that a running row uses."""
+    leases: int
+    swaps: int
+    """How many times a slot was filled."""
+
+
+class Residency:
+    """Owns leases, pins and slots. Slots go by content: adapters that do the same share one.
+
+    Any thread may lease; only the model thread pins, unpins and settles. Nothing here reads the
+    disk. Resident vectors without a lease stay for the next request and are evicted, least recently
+    used first, when a slot is needed.
+    """
+
+    def __init__(self, slots: SlotHolder) -> None:
+        self._slots = slots
+        self._mutex = threading.Lock()
+        self._contents: dict[str, _Content] = {}
+        """By the digest of the vectors."""
+        self._by_key: dict[str, str] = {}
+        """Key of a leased thing -> digest of its vectors, while they are in memory."""
+        self._resident: OrderedDict[str, int] = OrderedDict()
+        """Digest -> slot, least recently used first."""
+        self._free = list(range(slots.capacity, BASE_SLOT, -1))
+        self._leases = 0
+        self._swaps = 0
+        self._unsettled = False
+
+    @property
+    def capacity(self) -> int:
+        return self._slots.capacity
+
+    def find(self, key: str) -> AdapterVectors | None:
+        """The vectors of a key, where they are in memory."""
+        with self._mutex:
+            content = self._contents.get(self._by_key.get(key, ""))
+            return None if content is None else content.vectors
+
+    def lease(self, key: str | None, label: str, vectors: AdapterVectors) -> Lease:
+        """`key` names the vectors for `find` as long as they are in memory."""
+        with self._mutex:
+            content = self._enter(key, vectors)
+            content.leases += 1
+            content.retired = False
+            self._leases += 1
+            return Lease(self, label, content.vectors)
+
+    def end_lease(self, vectors: AdapterVectors) -> None:
+        """Called by `Lease.release`."""
+        with self._mutex:
+            self._leases -= 1
+            content = self._contents[vectors.digest]
+            content.leases -= 1
+            assert content.leases > 0 or content.pins == 0, "a pinned slot has a lease"
+            self._let_go(content)
+
+    def retire(self, key: str) -> None:
+        """New requests will not ask for a key's vectors: their slot goes with the last lease."""
+        with self._mutex:
+            content = self._contents.get(self._by_key.get(key, ""))
+            if content is not None:
+                content.retired = True
+                self._let_go(content)
+
+    def keep(self, key: str, vectors: AdapterVectors) -> None:
+        """Hold vectors in a slot from the next step on, whether they are used or not."""
+        with self._mutex:
+            self._enter(key, vectors).kept += 1
+            self._unsettled = True
+
+    def stop_keeping(self, vectors: AdapterVectors) -> None:
+        with self._mutex:
+            content = self._contents[vectors.digest]
+            content.kept -= 1
+            self._let_go(content)
+
+    def settle(self) -> None:
+        """Fill slots for what is kept, as far as there are any."""
+        if not self._unsettled:
+            return
+        with self._mutex:
+            self._unsettled = False
+            for content in list(self._contents.values()):
+                if content.kept and content.slot is None and content.vectors.vectors:
+                    self._fill(content)
+
+    def pin(self, lease: Lease) -> int | None:
+        """The slot of a lease's vectors, filled on first use; None where every slot is pinned."""
+        vectors = lease.vectors
+        if not vectors.vectors:
+            return BASE_SLOT
+        with self._mutex:
+            content = self._contents[vectors.digest]
+            if content.slot is None and not self._fill(content):
+                return None
+            content.pins += 1
+            self._resident.move_to_end(vectors.digest)
+            return content.slot
+
+    def unpin(self, lease: Lease) -> None:
+        if not lease.vectors.vectors:
+            return
+        with self._mutex:
+            content = self._contents[lease.vectors.digest]
+            assert content.pins > 0, "unpinned more often than pinned"
+            content.pins -= 1
+
+    def stats(self) -> ResidencyStats:
+        with self._mutex:
+            return ResidencyStats(
+                resident=len(self._resident),
+                pinned=sum(self._contents[digest].pins > 0 for digest in self._resident),
+                leases=self._leases,
+                swaps=self._swaps,
+            )
+
+    def _enter(self, key: str | None, vectors: AdapterVectors) -> _Content:
+        content = self._contents.setdefault(vectors.digest, _Content(vectors))
+        if key is not None:
+            content.keys.add(key)
+            self._by_key[key] = vectors.digest
+        return content
+
+    def _fill(self, content: _Content) -> bool:
+        """False: every slot is pinned or kept."""
+        slot = self._take_slot()
+        if slot is None:
+            return False
+        try:
+            # A few hundred kilobytes from host memory, and only this thread uses slots.
+            self._slots.fill_slot(slot, content.vectors)
+        except BaseException:
+            self._free.append(slot)
+            raise
+        self._swaps += 1
+        content.slot = self._resident[content.vectors.digest] = slot
+        return True
+
+    def _take_slot(self) -> int | None:
+        if not self._free:
+            for digest in self._resident:
+                content = self._contents[digest]
+                if not content.pins and not content.kept:
+                    self._evict(content)
+                    self._forget_unused(content)
+                    break
+            else:
+                return None
+        return self._free.pop()
+
+    def _evict(self, content: _Content) -> None:
+        slot = self._resident.pop(content.vectors.digest, None)
+        if slot is not None:
+            content.slot = None
+            self._free.append(slot)
+
+    def _let_go(self, content: _Content) -> None:
+        if content.retired and not content.leases and not content.kept:
+            self._evict(content)
+        self._forget_unused(content)
+
+    def _forget_unused(self, content: _Content) -> None:
+        """Host copies live as long as a lease or a slot."""
+        if not content.leases and not content.kept and content.slot is None:
+            self._contents.pop(content.vectors.digest, None)
+            for key in content.keys:
+                self._by_key.pop(key, None)

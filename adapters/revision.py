@@ -1,0 +1,81 @@
+"""The values that a store keeps of an adapter, and how its journal writes them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from adapters.journal import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a revision comes from."""
+
+    source: str = "upload"
+    by: str | None = None
+    """Who made the change: the name of a key."""
+    recipe: Mapping[str, Any] | None = None
+    """How it was combined out of others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One state of an adapter. Numbers of a name are 1, 2, 3, … and are never used again."""
+
+    name: str
+    number: int
+    digest: str
+    """SHA-256 over the names and bytes of its files."""
+    created: datetime
+    size: int
+    """Bytes of all files."""
+    origin: Origin
+
+    @property
+    def etag(self) -> str:
+        """A quoted string, as HTTP wants it."""
+        return f'"{self.number}-{self.digest[:32]}"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What an operator says of an adapter, beside its content."""
+
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    pinned: bool = False
+    """Keep it on the device."""
+    enabled: bool = True
+    """Answer requests that name it."""
+
+
+def revision_to_json(revision: Revision) -> dict[str, object]:
+    return {
+        "number": revision.number,
+        "digest": revision.digest,
+        "created": revision.created.isoformat(),
+        "size": revision.size,
+        "source": revision.origin.source,
+        "recipe": revision.origin.recipe,
+    }
+
+
+def revision_from_json(event: Event) -> Revision:
+    return Revision(
+        name=str(event["name"]),
+        number=int(event["number"]),
+        digest=str(event["digest"]),
+        created=datetime.fromisoformat(str(event["created"])),
+        size=int(event["size"]),
+        origin=Origin(source=str(event["source"]), by=event["by"], recipe=event["recipe"]),
+    )
+
+
+def details_from_json(event: Event) -> Details:
+    return Details(
+        description=str(event["description"]),
+        tags=tuple(map(str, event["tags"])),
+        pinned=bool(event["pinned"]),
+        enabled=bool(event["enabled"]),
+    )

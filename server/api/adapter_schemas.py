@@ -1,0 +1,208 @@
+"""What the admin API takes and gives."""
+
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from adapters.combine import SPARSE, Method
+from adapters.revision import Revision
+from adapters.store import NAME_PATTERN
+from server.api.schemas import AdapterWeight
+from server.errors import ErrorBody
+from server.services import Services
+
+MAX_COMBINED = 64
+MAX_TAGS = 64
+MAX_TAG_LENGTH = 128
+MAX_DESCRIPTION = 4096
+
+_ERRORS: dict[int, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "What was sent has faults; all of them are listed.",
+        404: "There is no such adapter.",
+        409: "The name is taken, or all but one slot is pinned.",
+        412: "The adapter has changed since.",
+        413: "The upload is too large.",
+        507: "The disk is full.",
+    }.items()
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's answers beside success, for the OpenAPI page."""
+    return {status: _ERRORS[status] for status in statuses}
+
+
+class AdminBody(BaseModel):
+    """Unknown fields are refused: a typo must not pass for a change."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterRevision(BaseModel):
+    """One content of a name."""
+
+    object: Literal["adapter.revision"] = Field(
+        "adapter.revision", description="Kind.", examples=["adapter.revision"]
+    )
+    revision: int = Field(description="Counts the contents of this name.", examples=[3])
+    digest: str = Field(description="SHA-256 of its files.", examples=["9f86d081884c7d65..."])
+    size: int = Field(description="Bytes of its files.", examples=[230912])
+    created: datetime = Field(
+        description="When this revision was made.", examples=["2026-11-23T20:00:00Z"]
+    )
+    source: str = Field(description="Where it came from.", examples=["upload"])
+    by: str | None = Field(description="The key that made it.", examples=["ops"])
+    recipe: dict[str, Any] | None = Field(
+        description="How it was combined out of others.",
+        examples=[{"method": "ties", "adapters": [{"name": "a@1", "weight": 1.0}]}],
+    )
+
+
+class Adapter(AdapterRevision):
+    """A name with its current revision."""
+
+    object: Literal["adapter"] = Field("adapter", description="Kind.", examples=["adapter"])  # type: ignore[assignment]
+    name: str = Field(description="What requests name as their model.", examples=["support-de"])
+    parent: str = Field(description="The base model.", examples=["smollm2-135m-instruct"])
+    description: str = Field(description="Free text.", examples=["German support"])
+    tags: list[str] = Field(description="Free words.", examples=[["support", "de"]])
+    pinned: bool = Field(description="Whether it is kept on the device.", examples=[False])
+    enabled: bool = Field(description="Whether requests may name it.", examples=[True])
+    warnings: list[str] = Field(
+        default=[], description="Not wrong, but worth a look; only after a change.", examples=[[]]
+    )
+    unchanged: bool = Field(
+        default=False,
+        description="After PUT or rollback: the content was the same already.",
+        examples=[False],
+    )
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = Field("list", description="Kind.", examples=["list"])
+    data: list[Adapter] = Field(description="In order of names.", examples=[[]])
+    next: str | None = Field(
+        description="Give this as `after` for the next page.", examples=["support-de"]
+    )
+
+
+class RevisionList(BaseModel):
+    object: Literal["list"] = Field("list", description="Kind.", examples=["list"])
+    data: list[AdapterRevision] = Field(description="Newest first.", examples=[[]])
+
+
+class CheckedUpload(BaseModel):
+    """A dry run found no fault."""
+
+    object: Literal["adapter.check"] = Field(
+        "adapter.check", description="Kind.", examples=["adapter.check"]
+    )
+    targets: int = Field(description="How many modules it rescales.", examples=[90])
+    nbytes: int = Field(description="Bytes of its vectors in memory.", examples=[230400])
+    warnings: list[str] = Field(description="Not wrong, but worth a look.", examples=[[]])
+
+
+class DetailsBody(AdminBody):
+    """Only what is given changes."""
+
+    description: str | None = Field(
+        None, max_length=MAX_DESCRIPTION, description="Free text.", examples=["German support"]
+    )
+    tags: list[str] | None = Field(
+        None, max_length=MAX_TAGS, description="Free words.", examples=[["support", "de"]]
+    )
+    pinned: bool | None = Field(
+        None, description="Keep it on the device, used or not.", examples=[True]
+    )
+    enabled: bool | None = Field(
+        None, description="Whether requests may name it; 403 if not.", examples=[False]
+    )
+
+    @model_validator(mode="after")
+    def _tags_are_short(self) -> Self:
+        if any(len(tag) > MAX_TAG_LENGTH for tag in self.tags or []):
+            raise ValueError(f"a tag is longer than {MAX_TAG_LENGTH} characters")
+        return self
+
+
+class RollbackBody(AdminBody):
+    revision: int = Field(ge=1, description="The revision to go back to.", examples=[2])
+
+
+class CombineBody(AdminBody):
+    """A new adapter out of others. With d = l - 1, what an adapter's vector l changes:
+    `linear` is sum(w * l), `product` prod(1 + w * d), `task_arithmetic` 1 + sum(w * d); TIES and
+    DARE drop some of the d first."""
+
+    name: str = Field(
+        pattern=f"^{NAME_PATTERN}$", description="The new adapter's name.", examples=["support-all"]
+    )
+    adapters: list[AdapterWeight] = Field(
+        min_length=1,
+        max_length=MAX_COMBINED,
+        description="The adapters, with their weights.",
+        examples=[[{"name": "support-de", "weight": 0.5}, {"name": "support-fr@2", "weight": 0.5}]],
+    )
+    method: Method = Field(description="How to combine them.", examples=["task_arithmetic"])
+    missing: Literal["identity", "zero"] = Field(
+        "identity",
+        description="What `linear` takes for a module that an adapter does not target: `zero` is "
+        "PEFT's choice.",
+        examples=["identity"],
+    )
+    density: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The share of differences that TIES and DARE keep.",
+        examples=[0.5],
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Which ones DARE drops.", examples=[0])
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_method(self) -> Self:
+        if self.missing == "zero" and self.method != "linear":
+            raise ValueError("missing: zero is for the method linear")
+        if self.density != 1 and self.method not in SPARSE:
+            raise ValueError(f"density is for the methods {', '.join(SPARSE)}")
+        return self
+
+
+def revision_of(revision: Revision) -> AdapterRevision:
+    return AdapterRevision(**_shown(revision))
+
+
+def adapter_of(
+    services: Services,
+    revision: Revision,
+    warnings: list[str] | None = None,
+    unchanged: bool = False,
+) -> Adapter:
+    """Raises UnknownAdapter where the name has gone meanwhile."""
+    details = services.store.details(revision.name)
+    return Adapter(
+        **_shown(revision),
+        name=revision.name,
+        parent=services.model_name,
+        description=details.description,
+        tags=list(details.tags),
+        pinned=details.pinned,
+        enabled=details.enabled,
+        warnings=warnings or [],
+        unchanged=unchanged,
+    )
+
+
+def _shown(revision: Revision) -> dict[str, Any]:
+    return {
+        "revision": revision.number,
+        "digest": revision.digest,
+        "size": revision.size,
+        "created": revision.created,
+        "source": revision.origin.source,
+        "by": revision.origin.by,
+        "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
+    }

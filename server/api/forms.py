@@ -1,0 +1,97 @@
+"""The multipart form of an upload, read by hand: unknown fields are refused, and large parts go to
+disk."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from adapters.errors import Fault, InvalidAdapter, StoreFull
+from adapters.store import NAME_PATTERN, NO_ROOM
+from server.api.uploads import save_files, unpack
+from server.errors import ApiError
+from server.services import Services
+
+T = TypeVar("T")
+
+_FILES = {"config", "weights", "archive"}
+
+
+def form(fields: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """OpenAPI's description of an upload."""
+    binary = {"type": "string", "format": "binary"}
+    properties = {
+        **fields,
+        "config": {**binary, "description": "adapter_config.json", "example": "@config"},
+        "weights": {**binary, "description": "adapter_model.safetensors", "example": "@weights"},
+        "archive": {**binary, "description": "Or a zip or tar of both.", "example": "@archive"},
+    }
+    schema = {"type": "object", "properties": properties, "required": list(fields)}
+    return {
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    }
+
+
+NAME_FIELD = {
+    "name": {
+        "type": "string",
+        "pattern": f"^{NAME_PATTERN}$",
+        "description": "The new adapter's name.",
+        "example": "support-de",
+    }
+}
+
+
+class Upload:
+    """A parsed multipart form."""
+
+    def __init__(self, files: Mapping[str, IO[bytes]], name: str | None) -> None:
+        self.files = files
+        self.name = name
+
+    def stage(self, services: Services, then: Callable[[Path], T]) -> T:
+        """Write the files to a staging folder, and go on with it. Blocks: for a worker thread."""
+        limit = services.settings.max_upload_bytes
+        with services.store.staging() as folder:
+            if "archive" in self.files:
+                unpack(self.files["archive"], folder, limit)
+            else:
+                save_files(self.files["config"], self.files["weights"], folder, limit)
+            return then(folder)
+
+
+async def read_upload(request: Request, named: bool) -> Upload:
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise ApiError(
+            400,
+            "An adapter comes as multipart/form-data: config and weights, or archive.",
+            code="not_multipart",
+            param="body",
+        )
+    try:
+        form = await request.form(max_files=8, max_fields=8)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StoreFull("The disk that takes uploads in is full; make room.") from error
+    faults, files, name = [], {}, None
+    for field, value in form.multi_items():
+        if field in files or (field == "name" and name is not None):
+            faults.append(Fault(field, "is given more than once", "send it once"))
+        elif field == "name" and named and isinstance(value, str):
+            name = value
+        elif field in _FILES and isinstance(value, UploadFile):
+            files[field] = value.file
+        elif field in _FILES:
+            faults.append(Fault(field, "is text, not a file", "send it as a file part"))
+        else:
+            faults.append(Fault(field, "is no field of this form", "leave it out"))
+    if files.keys() not in ({"archive"}, {"config", "weights"}) and not faults:
+        fix = "send both config and weights, or archive alone"
+        faults.append(Fault("files", f"cannot work with {sorted(files) or 'no files'}", fix))
+    if faults:
+        raise InvalidAdapter(faults)
+    return Upload(files, name)
