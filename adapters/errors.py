@@ -9,6 +9,7 @@ AdapterError
 ├── AdapterDisabled      an operator has switched the adapter off
 ├── TooManyPinned        one more pinned adapter would leave no slot for the others
 ├── CombinedNotFinite    weights so large that the result cannot be an adapter
+├── CannotMerge          the base's files cannot be merged, or the result is not finite
 ├── NoFreeSlot           more adapters attached than the bank was made for
 ├── StoreLocked          another process owns the store's folder
 └── StoreFull            the disk has no room left
@@ -86,6 +87,10 @@ class TooManyPinned(AdapterError):
 class CombinedNotFinite(AdapterError):
     def __init__(self, module: str) -> None:
         super().__init__(f"The combined vector of {module} is not finite; take smaller weights.")
+
+
+class CannotMerge(AdapterError):
+    pass
 
 
 class NoFreeSlot(AdapterError):

@@ -74,7 +74,7 @@ python3 docker/check_server.py "http://127.0.0.1:$port" examples/adapters/expect
 say 'uploading an adapter'
 key=$(python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["key"])' < "$work/keys.json")
 inside infuse adapters add uploaded /opt/infuse/adapters/sentiment
-inside ls /data/adapters/names/uploaded > /dev/null || fail 'the upload is not in the volume'
+inside grep -q uploaded /data/adapters/journal.jsonl || fail 'the upload is not in the volume'
 
 say 'stopping it'
 begun=$SECONDS

@@ -41,6 +41,41 @@ def main() -> None:
     app()
 
 
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="A folder to make.")],
+    adapters: Annotated[list[str], typer.Argument(help="FOLDER or FOLDER=WEIGHT, each.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model's folder. Default: the default model.")
+    ] = None,
+) -> None:
+    """Fold adapters into a copy of the base model, which plain transformers loads.
+
+    Several are a product, as with several active adapters in PEFT.
+
+    Example: infuse merge ./merged ./out/support-de --model ./my-base-model
+    """
+    # These import torch and transformers: seconds that nothing else here need wait for.
+    from adapters.checkpoint import effective_vectors, read_checkpoint
+    from adapters.combine import Recipe, combine
+    from adapters.merge import BaseCheckpoint
+    from adapters.merge import merge as merge_into
+    from server.engine import EngineError
+    from server.engine.loading import default_model_folder
+
+    parts = [_part(adapter) for adapter in adapters]
+    weights = tuple(part["weight"] for part in parts)
+    try:
+        base = BaseCheckpoint(default_model_folder() if model is None else Path(model))
+        vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
+        merged = combine(vectors, Recipe(method="product", weights=weights))
+        merge_into(base, merged, output, " * ".join(adapters))
+    except (AdapterError, EngineError, OSError) as error:
+        typer.echo(f"infuse merge: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{output} holds the merged model")
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from adapters.store import AdapterStore
@@ -277,3 +278,17 @@ def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
         with run_server(settings) as (_, services):
             assert services.store.names() == ["good"]
             assert services.store.current("good").number == 1
+
+
+def test_a_merged_model_answers_without_its_adapter(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    arguments = ["merge", tmp_path / "merged", adapter, "--model", model_folder]
+    merged = CliRunner().invoke(app, [str(part) for part in arguments])
+    again = CliRunner().invoke(app, [str(part) for part in arguments])
+
+    assert merged.exit_code == 0, merged.stderr
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr == f"infuse merge: {tmp_path / 'merged'} exists already\n"

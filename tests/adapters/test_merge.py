@@ -1,0 +1,204 @@
+"""Merged folders hold PEFT's merged weights, and plain transformers loads them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapters.checkpoint import AdapterVectors, effective_vectors, product, read_checkpoint
+from adapters.errors import CannotMerge, StoreFull
+from adapters.merge import BaseCheckpoint, merge
+from adapters.targets import Side, Target
+from tests.factories import save_adapter, tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "outward": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": []},
+    "all-linear": {"target_modules": "all-linear", "feedforward_modules": r".*down_proj"},
+}
+
+
+def saved(folder: Path, family: str = "llama", **overrides: Any) -> BaseCheckpoint:
+    tiny_model(family, **overrides).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return BaseCheckpoint(folder)
+
+
+def vectors_of(base: BaseCheckpoint, adapter: Path) -> AdapterVectors:
+    return effective_vectors(read_checkpoint(adapter), base.modules)
+
+
+def by_peft(folder: Path, *adapters: Path) -> PreTrainedModel:
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), adapters[0], "0"
+    )
+    for number, adapter in enumerate(adapters[1:], start=1):
+        model.load_adapter(adapter, str(number))
+    names = [str(number) for number in range(len(adapters))]
+    return model.merge_and_unload(safe_merge=True, adapter_names=names)
+
+
+def assert_same_weights(found: PreTrainedModel, wanted: PreTrainedModel, exact: bool) -> None:
+    theirs = wanted.state_dict()
+    ours = found.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if exact:
+            assert torch.equal(tensor, theirs[name]), name
+        else:
+            torch.testing.assert_close(tensor, theirs[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_adapter_is_pefts_merge_bit_for_bit(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    adapter = save_adapter(tiny_model("llama"), tmp_path / "a", **KINDS[kind])
+    tiny_model("llama").to(dtype).save_pretrained(tmp_path / "base")
+    base = BaseCheckpoint(tmp_path / "base")
+    merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+    assert found.dtype is dtype
+    assert_same_weights(found, by_peft(tmp_path / "base", adapter), exact=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi", "gemma2", "qwen2"])
+def test_other_families_biases_and_conv1d_included(tmp_path: Path, family: str) -> None:
+    shape = {"num_key_value_heads": 1, "head_dim": 8} if family.startswith("gemma") else {}
+    base = saved(tmp_path / "base", family, **shape)
+    adapter = save_adapter(
+        tiny_model(family, **shape),
+        tmp_path / "a",
+        **({"fan_in_fan_out": True} if family == "gpt2" else {}),
+    )
+    merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
+
+    assert_same_weights(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        by_peft(tmp_path / "base", adapter),
+        exact=True,
+    )
+
+
+def test_several_adapters_are_pefts_merge_of_several(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    adapters = [
+        save_adapter(tiny_model("llama"), tmp_path / name, seed=seed, **KINDS["default"])
+        for seed, name in enumerate("ab")
+    ]
+    both = product([vectors_of(base, adapter) for adapter in adapters])
+    merge(base, both, tmp_path / "merged", "a * b")
+
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_weights(found, by_peft(tmp_path / "base", *adapters), exact=False)
+
+
+def test_shards_stay_shards(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    base = BaseCheckpoint(tmp_path / "base")
+    adapter = save_adapter(model, tmp_path / "a")
+    merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
+
+    assert len(base.shards) > 2
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(base.shards)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_weights(found, by_peft(tmp_path / "base", adapter), exact=True)
+
+
+def test_a_tied_head_is_untied_and_the_embeddings_stay(tmp_path: Path) -> None:
+    """PEFT scales both, since they are one tensor."""
+    base = saved(tmp_path / "base", tie_word_embeddings=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    factor = 1 + torch.rand(base.modules.sizes["lm_head"][1])
+    merge(
+        base, AdapterVectors({Target("lm_head", Side.OUTPUT): factor}), tmp_path / "merged", "head"
+    )
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+    assert not found.config.tie_word_embeddings
+    assert torch.equal(found.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(found(IDS).logits, plain(IDS).logits * factor)
+
+
+def test_files_whose_keys_lack_the_models_prefix_are_merged_too(tmp_path: Path) -> None:
+    """As GPT-2's own files on the hub."""
+    base = saved(tmp_path / "base", "gpt2")
+    adapter = save_adapter(tiny_model("gpt2"), tmp_path / "a", fan_in_fan_out=True)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
+    merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
+
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_weights(found, by_peft(tmp_path / "base", adapter), exact=True)
+
+
+def test_the_tokenizer_comes_along_and_the_card_tells_the_recipe(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    adapter = save_adapter(tiny_model("llama"), tmp_path / "a")
+    merge(base, vectors_of(base, adapter), tmp_path / "merged", "support * 0.5")
+
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
+    assert "support * 0.5" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    module = "model.layers.1.mlp.up_proj"
+    huge = torch.full((base.modules.sizes[module][1],), 3e38)
+    vectors = AdapterVectors({Target(module, Side.OUTPUT): huge * torch.tensor(1.0)})
+    tensors = load_file(base.shards[0])
+    tensors[f"{module}.weight"] *= 100
+    save_file(tensors, base.shards[0], metadata={"format": "pt"})
+    with pytest.raises(CannotMerge, match=rf"{module} is not finite"):
+        merge(base, vectors, tmp_path / "merged", "huge")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_weight_that_the_files_do_not_name_is_refused(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    adapter = save_adapter(tiny_model("llama"), tmp_path / "a")
+    tensors = load_file(base.shards[0])
+    fused = {key: t for key, t in tensors.items() if "k_proj" not in key}
+    save_file(fused, base.shards[0], metadata={"format": "pt"})
+    with pytest.raises(CannotMerge, match="k_proj"):
+        merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved(tmp_path / "base")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(StoreFull, match="merged model takes"):
+        merge(base, AdapterVectors({}), tmp_path / "merged", "none")
+
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(CannotMerge, match="exists already"):
+        merge(base, AdapterVectors({}), tmp_path / "merged", "none")
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(CannotMerge, match="safetensors only"):
+        BaseCheckpoint(tmp_path / "base")
