@@ -18,7 +18,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("ab", buffering=0)
-        _sync(path.parent)
+        sync(path.parent)
 
     def close(self) -> None:
         self._file.close()
@@ -64,8 +64,9 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -37,7 +37,7 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.journal import Event, Journal
+from adapters.journal import Event, Journal, sync
 from adapters.revision import (
     Details,
     Origin,
@@ -270,10 +270,10 @@ class AdapterStore:
         """Move the staged files to where their digest says, durably."""
         if not target.exists():
             for file in staged.iterdir():
-                _sync(file)
-            _sync(staged)
+                sync(file)
+            sync(staged)
             staged.rename(target)
-            _sync(self._content)
+            sync(self._content)
 
     def _append(self, event: str, name: str, by: str | None, values: Mapping[str, object]) -> None:
         now = datetime.now(UTC).isoformat()
@@ -329,14 +329,6 @@ def _digest(folder: Path) -> tuple[str, int]:
         sha.update(data)
         size += len(data)
     return sha.hexdigest(), size
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
