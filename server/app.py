@@ -105,8 +105,11 @@ def _engine_config(settings: Settings) -> EngineConfig:
 
 
 def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> None:
-    """Offer each sub-folder as an adapter of its name; what does not fit is passed over."""
+    """Offer each sub-folder as an adapter of its name; what does not fit is passed over, and what
+    an operator has changed since is left as it is."""
     for source in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if source.name in store and store.current(source.name).origin != _PRELOADED:
+            continue
         with store.staging() as staged:
             for file in source.iterdir():
                 if file.is_file():

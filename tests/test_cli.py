@@ -280,6 +280,23 @@ def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
             assert services.store.current("good").number == 1
 
 
+def test_preloading_leaves_what_an_operator_has_changed(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = save_adapter(tiny_model("llama"), tmp_path / "other", seed=2)
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "a").symlink_to(adapter)
+    settings = Settings(
+        model=str(model_folder),
+        adapters_dir=tmp_path / "store",
+        preload_adapters=tmp_path / "adapters",
+    )
+    with run_server(settings) as (address, _):
+        infuse(address, "add", "a", other, "--replace")
+    with run_server(settings) as (_, services):
+        assert services.store.current("a").number == 2
+
+
 def test_a_merged_model_answers_without_its_adapter(
     model_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:
