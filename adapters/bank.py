@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.checkpoint import AdapterVectors
-from adapters.layer import Scale
+from adapters.layer import Scale, Scratch
 from adapters.targets import BaseModules, Target
 
 BASE_SLOT = 0
@@ -72,6 +72,7 @@ class AdapterBank:
         self._modules = modules
         self._rows = 1
         self._sheets: list[_Sheet] = []
+        self._scratch = Scratch() if device.type == "cpu" else None
         self.fills = 0
         """How many times a slot was filled: the bank's content changes only with it."""
         self.keep_active = False
@@ -151,7 +152,7 @@ class AdapterBank:
         """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments."""
         if not segments:
             return {
-                target: Scale(sheet.rows[: len(rows), column])
+                target: Scale(sheet.rows[: len(rows), column], scratch=self._scratch)
                 for sheet in self._written(rows)
                 for target, column in sheet.columns.items()
             }
@@ -169,7 +170,7 @@ class AdapterBank:
             if spans:
                 for target, column in sheet.columns.items():
                     pieces = tuple((a, b, vectors[..., column]) for a, b, vectors in spans)
-                    scales[target] = Scale(pieces=pieces)
+                    scales[target] = Scale(pieces=pieces, scratch=self._scratch)
         return scales
 
     def _packed_by_token(

@@ -19,11 +19,17 @@ class Scale:
     rounded once.
     """
 
-    __slots__ = ("factor", "pieces")
+    __slots__ = ("factor", "pieces", "scratch")
 
-    def __init__(self, factor: torch.Tensor | None = None, pieces: tuple[Piece, ...] = ()) -> None:
+    def __init__(
+        self,
+        factor: torch.Tensor | None = None,
+        pieces: tuple[Piece, ...] = (),
+        scratch: "Scratch | None" = None,
+    ) -> None:
         self.factor = factor
         self.pieces = pieces
+        self.scratch = scratch
 
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale `x` in place: for a tensor that nobody else reads."""
@@ -34,10 +40,11 @@ class Scale:
         return x
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """A rescaled copy of `x`, in its dtype."""
+        """A rescaled copy of `x`, in its dtype; in the scratch memory, where there is some."""
+        y = torch.empty_like(x) if self.scratch is None else self.scratch.like(x)
         if self.factor is not None:
-            return torch.mul(self._by_row(x), self.factor).to(x.dtype).view_as(x)
-        y = torch.empty_like(x)
+            torch.mul(self._by_row(x), self.factor, out=self._by_row(y))
+            return y
         done, end = 0, x.shape[-2]
         for start, stop, vector in self.pieces:
             if done < start:
@@ -54,6 +61,25 @@ class Scale:
         if x.dim() == 2 and self.factor.dim() == 3:
             return x.view(len(self.factor), -1, x.shape[-1])
         return x
+
+
+class Scratch:
+    """Memory for one rescaled input at a time, kept between layers and steps.
+
+    A fresh allocation of a megabyte costs as much in page faults as rescaling it does. The layer
+    that asked is done with it once its base layer has run.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """Uninitialised memory in the shape of `x`."""
+        if self._memory.numel() < x.numel() or self._memory.dtype != x.dtype:
+            # No inference tensor, for later steps may run outside of inference mode.
+            with torch.inference_mode(False):
+                self._memory = torch.empty(x.numel(), dtype=x.dtype)
+        return self._memory[: x.numel()].view(x.shape)
 
 
 class IA3Layer(nn.Module):

@@ -35,7 +35,7 @@ class IA3Model(nn.Module):
 
     def __init__(self, base: PreTrainedModel, max_adapters: int = 64) -> None:
         super().__init__()
-        self.base = base
+        self.base = base.requires_grad_(False)
         self.modules_of_base = BaseModules.of(base)
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
         self._layers: dict[str, IA3Layer] = {}
