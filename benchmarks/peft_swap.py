@@ -16,6 +16,8 @@ class PeftSwap:
         self._workload = workload
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        # Go on past end tokens, as the server does with ignore_eos; min_new_tokens would ban them.
+        base.generation_config.eos_token_id = None
         first, *others = workload.adapters
         self._model = PeftModel.from_pretrained(base, workload.adapters_folder / first, first)
         for name in others:
@@ -34,7 +36,6 @@ class PeftSwap:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens_out,
-                min_new_tokens=tokens_out,
                 do_sample=False,
             )
             texts.append(self._tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
