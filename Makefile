@@ -18,7 +18,7 @@ serve: install
 	$(BIN)/infuse serve --preload-adapters examples/adapters $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term:skip-covered --cov-fail-under=90)
 
 lint: install
 	$(BIN)/ruff check .
