@@ -95,10 +95,10 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
         raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
     targets = resolve_targets(config, modules)
     expected = {f"{_PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     expected |= {
         f"{_PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
-        for module in _both_sides(config)
-        if Target(module, Side.OUTPUT) in targets
+        for module in outputs.intersection(_both_sides(config))
     }
     unknown = [key for key in checkpoint.tensors if key not in expected]
     # A stranger's file may have a million keys: a few are compared with ours, the rest counted.

@@ -70,11 +70,6 @@ def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVector
     return AdapterVectors(vectors)
 
 
-def strengthened(adapter: AdapterVectors, strength: float) -> AdapterVectors:
-    """`1 + strength * d`: 0 is the base, 1 the adapter itself."""
-    return combine([adapter], Recipe(method="task_arithmetic", weights=(strength,)))
-
-
 Vectors = Sequence[torch.Tensor | None]
 """Each adapter's float32 vector of one target; None where it has none."""
 

@@ -1,14 +1,11 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
+from adapters.store import AdapterStore
 from tests.adapters.kinds import Known
-
-# The machine that runs the tests is shared: what is slow there is not wrong.
-settings.register_profile("adapters", deadline=None)
-settings.load_profile("adapters")
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +20,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[AdapterStore]:
+    store = AdapterStore(folder)
+    yield store
+    store.close()

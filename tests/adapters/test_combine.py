@@ -11,7 +11,7 @@ from peft.utils import merge_utils
 from transformers import PreTrainedModel
 
 from adapters.checkpoint import AdapterVectors, product
-from adapters.combine import METHODS, CombinedNotFinite, Recipe, combine, strengthened
+from adapters.combine import METHODS, CombinedNotFinite, Recipe, combine
 from adapters.targets import Side, Target
 from tests.factories import tiny_llama
 
@@ -160,6 +160,11 @@ def test_weight_zero_is_the_base(adapter: AdapterVectors, method: str) -> None:
     recipe = Recipe(method=method, weights=(0.0,))  # type: ignore[arg-type]
 
     assert equal(combine([adapter], recipe), AdapterVectors({}))
+
+
+def strengthened(adapter: AdapterVectors, strength: float) -> AdapterVectors:
+    """What the registry leases for a request with `strength`."""
+    return combine([adapter], Recipe(method="product", weights=(strength,)))
 
 
 @given(adapters, weights)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,19 +19,6 @@ from adapters.errors import (
 from adapters.revision import Origin
 from adapters.store import AdapterStore
 from tests.adapters.store_contents import content_of, create, reopened, replace
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(folder)
-    yield store
-    store.close()
-
 
 # Revisions
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,6 @@ from adapters.errors import StoreFull
 from adapters.revision import Details, Origin
 from adapters.store import AdapterStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(folder)
-    yield store
-    store.close()
-
 
 # Damage from outside
 

@@ -12,11 +12,6 @@ from tests.adapters.store_contents import content_of, create, reopened, replace,
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
 def store(folder: Path) -> Iterator[AdapterStore]:
     store = AdapterStore(folder, keep_revisions=3)
     yield store
