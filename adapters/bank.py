@@ -142,11 +142,15 @@ class AdapterBank:
 
     def by_row(self, slots: Sequence[int]) -> dict[Target, Scale]:
         """Row i of a `[batch, tokens, size]` batch uses `slots[i]`."""
-        return {
-            target: Scale(sheet.rows[: len(slots), None, column])
-            for sheet in self._written(slots)
-            for target, column in sheet.columns.items()
-        }
+        scales = {}
+        for sheet in self._sheets:
+            if sheet.used.keys().isdisjoint(slots):
+                continue
+            index = [slot if slot in sheet.used else BASE_SLOT for slot in slots]
+            vectors = sheet.slots.index_select(0, torch.tensor(index, device=self.device))
+            for target, column in sheet.columns.items():
+                scales[target] = Scale(vectors[:, None, column], scratch=self._scratch)
+        return scales
 
     def packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
         """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments."""

@@ -40,8 +40,9 @@ class IA3Model(nn.Module):
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
         self._layers: dict[str, IA3Layer] = {}
         self._scaled: dict[Target, Scale] = {}
-        self._packed: tuple[int, tuple[int, ...], tuple[Segment, ...]] | None = None
-        """The batch that the scales are set for, and the state of the bank then."""
+        self._packed: tuple[int, tuple[int, ...], tuple[Segment, ...] | None] | None = None
+        """The batch that the scales are set for, and the state of the bank then; no segments at
+        all: a padded batch."""
         self._names: dict[str, tuple[int, AdapterVectors]] = {}
         self._active: tuple[str, ...] = ()
         self._product_slot: int | None = None
@@ -73,6 +74,14 @@ class IA3Model(nn.Module):
         if packed != self._packed:
             self._set_scales(self.bank.packed(rows, segments))
             self._packed = packed
+
+    def set_rows(self, slots: Sequence[int]) -> None:
+        """For the next forwards: a `[batch, tokens]` batch whose row i uses `slots[i]`. Costs
+        nothing while the batch stays as it is."""
+        rows = (self.bank.fills, tuple(slots), None)
+        if rows != self._packed:
+            self._set_scales(self.bank.by_row(slots))
+            self._packed = rows
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
@@ -163,9 +172,7 @@ class IA3Model(nn.Module):
     @contextmanager
     def by_row(self, names: Sequence[str]) -> Iterator[None]:
         """Within: row i of a `[batch, tokens]` batch uses adapter `names[i]`."""
-        slots = [self._slot(name) for name in names]
-        self.bank.reserve_rows(len(slots))
-        self._set_scales(self.bank.by_row(slots))
+        self.set_rows([self._slot(name) for name in names])
         try:
             yield
         finally:

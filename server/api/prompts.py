@@ -144,7 +144,7 @@ def fit_to_window(
     `field` names the limit in errors. Without a default, the whole rest of the window. Raises
     ApiError 400 (`context_length_exceeded`) where prompt and limit do not fit together.
     """
-    room = engine.max_model_len - len(prompt)
+    room = engine.room_after(len(prompt))
     if limit is None:
         if room < 1:
             raise _too_long(

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
-from server.engine.attention import install, probe
-from server.engine.errors import EngineDead, EngineStopping, QueueFull
+from server.engine.errors import EngineDead, EngineStopping, QueueFull, UnsupportedModel
+from server.engine.execution import prepare
 from server.engine.loading import LoadedModel
-from server.engine.packing import pack_linears
-from server.engine.planning import make_cache, window_of
+from server.engine.planning import window_of
 from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
-from server.engine.runner import Logits, Runner
+from server.engine.runner import Logits
 from server.engine.sampler import Sampled, Sampler, score_tokens
 from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Sequence
@@ -79,14 +78,17 @@ class Engine:
         self.vocab_size = int(base.config.get_text_config().vocab_size)
         self.eos_token_ids = _end_tokens(loaded)
         self.max_model_len = window_of(base, config.max_model_len)
-        context = install(base)
-        shapes = probe(base, context)
-        if config.pack_linears:
-            packed = pack_linears(base)
-            log.info("Packed %d linear layers for oneDNN.", packed)
-        self._cache = make_cache(
-            shapes, base.device, self.max_model_len, config.max_rows, config.kv_cache_tokens
+        self.decoder_start = _decoder_start(loaded)
+        execution = prepare(
+            ia3,
+            max_rows=config.max_rows,
+            max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
+            kv_cache_tokens=config.kv_cache_tokens,
+            pack=config.pack_linears,
         )
+        self.runner_kind = execution.kind
+        self._cache = execution.cache
+        self._runner = execution.runner
         log.info(
             "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",
             self._weights_bytes / 1e6,
@@ -95,7 +97,6 @@ class Engine:
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
         self._scheduler = Scheduler(self._cache, residency, config.max_rows, chunk)
-        self._runner = Runner(ia3, context, self._cache, config.max_rows, self.max_model_len)
         self._sampler = Sampler(self.eos_token_ids)
         self._max_in_flight = config.max_rows + config.max_queue
         self._rows = itertools.count()
@@ -127,7 +128,7 @@ class Engine:
         """
         params = request.params
         assert len(request.prompt) > 0, "the API refuses empty prompts"
-        assert len(request.prompt) + params.max_tokens <= self.max_model_len, "and too long ones"
+        assert params.max_tokens <= self.room_after(len(request.prompt)), "and too long ones"
         with self._changed:
             if self._state == "dead":
                 raise EngineDead
@@ -139,6 +140,13 @@ class Engine:
             self._in_flight += 1
             self._inbox.append(request)
             self._changed.notify()
+
+    def room_after(self, prompt_tokens: int) -> int:
+        """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
+        room = self.max_model_len - prompt_tokens
+        if self.decoder_start is None or room < 0:
+            return room
+        return self.max_model_len - len(self.decoder_start)
 
     def cancel(self, request_id: str) -> None:
         """The request still ends with one output, CANCELLED, unless it has ended already."""
@@ -216,7 +224,7 @@ class Engine:
     def _accept(self) -> None:
         while self._inbox:
             request = self._inbox.popleft()
-            sequence = Sequence(request, next(self._rows), self.tokenizer)
+            sequence = Sequence(request, next(self._rows), self.tokenizer, self.decoder_start)
             self._sequences[request.id] = sequence
             self._scheduler.add(sequence)
 
@@ -342,3 +350,17 @@ def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
     if ends is None:
         return frozenset()
     return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _decoder_start(loaded: LoadedModel) -> tuple[int, ...] | None:
+    """What the decoder of an encoder-decoder begins with, as in transformers' `generate`."""
+    if not loaded.model.config.is_encoder_decoder:
+        return None
+    asked = loaded.generation_config
+    start = asked.decoder_start_token_id
+    if start is None:
+        start = getattr(loaded.model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise UnsupportedModel("the model's config names no decoder_start_token_id")
+    forced = [] if asked.forced_bos_token_id is None else [int(asked.forced_bos_token_id)]
+    return (int(start), *forced)

@@ -49,6 +49,10 @@ class KVCache(Protocol):
         """The order in which decoding rows lie best beside each other."""
         ...
 
+
+class FlatCache(KVCache, Protocol):
+    """A cache that attends for the flat runner."""
+
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         """For a batch of one token for each decoding row, then the prefill chunks. Room must be
         reserved. Decoding rows come in the order that `order` gave."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -52,11 +54,13 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
         dtype = "float32" if device == "cpu" else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=None)
+        seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        base = auto.from_pretrained(source, dtype=dtype, device_map=None)
     except OSError as error:
         raise ModelNotFound(f"no model at '{source}': {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"'{source}' is no causal model: {_first_line(error)}") from error
+        raise UnsupportedModel(f"'{source}' is no language model: {_first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     name = DEFAULT_MODEL if model is None else model

@@ -9,41 +9,50 @@ from transformers import PreTrainedModel
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit, UnsupportedModel
-from server.engine.kv_cache import KVCache, StripCache
+from server.engine.kv_cache import FlatCache, StripCache
 from server.engine.paged_cache import PagedCache
 
 _CPU_SHARE = 0.25
 _CUDA_SHARE = 0.85
 """Of the memory that is free once weights and bank are in place. The CPU is shared with others."""
+_ENCODER_WINDOW = 512
+"""What T5 and mT5 were trained on; their configs need not say so."""
 _POSITIONS_BY_LENGTH = {"dynamic", "longrope"}
 """Rotary kinds that read the longest row of a batch beyond the original window."""
 
 
 def window_of(model: PreTrainedModel, asked: int | None) -> int:
-    """The longest row in tokens, prompt and answer. Raises UnsupportedModel and DoesNotFit."""
+    """The longest row in tokens: prompt and answer, or in an encoder-decoder each of them.
+
+    Raises UnsupportedModel and DoesNotFit.
+    """
     config = model.config.get_text_config()
     window = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _POSITIONS_BY_LENGTH:
         window = rope.get("original_max_position_embeddings", window)
-    if window is None and asked is None:
-        raise UnsupportedModel("the model's config names no window; set max-model-len")
     if window is None:
-        assert asked is not None
-        return asked
+        # Relative positions (T5) and ALiBi (Bloom) have no end: these fields are advice.
+        advised = getattr(config, "n_positions", None) or getattr(config, "seq_length", None)
+        if asked is None and advised is None and not config.is_encoder_decoder:
+            raise UnsupportedModel("the model's config names no window; set max-model-len")
+        return asked or advised or _ENCODER_WINDOW
     if asked is not None and asked > window:
         raise DoesNotFit(f"max-model-len {asked} is longer than the model's window of {window}")
     return asked or int(window)
 
 
-def make_cache(
+def cache_tokens(
     shapes: Sequence[LayerShape],
     device: torch.device,
     max_tokens: int,
     max_rows: int,
     asked: int | None,
-) -> KVCache:
-    """A cache of `asked` tokens, or of as many as rows and memory allow. Raises DoesNotFit."""
+) -> int:
+    """How many tokens' keys and values to keep: `asked`, or what rows and memory allow.
+
+    Raises DoesNotFit.
+    """
     per_token = sum(shape.nbytes for shape in shapes)
     free = int(_free_bytes(device))
     tokens = asked
@@ -57,6 +66,13 @@ def make_cache(
             f"kv-cache-tokens {tokens} takes {tokens * per_token / 2**30:.1f} GiB, but only "
             f"{free / 2**30:.1f} GiB are free; {int(free * 0.9 / per_token)} would fit"
         )
+    return tokens
+
+
+def make_flat_cache(
+    shapes: Sequence[LayerShape], device: torch.device, max_tokens: int, tokens: int
+) -> FlatCache:
+    """Raises DoesNotFit where `tokens` are too few for `max_tokens`, the longest row."""
     if device.type == "cuda":
         return PagedCache(shapes, tokens, max_tokens, device)
     return StripCache(shapes, tokens, max_tokens)

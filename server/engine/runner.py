@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -10,7 +11,7 @@ from adapters.bank import Segment
 from adapters.model import IA3Model
 from server.engine.attention import StepContext
 from server.engine.cuda_graphs import DecodeGraphs
-from server.engine.kv_cache import Chunk, KVCache
+from server.engine.kv_cache import Chunk, FlatCache
 from server.engine.paged_cache import PagedCache
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
@@ -28,9 +29,15 @@ class Logits:
     """Sequences that score their prompt, and `[chunk, vocab]`: position i predicts token i + 1."""
 
 
-class Runner:
+class Runner(Protocol):
+    def run(self, step: Step) -> Logits: ...
+
+
+class FlatRunner:
+    """All rows' tokens as one `[1, tokens]` batch, on the engine's own keys and values."""
+
     def __init__(
-        self, ia3: IA3Model, context: StepContext, cache: KVCache, max_rows: int, max_tokens: int
+        self, ia3: IA3Model, context: StepContext, cache: FlatCache, max_rows: int, max_tokens: int
     ) -> None:
         self._ia3 = ia3
         self._context = context
@@ -46,11 +53,11 @@ class Runner:
     def run(self, step: Step) -> Logits:
         decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
         prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
-        slots = [_slot(sequence) for sequence in step.decode]
+        slots = [slot_of(sequence) for sequence in step.decode]
         if self._graphs is not None and not prefill and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
             return Logits(step.decode, self._graphs.run(last, decode, slots), [])
-        self._ia3.set_packed(slots, [Segment(_slot(s), tokens) for s, tokens in step.prefill])
+        self._ia3.set_packed(slots, [Segment(slot_of(s), tokens) for s, tokens in step.prefill])
         ids: list[int] = []
         positions: list[int] = []
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
@@ -104,6 +111,6 @@ class _Wanted:
         return cls(taking, scoring, ends + scored)
 
 
-def _slot(sequence: Sequence) -> int:
+def slot_of(sequence: Sequence) -> int:
     assert sequence.slot is not None, "a running sequence has a slot"
     return sequence.slot

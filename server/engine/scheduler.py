@@ -70,11 +70,16 @@ class Scheduler:
         self._admit()
         decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
         by_row = {sequence.row: sequence for sequence in decode}
-        prefill = []
+        prefill: list[tuple[Sequence, int]] = []
         budget = self._chunk_tokens
         for sequence in self.running:
             if sequence.uncomputed > 1 and budget > 0:
                 tokens = min(budget, sequence.uncomputed)
+                if sequence.computed < sequence.source_tokens:
+                    # An encoder reads its source whole, in a step of its own if need be.
+                    if tokens < sequence.uncomputed and prefill:
+                        break
+                    tokens = sequence.uncomputed
                 prefill.append((sequence, tokens))
                 budget -= tokens
         return Step([by_row[row] for row in self._cache.order(list(by_row))], prefill)

@@ -12,29 +12,39 @@ class Sequence:
     """Owns a request's tokens and how far they are computed.
 
     `tokens` holds prompt and answer; keys and values exist for the first `computed` of them. A
-    preempted sequence goes back to 0 and recomputes; its answer and its random state stay.
+    preempted sequence goes back to 0 and recomputes; its answer and its random state stay. In an
+    encoder-decoder the prompt is the encoder's, and what the decoder begins with stands between
+    prompt and answer.
     """
 
     def __init__(
-        self, request: GenerationRequest, row: int, tokenizer: PreTrainedTokenizerFast
+        self,
+        request: GenerationRequest,
+        row: int,
+        tokenizer: PreTrainedTokenizerFast,
+        decoder_start: tuple[int, ...] | None = None,
     ) -> None:
+        """`decoder_start`: of an encoder-decoder, what its decoder begins with."""
         self.request = request
         self.row = row
         """The engine's own number for this request: names its keys and values in the cache."""
-        self.tokens = list(request.prompt)
+        start = decoder_start or ()
+        self.source_tokens = 0 if decoder_start is None else len(request.prompt)
+        """The first of `tokens`, which an encoder reads, and only as a whole."""
+        self.prompt_tokens = len(request.prompt) + len(start)
+        self.tokens = [*request.prompt, *start]
         self.computed = 0
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
         self.rng = random.Random(request.params.seed)
         self.detokenizer = Detokenizer(
-            tokenizer, request.prompt, request.params.stop, request.params.skip_special_tokens
+            tokenizer,
+            request.prompt if decoder_start is None else (),
+            request.params.stop,
+            request.params.skip_special_tokens,
         )
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         """Known so far, when they were asked for. Nothing predicts the first token."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
 
     @property
     def answer(self) -> list[int]:

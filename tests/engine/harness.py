@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.model import IA3Model
-from adapters.registry import AdapterRegistry
+from adapters.registry import AdapterRegistry, Part
+from adapters.residency import Lease
 from adapters.store import AdapterStore
 from server.engine import (
     Engine,
@@ -102,11 +103,12 @@ class Harness:
         self,
         request_id: str,
         prompt: Sequence[int],
-        adapter: str | None = None,
+        *adapters: str | None,
         priority: int = 0,
         **params: Any,
     ) -> None:
-        lease = None if adapter is None else self.registry.lease(adapter)
+        """`adapters`: none or None for the base, one, or several for their product."""
+        lease = self._lease([adapter for adapter in adapters if adapter is not None])
         sampling = SamplingParams(
             **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
         )
@@ -121,6 +123,13 @@ class Harness:
             if lease is not None:
                 lease.release()
             raise
+
+    def _lease(self, adapters: Sequence[str]) -> Lease | None:
+        if not adapters:
+            return None
+        if len(adapters) == 1:
+            return self.registry.lease(adapters[0])
+        return self.registry.lease_mixture([Part(name) for name in adapters], "product")
 
     def read(self) -> None:
         """Take in one delivery."""

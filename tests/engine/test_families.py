@@ -1,58 +1,105 @@
-"""Families whose attention goes through transformers' interface run on the flat engine."""
+"""Every family in PEFT's IA3 table that generates text runs, flat or padded, as PEFT does."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from server.engine import UnsupportedModel
-from tests.engine.harness import Harness, Oracle
-from tests.factories import save_adapter, tiny_model
+from tests.adapters.oracle import with_peft
+from tests.engine.harness import Harness
+from tests.factories import TOKENS, save_adapter, tiny_model
+from tests.families import FAMILIES, Family, tiny
 
-FAMILIES: dict[str, dict[str, object]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
-    "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "phi": {},
-    "gpt_neox": {},
-    "gpt2": {},
-    "opt": {},
-}
-TARGETS = {"qwen3": (["k_proj", "v_proj", "down_proj"], ["down_proj"])}
-"""For families without a default in PEFT's table."""
+TOKENS_OUT = 8
+PADDED = {"llama4_text", "gpt_neo", "gptj", "bloom", "falcon", "falcon-alibi", "t5", "mt5", "bart"}
+ROWS: list[tuple[str, ...]] = [(), ("first",), ("second",), ("regex",), ("first", "second")]
+"""The base, two adapters with the default targets, one with a regex, and a product of two."""
+PROMPTS = [
+    [5 + (7 * seed + n) % 250 for n in range(length)] for seed, length in enumerate((3, 30, 12))
+]
+"""Longer than the sliding windows, and than a chunk."""
+
+
+def save_adapters(family: Family, base: PreTrainedModel, folder: Path) -> dict[str, Path]:
+    kinds = {"first": family.default_config, "second": family.default_config}
+    kinds["regex"] = family.regex_config
+    return {
+        name: save_adapter(base, folder / name, seed=seed, **config)
+        for seed, (name, config) in enumerate(kinds.items(), start=1)
+    }
+
+
+class FamilyOracle:
+    """A model of any family with adapters put on by PEFT, one sequence at a time, no cache."""
+
+    def __init__(self, base: PreTrainedModel, adapters: list[Path], dtype: torch.dtype) -> None:
+        # Grouped matrix products do not know float64.
+        base.set_experts_implementation("eager")
+        self._model: nn.Module = with_peft(base, *adapters).to(dtype)
+        self._start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
+
+    @torch.inference_mode()
+    def logprobs(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """`[answer, vocab]`: what each token of the answer was chosen from."""
+        if self._start is None:
+            given = {"input_ids": torch.tensor([prompt + answer[:-1]])}
+        else:
+            given = {"input_ids": torch.tensor([prompt])}
+            given["decoder_input_ids"] = torch.tensor([[self._start, *answer[:-1]]])
+        logits: torch.Tensor = self._model(**given).logits[0, -len(answer) :]
+        return logits.double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(
     start: Callable[..., Harness], tmp_path: Path, family: str
 ) -> None:
-    """Prompts beyond the sliding window, in chunks, the base beside an adapter."""
-    base = tiny_model(family, **FAMILIES[family])
-    targets, feedforward = TARGETS.get(family, (None, None))
-    adapter = save_adapter(
-        base, tmp_path / "a", target_modules=targets, feedforward_modules=feedforward
-    )
-    oracles = {None: Oracle(base), "a": Oracle(base, adapter)}
-    engine = start(base, {"a": adapter}, prefill_chunk_tokens=9)
-    asked = [
-        (name, [5 + (7 * seed + n) % 250 for n in range(length)])
-        for seed, length in enumerate((3, 12, 30))
-        for name in (None, "a")
-    ]
+    """Row for row: greedy tokens are equal, and float32 logits err at most twice as much as PEFT's
+    own do (against PEFT in float64)."""
+    base = tiny(family)
+    adapters = save_adapters(FAMILIES[family], base, tmp_path / "adapters")
+    engine = start(base, adapters, prefill_chunk_tokens=9, max_rows=6)
+    assert engine.engine.runner_kind == ("padded" if family in PADDED else "flat")
     with engine.held():
-        for number, (name, prompt) in enumerate(asked):
-            engine.submit(str(number), prompt, name, max_tokens=12)
+        for row, names in enumerate(ROWS):
+            for number, prompt in enumerate(PROMPTS):
+                engine.submit(
+                    f"{row}-{number}", prompt, *names, max_tokens=TOKENS_OUT, logprobs=TOKENS
+                )
     engine.wait()
 
-    for number, (name, prompt) in enumerate(asked):
-        assert engine.answers[str(number)].tokens == oracles[name].greedy(prompt, 12)
+    ours, pefts = [], []
+    for row, names in enumerate(ROWS):
+        folders = [adapters[name] for name in names]
+        plain = FamilyOracle(tiny(family), folders, torch.float32)
+        exact = FamilyOracle(tiny(family), folders, torch.float64)
+        for number, prompt in enumerate(PROMPTS):
+            answer = engine.answers[f"{row}-{number}"]
+            by_peft = plain.logprobs(prompt, answer.tokens)
+            assert answer.tokens == by_peft.argmax(-1).tolist(), (names, prompt)
+            wanted = exact.logprobs(prompt, answer.tokens)
+            ours.append((table(answer.logprobs) - wanted).abs().max().item())
+            pefts.append((by_peft - wanted).abs().max().item())
+    assert max(ours) <= 2 * max(pefts)
+    engine.assert_idle()
 
 
-def test_a_family_that_attends_past_the_interface_is_refused(
-    start: Callable[..., Harness],
-) -> None:
-    with pytest.raises(UnsupportedModel, match="Bloom"):
-        start(tiny_model("bloom"), {})
+def table(scored: list) -> torch.Tensor:
+    """`[answer, vocab]` of what an answer's tokens were chosen from."""
+    rows = torch.empty(len(scored), TOKENS, dtype=torch.float64)
+    for row, each in zip(rows, scored, strict=True):
+        tokens, values = zip(*each.top, strict=True)
+        row[list(tokens)] = torch.tensor(values, dtype=torch.float64)
+    return rows
+
+
+def test_a_model_that_fits_neither_runner_is_refused(start: Callable[..., Harness]) -> None:
+    model = tiny_model("bloom")
+    # Attention that looks at the whole batch.
+    model.transformer.ln_f.register_forward_hook(lambda *args: args[2] + args[2].mean(dim=0))
+    with pytest.raises(UnsupportedModel, match=r"Bloom.* alone"):
+        start(model, {})

@@ -56,7 +56,7 @@ def test_a_folder_without_weights_is_not_a_model(folder: Path) -> None:
 def test_an_architecture_that_generates_no_text_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
-    with pytest.raises(UnsupportedModel, match="no causal model"):
+    with pytest.raises(UnsupportedModel, match="no language model"):
         load_model(str(folder), "cpu")
 
 

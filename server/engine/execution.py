@@ -1,0 +1,135 @@
+"""How a base model is run: flat where that is exact, else padded."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from adapters.bank import BASE_SLOT
+from adapters.model import IA3Model
+from server.engine.attention import LayerShape, install, probe
+from server.engine.errors import UnsupportedModel
+from server.engine.kv_cache import KVCache
+from server.engine.packing import pack_linears
+from server.engine.padded_cache import PaddedCache
+from server.engine.padded_runner import PaddedRunner, Piece
+from server.engine.planning import cache_tokens, make_flat_cache
+from server.engine.runner import FlatRunner, Runner
+
+log = logging.getLogger(__name__)
+
+_FLAT_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose attention depends on nothing but the row's own keys."""
+_PROBED = (3, 7)
+"""Tokens of the two rows that a padded batch is tried with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """The two parts of the engine that depend on the model."""
+
+    kind: Literal["flat", "padded"]
+    cache: KVCache
+    runner: Runner
+
+
+def prepare(
+    ia3: IA3Model, *, max_rows: int, max_tokens: int, kv_cache_tokens: int | None, pack: bool
+) -> Execution:
+    """Raises UnsupportedModel where neither way is exact, and DoesNotFit."""
+    base = ia3.base
+    kept = base.config._attn_implementation
+    try:
+        _check_flat(base)
+        context = install(base)
+        shapes = probe(base, context)
+    except UnsupportedModel as error:
+        log.info("Running %s padded: %s", type(base).__name__, error)
+        base.set_attn_implementation(kept)
+        return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
+    _pack(base, pack)
+    tokens = cache_tokens(shapes, base.device, max_tokens, max_rows, kv_cache_tokens)
+    cache = make_flat_cache(shapes, base.device, max_tokens, tokens)
+    return Execution("flat", cache, FlatRunner(ia3, context, cache, max_rows, max_tokens))
+
+
+def _check_flat(model: PreTrainedModel) -> None:
+    """What the probe's one token cannot show. Raises UnsupportedModel."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} has an encoder")
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds - _FLAT_LAYERS:
+        raise UnsupportedModel(f"{name} has layers of {', '.join(sorted(kinds - _FLAT_LAYERS))}")
+
+
+def _prepare_padded(
+    ia3: IA3Model, max_tokens: int, max_rows: int, kv_cache_tokens: int | None, pack: bool
+) -> Execution:
+    base = ia3.base
+    shapes = _probe_padded(ia3)
+    _pack(base, pack)
+    crosses = bool(base.config.is_encoder_decoder)
+    both = [*shapes, *shapes] if crosses else shapes
+    tokens = cache_tokens(both, base.device, max_tokens, max_rows, kv_cache_tokens)
+    cache = PaddedCache(shapes, tokens, max_tokens, base.device, crosses)
+    return Execution("padded", cache, PaddedRunner(ia3, cache))
+
+
+def _pack(model: PreTrainedModel, pack: bool) -> None:
+    if pack:
+        log.info("Packed %d linear layers for oneDNN.", pack_linears(model))
+
+
+@torch.inference_mode()
+def _probe_padded(ia3: IA3Model) -> list[LayerShape]:
+    """What each layer keeps of a token; and that two rows of unequal length, padded, come out as
+    each does alone. Raises UnsupportedModel."""
+    base = ia3.base
+    name = type(base).__name__
+    crosses = bool(base.config.is_encoder_decoder)
+    rows = [[token % 50 + 3 for token in range(5 * n, 6 * n)] for n in _PROBED]
+    try:
+        alone = [_alone(base, row, crosses) for row in rows]
+        shapes = _shapes(base, rows[0], crosses)
+        cache = PaddedCache(shapes, 1024, max(_PROBED), base.device, crosses)
+        runner = PaddedRunner(ia3, cache)
+        for done, until in ((0, -1), (-1, None)):
+            pieces = [
+                Piece(i, len(row[:done]) if done else 0, row[done:until], BASE_SLOT, row * crosses)
+                for i, row in enumerate(rows)
+            ]
+            together = runner.forward(pieces, every=False)[:, -1]
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise UnsupportedModel(f"{name} cannot be run flat, nor padded: {error}") from error
+    wanted = torch.stack(alone).float()
+    tolerance = 64 * torch.finfo(base.dtype).eps * float(wanted.abs().max())
+    if not torch.allclose(together.float(), wanted, rtol=0, atol=max(tolerance, 1e-5)):
+        raise UnsupportedModel(
+            f"{name} cannot be run flat, and its rows do not come out of a padded batch as they do "
+            "alone"
+        )
+    return shapes
+
+
+def _alone(model: PreTrainedModel, row: list[int], crosses: bool) -> torch.Tensor:
+    """`[vocab]`: the logits after a row, by one plain forward."""
+    ids = torch.tensor([row], device=model.device)
+    given = {"decoder_input_ids": ids} if crosses else {}
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **given).logits
+    return logits[0, -1]
+
+
+def _shapes(model: PreTrainedModel, row: list[int], crosses: bool) -> list[LayerShape]:
+    ids = torch.tensor([row], device=model.device)
+    given = {"decoder_input_ids": ids} if crosses else {}
+    cache = model(input_ids=ids, use_cache=True, **given).past_key_values
+    layers = (cache.self_attention_cache if crosses else cache).layers
+    return [
+        LayerShape(
+            layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1], layer.keys.dtype
+        )
+        for layer in layers
+    ]

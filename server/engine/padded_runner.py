@@ -1,0 +1,184 @@
+"""One step of rows that run padded: `[rows, tokens]` forwards on transformers' own attention.
+
+For models that a flat batch would compute wrongly: whose attention goes past the interface, reads
+the flat axis, or crosses to an encoder. Decoding rows run together, aligned at the right; prompts
+of like length run together on their first chunk, and alone on the others.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from adapters.model import IA3Model
+from server.engine.padded_cache import Group, PaddedCache
+from server.engine.runner import Logits, slot_of
+from server.engine.scheduler import Step
+from server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of one row."""
+
+    row: int
+    start: int
+    """How many tokens of the row have keys and values; those of a source do not count."""
+    ids: list[int]
+    slot: int
+    source: list[int]
+    """Of an encoder-decoder: what its encoder reads."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokens: int) -> "Piece":
+        source = sequence.source_tokens
+        start, end = sequence.computed, sequence.computed + tokens
+        return cls(
+            row=sequence.row,
+            start=max(0, start - source),
+            ids=sequence.tokens[max(start, source) : end],
+            slot=slot_of(sequence),
+            source=sequence.tokens[:source],
+        )
+
+
+class PaddedRunner:
+    def __init__(self, ia3: IA3Model, cache: PaddedCache) -> None:
+        self._ia3 = ia3
+        self._cache = cache
+        self._device = ia3.base.device
+        self._accepts = inspect.signature(ia3.base.forward).parameters.keys()
+        self._positions = RowPositions(ia3.base)
+        self._equal_beyond = _equal_beyond(ia3.base)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Logits:
+        work = [*((s, 1) for s in step.decode), *step.prefill]
+        logits: dict[int, torch.Tensor] = {}
+        for batch in self._batches(step):
+            every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
+            pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
+            scores = self.forward(pieces, every)
+            logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
+        taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
+        prompts = [(s, logits[s.row]) for s, _ in step.prefill if s.wants_prompt_logprobs]
+        last = [logits[sequence.row][-1] for sequence in taking]
+        next_token = torch.stack(last) if last else torch.empty(0, 0, device=self._device)
+        return Logits(taking, next_token, prompts)
+
+    def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
+        """What can run together: the same number of tokens, or nothing computed yet."""
+        batches: dict[tuple[object, ...], list[tuple[Sequence, int]]] = defaultdict(list)
+        for sequence in step.decode:
+            length = sequence.computed - sequence.source_tokens
+            batches["decode", length if length >= self._equal_beyond else 0].append((sequence, 1))
+        for sequence, tokens in step.prefill:
+            if sequence.computed or tokens > self._equal_beyond:
+                batches["alone", sequence.row].append((sequence, tokens))
+            else:
+                # Up to twice as long as the shortest: at least half of the batch is no padding.
+                batches["first", tokens.bit_length()].append((sequence, tokens))
+        yield from batches.values()
+
+    @torch.inference_mode()
+    def forward(self, pieces: Rows[Piece], every: bool) -> torch.Tensor:
+        """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
+        tokens = max(len(piece.ids) for piece in pieces)
+        sources = [len(piece.source) for piece in pieces if piece.source]
+        group = self._cache.gather([piece.row for piece in pieces], tokens, sources)
+        if all(piece.start == 0 for piece in pieces):
+            # New rows of unequal length: the shorter ones begin later.
+            group.starts = [group.end + tokens - len(piece.ids) for piece in pieces]
+        starts = torch.tensor(group.starts, device=self._device)[:, None]
+        columns = torch.arange(group.end + tokens, device=self._device)
+        positions = (columns[group.end :] - starts).clamp(min=0)
+        ids = [[0] * (tokens - len(piece.ids)) + piece.ids for piece in pieces]
+        arguments = {
+            "position_ids": positions,
+            "past_key_values": group.cache(),
+            "use_cache": True,
+            "logits_to_keep": 0 if every else 1,
+        }
+        mask = (columns >= starts).long()
+        if sources:
+            arguments |= self._source(pieces, group) | {"decoder_attention_mask": mask}
+            arguments["decoder_input_ids"] = torch.tensor(ids, device=self._device)
+        else:
+            arguments["attention_mask"] = mask
+            arguments["input_ids"] = torch.tensor(ids, device=self._device)
+        self._ia3.set_rows([piece.slot for piece in pieces])
+        with self._positions.set(positions):
+            accepted = {k: v for k, v in arguments.items() if k in self._accepts}
+            out = self._ia3.base(**accepted)
+        group.end += tokens
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def _source(self, pieces: Rows[Piece], group: Group) -> dict[str, Any]:
+        """Sources, aligned at the left; once they are encoded, only which of them are padding."""
+        longest = max(group.sources)
+        lengths = torch.tensor(group.sources, device=self._device)[:, None]
+        mask = (torch.arange(longest, device=self._device) < lengths).long()
+        if group.crossed:
+            # The decoder reads keys and values from the cache, and only the shape of this.
+            width = int(self._ia3.base.config.hidden_size)
+            encoded = torch.empty(1, 1, 1, dtype=self._ia3.base.dtype, device=self._device)
+            states = BaseModelOutput(encoded.expand(len(pieces), longest, width))
+            return {"encoder_outputs": states, "attention_mask": mask}
+        ids = [piece.source + [0] * (longest - len(piece.source)) for piece in pieces]
+        return {"input_ids": torch.tensor(ids, device=self._device), "attention_mask": mask}
+
+
+class RowPositions:
+    """Gives each row its own learned positions in a model that counts them for the whole batch.
+
+    BART's decoder takes the length of the cache for every row's position.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._positions: torch.Tensor | None = None
+        decoder: nn.Module = model
+        if model.config.is_encoder_decoder:
+            decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+        for module in decoder.modules():
+            if isinstance(module, nn.Embedding) and "past_key_values_length" in (
+                inspect.signature(module.forward).parameters
+            ):
+                module.register_forward_hook(self._embed)
+
+    @contextmanager
+    def set(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within: `[rows, tokens]` positions."""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _embed(self, module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        if self._positions is None:
+            return output
+        weight, offset = module.weight, getattr(module, "offset", 0)
+        assert isinstance(weight, torch.Tensor)
+        return F.embedding(self._positions + offset, weight)
+
+
+def _equal_beyond(model: PreTrainedModel) -> int:
+    """From how many tokens on only rows of one length may run together.
+
+    Llama 4 scales its queries by a position that it counts for the whole batch; below `floor_scale`
+    that scale is 1 for all.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False):
+        return int(config.floor_scale) - 1
+    return 1 << 62
