@@ -64,6 +64,13 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
                 param=field,
             )
         prompt_logprobs = body.logprobs or 0
+    if prompt_logprobs is not None and engine.decoder_start is not None:
+        raise ApiError(
+            400,
+            "This model's encoder reads the prompt as a whole, so its tokens have no "
+            "log-probabilities; leave out echo, or use /v1/rank to score a text after a prompt.",
+            param="echo",
+        )
     prompts = [
         (
             prompt,

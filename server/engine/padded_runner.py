@@ -72,8 +72,8 @@ class PaddedRunner:
         taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
         prompts = [(s, logits[s.row]) for s, _ in step.prefill if s.wants_prompt_logprobs]
         last = [logits[sequence.row][-1] for sequence in taking]
-        next_token = torch.stack(last) if last else torch.empty(0, 0, device=self._device)
-        return Logits(taking, next_token, prompts)
+        none = next(iter(logits.values()))[:0]
+        return Logits(taking, torch.stack(last) if last else none, prompts)
 
     def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
         """What can run together: the same number of tokens, or nothing computed yet."""

@@ -204,4 +204,4 @@ def test_more_rows_than_reserved_are_a_bug(known: Known) -> None:
     bank = AdapterBank(MODULES, capacity=2, device=torch.device("cpu"))
     bank.fill(1, known.vectors["default"])
     with pytest.raises(AssertionError, match="reserve_rows"):
-        bank.by_row([1, 1])
+        bank.packed([1, 1], [])

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from server.engine import UnsupportedModel
-from tests.adapters.oracle import with_peft
+from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, save_adapter, tiny_model
 from tests.families import FAMILIES, Family, tiny
@@ -33,27 +32,6 @@ def save_adapters(family: Family, base: PreTrainedModel, folder: Path) -> dict[s
     }
 
 
-class FamilyOracle:
-    """A model of any family with adapters put on by PEFT, one sequence at a time, no cache."""
-
-    def __init__(self, base: PreTrainedModel, adapters: list[Path], dtype: torch.dtype) -> None:
-        # Grouped matrix products do not know float64.
-        base.set_experts_implementation("eager")
-        self._model: nn.Module = with_peft(base, *adapters).to(dtype)
-        self._start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
-
-    @torch.inference_mode()
-    def logprobs(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
-        """`[answer, vocab]`: what each token of the answer was chosen from."""
-        if self._start is None:
-            given = {"input_ids": torch.tensor([prompt + answer[:-1]])}
-        else:
-            given = {"input_ids": torch.tensor([prompt])}
-            given["decoder_input_ids"] = torch.tensor([[self._start, *answer[:-1]]])
-        logits: torch.Tensor = self._model(**given).logits[0, -len(answer) :]
-        return logits.double().log_softmax(-1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(
     start: Callable[..., Harness], tmp_path: Path, family: str
@@ -75,7 +53,7 @@ def test_a_mixed_batch_equals_peft(
     ours, pefts = [], []
     for row, names in enumerate(ROWS):
         folders = [adapters[name] for name in names]
-        plain = FamilyOracle(tiny(family), folders, torch.float32)
+        plain = FamilyOracle(tiny(family), folders)
         exact = FamilyOracle(tiny(family), folders, torch.float64)
         for number, prompt in enumerate(PROMPTS):
             answer = engine.answers[f"{row}-{number}"]

@@ -1,0 +1,165 @@
+"""Rows that run padded keep PEFT's results whatever happens to the batch around them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.attention import LayerShape
+from server.engine.errors import DoesNotFit
+from server.engine.padded_cache import PaddedCache
+from tests.engine.family_oracle import FamilyOracle
+from tests.engine.harness import Harness
+from tests.factories import save_adapter
+from tests.families import FAMILIES, tiny
+
+PADDED = ["bloom", "gpt_neo", "llama4_text", "t5", "bart"]
+"""ALiBi; local attention; chunked attention; relative and learned positions of a decoder."""
+
+
+@pytest.fixture(params=PADDED)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def adapter(base: PreTrainedModel, family: str, folder: Path) -> Path:
+    return save_adapter(base, folder, **FAMILIES[family].default_config)
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[5 + (11 * k + 3 * n) % 250 for n in range(1 + 5 * k % 23)] for k in range(count)]
+
+
+def assert_equal_to_peft(
+    engine: Harness, family: str, folder: Path, asked: list[list[int]], count: int
+) -> None:
+    oracle = FamilyOracle(tiny(family), [folder])
+    for number, prompt in enumerate(asked):
+        answer = engine.answers[str(number)].tokens
+        assert len(answer) == count
+        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist(), prompt
+
+
+def test_rows_that_come_and_go_leave_the_others_as_they_are(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    """Answers of 1 to 24 tokens in a batch of 4 rows: the batch changes at nearly every step."""
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder}, max_rows=4)
+    asked = prompts(9)
+    with engine.held():
+        for number, prompt in enumerate(asked):
+            engine.submit(str(number), prompt, "a", max_tokens=1 + 3 * number % 24)
+    engine.wait()
+
+    oracle = FamilyOracle(tiny(family), [folder])
+    for number, prompt in enumerate(asked):
+        answer = engine.answers[str(number)].tokens
+        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist()
+    engine.assert_idle()
+
+
+def test_rows_that_outgrow_the_cache_are_preempted_and_end_the_same(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder}, kv_cache_tokens=512, max_model_len=128)
+    asked = [[5 + number] for number in range(8)]
+    with engine.held():
+        for number, prompt in enumerate(asked):
+            engine.submit(str(number), prompt, "a", max_tokens=127)
+    engine.wait()
+
+    assert engine.engine.stats().preemptions > 0
+    assert_equal_to_peft(engine, family, folder, asked, 127)
+    engine.assert_idle()
+
+
+def test_a_long_answer_beyond_a_groups_columns_is_exact(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder})
+    asked = prompts(2)
+    with engine.held():
+        for number, prompt in enumerate(asked):
+            engine.submit(str(number), prompt, "a", max_tokens=150)
+    engine.wait()
+
+    assert_equal_to_peft(engine, family, folder, asked, 150)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj"])
+def test_a_prompt_is_scored_as_peft_scores_it(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder}, prefill_chunk_tokens=9)
+    prompt = [5 + 3 * n for n in range(30)]
+
+    scored = engine.ask(prompt, "a", max_tokens=0, prompt_logprobs=0).prompt_logprobs
+
+    assert scored is not None
+    assert scored[0] is None
+    wanted = FamilyOracle(tiny(family), [folder]).logprobs(prompt[:1], prompt[1:])
+    for position, token in enumerate(scored[1:]):
+        assert token is not None
+        assert token.logprob == pytest.approx(
+            wanted[position, prompt[position + 1]].item(), abs=1e-4
+        )
+
+
+SHAPES = [LayerShape(2, 8, 8, torch.float32)]
+CPU = torch.device("cpu")
+
+
+def test_a_cache_counts_the_padding_of_its_rows() -> None:
+    cache = PaddedCache(SHAPES, 512, 256, CPU)
+
+    assert cache.reserve(0, 10)
+    assert cache.used_tokens == 64
+    assert cache.reserve(1, 200)
+    assert cache.used_tokens == 2 * 256
+    assert not cache.reserve(2, 10)
+    cache.release(1)
+    assert cache.reserve(2, 10)
+    assert cache.used_tokens == 2 * 64
+
+
+def test_a_cache_too_small_for_the_longest_row_is_refused() -> None:
+    with pytest.raises(DoesNotFit, match="kv-cache-tokens to 256"):
+        PaddedCache(SHAPES, 192, 250, CPU)
+
+
+def test_rows_keep_their_group_while_they_run_together() -> None:
+    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    group = cache.gather([0, 1], 1)
+    group.end += 1
+
+    assert cache.gather([0, 1], 1) is group
+    assert cache.gather([0], 1) is not group
+
+
+def test_rows_take_their_keys_and_values_into_another_group() -> None:
+    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    first, second = cache.gather([0, 1], 5), cache.gather([2], 3)
+    written = torch.arange(2 * 2 * 5 * 8, dtype=torch.float32).view(2, 2, 5, 8) + 1
+    for group, states in ((first, written), (second, written[:1, :, :3] + 1000)):
+        group.cache().update(states, -states, 0)
+        group.starts = [0] * len(group.rows)
+        group.end = states.shape[2]
+
+    joined = cache.gather([1, 2], 1)
+
+    keys, values = joined.layers[0]
+    assert (joined.starts, joined.end) == ([0, 2], 5)
+    assert torch.equal(keys[0, :, :5], written[1])
+    assert torch.equal(keys[1, :, 2:5], written[0, :, :3] + 1000)
+    assert torch.equal(values[0, :, :5], -written[1])
+    assert not keys[1, :, :2].any()
