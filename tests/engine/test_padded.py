@@ -67,15 +67,15 @@ def test_rows_that_outgrow_the_cache_are_preempted_and_end_the_same(
 ) -> None:
     base = tiny(family)
     folder = adapter(base, family, tmp_path / "a")
-    engine = start(base, {"a": folder}, kv_cache_tokens=512, max_model_len=128)
+    engine = start(base, {"a": folder}, kv_cache_tokens=512, max_model_len=130)
     asked = [[5 + number] for number in range(8)]
     with engine.held():
         for number, prompt in enumerate(asked):
-            engine.submit(str(number), prompt, "a", max_tokens=127)
+            engine.submit(str(number), prompt, "a", max_tokens=128)
     engine.wait()
 
     assert engine.engine.stats().preemptions > 0
-    assert_equal_to_peft(engine, family, folder, asked, 127)
+    assert_equal_to_peft(engine, family, folder, asked, 128)
     engine.assert_idle()
 
 
