@@ -134,12 +134,17 @@ async def rank(
 def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
     """The order, and how many of each prompt's last tokens are a choice's."""
     check_model(services, body)
-    params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
     prompts, scored = [], []
     for i, each in enumerate(body.inputs):
         for j, choice in enumerate(each.choices):
             where = f"inputs[{i}].choices[{j}]"
             ids, tokens = encode_choice(services.engine, each.prompt, choice, where)
+            params = SamplingParams(
+                max_tokens=0,
+                temperature=0.0,
+                prompt_logprobs=0,
+                prompt_logprobs_from=len(ids) - tokens,
+            )
             prompts.append((ids, params))
             scored.append(tokens)
     return place_order(services, body, "rank", prompts), scored

@@ -25,7 +25,8 @@ class Logits:
     next_token: torch.Tensor
     """`[sequences, vocab]`."""
     prompts: list[tuple[Sequence, torch.Tensor]]
-    """Sequences that score their prompt, and `[chunk, vocab]`: position i predicts token i + 1."""
+    """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
+    tokens that have no score yet."""
 
 
 class Runner:
@@ -98,8 +99,11 @@ class _Wanted:
                 taking.append(sequence)
                 ends.append(start + tokens - 1)
             if sequence.wants_prompt_logprobs:
-                scoring.append((sequence, tokens))
-                scored += range(start, start + tokens)
+                first = len(sequence.prompt_logprobs) - 1 - sequence.computed
+                end = min(tokens, sequence.prompt_tokens - 1 - sequence.computed)
+                if first < end:
+                    scoring.append((sequence, end - first))
+                    scored += range(start + first, start + end)
             start += tokens
         return cls(taking, scoring, ends + scored)
 

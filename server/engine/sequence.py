@@ -29,8 +29,15 @@ class Sequence:
         self.detokenizer = Detokenizer(
             tokenizer, request.prompt, request.params.stop, request.params.skip_special_tokens
         )
-        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.prompt_logprobs: list[TokenLogprob | None] = [
+            None
+        ] * request.params.prompt_logprobs_from
         """Known so far, when they were asked for. Nothing predicts the first token."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served earlier. Row numbers rise with arrival."""
+        return self.request.priority, self.row
 
     @property
     def prompt_tokens(self) -> int:
@@ -52,3 +59,16 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         asked = self.request.params.prompt_logprobs is not None
         return asked and len(self.prompt_logprobs) < self.prompt_tokens
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens whose keys and values a leader can give. The last common token is not one of
+        them: computed again, it says what comes next."""
+        prefix = self.request.prefix
+        return 0 if prefix is None else prefix.tokens - 1
+
+    def begin_like(self, leader: "Sequence") -> None:
+        """The keys and values of the shared tokens are there, copied from the leader's."""
+        self.computed = self.shared_tokens
+        scored = len(self.prompt_logprobs)
+        self.prompt_logprobs += leader.prompt_logprobs[scored : self.shared_tokens + 1]
