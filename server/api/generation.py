@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.leasing import lease_choices
 from server.api.sampling import params_of_choice
 from server.api.schemas import FinishedBecause, GenerationBody, ModelBody, Usage
+from server.engine.prefixes import share_prefixes
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
@@ -116,7 +117,7 @@ def place_order(
         adapter=adapter,
         fingerprint=adapter or services.model_name,
         choices=choices,
-        requests=requests,
+        requests=share_prefixes(requests),
     )
 
 
@@ -135,25 +136,26 @@ class _Running:
 class Generation:
     """An order in the engine. Close it in any case: what still runs is cancelled then.
 
-    Starting raises what `Engine.submit` raises; no request of the order runs on then.
+    Starting raises what `Engine.submit` raises; no request of the order runs then.
     """
 
     def __init__(self, services: Services, order: Order) -> None:
         self.order = order
         self._engine = services.engine
-        self._running: dict[str, _Running] = {}
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = 0
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
-        for number, request in enumerate(order.requests):
-            try:
-                self._engine.submit(request)
-            except BaseException:
-                _release(order.requests[number:])
-                self.close()
-                raise
-            self._running[request.id] = _Running(request, services.metrics.request_started(label))
+        try:
+            self._engine.submit(*order.requests)
+        except BaseException:
+            _release(order.requests)
+            self._stream.close()
+            raise
+        self._running = {
+            request.id: _Running(request, services.metrics.request_started(label))
+            for request in order.requests
+        }
 
     def _observe(self, output: Output) -> None:
         running = self._running[output.request_id]

@@ -111,6 +111,26 @@ def encode_choice(
     return whole, scored
 
 
+def encode_pair(
+    engine: Engine, prompt: str | list[int], choice: str | list[int], where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and choice for an encoder and its decoder: texts of their own, with the end tokens
+    that the tokenizer adds, as in T-Few's code. Raises ApiError 400."""
+    assert engine.decoder_start is not None
+    if type(prompt) is not type(choice):
+        raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
+    source, target = (
+        _encode_text(engine, text, name, add_special_tokens=True)
+        if isinstance(text, str)
+        else _check_ids(engine, text, name)
+        for text, name in ((prompt, "prompt"), (choice, where))
+    )
+    for ids, name in ((source, "prompt"), ((*engine.decoder_start, *target), where)):
+        if len(ids) > engine.max_model_len:
+            raise _too_long(engine, f"{name} has {len(ids)} tokens.", name)
+    return source, target
+
+
 def _encode_text(
     engine: Engine, text: str, where: str, *, add_special_tokens: bool
 ) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ scored by its mean log-probability after the prompt, and the best one is the ans
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Annotated, Literal
 
@@ -24,7 +25,7 @@ from server.api.generation import (
     unless_client_leaves,
 )
 from server.api.leasing import check_model
-from server.api.prompts import encode_choice
+from server.api.prompts import encode_choice, encode_pair
 from server.api.schemas import ModelBody, Usage
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services
@@ -134,15 +135,27 @@ async def rank(
 def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
     """The order, and how many of each prompt's last tokens are a choice's."""
     check_model(services, body)
-    params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
-    prompts, scored = [], []
+    engine = services.engine
+    prompts, targets, scored = [], [], []
     for i, each in enumerate(body.inputs):
         for j, choice in enumerate(each.choices):
             where = f"inputs[{i}].choices[{j}]"
-            ids, tokens = encode_choice(services.engine, each.prompt, choice, where)
+            if engine.decoder_start is None:
+                ids, tokens = encode_choice(engine, each.prompt, choice, where)
+                target: tuple[int, ...] = ()
+                first = len(ids) - tokens
+            else:
+                ids, target = encode_pair(engine, each.prompt, choice, where)
+                tokens, first = len(target), len(ids) + len(engine.decoder_start)
+            params = SamplingParams(
+                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
+            )
             prompts.append((ids, params))
+            targets.append(target)
             scored.append(tokens)
-    return place_order(services, body, "rank", prompts), scored
+    order = place_order(services, body, "rank", prompts)
+    requests = zip(order.requests, targets, strict=True)
+    return replace(order, requests=tuple(replace(r, target=t) for r, t in requests)), scored
 
 
 def _rankings(body: RankBody, outputs: Sequence[Output], scored: Sequence[int]) -> list[Ranking]:

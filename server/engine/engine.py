@@ -121,24 +121,26 @@ class Engine:
         self._state = "running"
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; never blocks. Until this returns, its lease is the caller's.
+    def submit(self, *requests: GenerationRequest) -> None:
+        """Queue requests, all of them or none; never blocks. Until this returns, their leases are
+        the caller's.
 
         Raises QueueFull, EngineStopping, EngineDead.
         """
-        params = request.params
-        assert len(request.prompt) > 0, "the API refuses empty prompts"
-        assert params.max_tokens <= self.room_after(len(request.prompt)), "and too long ones"
+        for request in requests:
+            tokens = len(request.prompt)
+            assert tokens > 0, "the API refuses empty prompts"
+            assert request.params.max_tokens <= self.room_after(tokens), "and too long ones"
         with self._changed:
             if self._state == "dead":
                 raise EngineDead
             if self._state != "running":
                 raise EngineStopping
-            if self._in_flight >= self._max_in_flight:
+            if self._in_flight + len(requests) > self._max_in_flight:
                 retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
                 raise QueueFull(self._in_flight - len(self._scheduler.running), retry_after)
-            self._in_flight += 1
-            self._inbox.append(request)
+            self._in_flight += len(requests)
+            self._inbox.extend(requests)
             self._changed.notify()
 
     def room_after(self, prompt_tokens: int) -> int:
@@ -226,7 +228,9 @@ class Engine:
             request = self._inbox.popleft()
             sequence = Sequence(request, next(self._rows), self.tokenizer, self.decoder_start)
             self._sequences[request.id] = sequence
-            self._scheduler.add(sequence)
+            prefix = request.prefix
+            leader = None if prefix is None else self._sequences.get(prefix.leader)
+            self._scheduler.add(sequence, leader)
 
     def _step(self) -> None:
         step = self._scheduler.schedule()
@@ -256,11 +260,9 @@ class Engine:
         """The step's tokens have keys and values now; prompts that asked for it are scored."""
         for sequence, scores in logits.prompts:
             known = len(sequence.prompt_logprobs)
-            end = min(sequence.computed + len(scores) + 1, sequence.prompt_tokens)
-            if known < end:
-                best = sequence.request.params.prompt_logprobs or 0
-                rows = scores[known - 1 - sequence.computed : end - 1 - sequence.computed]
-                sequence.prompt_logprobs += score_tokens(rows, sequence.tokens[known:end], best)
+            scored = sequence.tokens[known : known + len(scores)]
+            best = sequence.request.params.prompt_logprobs or 0
+            sequence.prompt_logprobs += score_tokens(scores, scored, best)
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
             sequence.computed += tokens
             self._prompt_tokens += min(

@@ -43,6 +43,12 @@ class KVCache(Protocol):
         """Make room for a row's first `tokens` tokens, keeping what it has. False: no room."""
         ...
 
+    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
+        """Make room for the first `tokens` tokens of a row that has none yet, and let it begin with
+        the keys and values of `source`'s first `shared` tokens, all of them computed. What either
+        row writes later, and `source`'s release, leave the other as it is. False: no room."""
+        ...
+
     def release(self, row: int) -> None: ...
 
     def order(self, rows: Sequence[int]) -> list[int]:
@@ -111,22 +117,15 @@ class StripCache:
         old = self._places.get(row)
         if old is not None and tokens <= old.strip:
             return True
-        place = self._find_place(tokens)
-        if place is None:
+        if not self._place(row, tokens, old, 0 if old is None else old.strip):
             return False
-        self._slabs[place.slab][1][place.index] = True
-        kept = 0 if old is None else old.strip
-        for layer in range(len(self._shapes)):
-            for strips in (self.keys, self.values):
-                strip = strips(layer, place.slab)[place.index]
-                # What another row left there is masked, but NaN times a weight of 0 is NaN.
-                strip[:, kept:].zero_()
-                if old is not None:
-                    strip[:, :kept].copy_(strips(layer, old.slab)[old.index])
         if old is not None:
             self._free(old)
-        self._places[row] = place
         return True
+
+    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
+        assert row not in self._places, "only a new row is forked"
+        return self._place(row, tokens, self._places[source], shared)
 
     def release(self, row: int) -> None:
         place = self._places.pop(row, None)
@@ -156,6 +155,22 @@ class StripCache:
         shape = self._shapes[layer]
         strip = self._slabs[slab][0]
         return self._values[layer][slab].view(-1, shape.kv_heads, strip, shape.value_dim)
+
+    def _place(self, row: int, tokens: int, origin: _Place | None, kept: int) -> bool:
+        """Give the row another strip; its first `kept` tokens are copied from `origin`."""
+        place = self._find_place(tokens)
+        if place is None:
+            return False
+        self._slabs[place.slab][1][place.index] = True
+        for layer in range(len(self._shapes)):
+            for strips in (self.keys, self.values):
+                strip = strips(layer, place.slab)[place.index]
+                # What another row left there is masked, but NaN times a weight of 0 is NaN.
+                strip[:, kept:].zero_()
+                if origin is not None:
+                    strip[:, :kept].copy_(strips(layer, origin.slab)[origin.index][:, :kept])
+        self._places[row] = place
+        return True
 
     def _find_place(self, tokens: int) -> _Place | None:
         """The shortest free strip that is long enough; an empty slab is opened for the fitting

@@ -139,6 +139,32 @@ class PaddedCache:
         self._reserved = wanted
         return True
 
+    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
+        """Of an encoder-decoder, a source that is shared is shared whole."""
+        assert row not in self._groups, "only a new row is forked"
+        if not self.reserve(row, tokens):
+            return False
+        if shared > 0:
+            self._groups[row] = self._copy(self._groups[source], source, row, shared)
+        return True
+
+    def _copy(self, group: Group, source: int, row: int, shared: int) -> Group:
+        index = group.rows.index(source)
+        sources = group.sources[index : index + 1]
+        own = shared - sum(sources)
+        assert own >= 0, "a source is shared whole"
+        start = group.starts[index]
+        layers = [
+            (keys[index, None, :, start : start + own], values[index, None, :, start : start + own])
+            for keys, values in group.layers
+        ]
+        crossed = [
+            (keys[index, None, :, : sources[0]], values[index, None, :, : sources[0]])
+            for keys, values in group.crossed
+        ]
+        # Its columns are full: the row's first step copies it into a group of its own.
+        return Group([row], [0], own, own, layers, sources, crossed)
+
     def release(self, row: int) -> None:
         self._reserved.pop(row, None)
         self._groups.pop(row, None)
@@ -201,11 +227,11 @@ class PaddedCache:
         return layers
 
     def _parts(self, rows: Sequence[int]) -> list[tuple[Group, list[int]]]:
-        """The groups that these rows are in now, with those of them that have tokens there."""
+        """The groups that these rows are in now, with those of them that have something there."""
         parts: list[tuple[Group, list[int]]] = []
         for row in rows:
             group = self._groups.get(row)
-            if group is None or group.length(row) == 0:
+            if group is None or not (group.length(row) or group.crossed):
                 continue
             known = next((mine for old, mine in parts if old is group), None)
             if known is None:

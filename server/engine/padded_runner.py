@@ -70,7 +70,13 @@ class PaddedRunner:
             scores = self.forward(pieces, every)
             logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
         taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
-        prompts = [(s, logits[s.row]) for s, _ in step.prefill if s.wants_prompt_logprobs]
+        prompts = []
+        for sequence, tokens in step.prefill:
+            unscored = sequence.unscored(tokens)
+            if unscored:
+                # Those of an encoder's tokens are not there, and nobody asks for them.
+                at = slice(unscored.start - tokens, (unscored.stop - tokens) or None)
+                prompts.append((sequence, logits[sequence.row][at]))
         last = [logits[sequence.row][-1] for sequence in taking]
         none = next(iter(logits.values()))[:0]
         return Logits(taking, torch.stack(last) if last else none, prompts)
@@ -82,11 +88,12 @@ class PaddedRunner:
             length = sequence.computed - sequence.source_tokens
             batches["decode", length if length >= self._equal_beyond else 0].append((sequence, 1))
         for sequence, tokens in step.prefill:
-            if sequence.computed or tokens > self._equal_beyond:
+            if sequence.computed > sequence.source_tokens or tokens > self._equal_beyond:
                 batches["alone", sequence.row].append((sequence, tokens))
             else:
                 # Up to twice as long as the shortest: at least half of the batch is no padding.
-                batches["first", tokens.bit_length()].append((sequence, tokens))
+                kind = "encoded" if sequence.computed else "first"
+                batches[kind, tokens.bit_length()].append((sequence, tokens))
         yield from batches.values()
 
     @torch.inference_mode()

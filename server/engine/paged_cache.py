@@ -1,4 +1,7 @@
-"""Keys and values in blocks of 256 tokens, for CUDA; a row's block table says which are its own."""
+"""Keys and values in blocks of 256 tokens, for CUDA; a row's block table says which are its own.
+
+Rows that begin alike can have their first whole blocks in common; blocks are counted here alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,11 +50,13 @@ class PagedCache:
             for s in shapes
         ]
         self._free = list(range(blocks, _SCRATCH_BLOCK, -1))
+        self._users = [0] * (blocks + 1)
+        """By block: the tables that it stands in."""
         self.tables: dict[int, list[int]] = {}
 
     @property
     def used_tokens(self) -> int:
-        return sum(map(len, self.tables.values())) * BLOCK
+        return self.total_tokens - len(self._free) * BLOCK
 
     def reserve(self, row: int, tokens: int) -> bool:
         table = self.tables.get(row, [])
@@ -61,14 +66,37 @@ class PagedCache:
         if missing > 0:
             new = [self._free.pop() for _ in range(missing)]
             self.tables[row] = table + new
+            self._count(new, 1)
             index = torch.tensor(new, device=self.device)
             for pool in (*self.keys, *self.values):
                 # What another row left there is masked, but NaN times a weight of 0 is NaN.
                 pool.index_fill_(0, index, 0.0)
         return True
 
+    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
+        assert row not in self.tables, "only a new row is forked"
+        origin = self.tables[source]
+        whole, rest = divmod(shared, BLOCK)
+        self.tables[row] = origin[:whole]
+        if not self.reserve(row, tokens):
+            del self.tables[row]
+            return False
+        self._count(origin[:whole], 1)
+        if rest:
+            begun, copy = origin[whole], self.tables[row][whole]
+            for pool in (*self.keys, *self.values):
+                pool[copy, :rest] = pool[begun, :rest]
+        return True
+
     def release(self, row: int) -> None:
-        self._free += self.tables.pop(row, [])
+        table = self.tables.pop(row, [])
+        self._count(table, -1)
+        self._free += [block for block in table if self._users[block] == 0]
+
+    def _count(self, blocks: Sequence[int], change: int) -> None:
+        for block in blocks:
+            self._users[block] += change
+            assert self._users[block] >= 0, "a block is released once"
 
     def order(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows)

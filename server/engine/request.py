@@ -23,7 +23,7 @@ class SamplingParams:
 
     `top_k` 0, `top_p` 1 and `min_p` 0 are off; `temperature` 0 is greedy. `logprobs` is how many
     alternatives to report beside each token (None: no logprobs at all). With `prompt_logprobs`
-    the prompt's own tokens are scored too.
+    the prompt's own tokens are scored too, from the token `prompt_logprobs_from` on.
     """
 
     max_tokens: int
@@ -45,6 +45,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +57,31 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The beginning that a prompt has in common with that of an earlier request, its leader."""
+
+    leader: str
+    """The request's id."""
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One prompt to continue. The engine releases the lease when the request ends, however it ends.
 
-    `lease` None is the base model. A lower `priority` is served earlier.
+    `lease` None is the base model. A lower `priority` is served earlier. What `prefix` says is
+    computed once, if leader and request are submitted together (see `share_prefixes`).
     """
 
     id: str
     prompt: tuple[int, ...]
+    target: tuple[int, ...] = ()
+    """For an encoder-decoder: tokens that its answer begins with."""
     params: SamplingParams
     lease: Lease | None = None
     priority: int = 0
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +98,7 @@ class Output:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    """One per prompt token (the first is None); on the first output only, when asked for."""
+    """One per prompt token (None before the first that is scored); on the first output only, when
+    asked for."""
     finish_reason: FinishReason | None = None
     error: str = ""

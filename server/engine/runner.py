@@ -26,7 +26,8 @@ class Logits:
     next_token: torch.Tensor
     """`[sequences, vocab]`."""
     prompts: list[tuple[Sequence, torch.Tensor]]
-    """Sequences that score their prompt, and `[chunk, vocab]`: position i predicts token i + 1."""
+    """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
+    tokens that have no score yet."""
 
 
 class Runner(Protocol):
@@ -104,9 +105,10 @@ class _Wanted:
             if tokens == sequence.uncomputed:
                 taking.append(sequence)
                 ends.append(start + tokens - 1)
-            if sequence.wants_prompt_logprobs:
-                scoring.append((sequence, tokens))
-                scored += range(start, start + tokens)
+            unscored = sequence.unscored(tokens)
+            if unscored:
+                scoring.append((sequence, len(unscored)))
+                scored += range(start + unscored.start, start + unscored.stop)
             start += tokens
         return cls(taking, scoring, ends + scored)
 

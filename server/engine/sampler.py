@@ -80,16 +80,17 @@ class _Batch:
         self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
         if self._penalised:
             self._rows = torch.tensor(self._penalised, device=device)
-            mine = [params[row] for row in self._penalised]
-            self._presence = _column([p.presence_penalty for p in mine], device)
-            self._frequency = _column([p.frequency_penalty for p in mine], device)
-            self._repetition = _column([p.repetition_penalty for p in mine], device)
+            penalties = [params[row] for row in self._penalised]
+            self._presence = _column([p.presence_penalty for p in penalties], device)
+            self._frequency = _column([p.frequency_penalty for p in penalties], device)
+            self._repetition = _column([p.repetition_penalty for p in penalties], device)
             self._counts = torch.zeros(len(self._penalised), vocab, device=device)
             self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
             for index, row in enumerate(self._penalised):
                 answer = torch.tensor(sequences[row].answer, dtype=torch.long, device=device)
                 self._counts[index] += torch.bincount(answer, minlength=vocab)
-                self._seen[index, sequences[row].tokens] = True
+                mine = sequences[row]
+                self._seen[index, mine.tokens[mine.source_tokens :]] = True
 
     def fits(self, sequences: Rows[Sequence]) -> bool:
         """Whether these are the rows that this state was made for, one token on."""

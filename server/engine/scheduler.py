@@ -4,14 +4,17 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from adapters.bank import BASE_SLOT
 from adapters.residency import Residency
 from server.engine.kv_cache import KVCache
+from server.engine.prefixes import Prefixes
 from server.engine.sequence import Sequence
 
 _HEADROOM = 64
 """Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
+_RANK = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Scheduler:
     """Admits waiting sequences in order of priority, then arrival; preempts from the other end.
 
     A running sequence holds a row, room in the cache and its adapter's pin; a waiting one holds
-    none of them. Nothing fails for want of room: it waits, or is computed again.
+    none of them. Nothing fails for want of room: it waits, or is computed again. A sequence whose
+    leader is still to compute what they share lets others go first.
     """
 
     def __init__(
@@ -41,29 +45,39 @@ class Scheduler:
         self._residency = residency
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
-        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._prefixes = Prefixes(cache)
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._expecting: list[Sequence] = []
+        """Waiting too, for what their leaders compute."""
         self.running: list[Sequence] = []
         """In the order of admission."""
         self.preemptions = 0
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._expecting)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
-        yield from (sequence for *_, sequence in self._waiting)
+        yield from self._expecting
+        yield from (sequence for _, sequence in self._waiting)
 
-    def add(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (*_rank(sequence), sequence))
+    def add(self, sequence: Sequence, leader: Sequence | None = None) -> None:
+        """`leader` is the one that the sequence's request names, if it has not ended."""
+        if leader is not None:
+            self._prefixes.follow(sequence, leader)
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended: release what it holds, wherever it is."""
         if sequence in self.running:
-            self._release(sequence)
+            self._stop(sequence)
+        elif sequence in self._expecting:
+            self._expecting.remove(sequence)
         else:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
+        self._prefixes.end(sequence)
 
     def schedule(self) -> Step:
         decode = self._grow([s for s in self.running if s.uncomputed == 1])
@@ -72,7 +86,7 @@ class Scheduler:
         by_row = {sequence.row: sequence for sequence in decode}
         prefill: list[tuple[Sequence, int]] = []
         budget = self._chunk_tokens
-        for sequence in self.running:
+        for sequence in sorted(self.running, key=_RANK):
             if sequence.uncomputed > 1 and budget > 0:
                 tokens = min(budget, sequence.uncomputed)
                 if sequence.computed < sequence.source_tokens:
@@ -86,14 +100,17 @@ class Scheduler:
 
     def _grow(self, decode: list[Sequence]) -> list[Sequence]:
         """Room for one more token each; the last in rank give way where there is none."""
-        growing = deque(sorted(decode, key=_rank))
+        growing = deque(sorted(decode, key=_RANK))
         grown = []
         while growing:
             sequence = growing.popleft()
             if self._cache.reserve(sequence.row, len(sequence.tokens)):
                 grown.append(sequence)
                 continue
-            victim = max(self.running, key=_rank)
+            if self._prefixes.drop():
+                growing.appendleft(sequence)
+                continue
+            victim = max(self.running, key=_RANK)
             self._preempt(victim)
             if victim is not sequence:
                 growing.appendleft(sequence)
@@ -102,29 +119,38 @@ class Scheduler:
         return grown
 
     def _admit(self) -> None:
+        for sequence in [s for s in self._expecting if not self._prefixes.must_wait(s)]:
+            self._expecting.remove(sequence)
+            self.add(sequence)
         while self._waiting and len(self.running) < self._max_rows:
-            sequence = self._waiting[0][2]
+            sequence = self._waiting[0][1]
+            if self._prefixes.must_wait(sequence):
+                heapq.heappop(self._waiting)
+                self._expecting.append(sequence)
+                continue
             slot = self._pin(sequence)
             if slot is None:
                 return
             left = sequence.request.params.max_tokens - sequence.answer_tokens
             room = len(sequence.tokens) + max(0, min(left, _HEADROOM) - 1)
-            if not self._cache.reserve(sequence.row, room):
+            if not self._prefixes.reserve(sequence, room):
                 self._unpin(sequence)
+                if self._prefixes.drop(below=sequence if self.running else None):
+                    continue
                 return
             heapq.heappop(self._waiting)
             sequence.slot = slot
             self.running.append(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        self._stop(sequence)
+        self._cache.release(sequence.row)
         sequence.computed = 0
         self.preemptions += 1
         self.add(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._cache.release(sequence.row)
         self._unpin(sequence)
         sequence.slot = None
 
@@ -135,8 +161,3 @@ class Scheduler:
     def _unpin(self, sequence: Sequence) -> None:
         if sequence.request.lease is not None:
             self._residency.unpin(sequence.request.lease)
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Smaller is served earlier. Row numbers rise with arrival."""
-    return sequence.request.priority, sequence.row

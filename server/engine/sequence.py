@@ -31,8 +31,8 @@ class Sequence:
         start = decoder_start or ()
         self.source_tokens = 0 if decoder_start is None else len(request.prompt)
         """The first of `tokens`, which an encoder reads, and only as a whole."""
-        self.prompt_tokens = len(request.prompt) + len(start)
-        self.tokens = [*request.prompt, *start]
+        self.tokens = [*request.prompt, *start, *request.target]
+        self.prompt_tokens = len(self.tokens)
         self.computed = 0
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
@@ -43,8 +43,15 @@ class Sequence:
             request.params.stop,
             request.params.skip_special_tokens,
         )
-        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.prompt_logprobs: list[TokenLogprob | None] = [
+            None
+        ] * request.params.prompt_logprobs_from
         """Known so far, when they were asked for. Nothing predicts the first token."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is served earlier. Row numbers rise with arrival."""
+        return self.request.priority, self.row
 
     @property
     def answer(self) -> list[int]:
@@ -58,7 +65,32 @@ class Sequence:
     def uncomputed(self) -> int:
         return len(self.tokens) - self.computed
 
+    def unscored(self, tokens: int) -> range:
+        """Which of the next `tokens` tokens predict one of the prompt that has no score yet."""
+        if not self.wants_prompt_logprobs:
+            return range(0)
+        first = len(self.prompt_logprobs) - 1 - self.computed
+        return range(first, min(tokens, self.prompt_tokens - 1 - self.computed))
+
     @property
     def wants_prompt_logprobs(self) -> bool:
         asked = self.request.params.prompt_logprobs is not None
         return asked and len(self.prompt_logprobs) < self.prompt_tokens
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens whose keys and values a leader can give. The last common token is not one of
+        them: computed again, it says what comes next."""
+        prefix = self.request.prefix
+        if prefix is None:
+            return 0
+        if self.source_tokens:
+            # What an encoder reads is common as a whole, or not at all.
+            return self.source_tokens if prefix.tokens == self.source_tokens else 0
+        return prefix.tokens - 1
+
+    def begin_like(self, leader: "Sequence") -> None:
+        """The keys and values of the shared tokens are there, copied from the leader's."""
+        self.computed = self.shared_tokens
+        scored = len(self.prompt_logprobs)
+        self.prompt_logprobs += leader.prompt_logprobs[scored : self.shared_tokens + 1]

@@ -39,6 +39,14 @@ class Oracle:
             logits = self._model(input_ids=torch.tensor([list(ids)])).logits[0]
         return torch.log_softmax(logits.float(), dim=-1)
 
+    def loss(self, prompt: str, target: str) -> float:
+        """transformers' own: the mean cross-entropy of the target's tokens after the prompt."""
+        before, after = self.ids(prompt), self.ids(target)
+        labels = torch.tensor([[-100] * len(before) + after])
+        with torch.no_grad():
+            out = self._model(input_ids=torch.tensor([before + after]), labels=labels)
+        return float(out.loss)
+
     def greedy(self, prompt: str | Sequence[int], count: int) -> list[int]:
         """The next `count` tokens, end tokens included like any other."""
         ids = self.ids(prompt) if isinstance(prompt, str) else list(prompt)

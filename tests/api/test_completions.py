@@ -121,6 +121,22 @@ def test_choices_are_numbered_prompt_by_prompt(
     assert answer["usage"]["completion_tokens"] == 6 * 12
 
 
+def test_prompts_that_begin_alike_are_scored_like_any(
+    client: httpx.Client, base: str, oracle: Oracle
+) -> None:
+    prompts = [f"The order that we had waited for arrived {how}." for how in ("late", "in time")]
+
+    answer = complete(client, base, prompt=prompts, n=2, echo=True, logprobs=0, max_tokens=0)
+
+    for choice in answer["choices"]:
+        ids = oracle.ids(prompts[choice["index"] // 2])
+        scores = oracle.scores(ids)
+        first, *found = choice["logprobs"]["token_logprobs"]
+        assert first is None
+        wanted = [scores[place, token].item() for place, token in enumerate(ids[1:])]
+        assert found == pytest.approx(wanted, abs=1e-3)
+
+
 def test_a_seed_makes_each_choice_repeatable(client: httpx.Client, base: str) -> None:
     def texts(**body: Any) -> list[str]:
         answer = complete(client, base, temperature=1, **body)

@@ -1,5 +1,6 @@
 """Rank classification, against log-likelihoods of PEFT's own model."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,56 @@ def test_choices_are_scored_by_their_mean_log_probability(
         assert choice["score"] == pytest.approx(total / count, abs=1e-3)
     means = [total / count for total, count in wanted]
     assert ranking["best"] == means.index(max(means))
+
+
+def test_a_prompt_is_computed_once_for_all_its_choices(
+    client: httpx.Client, server: RunningServer
+) -> None:
+    engine = server.services.engine
+    prompts = [f"Input {number}: {PROMPT} after a week of waiting." for number in range(3)]
+    inputs = [{"prompt": prompt, "choices": [" late", "!", "?"]} for prompt in prompts]
+    before = engine.stats().prompt_tokens
+    answer = rank(client, inputs=inputs, model="default").json()
+    computed = engine.stats().prompt_tokens - before
+
+    again = 2  # the prompt's last token, for each choice but the first
+    assert computed == sum(len(prompt) + len(" late!?") + again for prompt in prompts)
+    assert answer["usage"]["prompt_tokens"] == sum(
+        3 * len(prompt) + len(" late!?") for prompt in prompts
+    )
+
+
+def test_rankings_with_several_adapters_at_once_are_t_fews(
+    client: httpx.Client, model_folder: Path, adapter_folders: dict[str, Path]
+) -> None:
+    """T-Few's score: the loss summed over a choice's tokens, by their number; the least is best."""
+    inputs = [
+        {"prompt": f"{PROMPT} on day {day}, which the customer found to be", "choices": CHOICES}
+        for day in range(4)
+    ]
+    with ThreadPoolExecutor() as pool:
+        models = ["tiny", *adapter_folders]
+        answers = list(pool.map(lambda name: rank(client, model=name, inputs=inputs), models))
+
+    for name, answer in zip(models, answers, strict=True):
+        oracle = Oracle(model_folder, adapter_folders.get(name))
+        for ranking, each in zip(answer.json()["data"], inputs, strict=True):
+            losses = [oracle.loss(str(each["prompt"]), choice) for choice in CHOICES]
+            assert [c["score"] for c in ranking["choices"]] == pytest.approx(
+                [-loss for loss in losses], abs=1e-3
+            )
+            assert ranking["best"] == losses.index(min(losses))
+
+
+def test_a_choice_may_end_with_the_end_token_as_t_fews_do(
+    client: httpx.Client, model_folder: Path
+) -> None:
+    inputs = [{"prompt": PROMPT, "choices": [" late</s>"]}]
+    [ranking] = rank(client, inputs=inputs).json()["data"]
+
+    loss = Oracle(model_folder).loss(PROMPT, " late</s>")
+    assert ranking["choices"][0]["tokens"] == len(" late") + 1
+    assert ranking["choices"][0]["score"] == pytest.approx(-loss, abs=1e-3)
 
 
 def test_without_normalising_a_score_is_the_sum(client: httpx.Client) -> None:

@@ -27,6 +27,7 @@ from server.engine import (
     SamplingParams,
     TokenLogprob,
 )
+from server.engine.prefixes import share_prefixes
 from tests.factories import tiny_tokenizer
 
 _PATIENCE = 60.0
@@ -130,6 +131,31 @@ class Harness:
         if len(adapters) == 1:
             return self.registry.lease(adapters[0])
         return self.registry.lease_mixture([Part(name) for name in adapters], "product")
+
+    def order(
+        self,
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        adapter: str | None = None,
+        **params: Any,
+    ) -> list[str]:
+        """Several requests at once, as one call of the API makes them; returns their ids."""
+        requests = share_prefixes(
+            [
+                GenerationRequest(
+                    id=f"{name}-{number}",
+                    prompt=tuple(prompt),
+                    params=SamplingParams(
+                        **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
+                    ),
+                    lease=None if adapter is None else self.registry.lease(adapter),
+                )
+                for number, prompt in enumerate(prompts)
+            ]
+        )
+        self.answers |= {request.id: Answer() for request in requests}
+        self.engine.submit(*requests)
+        return [request.id for request in requests]
 
     def read(self) -> None:
         """Take in one delivery."""

@@ -43,15 +43,17 @@ class Row:
     value: list[torch.Tensor] = field(default_factory=list)
 
     @property
+    def history(self) -> tuple[list[torch.Tensor], ...]:
+        return self.query, self.key, self.value
+
+    @property
     def length(self) -> int:
         return sum(each.shape[1] for each in self.key)
 
     def attention(self, layer: LayerAttention, last: int) -> torch.Tensor:
         """`[last, heads, dim]`: what transformers' own attention (gemma2's) says of the last
         tokens."""
-        query, key, value = (
-            torch.cat(each, dim=1)[None] for each in (self.query, self.key, self.value)
-        )
+        query, key, value = (torch.cat(each, dim=1)[None] for each in self.history)
         times = torch.arange(self.length)
         past = times[:, None] - times
         hidden = (past < 0) | (past >= (layer.window or self.length))
@@ -128,6 +130,46 @@ def test_room_is_kept_used_up_and_given_back(make: Callable[[int], KVCache]) -> 
 
 
 @CACHES
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@settings(max_examples=8)
+@given(computed=st.integers(2, 400), share=st.floats(0, 1), more=st.integers(1, 90))
+def test_a_fork_attends_as_if_it_had_computed_everything_itself(
+    make: Callable[[], KVCache], layer: LayerAttention, computed: int, share: float, more: int
+) -> None:
+    """Whatever either row does after it, and when the source has gone too."""
+    torch.manual_seed(0)
+    cache = make()
+    source, fork = Row(0), Row(1)
+    assert cache.reserve(0, computed + more + 1)
+    run_step(cache, [], [(source, computed)], layer)
+    # The source has keys in its other layer too: what a fork does there must not fail.
+    shared = max(1, int(share * computed))
+    assert cache.fork(0, 1, shared, shared + 1)
+    for mine, theirs in zip(fork.history, source.history, strict=True):
+        mine.append(torch.cat(theirs, dim=1)[:, :shared])
+    run_step(cache, [], [(source, more), (fork, 1)], layer)
+    assert cache.reserve(1, shared + more + 2)
+    run_step(cache, [source], [(fork, more)], layer)
+    cache.release(0)
+    assert cache.reserve(2, 70)
+    run_step(cache, [fork], [(Row(2), 70)], layer)
+    cache.release(1)
+    cache.release(2)
+    assert cache.used_tokens == 0
+
+
+@CACHES
+def test_a_fork_that_finds_no_room_takes_none(make: Callable[[int], KVCache]) -> None:
+    cache = make(2 * LONGEST)
+    assert cache.reserve(0, LONGEST)
+    assert cache.reserve(1, LONGEST - BLOCK)
+    used = cache.used_tokens
+
+    assert not cache.fork(0, 2, BLOCK // 2, LONGEST)
+    assert cache.used_tokens == used
+
+
+@CACHES
 def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], KVCache]) -> None:
     """Not even where it was NaN, which no mask of weight 0 would hold back."""
     torch.manual_seed(0)
@@ -191,3 +233,17 @@ def test_a_table_grows_by_whole_blocks() -> None:
     assert cache.used_tokens == BLOCK
     cache.reserve(0, BLOCK + 1)
     assert cache.used_tokens == 2 * BLOCK
+
+
+def test_forks_have_whole_blocks_in_common() -> None:
+    cache = blocks()
+    cache.reserve(0, 2 * BLOCK)
+    assert cache.fork(0, 1, BLOCK + 10, 2 * BLOCK)
+    assert cache.used_tokens == 3 * BLOCK
+    cache.release(0)
+    assert cache.used_tokens == 2 * BLOCK
+    assert cache.fork(1, 2, BLOCK, BLOCK + 1)
+    cache.release(1)
+    cache.release(2)
+    assert cache.used_tokens == 0
+    assert cache.reserve(3, LONGEST)

@@ -115,6 +115,26 @@ def test_a_prompt_is_scored_as_peft_scores_it(
         )
 
 
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo"])
+def test_requests_that_begin_alike_are_computed_once_and_end_as_alone(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder})
+    common = [5 + 7 * n % 250 for n in range(50)]
+    asked = [[*common, *rest] for rest in ([9], [10, 11, 12], [13, 14])]
+    ids = engine.order("order", asked, "a")
+    engine.wait()
+
+    oracle = FamilyOracle(tiny(family), [folder])
+    for each, prompt in zip(ids, asked, strict=True):
+        answer = engine.answers[each].tokens
+        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist()
+    assert engine.engine.stats().prompt_tokens < 2 * len(common)
+    engine.assert_idle()
+
+
 SHAPES = [LayerShape(2, 8, 8, torch.float32)]
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Laws of the scheduler, under any mix of requests, on a real cache and a real registry."""
+"""Laws of the scheduler, under any mix of orders, on a real cache and a real registry."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from server.engine.attention import LayerShape
 from server.engine.kv_cache import StripCache
+from server.engine.prefixes import share_prefixes
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Sequence
@@ -28,18 +29,23 @@ TOKENIZER = tiny_tokenizer()
 
 @dataclass(frozen=True)
 class Ask:
+    """An order of one request, or of several that have `prompt` tokens in common."""
+
     prompt: int
     answer: int
     adapter: str | None
     priority: int
+    choices: tuple[int, ...] = (0,)
+    """Tokens of each request beyond those."""
 
 
 asks = st.builds(
     Ask,
-    prompt=st.integers(1, 150),
-    answer=st.integers(1, 100),
+    prompt=st.integers(1, 140),
+    answer=st.integers(0, 100),
     adapter=st.sampled_from([None, *ADAPTERS]),
     priority=st.integers(-2, 2),
+    choices=st.lists(st.integers(0, 15), min_size=1, max_size=5).map(tuple),
 )
 
 
@@ -61,39 +67,70 @@ def registry(
 
 
 class Machine:
-    """Runs whatever the scheduler says, without a model: every step computes and takes a token."""
+    """Runs whatever the scheduler says, without a model: every step computes and takes a token.
 
-    def __init__(self, registry: AdapterRegistry) -> None:
+    A token's key is the token itself, so the cache says whether a row has the keys of its tokens.
+    """
+
+    def __init__(self, registry: AdapterRegistry, rows: int = ROWS) -> None:
         self.registry = registry
-        shapes = [LayerShape(1, 4, 4, torch.float32)]
+        shapes = [LayerShape(1, 1, 1, torch.float32)]
         self.cache = StripCache(shapes, 2 * WINDOW, WINDOW)
-        self.scheduler = Scheduler(self.cache, registry.residency, ROWS, CHUNK)
+        self.scheduler = Scheduler(self.cache, registry.residency, rows, CHUNK)
         self.finished: list[int] = []
+        self.computed = 0
         self.row = 0
 
-    def add(self, ask: Ask) -> None:
-        lease = None if ask.adapter is None else self.registry.lease(ask.adapter)
-        request = GenerationRequest(
-            id=str(self.row),
-            prompt=(5,) * ask.prompt,
-            params=SamplingParams(max_tokens=ask.answer),
-            lease=lease,
-            priority=ask.priority,
+    def add(self, ask: Ask) -> list[Sequence]:
+        requests = share_prefixes(
+            [
+                GenerationRequest(
+                    id=str(self.row + number),
+                    prompt=(*((5,) * ask.prompt), *((6 + number,) * choice)),
+                    params=SamplingParams(max_tokens=ask.answer),
+                    lease=None if ask.adapter is None else self.registry.lease(ask.adapter),
+                    priority=ask.priority,
+                )
+                for number, choice in enumerate(ask.choices)
+            ]
         )
-        self.scheduler.add(Sequence(request, self.row, TOKENIZER))
-        self.row += 1
+        added: dict[str, Sequence] = {}
+        for request in requests:
+            sequence = added[request.id] = Sequence(request, self.row, TOKENIZER)
+            leader = None if request.prefix is None else added[request.prefix.leader]
+            self.scheduler.add(sequence, leader)
+            self.row += 1
+        return list(added.values())
 
     def step(self) -> Step:
         step = self.scheduler.schedule()
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
-            sequence.computed += tokens
+            start, end = sequence.computed, sequence.computed + tokens
+            self.keys(sequence)[start:end] = torch.tensor(sequence.tokens[start:end])
+            sequence.computed = end
+            self.computed += tokens
             if sequence.uncomputed == 0:
-                sequence.tokens.append(6)
+                if sequence.request.params.max_tokens > 0:
+                    sequence.tokens.append(20 + sequence.row)
                 if sequence.answer_tokens == sequence.request.params.max_tokens:
                     self.finish(sequence)
         return step
 
+    def keys(self, sequence: Sequence) -> torch.Tensor:
+        slab, index = self.cache.place(sequence.row)
+        return self.cache.keys(0, slab)[index, 0, :, 0]
+
+    def run(self) -> None:
+        steps = 0
+        while list(self.scheduler):
+            self.check(self.step(), self.scheduler.running)
+            steps += 1
+            assert steps < 20_000, "the scheduler turns in a circle"
+
     def finish(self, sequence: Sequence) -> None:
+        if sequence.computed:
+            keys = self.keys(sequence)[: sequence.computed]
+            assert keys.tolist() == sequence.tokens[: sequence.computed]
         self.scheduler.remove(sequence)
         if sequence.request.lease is not None:
             sequence.request.lease.release()
@@ -110,24 +147,30 @@ class Machine:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(arrivals=st.lists(st.lists(asks, max_size=4), min_size=1, max_size=12))
+@given(
+    arrivals=st.lists(
+        st.tuples(st.lists(asks, max_size=4), st.one_of(st.none(), st.integers(0, 20))),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_every_request_ends_and_gives_back_what_it_held(
-    registry: AdapterRegistry, arrivals: list[list[Ask]]
+    registry: AdapterRegistry, arrivals: list[tuple[list[Ask], int | None]]
 ) -> None:
-    """No starvation, no leak, never idle while somebody waits."""
+    """No starvation, no leak, never idle while somebody waits, no row with keys of other tokens
+    than its own; whoever is cancelled, leaders too."""
     machine = Machine(registry)
-    for burst in arrivals:
+    for burst, cancelled in arrivals:
         for ask in burst:
             machine.add(ask)
+        there = list(machine.scheduler)
+        if there and cancelled is not None:
+            machine.finish(there[cancelled % len(there)])
         waiting_before = list(machine.scheduler)
         step = machine.step()
         assert bool(step) == bool(waiting_before)
         machine.check(step, machine.scheduler.running)
-    steps = 0
-    while list(machine.scheduler):
-        machine.check(machine.step(), machine.scheduler.running)
-        steps += 1
-        assert steps < 20_000, "the scheduler turns in a circle"
+    machine.run()
 
     assert sorted(machine.finished) == list(range(machine.row))
     assert machine.cache.used_tokens == 0
@@ -172,3 +215,99 @@ def test_the_lowest_in_rank_give_way_and_come_back(registry: AdapterRegistry) ->
     while list(machine.scheduler):
         machine.step()
     assert machine.finished == [1, 2, 3, 0]
+
+
+def test_what_an_order_has_in_common_is_computed_once(registry: AdapterRegistry) -> None:
+    machine = Machine(registry)
+    machine.add(Ask(prompt=100, answer=0, adapter="default", priority=0, choices=(3, 4, 5)))
+    machine.run()
+
+    again = 2  # the last common token, for what comes after it
+    assert machine.computed == 100 + 3 + 4 + 5 + again
+    assert machine.cache.used_tokens == 0
+
+
+def test_others_go_first_while_a_leader_computes(registry: AdapterRegistry) -> None:
+    machine = Machine(registry)
+    leader, follower = machine.add(Ask(100, 5, None, 0, choices=(1, 1)))
+    [other] = machine.add(Ask(10, 5, None, 0))
+    machine.step()
+    assert machine.scheduler.running == [leader, other]
+    while leader.computed < 100:
+        machine.step()
+    machine.step()
+
+    assert follower in machine.scheduler.running
+    machine.run()
+
+
+def test_followers_of_a_leader_that_is_cancelled_compute_for_themselves(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    leader, *followers = machine.add(Ask(100, 5, "default", 0, choices=(1, 1, 1)))
+    machine.step()
+    machine.finish(leader)
+    machine.step()
+    assert machine.scheduler.running == followers
+    machine.run()
+
+    assert machine.computed == CHUNK + 2 * (101 + 4)
+
+
+def test_a_leader_that_ends_leaves_its_keys_to_those_who_wait_for_a_row(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry, rows=1)
+    machine.add(Ask(100, 1, None, 0, choices=(1, 1, 1)))
+    machine.run()
+
+    assert machine.computed == 101 + 2 * 2
+
+
+def test_keys_of_an_ended_leader_give_way_to_a_request_of_higher_rank(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    leader, _ = machine.add(Ask(100, 1, None, priority=1, choices=(1, 1)))
+    while leader.computed < 101:
+        machine.step()
+    for _ in range(2):
+        machine.add(Ask(140, 100, None, priority=0))
+    machine.step()
+    assert [s.prompt_tokens for s in machine.scheduler.running] == [140, 140]
+    machine.run()
+
+    assert machine.computed == 2 * 101 + 2 * (140 + 99)
+
+
+def test_keys_of_an_ended_leader_give_way_before_a_running_row(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    machine.add(Ask(65, 100, "default", 0))
+    machine.add(Ask(20, 100, "regex", 0))
+    machine.add(Ask(100, 1, None, 1, choices=(1, 1)))
+    machine.step()
+    machine.add(Ask(10, 1, "queries", 0))  # waits for a slot, and the follower behind it
+    machine.run()
+
+    assert machine.scheduler.preemptions == 0
+    assert machine.computed == (65 + 99) + (20 + 99) + 2 * 101 + 10
+
+
+def test_a_leader_that_gave_way_is_followed_when_it_is_back(registry: AdapterRegistry) -> None:
+    machine = Machine(registry)
+    [grows] = machine.add(Ask(65, 100, None, 0))
+    machine.add(Ask(20, 100, None, 0))
+    while len(grows.tokens) < 127:
+        machine.step()
+    leader, _ = machine.add(Ask(140, 1, None, 1, choices=(1, 1)))
+    lost = 0
+    while not machine.scheduler.preemptions:
+        lost = leader.computed
+        machine.step()
+    machine.run()
+
+    assert lost > 0
+    assert machine.computed == (65 + 99) + (20 + 99) + lost + 141 + 2

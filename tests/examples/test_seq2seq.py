@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from examples.train import seq2seq
 from server.settings import Settings
 from tests.api.conftest import run_server
+from tests.engine.family_oracle import FamilyOracle
 from tests.factories import tiny_tokenizer
 from tests.families import tiny
 
@@ -64,16 +65,16 @@ def client(
         yield client
 
 
-def text_of_peft(base: Path, adapter: Path | None, prompt: str) -> str:
+def text_of_peft(base: Path, adapter: Path | None, prompt: str, tokens: int = 12) -> str:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSeq2SeqLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     with torch.inference_mode():
-        tokens = model.eval().generate(
-            **tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False
+        answer = model.eval().generate(
+            **tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, do_sample=False
         )
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return str(tokenizer.decode(answer[0], skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -127,6 +128,38 @@ def test_the_tokens_of_an_encoders_prompt_are_not_scored(client: httpx.Client, l
 
     assert refusal.status_code == 400
     assert "/v1/rank" in refusal.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("model", ["t5", "reverse"])
+def test_choices_are_ranked_by_the_decoders_log_probabilities(
+    client: httpx.Client, base: Path, trained: Path, model: str
+) -> None:
+    """One long prompt, which its choices share, and a short one; of the choice's tokens and its
+    end token, as in T-Few."""
+    inputs = [
+        {"prompt": "a text of more than thirty-two tokens", "choices": ["eno", "owt", "x"]},
+        {"prompt": "one", "choices": ["eno", "a longer choice"]},
+    ]
+    answer = client.post("/v1/rank", json={"model": model, "inputs": inputs}).json()
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    oracle = FamilyOracle(
+        AutoModelForSeq2SeqLM.from_pretrained(base), [] if model == "t5" else [trained]
+    )
+    for asked, ranking in zip(inputs, answer["data"], strict=True):
+        for choice, ranked in zip(asked["choices"], ranking["choices"], strict=True):
+            target = tokenizer.encode(choice)
+            logprobs = oracle.logprobs(tokenizer.encode(asked["prompt"]), target)
+            by_token = logprobs[range(len(target)), target]
+            assert ranked["tokens"] == len(choice) + 1
+            assert ranked["score"] == pytest.approx(by_token.mean().item(), abs=1e-4)
+
+
+def test_samples_of_one_prompt_share_its_encoding(client: httpx.Client, base: Path) -> None:
+    body = {"model": "t5", "prompt": "x" * 40, "max_tokens": 6, "temperature": 0, "n": 3}
+    choices = client.post("/v1/completions", json=body).json()["choices"]
+
+    assert {choice["text"] for choice in choices} == {text_of_peft(base, None, "x" * 40, 6)}
 
 
 def test_a_model_without_a_chat_template_says_what_to_use(client: httpx.Client) -> None:
