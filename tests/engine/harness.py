@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
+from adapters.residency import Lease
 from adapters.store import AdapterStore
 from server.engine import (
     Engine,
@@ -59,9 +60,10 @@ class Harness:
         adapters: Mapping[str, Path],
         max_resident: int = 64,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        keep_revisions: int = 10,
         **config: Any,
     ) -> None:
-        self.store = AdapterStore(folder)
+        self.store = AdapterStore(folder, keep_revisions)
         self.ia3 = IA3Model(base, max_resident)
         self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
         loaded = LoadedModel(
@@ -102,11 +104,11 @@ class Harness:
         self,
         request_id: str,
         prompt: Sequence[int],
-        adapter: str | None = None,
+        adapter: str | Lease | None = None,
         priority: int = 0,
         **params: Any,
     ) -> None:
-        lease = None if adapter is None else self.registry.lease(adapter)
+        lease = self.registry.lease(adapter) if isinstance(adapter, str) else adapter
         sampling = SamplingParams(
             **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
         )
@@ -133,7 +135,7 @@ class Harness:
         while any(self.answers[each].finish is None for each in wanted):
             self.read()
 
-    def ask(self, prompt: Sequence[int], adapter: str | None = None, **params: Any) -> Answer:
+    def ask(self, prompt: Sequence[int], adapter: str | Lease | None = None, **params: Any) -> Answer:
         """One request, alone."""
         self.submit("alone", prompt, adapter, **params)
         self.wait("alone")
