@@ -135,7 +135,9 @@ class Harness:
         while any(self.answers[each].finish is None for each in wanted):
             self.read()
 
-    def ask(self, prompt: Sequence[int], adapter: str | Lease | None = None, **params: Any) -> Answer:
+    def ask(
+        self, prompt: Sequence[int], adapter: str | Lease | None = None, **params: Any
+    ) -> Answer:
         """One request, alone."""
         self.submit("alone", prompt, adapter, **params)
         self.wait("alone")
