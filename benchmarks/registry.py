@@ -59,8 +59,13 @@ def main(
         workload = make_workload(model, Path(scratch) / "by-peft", 1, PROMPT_TOKENS, 1)
         template = Template(workload)
         filled = fill(many, template, adapters)
-        seconds: dict[str, list[float]] = {"start, few": [], "start, many": []}
+        seconds: dict[str, list[float]] = {
+            "open the store": [],
+            "start, few": [],
+            "start, many": [],
+        }
         for _ in range(starts):
+            seconds["open the store"].append(open_seconds(many))
             for name, store in (("start, few", few), ("start, many", many)):
                 with serve(store, Path(scratch)) as server:
                     seconds[name].append(server.start_seconds)
@@ -134,6 +139,14 @@ def fill(folder: Path, template: Template, adapters: int) -> dict[str, float]:
     if len(seconds) < 200:
         return {}
     return {"first_100_median": median(seconds[:100]), "last_100_median": median(seconds[-100:])}
+
+
+def open_seconds(folder: Path) -> float:
+    began = time.perf_counter()
+    store = AdapterStore(folder)
+    seconds = time.perf_counter() - began
+    store.close()
+    return seconds
 
 
 @contextmanager
