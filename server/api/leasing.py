@@ -1,6 +1,7 @@
 """What a generation request runs on: the base, an adapter, or a mixture of adapters."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from adapters.errors import UnknownAdapter, UnknownRevision
 from adapters.registry import Part
@@ -21,9 +22,17 @@ def unknown_model(model: str) -> ApiError:
 
 
 def check_model(services: Services, body: ModelBody) -> None:
-    """Refuse what cannot be leased before the prompt is read. Raises ApiError."""
-    with ExitStack() as undo:
-        lease_choices(services, body, 1, undo)
+    """Refuse what cannot be leased before the prompt is read. The lease alone reads the disk.
+
+    Raises ApiError 400, 404; AdapterDisabled.
+    """
+    _check_mixture(services, body)
+    with _unknown_models():
+        if body.adapters is not None:
+            for part in body.adapters:
+                services.registry.resolve(part.name)
+        elif body.model != services.model_name:
+            services.registry.resolve(body.model)
 
 
 def lease_choices(
@@ -61,10 +70,17 @@ def _lease(services: Services, body: ModelBody) -> Lease:
         parts = [Part(body.model, body.strength)]
     else:
         parts = []
-    try:
+    with _unknown_models():
         if parts:
             return services.registry.lease_mixture(parts, body.composition or "product")
         return services.registry.lease(body.model)
+
+
+@contextmanager
+def _unknown_models() -> Iterator[None]:
+    """What names no adapter of ours names no model."""
+    try:
+        yield
     except UnknownAdapter as error:
         raise unknown_model(error.name) from None
     except UnknownRevision as error:

@@ -250,6 +250,12 @@ def test_a_value_that_is_not_finite_is_counted(folder: Path, value: float) -> No
     assert "2 of 16 values are NaN or infinite" in faults_of(folder)[KEY]
 
 
+def test_values_are_finite_even_where_their_sum_is_not(folder: Path) -> None:
+    change_weights(folder, lambda t: t[KEY].fill_(3e38))
+    vectors = vectors_of(folder).vectors
+    assert max(float(vector.max()) for vector in vectors.values()) > 2e38
+
+
 def test_a_value_too_large_for_float32_is_refused(folder: Path) -> None:
     change_weights(folder, lambda t: t.update({KEY: torch.ones(16, 1).double() * 1e300}))
     assert "16 of 16 values" in faults_of(folder)[KEY]

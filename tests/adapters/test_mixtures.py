@@ -196,6 +196,25 @@ def test_a_pinned_adapter_takes_a_slot_before_anyone_asks_and_is_never_evicted(
     assert house.registry.stats().leases == 0
 
 
+def test_a_pinned_adapter_that_finds_every_slot_in_use_takes_the_next_one(house: House) -> None:
+    parts = [Part("queries"), Part("queries", 2), Part("queries", 3)]
+    leases = [house.registry.lease_mixture([part], "product") for part in parts]
+    for lease in leases:
+        house.registry.residency.pin(lease)
+    house.registry.describe("default", Details(pinned=True))
+    house.registry.residency.settle()
+    for lease in leases:
+        house.registry.residency.unpin(lease)
+        lease.release()
+    house.registry.residency.settle()
+    swaps = house.registry.stats().swaps
+    with house.registry.lease("default") as lease:
+        house.registry.residency.pin(lease)
+        house.registry.residency.unpin(lease)
+
+    assert house.registry.stats().swaps == swaps
+
+
 def test_a_pin_follows_its_name_and_goes_with_it(house: House, known: Known) -> None:
     house.registry.describe("default", Details(pinned=True))
     with house.store.staging() as staged:

@@ -61,9 +61,10 @@ class Harness:
         adapters: Mapping[str, Path],
         max_resident: int = 64,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        keep_revisions: int = 10,
         **config: Any,
     ) -> None:
-        self.store = AdapterStore(folder)
+        self.store = AdapterStore(folder, keep_revisions)
         self.ia3 = IA3Model(base, max_resident)
         self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
         loaded = LoadedModel(
@@ -104,11 +105,11 @@ class Harness:
         self,
         request_id: str,
         prompt: Sequence[int],
-        *adapters: str | None,
+        *adapters: str | Lease | None,
         priority: int = 0,
         **params: Any,
     ) -> None:
-        """`adapters`: none or None for the base, one, or several for their product."""
+        """`adapters`: none or None for the base, one or its lease, or several for their product."""
         lease = self._lease([adapter for adapter in adapters if adapter is not None])
         sampling = SamplingParams(
             **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
@@ -125,12 +126,15 @@ class Harness:
                 lease.release()
             raise
 
-    def _lease(self, adapters: Sequence[str]) -> Lease | None:
-        if not adapters:
-            return None
-        if len(adapters) == 1:
-            return self.registry.lease(adapters[0])
-        return self.registry.lease_mixture([Part(name) for name in adapters], "product")
+    def _lease(self, adapters: Sequence[str | Lease]) -> Lease | None:
+        match adapters:
+            case []:
+                return None
+            case [str(name)]:
+                return self.registry.lease(name)
+            case [Lease() as lease]:
+                return lease
+        return self.registry.lease_mixture([Part(str(name)) for name in adapters], "product")
 
     def order(
         self,
@@ -168,7 +172,9 @@ class Harness:
         while any(self.answers[each].finish is None for each in wanted):
             self.read()
 
-    def ask(self, prompt: Sequence[int], adapter: str | None = None, **params: Any) -> Answer:
+    def ask(
+        self, prompt: Sequence[int], adapter: str | Lease | None = None, **params: Any
+    ) -> Answer:
         """One request, alone."""
         self.submit("alone", prompt, adapter, **params)
         self.wait("alone")
