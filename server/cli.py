@@ -56,9 +56,9 @@ def merge(
     Example: infuse merge ./merged ./out/support-de --model ./my-base-model
     """
     # These import torch and transformers: seconds that nothing else here need wait for.
+    from adapters.base_checkpoint import BaseCheckpoint
     from adapters.checkpoint import effective_vectors, read_checkpoint
     from adapters.combine import Recipe, combine
-    from adapters.merge import BaseCheckpoint
     from adapters.merge import merge as merge_into
     from server.engine import EngineError
     from server.engine.loading import default_model_folder

@@ -44,7 +44,7 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
 def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **config: Any) -> Path:
     """An IA3 adapter with random vectors around 1, saved by PEFT. Wraps, and restores, `base`."""
     generator = torch.Generator().manual_seed(seed)
-    model = peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM", **config))
+    model = peft.get_peft_model(base, peft.IA3Config(**{"task_type": "CAUSAL_LM"} | config))
     for name, parameter in model.named_parameters():
         if "ia3_l" in name:
             noise = torch.randn(parameter.shape, generator=generator)
