@@ -16,7 +16,7 @@ import secrets
 import shutil
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -223,7 +223,7 @@ class MergeJobs:
                 size = sum(file.stat().st_size for file in output.iterdir())
                 self._end(job, "succeeded", progress=1.0, size=size)
 
-    def _watch(self, task: _Task) -> Any:
+    def _watch(self, task: _Task) -> Callable[[float], None]:
         def report(share: float) -> None:
             if task.cancelled.is_set() or self._stopping.is_set():
                 raise _Interrupted
