@@ -193,6 +193,8 @@ def _room(folder: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
         if number in NO_ROOM:
             raise StoreFull(f"The disk of {folder} is full; make room.") from error
+        if isinstance(error, SafetensorError):
+            raise CannotMerge(f"the base's weights are damaged: {error}") from error
         raise
 
 

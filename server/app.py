@@ -81,7 +81,7 @@ def load_services(settings: Settings) -> "partial[Services]":
         if settings.preload_adapters is not None:
             preload(registry, store, settings.preload_adapters)
         folder = settings.merges_dir or settings.adapters_dir / "merges"
-        merges = MergeJobs(folder, settings.model, name)
+        merges = MergeJobs(folder, settings.model, loaded.name)
     except BaseException:
         store.close()
         raise
