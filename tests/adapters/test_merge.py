@@ -1,5 +1,6 @@
 """Merged folders hold PEFT's merged weights, and plain transformers loads them."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +69,6 @@ def test_one_adapter_is_pefts_merge_bit_for_bit(
 
     assert found.dtype is dtype
     assert_same_weights(found, by_peft(tmp_path / "base", adapter), exact=True)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi", "gemma2", "qwen2"])
-def test_other_families_biases_and_conv1d_included(tmp_path: Path, family: str) -> None:
-    shape = {"num_key_value_heads": 1, "head_dim": 8} if family.startswith("gemma") else {}
-    base = saved(tmp_path / "base", family, **shape)
-    adapter = save_adapter(
-        tiny_model(family, **shape),
-        tmp_path / "a",
-        **({"fan_in_fan_out": True} if family == "gpt2" else {}),
-    )
-    merge(base, vectors_of(base, adapter), tmp_path / "merged", "a")
-
-    assert_same_weights(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
-        by_peft(tmp_path / "base", adapter),
-        exact=True,
-    )
 
 
 def test_several_adapters_are_pefts_merge_of_several(tmp_path: Path) -> None:
@@ -202,8 +185,65 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
         merge(base, AdapterVectors({}), tmp_path / "merged", "none")
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")
-    with pytest.raises(CannotMerge, match="safetensors only"):
-        BaseCheckpoint(tmp_path / "base")
+def test_a_disk_that_fills_meanwhile_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(StoreFull, match="make room"):
+            merge(base, AdapterVectors({}), tmp_path / "merged", "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_weights_that_were_damaged_since_are_told(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CannotMerge, match="damaged"):
+        merge(base, AdapterVectors({}), tmp_path / "merged", "none")
+
+
+def test_progress_is_told_from_0_to_1(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    told: list[float] = []
+    merge(base, AdapterVectors({}), tmp_path / "merged", "none", told.append)
+
+    assert 0 < told[0] < told[-1] == 1
+    assert told == sorted(told)
+
+
+def test_a_merge_can_be_ended_while_it_runs_and_leaves_nothing(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def tell(share: float) -> None:
+        if share > 0.5:
+            raise Enough
+
+    base = saved(tmp_path / "base")
+    with pytest.raises(Enough):
+        merge(base, AdapterVectors({}), tmp_path / "merged", "none", tell)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("target", "size", "said"),
+    [
+        (Target("model.layers.9.mlp.down_proj", Side.INPUT), 64, "no linear layer model.layers.9"),
+        (Target("model.norm", Side.OUTPUT), 32, "no linear layer model.norm"),
+        (Target("model.layers.0.mlp.down_proj", Side.OUTPUT), 64, "output of .*down_proj has 32"),
+        (Target("model.layers.0.mlp.down_proj", Side.INPUT), 32, "input of .*down_proj has 64"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_model_is_refused_with_the_modules_name(
+    tmp_path: Path, target: Target, size: int, said: str
+) -> None:
+    base = saved(tmp_path / "base")
+    with pytest.raises(CannotMerge, match=said):
+        merge(base, AdapterVectors({target: torch.ones(size)}), tmp_path / "merged", "other")
+
+    assert not (tmp_path / "merged").exists()
