@@ -10,6 +10,9 @@ AdapterError
 ├── TooManyPinned        one more pinned adapter would leave no slot for the others
 ├── CombinedNotFinite    weights so large that the result cannot be an adapter
 ├── CannotMerge          the base's files cannot be merged, or the result is not finite
+├── UnknownMerge         no merge of that id
+├── MergeNotDone         the merge has no result, or none yet
+├── TooManyMerges        one more would wait too long
 ├── NoFreeSlot           more adapters attached than the bank was made for
 ├── StoreLocked          another process owns the store's folder
 └── StoreFull            the disk has no room left
@@ -91,6 +94,21 @@ class CombinedNotFinite(AdapterError):
 
 class CannotMerge(AdapterError):
     pass
+
+
+class UnknownMerge(AdapterError):
+    def __init__(self, merge: str) -> None:
+        super().__init__(f"There is no merge '{merge}'.")
+
+
+class MergeNotDone(AdapterError):
+    def __init__(self, merge: str, state: str) -> None:
+        super().__init__(f"The merge '{merge}' is {state}; only one that succeeded has an archive.")
+
+
+class TooManyMerges(AdapterError):
+    def __init__(self, most: int) -> None:
+        super().__init__(f"{most} merges wait already; cancel some, or ask again later.")
 
 
 class NoFreeSlot(AdapterError):

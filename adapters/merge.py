@@ -6,179 +6,203 @@ PEFT's merge scales the embeddings with it.
 """
 
 import json
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from adapters.base_checkpoint import INDEX, BaseCheckpoint
 from adapters.checkpoint import AdapterVectors
 from adapters.errors import CannotMerge, StoreFull
-from adapters.targets import BaseModules, Side, Target
+from adapters.journal import sync
+from adapters.store import NO_ROOM
+from adapters.targets import Side, Target
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-
-
-class BaseCheckpoint:
-    """A base model's folder: its files, and its modules without their weights."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises CannotMerge where the weights are no safetensors."""
-        self.folder = folder
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder)
-            skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        self.modules = BaseModules.of(skeleton)
-        self.embedding = _name_of_embedding(skeleton)
-        self.tied = bool(skeleton.config.get_text_config().tie_word_embeddings)
-        self.transposed = {n for n, m in skeleton.named_modules() if isinstance(m, Conv1D)}
-        self._prefix = f"{skeleton.base_model_prefix}."
-        self._names = set(dict(skeleton.named_parameters(remove_duplicate=False)))
-        if (folder / _INDEX).is_file():
-            weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
-            self.shards = sorted({folder / str(file) for file in weight_map.values()})
-        elif (folder / _SINGLE).is_file():
-            self.shards = [folder / _SINGLE]
-        else:
-            raise CannotMerge(f"{folder} holds no {_SINGLE}: merging reads safetensors only")
-
-    @property
-    def nbytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.shards)
-
-    def parameter(self, key: str) -> str | None:
-        """The model's name for a key of the files; older files leave the model's prefix out."""
-        for name in (key, self._prefix + key):
-            if name in self._names:
-                return name
-        return None
+UNFINISHED = ".merging-"
+"""What the names of folders begin with that a crash may leave beside an output."""
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+_SPARE = 1 << 20
+"""Bytes for config, tokenizer and card."""
 
 
-def merge(base: BaseCheckpoint, vectors: AdapterVectors, output: Path, recipe: str) -> None:
+def merge(
+    base: BaseCheckpoint,
+    vectors: AdapterVectors,
+    output: Path,
+    recipe: str,
+    progress: Callable[[float], object] = lambda _: None,
+) -> None:
     """Write the merged model to `output`, which must not exist. It appears whole or not at all.
 
-    `recipe` is told in the model card. Raises CannotMerge (the output exists, a weight is not found
-    or not finite once merged) and StoreFull before anything is written where room is missing.
+    `recipe` is told in the model card. `progress` hears 0 to 1 after each tensor, and may raise to
+    end the merge. Raises CannotMerge (the output exists, a target does not fit, a weight is not
+    found or not finite once merged) and StoreFull, before anything is written if it can be told.
     """
     if output.exists():
         raise CannotMerge(f"{output} exists already")
+    _check_targets(base, vectors)
     output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < base.nbytes * 1.05:
+    check_room(base, vectors, output.parent)
+    with _room(output.parent):
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output.parent))
+        try:
+            _Merge(base, vectors, unfinished, progress).write()
+            (unfinished / "README.md").write_text(_card(base, recipe))
+            unfinished.chmod(0o755)
+            for file in unfinished.iterdir():
+                sync(file)
+            sync(unfinished)
+            unfinished.rename(output)
+            sync(output.parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+
+def check_room(base: BaseCheckpoint, vectors: AdapterVectors, folder: Path) -> None:
+    """Raises StoreFull where the disk of `folder` has no room for the merged model."""
+    needed = base.nbytes + _SPARE
+    if _unties(base, vectors):
+        needed += sum(base.tensor(base.shared[name]).nbytes for name in _new_names(base))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise StoreFull(
-            f"The merged model takes {base.nbytes / 1e9:.1f} GB, and {output.parent} has "
+            f"The merged model takes {needed / 1e9:.1f} GB, and {folder} has "
             f"{free / 1e9:.1f} GB left."
         )
-    unfinished = Path(tempfile.mkdtemp(prefix=".merging-", dir=output.parent))
+
+
+class _Merge:
+    """One merge, on its way into `folder`."""
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        vectors: AdapterVectors,
+        folder: Path,
+        progress: Callable[[float], object],
+    ) -> None:
+        self._base = base
+        self._vectors = vectors.vectors
+        self._folder = folder
+        self._progress = progress
+        self._keys = sum(map(len, base.shards.values()))
+        self._unties = _unties(base, vectors)
+        self._merged: set[Target] = set()
+        self._weight_map: dict[str, str] = {}
+        self._nbytes = 0
+
+    def write(self) -> None:
+        for shard in self._base.shards:
+            tensors = self._shard(shard)
+            save_file(tensors, self._folder / shard.name, metadata={"format": "pt"})
+            self._weight_map |= dict.fromkeys(tensors, shard.name)
+            self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+        missing = self._vectors.keys() - self._merged
+        if missing:
+            names = ", ".join(sorted(target.module for target in missing)[:3])
+            raise CannotMerge(
+                f"the files name no weight for {names}: this family's checkpoint keeps it in "
+                "another form, which merging does not know"
+            )
+        self._write_the_rest()
+
+    def _shard(self, shard: Path) -> dict[str, torch.Tensor]:
+        base = self._base
+        tensors = {}
+        with safe_open(shard, framework="pt") as file:
+            for key in base.shards[shard]:
+                tensor = file.get_tensor(key)
+                name = base.parameter(key)
+                tensors[key] = tensor if name is None else self._scaled(name, tensor)
+                if self._unties and name is not None and base.shared.get(name) == key:
+                    tensors |= {
+                        new: self._scaled(new, tensor.clone())
+                        for new in _new_names(base)
+                        if base.shared[new] == key
+                    }
+                self._progress(min(1.0, (len(self._weight_map) + len(tensors)) / self._keys))
+        return tensors
+
+    def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """PEFT's `ia3.layer.Linear.merge`: the product in the wider type, rounded once."""
+        module, _, kind = name.rpartition(".")
+        result = tensor
+        for side in Side:
+            vector = self._vectors.get(Target(module, side))
+            if vector is None or (kind == "bias" and side is Side.INPUT):
+                continue
+            if kind == "weight":
+                self._merged.add(Target(module, side))
+                rows = (side is Side.OUTPUT) != (module in self._base.transposed)
+                vector = vector[:, None] if rows else vector[None]
+            result = (result * vector).to(tensor.dtype)
+            if not bool(torch.isfinite(result).all()):
+                raise CannotMerge(f"the merged {kind} of {module} is not finite in {tensor.dtype}")
+        return result
+
+    def _write_the_rest(self) -> None:
+        for file in self._base.folder.iterdir():
+            if file.is_file() and not file.name.endswith(_NOT_COPIED):
+                shutil.copyfile(file, self._folder / file.name)
+        if len(self._base.shards) > 1:
+            index = {"metadata": {"total_size": self._nbytes}, "weight_map": self._weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2))
+        if self._unties and not self._base.keeps_tied:
+            path = self._folder / "config.json"
+            config = json.loads(path.read_text()) | {"tie_word_embeddings": False}
+            path.write_text(json.dumps(config, indent=2))
+
+
+def _check_targets(base: BaseCheckpoint, vectors: AdapterVectors) -> None:
+    for target, vector in vectors.vectors.items():
+        if target.module not in base.modules.sizes:
+            raise CannotMerge(f"{base.name} has no linear layer {target.module}")
+        size = base.modules.size(target)
+        if len(vector) != size:
+            raise CannotMerge(
+                f"the {target.side} of {target.module} has {size} features in {base.name}, and the "
+                f"adapter's vector {len(vector)}: it was trained on another model"
+            )
+
+
+def _unties(base: BaseCheckpoint, vectors: AdapterVectors) -> bool:
+    """Whether the head gets a weight of its own."""
+    head = base.modules.output_embedding
+    return bool(base.shared) and any(target.module == head for target in vectors.vectors)
+
+
+def _new_names(base: BaseCheckpoint) -> list[str]:
+    """The parameters that need a tensor of their own in the files once the head is untied."""
+    return [name for name, key in base.shared.items() if base.parameter(key) != name]
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """A disk that fills meanwhile is ours to name, also where safetensors says it."""
     try:
-        _write(base, vectors, unfinished)
-        (unfinished / "README.md").write_text(_card(base, recipe))
-        unfinished.chmod(0o755)
-        unfinished.rename(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        said = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number in NO_ROOM:
+            raise StoreFull(f"The disk of {folder} is full; make room.") from error
+        if isinstance(error, SafetensorError):
+            raise CannotMerge(f"the base's weights are damaged: {error}") from error
         raise
 
 
-def _write(base: BaseCheckpoint, vectors: AdapterVectors, folder: Path) -> None:
-    merged: set[Target] = set()
-    weight_map: dict[str, str] = {}
-    for shard in base.shards:
-        tensors = {}
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors file, not a mapping
-                tensors[key] = _merged(base, vectors, key, file.get_tensor(key), merged)
-                if base.tied and base.parameter(key) == base.embedding:
-                    tensors |= _untied_head(base, vectors, file.get_tensor(key), merged)
-        save_file(tensors, folder / shard.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-    missing = vectors.vectors.keys() - merged
-    if missing:
-        names = ", ".join(sorted(target.module for target in missing)[:3])
-        raise CannotMerge(
-            f"the files name no weight for {names}: this family's checkpoint keeps it in another "
-            "form, which merging does not know"
-        )
-    for file in base.folder.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, folder / file.name)
-    if len(base.shards) > 1:
-        index = {"metadata": {"total_size": base.nbytes}, "weight_map": weight_map}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2))
-    if _head(base) in {target.module for target in vectors.vectors} and base.tied:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-
-
-def _merged(
-    base: BaseCheckpoint,
-    vectors: AdapterVectors,
-    key: str,
-    tensor: torch.Tensor,
-    merged: set[Target],
-) -> torch.Tensor:
-    """A tensor of the files with what the adapter does to its module."""
-    name = base.parameter(key)
-    if name is None:
-        return tensor
-    module, _, kind = name.rpartition(".")
-    if base.tied and module == _head(base):
-        # A tied head that is in the file all the same: it is written with the embeddings.
-        return tensor
-    for side in Side:
-        vector = vectors.vectors.get(Target(module, side))
-        if vector is None or (kind == "bias" and side is Side.INPUT):
-            continue
-        if kind == "weight":
-            merged.add(Target(module, side))
-            rows = (side is Side.OUTPUT) != (module in base.transposed)
-            vector = vector[:, None] if rows else vector[None]
-        tensor = _scaled(tensor, vector, module)
-    return tensor
-
-
-def _untied_head(
-    base: BaseCheckpoint, vectors: AdapterVectors, tensor: torch.Tensor, merged: set[Target]
-) -> dict[str, torch.Tensor]:
-    head = _head(base)
-    result = tensor
-    for side in Side:
-        target = Target(head, side)
-        if target in vectors.vectors:
-            merged.add(target)
-            vector = vectors.vectors[target]
-            result = _scaled(result, vector[:, None] if side is Side.OUTPUT else vector[None], head)
-    return {} if result is tensor else {f"{head}.weight": result}
-
-
-def _scaled(tensor: torch.Tensor, vector: torch.Tensor, module: str) -> torch.Tensor:
-    """PEFT's `ia3.layer.Linear.merge`: the product in the wider type, rounded once."""
-    result = (tensor * vector).to(tensor.dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise CannotMerge(f"the merged weight of {module} is not finite in {tensor.dtype}")
-    return result
-
-
-def _head(base: BaseCheckpoint) -> str:
-    return base.modules.output_embedding or ""
-
-
-def _name_of_embedding(skeleton: PreTrainedModel) -> str:
-    embedding = skeleton.get_input_embeddings()
-    names = (name for name, module in skeleton.named_modules() if module is embedding)
-    return f"{next(names)}.weight"
-
-
 def _card(base: BaseCheckpoint, recipe: str) -> str:
+    lines = "\n".join(f"    {line}" for line in recipe.splitlines())
     return (
-        f"---\nbase_model: {base.folder.name}\nlibrary_name: transformers\ntags: [ia3, merged]\n"
-        f"---\n# {base.folder.name}, merged\n\n"
-        f"IA3 adapters folded into the weights of {base.folder.name}:\n\n    {recipe}\n\n"
+        f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [ia3, merged]\n"
+        f"---\n# {base.name}, merged\n\n"
+        f"IA3 adapters folded into the weights of {base.name}:\n\n{lines}\n\n"
         "The model needs no adapter: transformers loads it as it is.\n"
     )

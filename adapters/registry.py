@@ -4,7 +4,7 @@ import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from adapters.checkpoint import (
     AdapterVectors,
@@ -152,13 +152,9 @@ class AdapterRegistry:
         weights = tuple(part.weight for part in parts)
         recipe = Recipe(method=method, weights=weights, missing=missing, density=density, seed=seed)
         vectors = combine([self.vectors(revision) for revision in revisions], recipe)
-        ingredients = [
-            {"name": _label(revision), "digest": revision.digest, "weight": weight}
-            for revision, weight in zip(revisions, weights, strict=True)
-        ]
         record = {
             "method": method,
-            "adapters": ingredients,
+            "adapters": _ingredients(revisions, weights),
             "missing": missing,
             "density": density,
             "seed": seed,
@@ -199,6 +195,16 @@ class AdapterRegistry:
             vectors = combine([self.vectors(revision) for revision in revisions], recipe)
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
         return self.residency.lease(key, f"{composition}({','.join(shown)})", vectors)
+
+    def mixture(
+        self, parts: Sequence[Part], composition: Composition
+    ) -> tuple[AdapterVectors, dict[str, Any]]:
+        """What `lease_mixture` leases, with its recipe, for one who needs no slot."""
+        revisions = [self.resolve(part.name) for part in parts]
+        weights = tuple(part.weight for part in parts)
+        recipe = Recipe(method=composition, weights=weights)
+        vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+        return vectors, {"method": composition, "adapters": _ingredients(revisions, weights)}
 
     def resolve(self, model: str) -> Revision:
         """The revision that `name` or `name@number` asks for."""
@@ -251,6 +257,13 @@ class AdapterRegistry:
         vectors = self._kept.pop(name, None)
         if vectors is not None:
             self.residency.stop_keeping(vectors)
+
+
+def _ingredients(revisions: Sequence[Revision], weights: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {"name": _label(revision), "digest": revision.digest, "weight": weight}
+        for revision, weight in zip(revisions, weights, strict=True)
+    ]
 
 
 def _label(revision: Revision) -> str:

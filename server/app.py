@@ -19,11 +19,12 @@ from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.revision import Origin
 from adapters.store import AdapterStore
-from server.api import adapters, chat, completions, health, models, rank
+from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
 from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
+from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -50,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
+            await to_thread.run_sync(services.merges.close)
             await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
             services.store.close()
 
@@ -59,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     install_error_handlers(app)
-    for module in (completions, chat, rank, models, adapters):
+    for module in (completions, chat, rank, models, adapters, merges):
         app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
@@ -78,6 +80,8 @@ def load_services(settings: Settings) -> "partial[Services]":
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
             preload(registry, store, settings.preload_adapters)
+        folder = settings.merges_dir or settings.adapters_dir / "merges"
+        merges = MergeJobs(folder, settings.model, loaded.name)
     except BaseException:
         store.close()
         raise
@@ -87,6 +91,7 @@ def load_services(settings: Settings) -> "partial[Services]":
         engine=engine,
         registry=registry,
         store=store,
+        merges=merges,
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
         started=datetime.now(UTC),

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Role = Literal["generate", "admin", "metrics"]
 """Any key may read `/metrics`; one with `metrics` alone may do nothing else."""
 _CALLER = "infuse.caller"
+_ADMIN = ("/v1/adapters", "/v1/merges")
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 
 
@@ -106,7 +107,7 @@ def _role(path: str) -> Role | None:
     """What a path needs; None: any key will do."""
     if path == "/metrics":
         return None
-    return "admin" if path.startswith("/v1/adapters") else "generate"
+    return "admin" if path.startswith(_ADMIN) else "generate"
 
 
 def get_caller(request: Request) -> str | None:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import uvicorn
@@ -46,30 +46,35 @@ def merge(
     output: Annotated[Path, typer.Argument(help="A folder to make.")],
     adapters: Annotated[list[str], typer.Argument(help="FOLDER or FOLDER=WEIGHT, each.")],
     model: Annotated[
-        str | None, typer.Option(help="The base model's folder. Default: the default model.")
+        str | None,
+        typer.Option(help="Folder or cached hub id of the base model. Default: the default model."),
     ] = None,
+    composition: Annotated[
+        Literal["product", "linear"], typer.Option(help="How several are mixed.")
+    ] = "product",
 ) -> None:
     """Fold adapters into a copy of the base model, which plain transformers loads.
 
-    Several are a product, as with several active adapters in PEFT.
+    `product` is what several active adapters are in PEFT, `linear` its `add_weighted_adapter`.
 
     Example: infuse merge ./merged ./out/support-de --model ./my-base-model
     """
     # These import torch and transformers: seconds that nothing else here need wait for.
+    from adapters.base_checkpoint import BaseCheckpoint
     from adapters.checkpoint import effective_vectors, read_checkpoint
     from adapters.combine import Recipe, combine
-    from adapters.merge import BaseCheckpoint
     from adapters.merge import merge as merge_into
     from server.engine import EngineError
-    from server.engine.loading import default_model_folder
+    from server.engine.loading import model_folder
 
     parts = [_part(adapter) for adapter in adapters]
     weights = tuple(part["weight"] for part in parts)
+    name = None if model is None or Path(model).is_dir() else model
     try:
-        base = BaseCheckpoint(default_model_folder() if model is None else Path(model))
+        base = BaseCheckpoint(model_folder(model), name)
         vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
-        merged = combine(vectors, Recipe(method="product", weights=weights))
-        merge_into(base, merged, output, " * ".join(adapters))
+        merged = combine(vectors, Recipe(method=composition, weights=weights))
+        merge_into(base, merged, output, f"{composition} of {', '.join(adapters)}")
     except (AdapterError, EngineError, OSError) as error:
         typer.echo(f"infuse merge: {error}", err=True)
         raise typer.Exit(1) from None

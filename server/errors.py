@@ -15,13 +15,17 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
+    CannotMerge,
     CombinedNotFinite,
     Fault,
     InvalidAdapter,
+    MergeNotDone,
     RevisionConflict,
     StoreFull,
+    TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
+    UnknownMerge,
     UnknownRevision,
 )
 from server.engine.errors import EngineDead, EngineError, EngineStopping, QueueFull
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
+_MERGE_RETRY_AFTER = "60"
 
 
 class ErrorDetail(BaseModel):
@@ -166,6 +171,15 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(409, str(error), code="too_many_pinned", param="pinned")
         case CombinedNotFinite():
             return ApiError(400, str(error), code="not_finite", param="adapters")
+        case CannotMerge():
+            return ApiError(409, str(error), code="cannot_merge")
+        case UnknownMerge():
+            return ApiError(404, str(error), code="merge_not_found", param="id")
+        case MergeNotDone():
+            return ApiError(409, str(error), code="merge_not_done", param="id")
+        case TooManyMerges():
+            headers = {"Retry-After": _MERGE_RETRY_AFTER}
+            return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
         case _:

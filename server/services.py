@@ -9,6 +9,7 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from server.api.streams import Streams
 from server.engine import Engine
+from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -19,6 +20,7 @@ class Services:
     engine: Engine
     registry: AdapterRegistry
     store: AdapterStore
+    merges: MergeJobs
     metrics: Metrics
     streams: Streams
     model_name: str

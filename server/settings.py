@@ -42,6 +42,11 @@ class Settings(BaseSettings):
     keep_revisions: int = Field(
         10, ge=1, le=10_000, description="Revisions of a name that stay reachable.", examples=[10]
     )
+    merges_dir: Path | None = Field(
+        None,
+        description="Where merged models are kept. Default: `merges` in the adapters folder.",
+        examples=["/data/merges"],
+    )
     preload_adapters: Path | None = Field(
         None,
         description="A folder of adapter folders; those that fit the model are offered at start.",

@@ -13,6 +13,7 @@ VALUES = {
     "served_model_name": "base",
     "adapters_dir": "/data",
     "keep_revisions": "3",
+    "merges_dir": "/merges",
     "preload_adapters": "/examples",
     "host": "127.0.0.2",
     "port": "8123",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,6 +75,19 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def model_folder(model: str | None) -> Path:
+    """Where the files of what `load_model` loads lie. Raises ModelNotFound."""
+    if model is None:
+        return default_model_folder()
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise ModelNotFound(f"no folder and no cached model '{model}': {reason}") from error
 
 
 def cache_dir() -> Path:

@@ -237,6 +237,17 @@ def test_a_pickle_is_not_even_opened(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
+def test_weights_whose_file_begins_like_a_pickle_are_read(folder: Path) -> None:
+    """The first bytes are the header's length."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    first = set()
+    for length in range(0, 256, 8):
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"note": "x" * length})
+        first.add((folder / WEIGHTS_FILE).read_bytes()[0])
+        assert read_checkpoint(folder).tensors.keys() == tensors.keys()
+    assert 0x80 in first
+
+
 def test_a_wrong_shape_is_named_with_the_right_one(folder: Path) -> None:
     change_weights(folder, lambda t: t.update({KEY: torch.ones(17, 1), DOWN: torch.ones(64, 1)}))
     faults = faults_of(folder)

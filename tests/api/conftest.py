@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from transformers import AutoModelForCausalLM
 
+from adapters.base_checkpoint import BaseCheckpoint
 from server.app import create_app
 from server.services import Services
 from server.settings import Settings
@@ -113,3 +114,30 @@ def start_server(
             return servers.enter_context(run_server(Settings(**settings | overrides)))
 
         yield start
+
+
+class Gate:
+    """Where the merges' worker stands still, at its next tensor, until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+
+    def pass_through(self) -> None:
+        if threading.current_thread().name == "merges":
+            self.reached.set()
+            assert self.open.wait(60), "a test left the gate closed"
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+
+    class GatedCheckpoint(BaseCheckpoint):
+        def parameter(self, key: str) -> str | None:
+            gate.pass_through()
+            return super().parameter(key)
+
+    monkeypatch.setattr("server.jobs.BaseCheckpoint", GatedCheckpoint)
+    yield gate
+    gate.open.set()

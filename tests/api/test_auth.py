@@ -38,6 +38,11 @@ ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("PUT", f"{ADAPTERS}/unknown", {}),
     ("DELETE", f"{ADAPTERS}/unknown", {}),
     ("GET", f"{ADAPTERS}/unknown/files/adapter_config.json", {}),
+    ("GET", "/v1/merges", {}),
+    ("POST", "/v1/merges", {"json": {}}),
+    ("GET", "/v1/merges/unknown", {}),
+    ("GET", "/v1/merges/unknown/archive", {}),
+    ("DELETE", "/v1/merges/unknown", {}),
 ]
 OPEN = ["/health/live", "/health/ready", "/docs", "/openapi.json"]
 

@@ -22,6 +22,11 @@ ADMIN_ERRORS = {
     ("get", "/v1/adapters/{name}/revisions"): {"404"},
     ("post", "/v1/adapters/{name}/rollback"): {"400", "404", "412", "507"},
     ("post", "/v1/adapters/combine"): {"400", "404", "409", "507"},
+    ("post", "/v1/merges"): {"400", "404", "409", "429", "507"},
+    ("get", "/v1/merges"): {"400"},
+    ("get", "/v1/merges/{id}"): {"404"},
+    ("get", "/v1/merges/{id}/archive"): {"404", "409"},
+    ("delete", "/v1/merges/{id}"): {"404"},
 }
 
 
@@ -101,7 +106,8 @@ def test_an_admin_route_lists_the_errors_that_it_can_answer(
 
 
 def test_every_admin_route_is_among_them(page: Json) -> None:
-    admin = {(method, path) for method, path, _ in operations(page) if "/v1/adapters" in path}
+    rooms = ("/v1/adapters", "/v1/merges")
+    admin = {(method, path) for method, path, _ in operations(page) if path.startswith(rooms)}
 
     assert admin == ADMIN_ERRORS.keys()
 

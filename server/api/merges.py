@@ -1,0 +1,193 @@
+"""Merging over HTTP: jobs that fold adapters into a copy of the base model."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path as FilePath
+from typing import Annotated, Any, BinaryIO, Literal, Self
+
+from fastapi import APIRouter, Depends, Path, Query, Response
+from pydantic import BaseModel, Field, model_validator
+from starlette.responses import StreamingResponse
+
+from adapters.errors import MergeNotDone
+from adapters.registry import Composition, Part
+from server.api.adapter_schemas import MAX_COMBINED, AdminBody
+from server.api.schemas import MAX_WEIGHT, AdapterWeight
+from server.auth import Caller
+from server.errors import ErrorBody
+from server.jobs import Merge
+from server.services import Services, get_services
+
+router = APIRouter(prefix="/v1/merges", tags=["merges"])
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+Id = Annotated[
+    str,
+    Path(
+        description="The merge's id.", examples=["merge-20261124061500123456-9f3a"], max_length=128
+    ),
+]
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "What was sent has faults; all of them are listed.",
+        404: "There is no such merge, or no such adapter.",
+        409: "The base model cannot be merged into, or the merge is not done.",
+        429: "Too many merges wait.",
+        507: "The disk is too small.",
+    }.items()
+}
+_CHUNK = 1 << 20
+"""Bytes of an archive that are sent at once."""
+_END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+class MergeBody(AdminBody):
+    """One adapter, or several with their weights."""
+
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="One adapter: `name`, or `name@revision`.",
+        examples=["support-de@3"],
+    )
+    strength: float | None = Field(
+        None,
+        ge=-MAX_WEIGHT,
+        le=MAX_WEIGHT,
+        description="How much of that one: 0 is none, 1 (the default) all of it.",
+        examples=[0.5],
+    )
+    adapters: list[AdapterWeight] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_COMBINED,
+        description="Or several.",
+        examples=[[{"name": "support-de", "weight": 0.5}, {"name": "support-fr@2", "weight": 0.5}]],
+    )
+    composition: Composition | None = Field(
+        None,
+        description="How several are mixed, as in a request: `product` (the default) or `linear`.",
+        examples=["product"],
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.adapter is None) == (self.adapters is None):
+            raise ValueError("send either adapter or adapters")
+        if self.adapters is None and self.composition is not None:
+            raise ValueError("composition is for adapters: it says how several are mixed")
+        if self.adapters is not None and self.strength is not None:
+            raise ValueError("strength is for one adapter; give each of several its weight")
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        if self.adapters is not None:
+            return [Part(each.name, each.weight) for each in self.adapters]
+        assert self.adapter is not None
+        return [Part(self.adapter, 1.0 if self.strength is None else self.strength)]
+
+
+class MergeList(BaseModel):
+    object: Literal["list"] = Field("list", description="Kind.", examples=["list"])
+    data: list[Merge] = Field(description="Oldest first.", examples=[[]])
+    next: str | None = Field(
+        description="Give this as `after` for the next page.",
+        examples=["merge-20261124061500123456-9f3a"],
+    )
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
+
+
+@router.post("", status_code=202, responses=_errors(400, 404, 409, 429, 507))
+def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller) -> Merge:
+    """Fold adapters, as they are now, into a copy of the base model."""
+    vectors, recipe = services.registry.mixture(body.parts, body.composition or "product")
+    job = services.merges.submit(vectors, recipe, by)
+    response.headers["Location"] = f"/v1/merges/{job.id}"
+    return job
+
+
+@router.get("", responses=_errors(400))
+def list_merges(
+    services: ServicesDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
+    after: Annotated[
+        str | None,
+        Query(
+            description="The last id of the page before.",
+            examples=["merge-20261124061500123456-9f3a"],
+        ),
+    ] = None,
+) -> MergeList:
+    """Every merge that was not deleted, oldest first."""
+    page = services.merges.page(after, limit + 1)
+    return MergeList(data=page[:limit], next=page[limit - 1].id if len(page) > limit else None)
+
+
+@router.get("/{id}", responses=_errors(404))
+def get(id: Id, services: ServicesDep) -> Merge:
+    """How far a merge is."""
+    return services.merges.get(id)
+
+
+@router.get(
+    "/{id}/archive",
+    responses=_errors(404, 409)
+    | {200: {"content": {"application/x-tar": {}}, "description": "The model's folder, as a tar."}},
+    response_class=StreamingResponse,
+)
+def download(id: Id, services: ServicesDep) -> StreamingResponse:
+    """The merged model: a folder that plain transformers loads."""
+    folder = services.merges.result(id)
+    files = ExitStack()
+    try:
+        # Opened before the first byte goes: a DELETE meanwhile takes nothing from this answer.
+        opened = [files.enter_context(path.open("rb")) for path in sorted(folder.iterdir())]
+    except OSError:
+        files.close()
+        services.merges.get(id)
+        raise MergeNotDone(id, "being deleted") from None
+    members = [_Member(f"{id}/{FilePath(file.name).name}", file) for file in opened]
+    return StreamingResponse(
+        _tar(members, files),
+        media_type="application/x-tar",
+        headers={
+            "Content-Length": str(sum(each.nbytes for each in members) + len(_END)),
+            "Content-Disposition": f'attachment; filename="{id}.tar"',
+        },
+    )
+
+
+@router.delete("/{id}", status_code=204, responses=_errors(404))
+def delete(id: Id, services: ServicesDep) -> None:
+    """Cancel a merge that waits or runs; forget one that has ended, and its model with it."""
+    services.merges.remove(id)
+
+
+class _Member:
+    """A file of a tar: its header, its bytes, and zeros up to a whole block."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = os.fstat(file.fileno()).st_size
+        self.header = info.tobuf(tarfile.GNU_FORMAT)
+        self.file = file
+        self.padding = bytes(-info.size % tarfile.BLOCKSIZE)
+        self.nbytes = len(self.header) + info.size + len(self.padding)
+
+
+def _tar(members: list[_Member], files: ExitStack) -> Iterator[bytes]:
+    with files:
+        for each in members:
+            yield each.header
+            while chunk := each.file.read(_CHUNK):
+                yield chunk
+            yield each.padding
+        yield _END

@@ -1,0 +1,302 @@
+"""Merges beside the requests: one at a time, on a thread of their own, their states on disk.
+
+    <id>.json    a job: what was asked for, and how it ended
+    <id>/        the merged model of one that succeeded
+    lock         held by the one process that owns the folder
+
+Everything hidden is unfinished and removed at start. A job that no process works on any more has
+failed.
+"""
+
+import fcntl
+import logging
+import os
+import queue
+import secrets
+import shutil
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from adapters.base_checkpoint import BaseCheckpoint
+from adapters.checkpoint import AdapterVectors
+from adapters.errors import (
+    AdapterError,
+    CannotMerge,
+    MergeNotDone,
+    StoreFull,
+    StoreLocked,
+    TooManyMerges,
+    UnknownMerge,
+)
+from adapters.journal import sync
+from adapters.merge import UNFINISHED, check_room, merge
+from adapters.store import NO_ROOM
+from server.engine import EngineError
+from server.engine.loading import model_folder
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "merge-"
+_MAX_WAITING = 64
+_RESTARTED = "the server was restarted"
+_LOWEST = 19
+"""Linux gives each thread a priority of its own: what else wants the processor gets it."""
+
+
+class Merge(BaseModel):
+    """A job that folds adapters into a copy of the base model."""
+
+    object: Literal["merge"] = Field("merge", description="Kind.", examples=["merge"])
+    id: str = Field(description="Its name.", examples=["merge-20261124061500123456-9f3a"])
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = Field(
+        description="How far it is.", examples=["running"]
+    )
+    progress: float = Field(description="The share that is done, 0 to 1.", examples=[0.25])
+    base: str = Field(description="The base model.", examples=["smollm2-135m-instruct"])
+    recipe: Mapping[str, Any] = Field(
+        description="What is merged: the revisions that the names meant when it was asked for.",
+        examples=[
+            {
+                "method": "product",
+                "adapters": [{"name": "support-de@3", "digest": "9f86d0818...", "weight": 1.0}],
+            }
+        ],
+    )
+    created: datetime = Field(
+        description="When it was asked for.", examples=["2026-11-24T06:15:00Z"]
+    )
+    finished: datetime | None = Field(
+        None, description="When it ended.", examples=["2026-11-24T06:16:00Z"]
+    )
+    by: str | None = Field(description="The key that asked for it.", examples=["ops"])
+    size: int | None = Field(
+        None, description="Bytes of the merged model, once it is there.", examples=[538100000]
+    )
+    error: str | None = Field(
+        None, description="Why it failed.", examples=["the merged weight of lm_head is not finite"]
+    )
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What the worker needs for a job; gone with the process."""
+
+    id: str
+    base: BaseCheckpoint
+    vectors: AdapterVectors
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class _Interrupted(Exception):
+    """The job was cancelled, or the server stops."""
+
+
+class MergeJobs:
+    """Owns the folder and the worker. Thread-safe."""
+
+    def __init__(self, folder: Path, model: str | None, model_name: str) -> None:
+        """`model`: as in the settings. Raises StoreLocked."""
+        self._folder = folder
+        self._model = model
+        self._model_name = model_name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.close()
+            raise StoreLocked(f"another server uses the merges folder {folder}") from None
+        self._mutex = threading.RLock()
+        self._jobs: dict[str, Merge] = {}
+        """In order of their ids, which is the order in which they were asked for."""
+        self._tasks: dict[str, _Task] = {}
+        """Those of jobs that have not ended."""
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._recover()
+        self._worker = threading.Thread(target=self._work, name="merges", daemon=True)
+        self._worker.start()
+
+    def close(self) -> None:
+        """End the merge that runs. What has not ended will have failed at the next start."""
+        self._stopping.set()
+        self._queue.put(None)
+        self._worker.join()
+        self._lock_file.close()
+
+    def submit(self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None) -> Merge:
+        """Queue a merge. Raises CannotMerge, StoreFull and TooManyMerges at once where it can."""
+        base = self._open_base()
+        check_room(base, vectors, self._folder)
+        now = datetime.now(UTC)
+        job = Merge(
+            id=f"{_PREFIX}{now:%Y%m%d%H%M%S%f}-{secrets.token_hex(2)}",
+            state="queued",
+            progress=0.0,
+            base=self._model_name,
+            recipe=recipe,
+            created=now,
+            by=by,
+        )
+        with self._mutex:
+            if len(self._tasks) >= _MAX_WAITING:
+                raise TooManyMerges(_MAX_WAITING)
+            self._keep(job)
+            self._tasks[job.id] = _Task(job.id, base, vectors)
+            self._queue.put(self._tasks[job.id])
+        return job
+
+    def page(self, after: str | None, limit: int) -> list[Merge]:
+        """The first `limit` that come after the id `after`."""
+        with self._mutex:
+            ids = sorted(self._jobs)
+            start = 0 if after is None else bisect_right(ids, after)
+            return [self._jobs[each] for each in ids[start : start + limit]]
+
+    def get(self, job_id: str) -> Merge:
+        """Raises UnknownMerge."""
+        with self._mutex:
+            if job_id not in self._jobs:
+                raise UnknownMerge(job_id)
+            return self._jobs[job_id]
+
+    def result(self, job_id: str) -> Path:
+        """The merged model's folder, to read only. Raises UnknownMerge, MergeNotDone."""
+        job = self.get(job_id)
+        if job.state != "succeeded":
+            raise MergeNotDone(job_id, job.state)
+        return self._folder / job_id
+
+    def remove(self, job_id: str) -> None:
+        """Cancel a job that has not ended; forget one that has, with its result.
+
+        Raises UnknownMerge.
+        """
+        with self._mutex:
+            job = self.get(job_id)
+            if job.ended:
+                self._forget(job)
+            else:
+                self._tasks[job_id].cancelled.set()
+                if job.state == "queued":
+                    self._end(job, "cancelled")
+
+    def _open_base(self) -> BaseCheckpoint:
+        try:
+            return BaseCheckpoint(model_folder(self._model), self._model_name)
+        except EngineError as error:
+            raise CannotMerge(str(error)) from error
+
+    def _work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        while (task := self._queue.get()) is not None and not self._stopping.is_set():
+            with self._mutex:
+                if task.cancelled.is_set():
+                    continue
+                job = self._jobs[task.id] = self._jobs[task.id].model_copy(
+                    update={"state": "running"}
+                )
+            output = self._folder / task.id
+            try:
+                merge(task.base, task.vectors, output, _told(job), self._watch(task))
+            except _Interrupted:
+                if task.cancelled.is_set():
+                    self._end(job, "cancelled")
+            except AdapterError as error:
+                self._end(job, "failed", error=str(error))
+            except Exception as error:
+                log.error("The merge %s failed.", job.id, exc_info=error)
+                self._end(job, "failed", error=f"{type(error).__name__}: {error}")
+            else:
+                size = sum(file.stat().st_size for file in output.iterdir())
+                self._end(job, "succeeded", progress=1.0, size=size)
+
+    def _watch(self, task: _Task) -> Callable[[float], None]:
+        def report(share: float) -> None:
+            if task.cancelled.is_set() or self._stopping.is_set():
+                raise _Interrupted
+            with self._mutex:
+                running = self._jobs[task.id]
+                self._jobs[task.id] = running.model_copy(update={"progress": share})
+
+        return report
+
+    def _end(self, job: Merge, state: str, **more: Any) -> None:
+        with self._mutex:
+            last = self._jobs[job.id]
+            values = {"state": state, "finished": datetime.now(UTC)} | more
+            self._tasks.pop(job.id)
+            try:
+                self._keep(last.model_copy(update=values))
+            except (OSError, StoreFull) as error:
+                log.error("The end of %s cannot be written: %s", job.id, error)
+                self._jobs[job.id] = last.model_copy(update=values)
+
+    def _keep(self, job: Merge) -> None:
+        """Durable, whole or not at all. Raises StoreFull."""
+        unfinished = self._folder / f".{job.id}.json"
+        try:
+            unfinished.write_text(job.model_dump_json())
+            sync(unfinished)
+            unfinished.rename(self._file(job))
+            sync(self._folder)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno in NO_ROOM:
+                raise StoreFull("The disk that holds the merges is full; make room.") from error
+            raise
+        self._jobs[job.id] = job
+
+    def _forget(self, job: Merge) -> None:
+        """The record first: a result without one is removed at start."""
+        self._file(job).unlink(missing_ok=True)
+        sync(self._folder)
+        del self._jobs[job.id]
+        doomed = self._folder / f".{job.id}"
+        with suppress(OSError):
+            (self._folder / job.id).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _file(self, job: Merge) -> Path:
+        return self._folder / f"{job.id}.json"
+
+    def _recover(self) -> None:
+        for file in sorted(self._folder.glob(f"{_PREFIX}*.json")):
+            try:
+                job = Merge.model_validate_json(file.read_bytes())
+            except ValidationError as error:
+                log.warning("The merge in %s is damaged and passed over: %s", file, error)
+                continue
+            self._jobs[job.id] = job
+            if not job.ended:
+                lost = {"state": "failed", "error": _RESTARTED, "finished": datetime.now(UTC)}
+                self._keep(job.model_copy(update=lost))
+        for path in self._folder.iterdir():
+            if path.name.startswith((UNFINISHED, f".{_PREFIX}")) or self._is_orphan(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _is_orphan(self, path: Path) -> bool:
+        """A result whose job did not come to say so."""
+        job = self._jobs.get(path.name)
+        return path.is_dir() and path.name.startswith(_PREFIX) and (not job or not job.size)
+
+
+def _told(job: Merge) -> str:
+    """The recipe for the model card."""
+    parts = [
+        f"{part['name']} * {part['weight']:g}  (sha256 {part['digest']})"
+        for part in job.recipe["adapters"]
+    ]
+    return "\n".join([f"{job.recipe['method']} of", *parts])

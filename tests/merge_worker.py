@@ -1,0 +1,38 @@
+"""Works on a merge, with another one behind it, until it is killed; says when it is at the end.
+
+python -m tests.merge_worker FOLDER MODEL
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adapters.checkpoint import AdapterVectors
+from server.jobs import MergeJobs
+
+
+class StuckJobs(MergeJobs):
+    """Never finishes a merge."""
+
+    def _watch(self, *_: Any) -> Callable[[float], None]:
+        def report(share: float) -> None:
+            if share == 1:
+                print("almost", flush=True)
+                threading.Event().wait()
+
+        return report
+
+
+def main(folder: Path, model: str) -> None:
+    jobs = StuckJobs(folder, model, "tiny")
+    recipe = {"method": "product", "adapters": []}
+    with jobs._mutex:  # The worker waits for it.
+        for _ in range(2):
+            print(jobs.submit(AdapterVectors({}), recipe, None).id, flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,180 @@
+"""Merge jobs: what becomes of them when a process ends, a file is damaged, or a merge fails."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adapters.checkpoint import AdapterVectors
+from adapters.errors import CannotMerge, MergeNotDone, StoreLocked, UnknownMerge
+from adapters.targets import Side, Target
+from server.jobs import Merge, MergeJobs
+from tests.api.test_streaming import eventually
+from tests.factories import save_tiny_model
+
+REPOSITORY = Path(__file__).parents[1]
+NOTHING = AdapterVectors({})
+RECIPE = {"method": "product", "adapters": [{"name": "a@1", "digest": "0" * 64, "weight": 1.0}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "merges"
+
+
+@pytest.fixture
+def opened(folder: Path, model: str) -> Iterator[Callable[..., MergeJobs]]:
+    """Open the folder again; whoever had it before is closed."""
+    jobs: list[MergeJobs] = []
+
+    def open_jobs(base: str = model) -> MergeJobs:
+        for before in jobs:
+            before.close()
+        jobs[:] = [MergeJobs(folder, base, "tiny")]
+        return jobs[0]
+
+    yield open_jobs
+    for each in jobs:
+        each.close()
+
+
+def done(jobs: MergeJobs, job: Merge) -> Merge:
+    assert eventually(lambda: jobs.get(job.id).ended)
+    return jobs.get(job.id)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# A process that ends
+
+
+def test_a_merge_that_is_done_is_there_after_a_restart(
+    opened: Callable[..., MergeJobs], folder: Path
+) -> None:
+    jobs = opened()
+    job = done(jobs, jobs.submit(NOTHING, RECIPE, "ops"))
+    files = names(jobs.result(job.id))
+    again = opened()
+
+    assert job.state == "succeeded"
+    assert again.page(None, 10) == [job]
+    assert names(again.result(job.id)) == files
+    assert names(folder) == {"lock", job.id, f"{job.id}.json"}
+
+
+def test_a_merge_that_the_server_was_killed_in_has_failed_and_leaves_no_half(
+    opened: Callable[..., MergeJobs], folder: Path, model: str
+) -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.merge_worker", str(folder), model],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert worker.stdout is not None
+    *ids, last = (worker.stdout.readline().strip() for _ in range(3))
+    assert last == "almost"
+    assert any(name.startswith(".merging-") for name in names(folder))
+    worker.kill()
+    worker.communicate()
+    jobs = opened()
+
+    assert [job.id for job in jobs.page(None, 10)] == ids
+    assert {(job.state, job.error) for job in jobs.page(None, 10)} == {
+        ("failed", "the server was restarted")
+    }
+    assert names(folder) == {"lock", *(f"{each}.json" for each in ids)}
+
+
+def test_a_result_whose_job_did_not_come_to_say_so_is_removed(
+    opened: Callable[..., MergeJobs], folder: Path
+) -> None:
+    jobs = opened()
+    job = done(jobs, jobs.submit(NOTHING, RECIPE, None))
+    record = folder / f"{job.id}.json"
+    queued = {"state": "queued", "progress": 0.0, "size": None, "finished": None}
+    record.write_text(job.model_copy(update=queued).model_dump_json())
+    (folder / "notes").mkdir()
+    again = opened()
+
+    assert (again.get(job.id).state, again.get(job.id).size) == ("failed", None)
+    with pytest.raises(MergeNotDone, match="is failed"):
+        again.result(job.id)
+    assert names(folder) == {"lock", "notes", record.name}
+
+
+def test_a_damaged_record_is_passed_over_and_told(
+    opened: Callable[..., MergeJobs], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = opened()
+    job = done(jobs, jobs.submit(NOTHING, RECIPE, None))
+    (folder / "merge-1.json").write_text("{")
+    again = opened()
+
+    assert again.page(None, 10) == [job]
+    assert "merge-1.json is damaged" in caplog.text
+
+
+def test_two_servers_do_not_share_a_folder(
+    opened: Callable[..., MergeJobs], folder: Path, model: str
+) -> None:
+    opened()
+    with pytest.raises(StoreLocked, match="another server"):
+        MergeJobs(folder, model, "tiny")
+
+
+# Merges that fail
+
+
+def test_a_merge_that_is_not_finite_fails_and_names_the_module(
+    opened: Callable[..., MergeJobs], folder: Path, tmp_path: Path
+) -> None:
+    base = save_tiny_model(tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).save_pretrained(base)
+    jobs = opened(str(base))
+    target = Target("model.layers.1.self_attn.k_proj", Side.OUTPUT)
+    huge = AdapterVectors({target: torch.full((16,), 1e9)})
+    failed = done(jobs, jobs.submit(huge, RECIPE, None))
+
+    assert (failed.state, failed.size) == ("failed", None)
+    assert failed.error == f"the merged weight of {target.module} is not finite in torch.float16"
+    assert names(folder) == {"lock", f"{failed.id}.json"}
+
+
+def test_the_worker_outlives_a_merge_that_fails(
+    opened: Callable[..., MergeJobs], tmp_path: Path
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    jobs = opened(str(base))
+    with jobs._mutex:  # The worker waits for it.
+        lost = jobs.submit(NOTHING, RECIPE, None)
+        whole = (base / "model.safetensors").rename(tmp_path / "whole")
+    failed = done(jobs, lost)
+    whole.rename(base / "model.safetensors")
+
+    assert failed.state == "failed"
+    assert "model.safetensors" in str(failed.error)
+    assert done(jobs, jobs.submit(NOTHING, RECIPE, None)).state == "succeeded"
+
+
+def test_a_model_that_is_not_on_this_machine_is_refused(opened: Callable[..., MergeJobs]) -> None:
+    with pytest.raises(CannotMerge, match="no cached model 'nobody/nothing'"):
+        opened("nobody/nothing").submit(NOTHING, RECIPE, None)
+
+
+def test_what_is_unknown_is_refused(opened: Callable[..., MergeJobs]) -> None:
+    jobs = opened()
+    for ask in (jobs.get, jobs.result, jobs.remove):
+        with pytest.raises(UnknownMerge, match="merge-1"):
+            ask("merge-1")
