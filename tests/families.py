@@ -29,7 +29,7 @@ _T5 = {
     "d_ff": 64,
     "num_layers": 2,
     "num_heads": 4,
-    "initializer_factor": 4.0,
+    "initializer_factor": 1.0,
 }
 
 
@@ -47,6 +47,8 @@ class Family:
     targets: list[str] | None = None
     """The defaults, where PEFT's table has the family under another name."""
     encoder_decoder: bool = False
+    remarks: tuple[str, ...] = ()
+    """What a user of the family should know."""
 
     @property
     def default_config(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def _gpt2_like(extra: dict[str, Any] | None = None) -> Family:
         regex=r".*\.(attn\.c_proj|mlp\.c_fc|mlp\.c_proj)",
         excluded=["h.0.mlp.c_fc"],
         feedforward=["mlp.c_proj"],
+        remarks=("Fused queries, keys and values: PEFT's default rescales all three.",),
     )
 
 
@@ -92,6 +95,7 @@ def _fused(config: dict[str, Any]) -> Family:
         regex=r".*\.(dense|dense_h_to_4h|dense_4h_to_h)",
         excluded=["h.0.mlp.dense_h_to_4h"],
         feedforward=["dense_4h_to_h"],
+        remarks=("Fused queries, keys and values: PEFT's default rescales all three.",),
     )
 
 
@@ -102,6 +106,7 @@ def _t5_like(feedforward: str) -> Family:
         excluded=["decoder.block.0.layer.0.SelfAttention.q"],
         feedforward=["wo"],
         encoder_decoder=True,
+        remarks=("`/v1/completions` and `/v1/rank`; the prompt's own tokens are not scored.",),
     )
 
 
@@ -123,12 +128,17 @@ FAMILIES: dict[str, Family] = {
         excluded=["layers.0.self_attn.q_proj"],
         feedforward=["down_proj"],
         targets=["q_proj", "v_proj", "down_proj"],
+        remarks=(
+            "Text only. PEFT's table has it as `llama4`: name `target_modules` in the config.",
+            "Experts are one tensor, which IA3 cannot target.",
+        ),
     ),
     "mistral": _llama_like({"sliding_window": 8}),
     "mixtral": Family(
         _LLAMA | {"num_local_experts": 4, "sliding_window": None},
         regex=r".*\.(q_proj|o_proj)",
         excluded=["layers.0.self_attn.q_proj"],
+        remarks=("PEFT's default `w2` matches nothing: experts are one tensor.",),
     ),
     "qwen2": _llama_like(),
     "qwen3": _llama_like(_HEAD),
@@ -169,6 +179,7 @@ FAMILIES: dict[str, Family] = {
         regex=r".*\.(dense|dense_h_to_4h|dense_4h_to_h)",
         excluded=["layers.0.mlp.dense_h_to_4h"],
         feedforward=["dense_4h_to_h"],
+        remarks=("Fused queries, keys and values: PEFT's default rescales all three.",),
     ),
     "opt": Family(
         _LLAMA | {"ffn_dim": 64, "word_embed_proj_dim": 32},
@@ -201,6 +212,10 @@ FAMILIES: dict[str, Family] = {
         excluded=["decoder.layers.0.self_attn.q_proj"],
         feedforward=["fc2"],
         encoder_decoder=True,
+        remarks=(
+            "As T5. `forced_bos_token_id` is obeyed; `forced_eos_token_id`, which overwrites the "
+            "last token of an answer cut short, is not.",
+        ),
     ),
 }
 """By transformers' model type; what follows a hyphen is a variant."""

@@ -1,0 +1,61 @@
+"""docs/models.md: which families run, how, and how far from exact, as the tests saw it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.families import FAMILIES
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_ABOUT = """# Model families
+
+Written by `make test-full`, from a tiny model of each family with random weights, float32.
+
+A batch of 15 rows (the base, two adapters with the family's default targets, one with a regular
+expression and `exclude_modules`, and the product of two; three prompts each) gives PEFT's greedy
+tokens in every row. *Error* is the largest difference of a log-probability, over the whole
+vocabulary and all rows, to PEFT in float64: PEFT's own in float32, and ours. A *merged* export is
+loaded by plain transformers and gives the logits of PEFT's `merge_and_unload`, bit for bit.
+
+*flat*: all rows' tokens in one `[1, tokens]` batch on the engine's own attention. *padded*: rows
+aligned in a `[rows, tokens]` batch on the model's attention
+([why](decisions/0009-a-second-runner.md)). Any other model is tried both ways at start-up, and
+refused with the reason where neither is exact.
+
+| model type | runner | PEFT's error | our error | merged | remarks |
+|---|---|---|---|---|---|
+"""
+_FOR_ALL = """
+Not supported in any family: images and sound beside text, attention that is not causal, attention
+sinks. A window scaled by `dynamic` or `longrope` positions ends where the original one did
+([why](decisions/0004-positions-that-depend-on-the-longest-row.md)).
+"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    runner: str
+    peft_error: float
+    our_error: float
+
+
+class ModelsPage:
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        return self.seen.keys() == FAMILIES.keys()
+
+    def write(self) -> None:
+        rows = [
+            f"{beginning(family, self.seen[family].runner)} {self.seen[family].peft_error:.1e} | "
+            f"{self.seen[family].our_error:.1e} | equal | {' '.join(FAMILIES[family].remarks)} |"
+            for family in FAMILIES
+        ]
+        PAGE.write_text(_ABOUT + "\n".join(rows) + "\n" + _FOR_ALL)
+
+
+def beginning(family: str, runner: str) -> str:
+    """How the row of a family begins."""
+    model_type, _, variant = family.partition("-")
+    return f"| `{model_type}`{f' ({variant})' * bool(variant)} | {runner} |"
