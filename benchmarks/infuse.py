@@ -33,7 +33,7 @@ def _plan(workload: Workload) -> int:
 
 
 class InfuseServer:
-    def __init__(self, workload: Workload, model: Path, folder: Path) -> None:
+    def __init__(self, workload: Workload, model: Path, folder: Path, *flags: str) -> None:
         self._workload = workload
         self._log = (folder / "server.log").open("w+")
         command = [
@@ -41,6 +41,7 @@ class InfuseServer:
             *("--model", model, "--served-model-name", "base"),
             *("--kv-cache-tokens", _plan(workload), "--max-model-len", _WINDOW),
             *("--adapters-dir", folder / "store", "--preload-adapters", workload.adapters_folder),
+            *flags,
         ]
         self._process = subprocess.Popen(
             [str(part) for part in command], stdout=self._log, stderr=subprocess.STDOUT
