@@ -68,13 +68,14 @@ class ServerProcess:
 class InfuseServer(ServerProcess):
     """A server with a workload."""
 
-    def __init__(self, workload: Workload, model: Path, folder: Path) -> None:
+    def __init__(self, workload: Workload, model: Path, folder: Path, *flags: str) -> None:
         self._workload = workload
         super().__init__(
             folder / "server.log",
             *("--model", model, "--served-model-name", "base"),
             *("--kv-cache-tokens", _plan(workload), "--max-model-len", _WINDOW),
             *("--adapters-dir", folder / "store", "--preload-adapters", workload.adapters_folder),
+            *flags,
         )
 
     def run(self, models: list[str]) -> Round:

@@ -73,7 +73,7 @@ def load_services(settings: Settings) -> "partial[Services]":
     """Everything but the streams, which belong to an event loop that does not run yet."""
     store = AdapterStore(settings.adapters_dir, settings.keep_revisions)
     try:
-        loaded = load_model(settings.model, settings.device, settings.dtype)
+        loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
         name = settings.served_model_name or loaded.name
         ia3 = IA3Model(loaded.model, settings.max_resident_adapters)
         registry = AdapterRegistry(store, ia3.modules_of_base, ia3, reserved=(name,))

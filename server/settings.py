@@ -62,6 +62,12 @@ class Settings(BaseSettings):
         description="The base's number format; auto: the checkpoint's on a GPU, else float32.",
         examples=["bfloat16"],
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Round the base's weights at start to so many bits; a checkpoint that is "
+        "quantised already needs none.",
+        examples=["int8"],
+    )
     max_model_len: int | None = Field(
         None,
         ge=1,

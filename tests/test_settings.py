@@ -19,6 +19,7 @@ VALUES = {
     "port": "8123",
     "device": "cpu",
     "dtype": "bfloat16",
+    "quantization": "int8",
     "max_model_len": "512",
     "max_batch_rows": "4",
     "max_resident_adapters": "7",

@@ -14,6 +14,7 @@ from server.engine.errors import EngineDead, EngineStopping, QueueFull, Unsuppor
 from server.engine.execution import prepare
 from server.engine.loading import LoadedModel
 from server.engine.planning import window_of
+from server.engine.quantization import weights_bytes
 from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
 from server.engine.runner import Logits
 from server.engine.sampler import Sampled, Sampler, score_tokens
@@ -71,7 +72,7 @@ class Engine:
         base = loaded.model
         self._bank = ia3.bank
         self._residency = residency
-        self._weights_bytes = sum(p.nbytes for p in base.parameters())
+        self._weights_bytes = weights_bytes(base)
         self.model_name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.generation_config = loaded.generation_config

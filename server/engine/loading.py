@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from server.engine.errors import ModelNotFound, UnsupportedModel
+from server.engine.quantization import Quantization, loading_arguments, settle
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """What `--model` means when it is not given."""
@@ -40,11 +41,17 @@ class LoadedModel:
     generation_config: GenerationConfig
 
 
-def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    model: str | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: Quantization = "none",
+) -> LoadedModel:
     """Load a hub id, a folder, or (None) the default model.
 
     `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA and
-    float32 on the CPU. Raises ModelNotFound and UnsupportedModel.
+    float32 on the CPU. A checkpoint that is quantised already loads as it is with `quantization`
+    "none". Raises ModelNotFound and UnsupportedModel.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,11 +64,14 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
         tokenizer = AutoTokenizer.from_pretrained(source)
         seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        base = auto.from_pretrained(source, dtype=dtype, device_map=None)
+        how = loading_arguments(source, quantization, device, dtype)
+        base = auto.from_pretrained(source, dtype=dtype, **how)
     except OSError as error:
         raise ModelNotFound(f"no model at '{source}': {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"'{source}' is no language model: {_first_line(error)}") from error
+    except (ImportError, RuntimeError) as error:
+        raise UnsupportedModel(f"'{source}' does not load here: {_first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     name = DEFAULT_MODEL if model is None else model
@@ -69,7 +79,10 @@ def load_model(model: str | None, device: str = "auto", dtype: str = "auto") -> 
         name = Path(name).resolve().name
     base.requires_grad_(False)
     base.train(False)
-    base.to(device)  # type: ignore[arg-type]
+    if how["device_map"] is None:
+        base.to(device)  # type: ignore[arg-type]
+    else:
+        settle(base, device)
     return LoadedModel(base, tokenizer, name, base.generation_config)
 
 

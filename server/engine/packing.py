@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from server.engine.quantization import is_quantized
+
 
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, its weight in oneDNN's blocked layout for any batch size."""
@@ -62,7 +64,9 @@ def pack_linears(model: nn.Module) -> int:
     packed = 0
     for name in names:
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        if type(module) is not nn.Linear or is_quantized(module):
+            continue
+        if module.weight.device.type != "cpu":
             continue
         dtype = module.weight.dtype
         if dtype not in works:
@@ -73,6 +77,6 @@ def pack_linears(model: nn.Module) -> int:
     if packed:
         # A checkpoint's file stays mapped in memory as long as one tensor of it lives.
         for tensor in [*model.parameters(), *model.buffers()]:
-            if not tensor.is_meta:
+            if type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
                 tensor.data = tensor.data.clone()
     return packed

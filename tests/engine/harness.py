@@ -203,9 +203,13 @@ class Oracle:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._model: Any = copy.deepcopy(base)
+        if self._model.dtype != dtype:
+            self._model.to(dtype)
         if adapter is not None:
             self._model = PeftModel.from_pretrained(self._model, adapter)
-        self._model = self._model.to(dtype).eval()
+        if dtype is torch.float64:
+            self._model.double()  # PEFT's vectors too, which it keeps in float32.
+        self._model.eval()
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -218,3 +222,15 @@ class Oracle:
         for _ in range(count):
             ids.append(int(self.logits(ids)[-1].argmax()))
         return ids[len(prompt) :]
+
+
+def worst_error(answer: Answer, exact: torch.Tensor) -> float:
+    """The farthest that a prompt's scores are from `exact`, log-probabilities `[tokens, vocab]`."""
+    worst = 0.0
+    for position, scored in enumerate((answer.prompt_logprobs or ())[1:]):
+        assert scored is not None
+        tokens, values = zip(*scored.top, strict=True)
+        error = torch.tensor(values, dtype=torch.float64) - exact[position, list(tokens)]
+        worst = max(worst, error.abs().max().item())
+    assert worst > 0, "scores were asked for"
+    return worst

@@ -53,6 +53,13 @@ def test_a_folder_without_weights_is_not_a_model(folder: Path) -> None:
         load_model(str(folder), "cpu")
 
 
+def test_weights_that_do_not_fit_the_config_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    with pytest.raises(UnsupportedModel, match="does not load here"):
+        load_model(str(folder), "cpu")
+
+
 def test_an_architecture_that_generates_no_text_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))

@@ -1,0 +1,163 @@
+"""Bases in 8 and 4 bits, by the libraries that transformers loads them with.
+
+int8 is torchao's: one scale for each output feature. int4 is bitsandbytes' NF4: one for every 64
+weights. Both round weights only, so that no row depends on the rows beside it, and IA3's vectors
+meet activations in the base's own dtype (decision 17).
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TorchAoConfig,
+)
+from transformers.utils.import_utils import is_bitsandbytes_available, is_torchao_available
+
+from server.engine.errors import UnsupportedModel
+
+Quantization = Literal["none", "int8", "int4"]
+
+_LIBRARIES = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
+
+
+def loading_arguments(
+    source: str, quantization: Quantization, device: str, dtype: str
+) -> dict[str, Any]:
+    """What `from_pretrained` must be told to load `source` in so many bits, or as it was saved.
+
+    Raises UnsupportedModel: quantised already, by a library that is not known or not installed.
+    """
+    config = AutoConfig.from_pretrained(source)
+    saved = _library_of(config)
+    if saved is not None and quantization != "none":
+        raise UnsupportedModel(
+            f"'{source}' is quantised already, by {saved}; leave out --quantization {quantization}"
+        )
+    library = {"none": saved, "int8": "torchao", "int4": "bitsandbytes"}[quantization]
+    if library is None:
+        return {"device_map": None}
+    if library not in _LIBRARIES:
+        raise UnsupportedModel(
+            f"'{source}' is quantised by {library}, on which IA3 is not supported: use the "
+            f"original checkpoint, or one by {' or '.join(_LIBRARIES)}"
+        )
+    missing = [name for name, is_available in _LIBRARIES.items() if not is_available()]
+    if missing:
+        raise UnsupportedModel(
+            f"a quantised base needs {' and '.join(missing)}: "
+            'pip install "infuse-server[quantization]"'
+        )
+    if saved is not None:
+        return {"device_map": {"": device}}
+    computing = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return {"device_map": {"": device}, "quantization_config": _recipe(quantization, computing)}
+
+
+def _library_of(config: PreTrainedConfig) -> str | None:
+    """What a checkpoint was quantised with."""
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return None
+    if saved.get("load_in_8bit") or saved.get("load_in_4bit"):
+        return "bitsandbytes"
+    return str(saved.get("quant_method"))
+
+
+def _recipe(quantization: Quantization, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig:
+    if quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def settle(model: PreTrainedModel, device: str) -> None:
+    """Make sure that a quantised model's rows stand alone, and that it runs on `device`.
+
+    Raises UnsupportedModel.
+    """
+    _keep_activations(model)
+    kinds = {
+        (type(module), type(module.weight)): module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and is_quantized(module)
+    }
+    if not kinds:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no layer that could be quantised so (int8 takes nn.Linear "
+            "only, int4 also GPT-2's Conv1D): try --quantization int4, or none"
+        )
+    for (_, weight), module in kinds.items():
+        try:
+            alone = _rows_stand_alone(module, device, model.dtype)
+        except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"layers of {weight.__name__} do not run on {device}: {error}"
+            ) from error
+        if not alone:
+            raise UnsupportedModel(
+                f"layers of {weight.__name__} round a row's activations by those of the rows "
+                "beside it, so an answer would depend on the batch: quantise weights only"
+            )
+
+
+def is_quantized(linear: nn.Linear) -> bool:
+    """Its weight is more than a plain parameter: a tensor subclass, or a packed one."""
+    return type(linear.weight) is not nn.Parameter
+
+
+def _keep_activations(model: PreTrainedModel) -> None:
+    """Let bitsandbytes' 8-bit layers (LLM.int8) use their weights, and leave activations be.
+
+    The weights stay bit for bit; torchao multiplies with them. LLM.int8 itself computes columns
+    that hold an outlier of any row more finely for all rows.
+    """
+    if not getattr(model, "is_loaded_in_8bit", False):
+        return
+    from bitsandbytes.nn.modules import Linear8bitLt
+    from torchao.quantization import Int8Tensor
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear8bitLt):
+            old: Any = module.weight
+            size = (module.in_features, module.out_features)
+            linear = nn.Linear(*size, bias=False, device="meta")
+            new = Int8Tensor(old.data, old.SCB[:, None] / 127, [1, size[0]], model.dtype)
+            linear.weight = nn.Parameter(new, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
+@torch.inference_mode()
+def _rows_stand_alone(linear: nn.Linear, device: str, dtype: torch.dtype) -> bool:
+    """Whether a row comes out the same beside another one that is a thousand times as large."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, linear.in_features, generator=generator).to(device, dtype)
+    x[:, 1] *= 1000
+    alone, beside = linear(x[:, :1]), linear(x)[:, :1]
+    tolerance = 16 * torch.finfo(dtype).eps * float(alone.abs().max())
+    return torch.allclose(alone, beside, rtol=0, atol=tolerance)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, each once, with the scales of quantised ones."""
+    return sum(_nbytes(parameter) for parameter in model.parameters())
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):
+        inner, _ = tensor.__tensor_flatten__()
+        return sum(int(getattr(tensor, name).nbytes) for name in inner)
+    state = getattr(tensor, "quant_state", None)
+    # bitsandbytes can quantise its scales once more: then they have scales of their own.
+    states = [] if state is None else [state, state.state2 if state.nested else None]
+    scales = sum(int(each.absmax.nbytes) for each in states if each is not None)
+    return tensor.nbytes + scales
