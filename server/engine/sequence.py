@@ -4,6 +4,7 @@ import random
 
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.constraints import Constraint
 from server.engine.detokenizer import Detokenizer
 from server.engine.request import GenerationRequest, TokenLogprob
 
@@ -12,7 +13,8 @@ class Sequence:
     """Owns a request's tokens and how far they are computed.
 
     `tokens` holds prompt and answer; keys and values exist for the first `computed` of them. A
-    preempted sequence goes back to 0 and recomputes; its answer and its random state stay.
+    preempted sequence goes back to 0 and recomputes; its answer, its random state and its place in
+    a grammar stay.
     """
 
     def __init__(
@@ -29,6 +31,8 @@ class Sequence:
         self.detokenizer = Detokenizer(
             tokenizer, request.prompt, request.params.stop, request.params.skip_special_tokens
         )
+        grammar = request.params.grammar
+        self.constraint = None if grammar is None else Constraint(grammar)
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         """Known so far, when they were asked for. Nothing predicts the first token."""
 
