@@ -13,6 +13,7 @@ from server.api.completion_schemas import (
     CompletionChoice,
     CompletionLogprobs,
 )
+from server.api.constraining import structured_grammar
 from server.api.generation import (
     Order,
     check_fan_out,
@@ -64,6 +65,7 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
                 param=field,
             )
         prompt_logprobs = body.logprobs or 0
+    grammar = structured_grammar(engine, body.structured_outputs)
     prompts = [
         (
             prompt,
@@ -73,6 +75,7 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
                 max_tokens=fit_to_window(engine, prompt, field, limit, DEFAULT_MAX_TOKENS),
                 logprobs=body.logprobs,
                 prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             ),
         )
         for prompt in encode_prompts(engine, body.prompt)
