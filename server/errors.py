@@ -28,7 +28,14 @@ from adapters.errors import (
     UnknownMerge,
     UnknownRevision,
 )
-from server.engine.errors import EngineDead, EngineError, EngineStopping, QueueFull
+from server.engine.errors import (
+    BadConstraint,
+    ConstraintsUnavailable,
+    EngineDead,
+    EngineError,
+    EngineStopping,
+    QueueFull,
+)
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +204,10 @@ def from_engine_error(error: EngineError) -> ApiError:
         case QueueFull(retry_after=seconds):
             headers = {"Retry-After": str(round(seconds))}
             return ApiError(429, str(error), code="queue_full", headers=headers)
+        case BadConstraint(where=where):
+            return ApiError(400, str(error), code="invalid_constraint", param=where)
+        case ConstraintsUnavailable():
+            return ApiError(400, str(error), code="constraints_unavailable")
         case EngineStopping():
             headers = {"Retry-After": _DRAIN_RETRY_AFTER}
             return ApiError(503, str(error), code="stopping", headers=headers)

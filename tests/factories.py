@@ -77,7 +77,13 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """Every byte is a token; three special tokens, a chat template."""
     alphabet = sorted(ByteLevel.alphabet())
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<|user|>": 3, "<|assistant|>": 4}
@@ -89,15 +95,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
-    fast.chat_template = (
-        "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
+    fast.chat_template = chat_template
     return fast
 
 
-def save_tiny_model(folder: Path, **overrides: Any) -> Path:
+def save_tiny_model(folder: Path, chat_template: str = CHAT_TEMPLATE, **overrides: Any) -> Path:
     """`tiny_llama` and `tiny_tokenizer` as a folder."""
     tiny_llama(**{"vocab_size": TOKENS} | overrides).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(chat_template).save_pretrained(folder)
     return folder

@@ -1,6 +1,8 @@
 """`POST /v1/chat/completions`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
@@ -13,10 +15,12 @@ from server.api.chat_schemas import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatFinishedBecause,
     ChatLogprobs,
     ChunkChoice,
     Delta,
 )
+from server.api.constraining import chat_grammar
 from server.api.generation import (
     Order,
     check_fan_out,
@@ -30,11 +34,16 @@ from server.api.logprobs import TokenBytes, chat_logprobs
 from server.api.prompts import encode_conversation, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
+from server.api.tool_formats import CallFormat, CallReader, Said, find_format
+from server.api.tool_schemas import ToolCallDelta
+from server.engine.engine import Engine
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services
 
 router = APIRouter(tags=["generation"])
+
+MakeReader = Callable[[], CallReader]
 
 
 @router.post(
@@ -48,30 +57,60 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
-    order = await to_thread.run_sync(_prepare, services, body)
-    return await respond(request, services, body, order, ChatWriter(services, body, order))
+    order, make_reader = await to_thread.run_sync(_prepare, services, body)
+    writer = ChatWriter(services, body, order, make_reader)
+    return await respond(request, services, body, order, writer)
 
 
-def _prepare(services: Services, body: ChatBody) -> Order:
+def _prepare(services: Services, body: ChatBody) -> tuple[Order, MakeReader | None]:
+    """The order, and what reads the tool calls out of a choice, where tools are offered."""
     check_model(services, body)
     field, limit = body.token_limit
     if limit == 0:
         raise ApiError(400, f"{field} must be at least 1.", param=field)
-    prompt = encode_conversation(services.engine, body)
+    text, prompt = encode_conversation(services.engine, body)
+    calls = _call_format(services.engine, body)
     params = sampling_params(
         services.engine,
         body,
         max_tokens=fit_to_window(services.engine, prompt, field, limit, None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=chat_grammar(services.engine, body, calls),
     )
-    return place_order(services, body, "chatcmpl", [(prompt, params)])
+    if calls is None:
+        return place_order(services, body, "chatcmpl", [(prompt, params)]), None
+    # A call's marks may be special tokens.
+    params = replace(params, skip_special_tokens=False)
+    make_reader = partial(CallReader, calls, text, body.offered_tools)
+    return place_order(services, body, "chatcmpl", [(prompt, params)]), make_reader
+
+
+def _call_format(engine: Engine, body: ChatBody) -> CallFormat | None:
+    if not body.offered_tools:
+        return None
+    calls = find_format(engine.tokenizer)
+    if calls is None:
+        raise ApiError(
+            400,
+            "How this model writes tool calls is not known: its tokenizer has no "
+            "response_template, and its chat template writes none as Hermes, Mistral or Llama 3 "
+            "do. Leave the tools out.",
+            param="tools",
+        )
+    return calls
 
 
 class ChatWriter:
     """Writes outputs as OpenAI's chat completions, and as their chunks."""
 
-    def __init__(self, services: Services, body: ChatBody, order: Order) -> None:
+    def __init__(
+        self, services: Services, body: ChatBody, order: Order, make_reader: MakeReader | None
+    ) -> None:
         self._order = order
+        self._make_reader = make_reader
+        self._readers: dict[int, CallReader] = {}
+        self._calls: dict[int, int] = {}
+        """How many each choice has made."""
         self._token_bytes = TokenBytes(services.engine.tokenizer) if body.logprobs else None
         self._opened: set[int] = set()
 
@@ -90,12 +129,20 @@ class ChatWriter:
         if number not in self._opened:
             self._opened.add(number)
             yield self._chunk([_addition(number, Delta(role="assistant", content=""))])
-        if output.text or (output.logprobs and self._token_bytes is not None):
-            delta = Delta(content=output.text)
+        before = self._calls.get(number, 0)
+        said = self._read(number, output)
+        if said.content or (output.logprobs and self._token_bytes is not None):
+            delta = Delta(content=said.content)
             yield self._chunk([_addition(number, delta, logprobs=self._score(output))])
+        if said.calls:
+            deltas = [
+                ToolCallDelta(index=index, **call.model_dump())
+                for index, call in enumerate(said.calls, start=before)
+            ]
+            yield self._chunk([_addition(number, Delta(tool_calls=deltas))])
         if output.finish_reason is not None:
             last = _addition(number, Delta())
-            last.finish_reason = finished_because(output)
+            last.finish_reason = self._because(number, output)
             yield self._chunk([last])
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -114,14 +161,37 @@ class ChatWriter:
         )
 
     def _choice(self, number: int, output: Output) -> ChatChoice:
-        because = finished_because(output)
+        said = self._read(number, output)
+        because = self._because(number, output)
         assert because is not None, "a whole answer has ended"
+        message = AssistantMessage(role="assistant", content=said.content)
+        if said.calls:
+            message.content = said.content or None
+            message.tool_calls = said.calls
         return ChatChoice(
             index=number,
-            message=AssistantMessage(role="assistant", content=output.text),
+            message=message,
             logprobs=self._score(output),
             finish_reason=because,
         )
+
+    def _read(self, number: int, output: Output) -> Said:
+        """What the output says and calls."""
+        if self._make_reader is None:
+            return Said(output.text, [])
+        if number not in self._readers:
+            self._readers[number] = self._make_reader()
+        reader = self._readers[number]
+        said = reader.feed(output.text)
+        if output.finish_reason is not None:
+            rest = reader.finish()
+            said = Said(said.content + rest.content, said.calls + rest.calls)
+        self._calls[number] = self._calls.get(number, 0) + len(said.calls)
+        return said
+
+    def _because(self, number: int, output: Output) -> ChatFinishedBecause | None:
+        because = finished_because(output)
+        return "tool_calls" if because == "stop" and self._calls.get(number) else because
 
     def _score(self, output: Output) -> ChatLogprobs | None:
         if self._token_bytes is None:

@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -12,6 +11,7 @@ from pydantic import (
     field_validator,
 )
 
+from server.api.constraint_schemas import ResponseFormat
 from server.api.schemas import (
     MAX_LOGPROBS,
     FinishedBecause,
@@ -19,8 +19,12 @@ from server.api.schemas import (
     NotYet,
     Usage,
 )
+from server.api.tool_schemas import NamedToolChoice, ToolCall, ToolCallDelta, ToolChoice, Tools
 
 MAX_MESSAGES = 4096
+MAX_CALLS = 128
+
+ChatFinishedBecause = FinishedBecause | Literal["tool_calls"]
 
 
 class TextPart(BaseModel):
@@ -30,10 +34,12 @@ class TextPart(BaseModel):
     text: str = Field(description="The text.", examples=["Where is my order?"])
 
 
-def _join_text_parts(content: object) -> object:
+def _join_text_parts(content: object, info: ValidationInfo) -> object:
     """A message's content as one text; its parts are joined by line breaks."""
     if content is None:
-        raise ValueError("is missing; every message needs a text")
+        if info.data.get("tool_calls"):
+            return None
+        raise ValueError("is missing; every message needs a text, or tool_calls")
     if not isinstance(content, list):
         return content
     texts: list[str] = []
@@ -50,12 +56,6 @@ def _join_text_parts(content: object) -> object:
     return "\n".join(texts)
 
 
-def _check_response_format(value: object) -> object:
-    if value is None or (isinstance(value, dict) and value.get("type") == "text"):
-        return value
-    raise ValueError('only {"type": "text"} is supported yet; leave it out')
-
-
 class Message(BaseModel):
     """One turn of a conversation."""
 
@@ -64,12 +64,52 @@ class Message(BaseModel):
     role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
         description="Who speaks; `developer` is another word for `system`.", examples=["user"]
     )
+    tool_calls: list[ToolCall] | None = Field(
+        None,
+        max_length=MAX_CALLS,
+        description="What an assistant's message called.",
+        examples=[None],
+    )
+    tool_call_id: str | None = Field(
+        None,
+        validate_default=True,
+        description="Which call a tool's message answers.",
+        examples=["a81bc3f02"],
+    )
     content: Annotated[
-        str, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
-    ] = Field(description="The text, or a list of text parts.", examples=["Where is my order?"])
+        str | None, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
+    ] = Field(
+        None,
+        validate_default=True,
+        description="The text, or a list of text parts; may be missing beside `tool_calls`.",
+        examples=["Where is my order?"],
+    )
     name: str | None = Field(
         None, description="The speaker's name, for templates that use it.", examples=["Ada"]
     )
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_the_assistant(
+        cls, calls: list[ToolCall] | None, info: ValidationInfo
+    ) -> list[ToolCall] | None:
+        if calls and info.data.get("role") != "assistant":
+            raise ValueError("stand in an assistant's message only")
+        return calls
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _of_a_tool(cls, call_id: str | None, info: ValidationInfo) -> str | None:
+        if call_id is None and info.data.get("role") == "tool":
+            raise ValueError("is missing; a tool's message names the call that it answers")
+        return call_id
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        role = "system" if self.role == "developer" else self.role
+        calls = [call.for_template() for call in self.tool_calls or ()]
+        rest = {"name": self.name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
+        return {"role": role, "content": self.content or ""} | {k: v for k, v in rest.items() if v}
 
 
 class ChatBody(GenerationBody):
@@ -108,11 +148,30 @@ class ChatBody(GenerationBody):
         description="Further variables for the chat template.",
         examples=[{"enable_thinking": False}],
     )
-    response_format: Annotated[Any, AfterValidator(_check_response_format)] = Field(
-        None, description="Only `text` is supported.", examples=[{"type": "text"}]
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="Hold the answer to JSON, or to a JSON schema.",
+        examples=[{"type": "json_object"}],
     )
-    tools: NotYet = Field(None, description="Not supported yet, refused.", examples=[None])
-    functions: NotYet = Field(None, description="Not supported yet, refused.", examples=[None])
+    tools: Tools | None = Field(
+        None,
+        description="Functions that the model may call, if its chat template has a place for them.",
+        examples=[[{"type": "function", "function": {"name": "get_weather"}}]],
+    )
+    tool_choice: ToolChoice = Field(
+        None,
+        description="`auto` (the default): the model decides; `none`: the tools are not offered; "
+        "`required`, or one function: the answer is calls that fit the schemas.",
+        examples=["auto"],
+    )
+    parallel_tool_calls: bool | None = Field(
+        None,
+        description="Whether `required` may be several calls (default true).",
+        examples=[True],
+    )
+    functions: NotYet = Field(
+        None, description="Not supported, refused: use `tools`.", examples=[None]
+    )
 
     @field_validator("top_logprobs")
     @classmethod
@@ -120,6 +179,39 @@ class ChatBody(GenerationBody):
         if top is not None and not info.data.get("logprobs"):
             raise ValueError("needs logprobs: true")
         return top
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _names_a_tool(cls, choice: ToolChoice, info: ValidationInfo) -> ToolChoice:
+        tools = info.data.get("tools") or []
+        if choice == "required" and not tools:
+            raise ValueError("is required, but there are no tools")
+        if isinstance(choice, NamedToolChoice):
+            names = [tool.function.name for tool in tools]
+            if choice.function.name not in names:
+                raise ValueError(f"names {choice.function.name[:80]!r}, but the tools are {names}")
+        return choice
+
+    @property
+    def offered_tools(self) -> Tools:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def tools_to_call(self) -> Tools:
+        """Of which the answer must call; none where the model decides."""
+        match self.tool_choice:
+            case "required":
+                return self.offered_tools
+            case NamedToolChoice(function=wanted):
+                return [t for t in self.offered_tools if t.function.name == wanted.name]
+            case _:
+                return []
+
+    @property
+    def calls_several(self) -> bool:
+        """Whether one answer may hold several calls."""
+        named = isinstance(self.tool_choice, NamedToolChoice)
+        return self.parallel_tool_calls is not False and not named
 
     @field_validator("continue_final_message")
     @classmethod
@@ -152,7 +244,8 @@ class ChatLogprobs(BaseModel):
     """The log-probabilities of a choice's tokens."""
 
     content: list[ChatTokenLogprob] = Field(
-        description="One entry per token, before temperature and filters.", examples=[[]]
+        description="One entry per token, before constraints, temperature and filters.",
+        examples=[[]],
     )
 
 
@@ -160,7 +253,12 @@ class AssistantMessage(BaseModel):
     """The answer."""
 
     role: Literal["assistant"] = Field(description="Always `assistant`.", examples=["assistant"])
-    content: str = Field(description="The generated text.", examples=["Paris."])
+    content: str | None = Field(
+        description="The generated text; null where there are calls only.", examples=["Paris."]
+    )
+    tool_calls: list[ToolCall] | None = Field(
+        None, description="What the model calls.", examples=[None]
+    )
 
 
 class ChatChoice(BaseModel):
@@ -173,8 +271,9 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None = Field(
         description="The tokens' log-probabilities, where asked for.", examples=[None]
     )
-    finish_reason: FinishedBecause = Field(
-        description="`stop`: an end token or a stop string; `length`: the token limit.",
+    finish_reason: ChatFinishedBecause = Field(
+        description="`stop`: an end token or a stop string; `length`: the token limit; "
+        "`tool_calls`: a stop after calls.",
         examples=["stop"],
     )
 
@@ -186,6 +285,9 @@ class Delta(BaseModel):
         None, description="In a choice's first chunk.", examples=["assistant"]
     )
     content: str | None = Field(None, description="The next part of the text.", examples=["Par"])
+    tool_calls: list[ToolCallDelta] | None = Field(
+        None, description="Further calls, each whole.", examples=[None]
+    )
 
 
 class ChunkChoice(BaseModel):
@@ -196,7 +298,7 @@ class ChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None = Field(
         description="The log-probabilities of this chunk's tokens.", examples=[None]
     )
-    finish_reason: FinishedBecause | None = Field(
+    finish_reason: ChatFinishedBecause | None = Field(
         description="Set in a choice's last chunk.", examples=[None]
     )
 

@@ -106,8 +106,8 @@ class CompletionLogprobs(BaseModel):
         examples=[[" Paris", "."]],
     )
     token_logprobs: list[float | None] = Field(
-        description="Natural logarithms of the model's probabilities, before temperature and "
-        "filters; null for the first token of an echoed prompt.",
+        description="Natural logarithms of the model's probabilities, before constraints, "
+        "temperature and filters; null for the first token of an echoed prompt.",
         examples=[[-0.12, -1.05]],
     )
     top_logprobs: list[dict[str, float] | None] = Field(

@@ -13,6 +13,7 @@ from server.api.completion_schemas import (
     CompletionChoice,
     CompletionLogprobs,
 )
+from server.api.constraining import structured_grammar
 from server.api.generation import (
     Order,
     check_fan_out,
@@ -71,6 +72,7 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
             "log-probabilities; leave out echo, or use /v1/rank to score a text after a prompt.",
             param="echo",
         )
+    grammar = structured_grammar(engine, body.structured_outputs)
     prompts = [
         (
             prompt,
@@ -80,6 +82,7 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
                 max_tokens=fit_to_window(engine, prompt, field, limit, DEFAULT_MAX_TOKENS),
                 logprobs=body.logprobs,
                 prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             ),
         )
         for prompt in encode_prompts(engine, body.prompt)

@@ -202,6 +202,12 @@ def _release(requests: Iterable[GenerationRequest]) -> None:
 def _raise_if_failed(output: Output) -> None:
     if output.finish_reason is FinishReason.ERROR:
         raise ApiError(500, output.error or "The engine failed; the server's log says why.")
+    if output.finish_reason is FinishReason.CONSTRAINT:
+        raise ApiError(
+            400,
+            f"The constraint {output.error}; simplify it.",
+            code="invalid_constraint",
+        )
     if output.finish_reason is FinishReason.CANCELLED:
         raise ApiError(
             503,

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
+from server.api.tool_schemas import Tool
 from server.engine.engine import Engine
 from server.errors import ApiError
 
@@ -33,8 +34,11 @@ def encode_prompts(engine: Engine, prompts: Sequence[str | list[int]]) -> list[t
     return encoded
 
 
-def encode_conversation(engine: Engine, body: ChatBody) -> tuple[int, ...]:
-    """The conversation as the model's chat template writes it. Raises ApiError 400."""
+def encode_conversation(engine: Engine, body: ChatBody) -> tuple[str, tuple[int, ...]]:
+    """The conversation as the model's chat template writes it, as text and as token ids.
+
+    Raises ApiError 400.
+    """
     tokenizer = engine.tokenizer
     if not tokenizer.chat_template:
         raise ApiError(
@@ -42,11 +46,18 @@ def encode_conversation(engine: Engine, body: ChatBody) -> tuple[int, ...]:
             "This model has no chat template; use /v1/completions and write the prompt yourself.",
             param="messages",
         )
-    text = _render(tokenizer, body)
-    return _encode_text(engine, text, "messages", add_special_tokens=False)
+    text = _render(tokenizer, body, body.offered_tools)
+    if body.offered_tools and text == _render(tokenizer, body, []):
+        raise ApiError(
+            400,
+            "This model's chat template has no place for tools; leave them out, or describe them "
+            "in a message of your own.",
+            param="tools",
+        )
+    return text, _encode_text(engine, text, "messages", add_special_tokens=False)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[Tool]) -> str:
     variables: dict[str, Any] = body.chat_template_kwargs or {}
     reserved = sorted(_RESERVED_TEMPLATE_KWARGS & variables.keys())
     if reserved:
@@ -56,17 +67,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> str:
             "variables.",
             param="chat_template_kwargs",
         )
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role}
-        | {"content": message.content}
-        | ({"name": message.name} if message.name else {})
-        for message in body.messages
-    ]
     goes_on = bool(body.continue_final_message)
     opens = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     try:
         rendered = tokenizer.apply_chat_template(
-            messages,
+            [message.for_template() for message in body.messages],
+            tools=[tool.for_template() for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=opens,
             continue_final_message=goes_on,

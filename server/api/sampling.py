@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from server.api.prompts import shown
 from server.api.schemas import INT64, GenerationBody
+from server.engine.constraints import Grammar
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.errors import ApiError
@@ -49,6 +50,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The parameters of a prompt's first choice. Raises ApiError 400."""
     defaults = SamplingDefaults.of(engine.generation_config)
@@ -72,6 +74,7 @@ def sampling_params(
         skip_special_tokens=_chosen(body.skip_special_tokens, True),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

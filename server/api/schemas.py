@@ -13,6 +13,8 @@ from pydantic import (
     field_validator,
 )
 
+from server.api.constraint_schemas import StructuredOutputs
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 256
@@ -269,6 +271,13 @@ class GenerationBody(ModelBody):
     )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text (default true).", examples=[True]
+    )
+
+    structured_outputs: StructuredOutputs | None = Field(
+        None,
+        description="Hold the answer to a JSON schema, a regular expression, a choice or a "
+        "grammar.",
+        examples=[{"choice": ["positive", "negative"]}],
     )
 
     @field_validator("stream_options")

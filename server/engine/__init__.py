@@ -2,6 +2,8 @@
 
 from server.engine.engine import Engine, EngineConfig, EngineStats
 from server.engine.errors import (
+    BadConstraint,
+    ConstraintsUnavailable,
     DoesNotFit,
     EngineDead,
     EngineError,
@@ -20,6 +22,8 @@ from server.engine.request import (
 )
 
 __all__ = [
+    "BadConstraint",
+    "ConstraintsUnavailable",
     "DoesNotFit",
     "Engine",
     "EngineConfig",

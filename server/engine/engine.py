@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
+from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull, UnsupportedModel
 from server.engine.execution import prepare
 from server.engine.loading import LoadedModel
@@ -78,6 +79,7 @@ class Engine:
         self.generation_config = loaded.generation_config
         self.vocab_size = int(base.config.get_text_config().vocab_size)
         self.eos_token_ids = _end_tokens(loaded)
+        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.max_model_len = window_of(base, config.max_model_len)
         self.decoder_start = _decoder_start(loaded)
         execution = prepare(
@@ -207,6 +209,7 @@ class Engine:
         with self._changed:
             self._accept()
         self._send([self._end(s, reason, str(EngineDead())) for s in self._all()])
+        self._sampler.close()
 
     def _receive(self) -> bool:
         """Take in what other threads have asked; wait while there is nothing to do."""
@@ -279,6 +282,8 @@ class Engine:
                 FinishReason.ERROR,
                 "The model's output is not finite; check the adapter's values.",
             )
+        if choice.grammar_error:
+            return self._end(sequence, FinishReason.CONSTRAINT, choice.grammar_error)
         scores = None
         if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
             scores = tuple(sequence.prompt_logprobs)
@@ -287,7 +292,8 @@ class Engine:
         sequence.tokens.append(choice.token)
         self._generated_tokens += 1
         text, reason = "", None
-        is_end = choice.token in self.eos_token_ids and not params.ignore_eos
+        goes_on = params.ignore_eos and sequence.constraint is None
+        is_end = choice.token in self.eos_token_ids and not goes_on
         if is_end or choice.token in params.stop_token_ids:
             reason = FinishReason.STOP
         else:
@@ -326,7 +332,7 @@ class Engine:
         return Output(
             request_id=sequence.request.id,
             finish_reason=reason,
-            error=error if reason is FinishReason.ERROR else "",
+            error="" if reason is FinishReason.CANCELLED else error,
             prompt_logprobs=prompt_logprobs,
         )
 

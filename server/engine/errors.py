@@ -6,6 +6,8 @@ EngineError
 ├── DoesNotFit         a setting asks for more memory than there is, or too little to work with
 ├── QueueFull          too many requests wait already; carries when to come back
 ├── EngineStopping     the server drains
+├── BadConstraint      a grammar that is malformed, unsupported or too large; says where
+├── ConstraintsUnavailable  the model's tokenizer cannot be constrained
 └── EngineDead         the model thread has ended on an error
 """
 
@@ -38,6 +40,18 @@ class QueueFull(EngineError):
 class EngineStopping(EngineError):
     def __init__(self) -> None:
         super().__init__("The server is shutting down and takes no new requests.")
+
+
+class BadConstraint(EngineError):
+    def __init__(self, where: str, problem: str, fix: str) -> None:
+        self.where = where
+        """The field that holds the grammar."""
+        super().__init__(f"{where} {problem}; {fix}.")
+
+
+class ConstraintsUnavailable(EngineError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Answers of this model cannot be constrained: {reason}")
 
 
 class EngineDead(EngineError):

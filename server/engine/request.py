@@ -6,6 +6,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from adapters.residency import Lease
+from server.engine.constraints import Grammar
 
 
 class FinishReason(StrEnum):
@@ -14,6 +15,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """`max_tokens`, or the end of the model's window."""
     CANCELLED = "cancelled"
+    CONSTRAINT = "constraint"
+    """The grammar became too complex on the way; `error` says how."""
     ERROR = "error"
 
 
@@ -46,6 +49,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
+    grammar: Grammar | None = None
+    """What the answer must match as a whole. The end token comes exactly where it may end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class Output:
 
     The texts of a request's outputs, joined, are its answer: a stop string never appears in them.
     `token_ids` may be ahead of `text`, while a character or a possible stop string is incomplete.
-    The last output carries `finish_reason`; with ERROR, `error` says why.
+    The last output carries `finish_reason`; with ERROR and CONSTRAINT,
+    `error` says why.
     """
 
     request_id: str

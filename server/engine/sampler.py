@@ -2,7 +2,8 @@
 
 What only a change of the batch can change (temperatures, biases, token counts) is kept as tensors
 between changes; a step updates the counts by its own tokens. The filters follow transformers'
-logits processors, in their order: penalties, temperature, top-k, top-p, min-p.
+logits processors, in their order: penalties, temperature, top-k, top-p, min-p. A grammar's mask
+comes before the temperature: the filters choose among what it allows.
 """
 
 from collections.abc import Sequence as Rows
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.constraints import Constraint, MaskMaker
 from server.engine.request import SamplingParams, TokenLogprob
 from server.engine.sequence import Sequence
 
@@ -23,12 +25,15 @@ class Sampled:
     logprob: TokenLogprob | None
     finite: bool
     """False where the model's output held NaN or infinity: the token means nothing."""
+    grammar_error: str = ""
+    """Why the row's grammar cannot go on: the token means nothing then."""
 
 
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos = eos_token_ids
         self._batch: _Batch | None = None
+        self._masks = MaskMaker()
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
@@ -36,28 +41,59 @@ class Sampler:
             self._batch = _Batch(sequences, logits.shape[-1], logits.device)
         batch = self._batch
         raw = logits.float()
-        adjusted = self._ban_ends(batch.adjust(raw), sequences)
+        constrained = [(i, s.constraint) for i, s in enumerate(sequences) if s.constraint]
+        adjusted = _apply_masks(batch.adjust(raw), constrained)
+        adjusted = self._ban_ends(adjusted, sequences)
         best, tokens = adjusted.max(dim=-1)
         finite = torch.isfinite(best).tolist()
         for group in batch.random:
             tokens[group.rows] = group.draw(adjusted[group.rows])
         chosen = tokens.tolist()
+        errors = {row: constraint.error for row, constraint in constrained}
+        if constrained:
+            self._masks.advance([(constraint, chosen[row]) for row, constraint in constrained])
         batch.count(tokens)
         logprobs = _logprobs(raw, chosen, [s.request.params.logprobs for s in sequences])
-        return [Sampled(*row) for row in zip(chosen, logprobs, finite, strict=True)]
+        return [
+            Sampled(*sampled, errors.get(row, ""))
+            for row, sampled in enumerate(zip(chosen, logprobs, finite, strict=True))
+        ]
+
+    def close(self) -> None:
+        self._masks.close()
 
     def _ban_ends(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-        """Rows below their `min_tokens` may not end."""
+        """Rows below their `min_tokens` may not end, unless their grammar says that they must."""
         banned: list[tuple[int, int]] = []
         for row, sequence in enumerate(sequences):
-            params = sequence.request.params
-            if sequence.answer_tokens < params.min_tokens:
-                banned += [(row, token) for token in self._eos | params.stop_token_ids]
+            ends = self._banned_ends(sequence)
+            constraint = sequence.constraint
+            if ends and (constraint is None or constraint.allows_others_than(ends)):
+                banned += [(row, token) for token in ends]
         if banned:
             rows, tokens = zip(*banned, strict=True)
             logits = logits.clone()
             logits[list(rows), list(tokens)] = -torch.inf
         return logits
+
+    def _banned_ends(self, sequence: Sequence) -> frozenset[int]:
+        params = sequence.request.params
+        if sequence.answer_tokens < params.min_tokens:
+            return self._eos | params.stop_token_ids
+        if params.ignore_eos and sequence.constraint is not None:
+            return self._eos
+        return frozenset()
+
+
+def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]) -> torch.Tensor:
+    """`logits` with the given rows' forbidden tokens at minus infinity."""
+    if not constrained:
+        return logits
+    index = torch.tensor([row for row, _ in constrained], device=logits.device)
+    allowed = torch.stack([constraint.allowed for _, constraint in constrained])
+    if logits.is_cuda:
+        allowed = allowed.pin_memory().to(logits.device, non_blocking=True)
+    return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
 
 
 class _Batch:

@@ -4,6 +4,7 @@ import random
 
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.constraints import Constraint
 from server.engine.detokenizer import Detokenizer
 from server.engine.request import GenerationRequest, TokenLogprob
 
@@ -12,9 +13,9 @@ class Sequence:
     """Owns a request's tokens and how far they are computed.
 
     `tokens` holds prompt and answer; keys and values exist for the first `computed` of them. A
-    preempted sequence goes back to 0 and recomputes; its answer and its random state stay. In an
-    encoder-decoder the prompt is the encoder's, and what the decoder begins with stands between
-    prompt and answer.
+    preempted sequence goes back to 0 and recomputes; its answer, its random state and its place in
+    a grammar stay. In an encoder-decoder the prompt is the encoder's, and what the decoder begins
+    with stands between prompt and answer.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Sequence:
             request.params.stop,
             request.params.skip_special_tokens,
         )
+        grammar = request.params.grammar
+        self.constraint = None if grammar is None else Constraint(grammar)
         self.prompt_logprobs: list[TokenLogprob | None] = [
             None
         ] * request.params.prompt_logprobs_from

@@ -287,7 +287,6 @@ def test_a_completions_own_parameters_are_checked(
         ("top_logprobs", 3),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("response_format", "text"),
         ("chat_template_kwargs", {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}),
         ("chat_template_kwargs", {"tokenize": True}),

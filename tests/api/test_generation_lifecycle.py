@@ -211,8 +211,10 @@ def test_what_a_chat_template_refuses_is_said(
     messages = [{"role": "user", "name": "Ada", "content": "Hi"}]
     body = {"model": "tiny", "messages": messages, "max_tokens": 1}
 
+    result = {"role": "tool", "tool_call_id": "a", "content": "x"}
+
     named = httpx.post(url + CHAT, json=body | {"chat_template_kwargs": {"mood": "calm"}})
-    tool = httpx.post(url + CHAT, json=body | {"messages": [{"role": "tool", "content": "x"}]})
+    tool = httpx.post(url + CHAT, json=body | {"messages": [result]})
     half = httpx.post(
         url + CHAT,
         content=json.dumps(body | {"chat_template_kwargs": {"mood": "\ud800"}}),

@@ -1,0 +1,136 @@
+"""Tools and their calls, in OpenAI's shape."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_TOOLS = 128
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class FunctionDefinition(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Its name.", examples=["get_weather"]
+    )
+    description: str | None = Field(
+        None, description="What it does, for the model.", examples=["The weather of a city."]
+    )
+    parameters: dict[str, Any] | None = Field(
+        None,
+        description="A JSON schema of its arguments; none where it takes none.",
+        examples=[{"type": "object", "properties": {"city": {"type": "string"}}}],
+    )
+    strict: bool | None = Field(
+        None,
+        description="Taken for compatibility: with `tool_choice` `required` or a name, arguments "
+        "always match the schema; with `auto`, they are the model's own.",
+        examples=[True],
+    )
+
+
+class Tool(BaseModel):
+    """Something that the model may use."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"] = Field(description="Only functions.", examples=["function"])
+    function: FunctionDefinition = Field(
+        description="The function.", examples=[{"name": "get_weather"}]
+    )
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {"type": "function", "function": {"parameters": NO_PARAMETERS} | function}
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(description="One of the tools' names.", examples=["get_weather"])
+
+
+class NamedToolChoice(BaseModel):
+    """The one function to call."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"] = Field(description="Only functions.", examples=["function"])
+    function: FunctionName = Field(description="Which.", examples=[{"name": "get_weather"}])
+
+
+def _is_choice(value: object) -> object:
+    if value is None or value in ("none", "auto", "required") or isinstance(value, dict):
+        return value
+    raise ValueError(
+        'must be "none", "auto", "required" or {"type": "function", "function": {"name": "…"}}'
+    )
+
+
+def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
+    names = [tool.function.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ValueError(f"[{index}] is a second function named {name!r}; rename one")
+    return tools
+
+
+def _is_object(arguments: str) -> str:
+    try:
+        if isinstance(json.loads(arguments), dict):
+            return arguments
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError('must be the text of a JSON object, as in "{\\"city\\": \\"Paris\\"}"')
+
+
+Tools = Annotated[
+    list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), AfterValidator(_have_different_names)
+]
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedToolChoice | None, BeforeValidator(_is_choice)
+]
+
+
+class CalledFunction(BaseModel):
+    """What is called, and with what."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str = Field(min_length=1, description="The function's name.", examples=["get_weather"])
+    arguments: Annotated[str, AfterValidator(_is_object)] = Field(
+        description="Its arguments, as the text of a JSON object.", examples=['{"city": "Paris"}']
+    )
+
+
+class ToolCall(BaseModel):
+    """A call that the model made."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str = Field(
+        description="Names the call: its result comes back with it.", examples=["a81bc3f02"]
+    )
+    type: Literal["function"] = Field(description="Always `function`.", examples=["function"])
+    function: CalledFunction = Field(
+        description="The call.",
+        examples=[{"name": "get_weather", "arguments": '{"city": "Paris"}'}],
+    )
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: the arguments as an object."""
+        arguments = json.loads(self.function.arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream; it comes whole."""
+
+    index: int = Field(description="The call's number in its message, from 0.", examples=[0])

@@ -1,0 +1,205 @@
+"""Reading tool calls out of what a model writes, and grammars for writing them."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.tool_formats import CallFormat, CallReader, find_format
+from server.api.tool_schemas import Tool
+from server.engine.constraints import Constraint, Grammars, MaskMaker
+from tests.chat_templates import HERMES, LLAMA, MISTRAL
+from tests.factories import TOKENS, tiny_tokenizer
+
+TEMPLATES = {"hermes": HERMES, "mistral": MISTRAL, "llama": LLAMA}
+SEVERAL = ["hermes", "mistral"]
+WEATHER = {
+    "name": "get_weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+        "additionalProperties": False,
+        "$defs": {"city": {"enum": ["Paris", "Rome"]}},
+    },
+}
+TOOLS = [Tool(type="function", function=WEATHER), Tool(type="function", function={"name": "stop"})]
+OWN = {
+    "start_anchor": "<|assistant|>",
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open_pattern": r"<call (?P<name>\w+)>",
+            "close": "</call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {
+                "type": "function",
+                "function": {"name": "{name}", "arguments": "{content}"},
+            },
+        },
+        "content": {"content": "text", "content_args": {"strip": False}},
+    },
+}
+
+
+def format_of(kind: str) -> CallFormat:
+    found = find_format(tiny_tokenizer(TEMPLATES[kind]))
+    assert found is not None
+    return found
+
+
+def read(reader: CallReader, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
+    """The whole content, and the calls' names and arguments."""
+    parts = [*(reader.feed(piece) for piece in pieces), reader.finish()]
+    calls = [call.function for part in parts for call in part.calls]
+    text = "".join(part.content for part in parts)
+    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+def reader_of(kind: str) -> CallReader:
+    return CallReader(format_of(kind), "<s>anything", TOOLS)
+
+
+def written(kind: str, calls: list[tuple[str, Any]], content: str = "") -> str:
+    """What the template itself writes for an answer with these calls."""
+    tokenizer = tiny_tokenizer(TEMPLATES[kind])
+    asked = [{"role": "user", "content": "Hi"}]
+    made = [
+        {
+            "id": f"{index:09}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        for index, (name, arguments) in enumerate(calls)
+    ]
+    answer = {"role": "assistant", "content": content, "tool_calls": made}
+    whole = str(tokenizer.apply_chat_template([*asked, answer], tokenize=False))
+    opens = kind != "mistral"
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=opens)
+    return whole.removeprefix(str(prompt)).removesuffix("</s>")
+
+
+def typed(form: CallFormat, calls: list[tuple[str, Any]]) -> str:
+    """These calls as a model writes them."""
+    several = [
+        f'{{"name": "{name}", "{form.arguments}": {json.dumps(arguments)}}}'
+        for name, arguments in calls
+    ]
+    return form.opening + (form.separator or "").join(several) + form.closing
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),
+    max_leaves=5,
+)
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "count"]), JSON)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@given(data=st.data())
+def test_what_the_template_writes_is_read_back(kind: str, data: st.DataObject) -> None:
+    most = 3 if kind in SEVERAL else 1
+    calls = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(["get_weather", "stop"]), ARGUMENTS),
+            min_size=1,
+            max_size=most,
+        )
+    )
+    text = written(kind, calls)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    assert "<tool_call>" not in str(calls)
+    assert read(reader_of(kind), *pieces) == ("", calls)
+    assert read(reader_of(kind), *text) == ("", calls)
+
+
+def test_what_is_said_around_calls_is_kept_without_the_formats_blanks() -> None:
+    calls = [("get_weather", {"city": "Rome"}), ("stop", {})]
+    text = written("hermes", calls, "Let me  look.")
+
+    assert text.startswith("Let me  look.\n<tool_call>")
+    assert read(reader_of("hermes"), text) == ("Let me  look.", calls)
+    assert read(reader_of("hermes"), *text, "\n") == ("Let me  look.", calls)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("text", ["", " \n", "Hello.\n", '{"a": 1}', "a < b <tool", "[TOOL"])
+def test_an_answer_without_calls_is_verbatim(kind: str, text: str) -> None:
+    assert read(reader_of(kind), text) == (text, [])
+    assert read(reader_of(kind), *text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "content"),
+    [
+        ("hermes", '<tool_call>{"name": "get_we', '{"name": "get_we'),
+        ("hermes", "<tool_call>nothing</tool_call>", "nothing"),
+        ("hermes", '<tool_call>{"name": "stop"}</tool_call>', '{"name": "stop"}'),
+        ("mistral", '[TOOL_CALLS] [{"name": 1, "arguments": {}}]', '{"name": 1, "arguments": {}}'),
+        ("mistral", "[TOOL_CALLS] [1, []]", "1[]"),
+        ("llama", '{"name": "stop", "param', '{"name": "stop", "param'),
+    ],
+)
+def test_a_broken_call_is_text(kind: str, text: str, content: str) -> None:
+    assert read(reader_of(kind), text) == (content, [])
+    assert read(reader_of(kind), *text) == (content, [])
+
+
+def test_a_tokenizers_own_reading_is_used() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.response_template = OWN
+    found = find_format(tokenizer)
+    assert found is not None
+    assert not found.writes
+    text = '<think>so</think>Well. <call get_weather>{"city": "Rome"}</call>'
+
+    reader = CallReader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
+    assert read(reader, *text) == ("soWell.", [("get_weather", {"city": "Rome"})])
+    broken = CallReader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
+    assert read(broken, "Well. ", "<call stop>", "{", "</call>", "!")[1] == []
+
+
+def test_unknown_and_missing_formats_are_none() -> None:
+    malformed = tiny_tokenizer()
+    malformed.response_template = {"version": 2}
+
+    assert find_format(tiny_tokenizer()) is None
+    assert find_format(malformed) is None
+    assert find_format(tiny_tokenizer("{{ raise_exception('never') }}")) is None
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_grammar_allows_what_the_template_writes_and_no_wrong_arguments(
+    kind: str, parallel: bool
+) -> None:
+    grammars = Grammars(tiny_tokenizer(), TOKENS, frozenset({2}))
+    rules = format_of(kind).rules(TOOLS, parallel)
+    grammar = grammars.compile("grammar", f"start: calls\n{rules}", "tools")
+
+    def allows(calls: list[tuple[str, Any]]) -> bool:
+        maker, constraint = MaskMaker(), Constraint(grammar)
+        text = typed(format_of(kind), calls)
+        assert read(reader_of(kind), text) == ("", calls)
+        for token in tiny_tokenizer().encode(text):
+            if not constraint.allowed[token]:
+                return False
+            maker.advance([(constraint, token)])
+        maker.close()
+        return bool(constraint.allowed[2])
+
+    rome, stop = ("get_weather", {"city": "Rome"}), ("stop", {})
+    assert allows([rome])
+    assert allows([stop])
+    assert not allows([("get_weather", {"city": "Oslo"})])
+    assert not allows([("get_weather", {})])
+    assert not allows([("stop", {"city": "Rome"})])
+    assert not allows([("nobody", {})])
+    if kind in SEVERAL:
+        assert allows([rome, stop, rome]) == parallel
