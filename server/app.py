@@ -18,6 +18,8 @@ from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.revision import Origin
+from adapters.source_url import parse_prefixes
+from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, models, rank
 from server.api.streams import Streams
@@ -87,6 +89,11 @@ def load_services(settings: Settings) -> "partial[Services]":
         engine=engine,
         registry=registry,
         store=store,
+        sources=Sources(
+            parse_prefixes(settings.source_prefixes),
+            settings.max_upload_bytes,
+            settings.source_timeout,
+        ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
         started=datetime.now(UTC),

@@ -15,10 +15,18 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
+    BadSource,
     CombinedNotFinite,
     Fault,
     InvalidAdapter,
     RevisionConflict,
+    SourceError,
+    SourceFailed,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceRefused,
+    SourceTimeout,
+    SourceTooLarge,
     StoreFull,
     TooManyPinned,
     UnknownAdapter,
@@ -30,6 +38,16 @@ log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
+_SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
+    BadSource: (400, "invalid_source"),
+    SourceNotAllowed: (403, "source_not_allowed"),
+    SourceNotFound: (400, "source_not_found"),
+    SourceRefused: (400, "source_refused"),
+    SourceTooLarge: (413, "upload_too_large"),
+    SourceFailed: (502, "source_failed"),
+    SourceTimeout: (504, "source_timeout"),
+}
+"""400 is for what another URL mends, or other credentials of the server."""
 
 
 class ErrorDetail(BaseModel):
@@ -166,6 +184,9 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(409, str(error), code="too_many_pinned", param="pinned")
         case CombinedNotFinite():
             return ApiError(400, str(error), code="not_finite", param="adapters")
+        case SourceError():
+            status, code = _SOURCE_ERRORS[type(error)]
+            return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
         case _:
