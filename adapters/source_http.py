@@ -50,7 +50,7 @@ class GuardedHttp:
             here = start = httpx2.URL(url)
             trusted, first = True, httpx2.Headers()
             for hop in range(_MAX_REDIRECTS + 1):
-                trusted = trusted and here.origin == start.origin
+                trusted = trusted and here.is_absolute_url and here.origin == start.origin
                 request = _request(here, headers) if trusted else await _pinned(here, start)
                 response = await self._transport.handle_async_request(request)
                 try:

@@ -144,20 +144,24 @@ class _Folder:
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator[Chunks | None]:
         try:
-            # A pipe without a writer must not block here.
-            descriptor = os.open(self._path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = await anyio.open_file(self._path / name, "rb", opener=_without_waiting)
         except (FileNotFoundError, NotADirectoryError):
             yield None
             return
         except OSError as error:
             raise SourceRefused(f"{name} cannot be read: {error.strerror}.") from None
-        async with anyio.wrap_file(os.fdopen(descriptor, "rb")) as file:
-            real = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        async with file:
+            real = Path(os.readlink(f"/proc/self/fd/{file.wrapped.fileno()}"))
             if not any(real.is_relative_to(root) for root in self._roots):
                 raise SourceNotAllowed
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            if not stat.S_ISREG(os.fstat(file.wrapped.fileno()).st_mode):
                 raise SourceRefused(f"{name} is no plain file.")
             yield _chunks(file)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe without a writer must not block."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 async def _chunks(file: anyio.AsyncFile[bytes]) -> Chunks:
