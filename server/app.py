@@ -143,9 +143,11 @@ class LimitBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = str(scope["path"]).startswith(_UPLOADS)
+        headers = dict(scope["headers"])
+        form = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        upload = form and str(scope["path"]).startswith(_UPLOADS)
         limit = self._upload_limit if upload else self._body_limit
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             refusal = ApiError(413, _too_large(limit), code="body_too_large")
             await error_response(refusal)(scope, receive, send)

@@ -22,6 +22,7 @@ _ERRORS: dict[int, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "What was sent has faults, all of them listed; or nothing can be had from the source.",
+        403: "The key lacks the role that this needs, or the source is not allowed.",
         404: "There is no such adapter.",
         409: "The name is taken, or all but one slot is pinned.",
         412: "The adapter has changed since.",

@@ -47,7 +47,7 @@ DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.",
 @router.post(
     "",
     status_code=201,
-    responses=errors(400, 409, 413, 502, 504, 507)
+    responses=errors(400, 403, 409, 413, 502, 504, 507)
     | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
     openapi_extra=form(NAME_FIELD, NamedSourceBody),
 )
@@ -139,7 +139,7 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
 
 @router.put(
     "/{name}",
-    responses=errors(400, 404, 412, 413, 502, 504, 507),
+    responses=errors(400, 403, 404, 412, 413, 502, 504, 507),
     openapi_extra=form({}, SourceBody),
 )
 async def replace(

@@ -107,6 +107,14 @@ def test_a_declared_length_is_enough_to_refuse(small: tuple[str, Services]) -> N
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_source_is_a_request_in_json_like_any_other(client: httpx.Client) -> None:
+    body = b'{"source": "'.ljust(MAX_BODY + 1, b"a")
+
+    response = client.post(ADAPTERS, content=body, headers={"Content-Type": "application/json"})
+
+    assert str(MAX_BODY) in error_of(response, 413)["message"]
+
+
 def test_a_body_of_just_its_limit_is_read(client: httpx.Client) -> None:
     body = httpx.Request("POST", "http://x", json=PROMPT | {"model": "tiny"}).read()
 
