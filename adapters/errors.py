@@ -161,4 +161,6 @@ class SourceTimeout(SourceError):
 
 class SourceFailed(SourceError):
     def __init__(self, problem: str) -> None:
-        super().__init__(f"The adapter cannot be fetched: {problem}; try again later.")
+        super().__init__(
+            f"The adapter cannot be fetched: {problem}; try again later, or upload its files."
+        )

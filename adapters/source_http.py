@@ -77,7 +77,7 @@ def _request(
         "GET",
         target,
         headers={**headers, "Accept-Encoding": "identity", "Host": url.netloc.decode("ascii")},
-        extensions={"sni_hostname": url.host},
+        extensions={"sni_hostname": url.raw_host.decode("ascii")},
     )
 
 
@@ -86,7 +86,7 @@ async def _pinned(url: httpx2.URL, start: httpx2.URL) -> httpx2.Request:
         raise SourceFailed("it redirects to no HTTPS")
     if url.userinfo or not url.host:
         raise SourceFailed("it redirects to no plain host")
-    return _request(url, {}, address=await _public_address(url.host, url.port))
+    return _request(url, {}, address=await _public_address(url.raw_host.decode("ascii"), url.port))
 
 
 async def _public_address(host: str, port: int | None) -> str:

@@ -106,7 +106,7 @@ class Sources:
             if source.scheme == "hf":
                 yield _Hub(source, http)
             else:
-                yield _Bucket(source, http, await _sign(source, self._timeout))
+                yield _Bucket(source, http, await sign(source, self._timeout))
 
     async def _take(self, place: _Place, source: Source, folder: Path) -> None:
         left = self._max_bytes
@@ -228,7 +228,7 @@ class _Bucket:
             yield chunks
 
 
-async def _sign(source: Source, seconds: float) -> dict[str, str]:
+async def sign(source: Source, seconds: float) -> dict[str, str]:
     """Each file's URL. Raises SourceRefused where the environment has no usable credentials."""
     names = [*WANTED, PICKLED_FILE]
     bucket, *folders = source.path

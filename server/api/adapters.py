@@ -82,7 +82,8 @@ async def add(
 
 
 async def _read(request: Request, named: bool) -> Upload | Published:
-    if request.headers.get("content-type", "").partition(";")[0] == "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() == "application/json":
         return await read_published(request, named)
     return await read_upload(request, named)
 

@@ -20,7 +20,7 @@ from adapters.errors import (
     SourceTooLarge,
 )
 from adapters.source_url import parse_prefixes, parse_source
-from adapters.sources import Sources, _sign
+from adapters.sources import Sources, sign
 from tests.publishers import (
     BUCKET,
     HUB_TOKEN,
@@ -212,10 +212,7 @@ def test_a_bucket_that_does_not_exist_is_not_found(staged: Path) -> None:
 
 
 def signed(url: str) -> httpx2.URL:
-    async def sign() -> dict[str, str]:
-        return await _sign(parse_source(url), 60)
-
-    text = anyio.run(sign)["adapter_config.json"]
+    text = anyio.run(sign, parse_source(url), 60)["adapter_config.json"]
     assert str(httpx2.URL(text)) == text, "reading a signed URL changes none of it"
     return httpx2.URL(text)
 

@@ -34,6 +34,7 @@ def small(
         adapters_dir=tmp_path_factory.mktemp("small"),
         max_upload_bytes=MAX_UPLOAD,
         max_body_bytes=MAX_BODY,
+        source_prefixes="file:///",
     )
     with run_server(settings) as running:
         yield running
@@ -211,3 +212,19 @@ def test_a_disk_that_fills_while_an_upload_comes_is_said(
     assert error_of(response, 507)["code"] == "storage_full"
     assert kept(small[1]) == before
     assert add_archive(client, "new", packed).status_code == 201
+
+
+def test_a_disk_that_fills_while_a_source_is_fetched_is_said(
+    client: httpx.Client, small: tuple[str, Services], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    before = kept(small[1])
+    for name, data in (files | {"tokenizer.json": os.urandom(10_000)}).items():
+        (tmp_path / name).write_bytes(data)
+    body = {"name": "new", "source": f"file://{tmp_path}"}
+
+    with files_end_at(2_000):
+        response = client.post(ADAPTERS, json=body)
+
+    assert error_of(response, 507)["code"] == "storage_full"
+    assert kept(small[1]) == before
+    assert client.post(ADAPTERS, json=body).status_code == 201

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from adapters.errors import SourceError
+from server.errors import _SOURCE_ERRORS
 from server.services import Services
 from server.settings import Settings
 from tests.api.archives import CONFIG, WEIGHTS
@@ -67,6 +69,10 @@ def _only_the_preloaded_stay(server: RunningServer) -> Iterator[None]:
 
 def add(client: httpx.Client, source: str, name: str = "new", **more: Any) -> httpx.Response:
     return client.post(ADAPTERS, json={"name": name, "source": source, **more})
+
+
+def test_every_way_to_fail_has_a_status() -> None:
+    assert set(SourceError.__subclasses__()) == _SOURCE_ERRORS.keys()
 
 
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
