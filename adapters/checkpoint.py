@@ -16,7 +16,7 @@ from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Conf
 from adapters.errors import Fault, InvalidAdapter
 from adapters.targets import BaseModules, Side, Target, resolve_targets
 
-_PICKLED_FILE = "adapter_model.bin"
+PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _SUFFIX = ".ia3_l"
 _BOTH_SIDES = "infuse_both_sides"
@@ -26,6 +26,8 @@ _CONVERT = (
     "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
     ".save_pretrained(new_folder, safe_serialization=True)"
 )
+PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", _CONVERT)
+"""What is wrong with a folder that has no other weights."""
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
 """Characters of a key."""
@@ -199,9 +201,8 @@ def _read_config(path: Path) -> IA3Config:
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        if (folder / _PICKLED_FILE).exists():
-            problem = f"{_PICKLED_FILE} is pickled, which can run code"
-            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)])
+        if (folder / PICKLED_FILE).exists():
+            raise InvalidAdapter([PICKLED])
         fix = "upload both files that PEFT's save_pretrained writes"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
     data = path.read_bytes()

@@ -15,7 +15,15 @@ AdapterError
 ├── TooManyMerges        one more would wait too long
 ├── NoFreeSlot           more adapters attached than the bank was made for
 ├── StoreLocked          another process owns the store's folder
-└── StoreFull            the disk has no room left
+├── StoreFull            the disk has no room left
+└── SourceError          an adapter cannot be fetched from where it was published
+    ├── BadSource          the URL is none that this server reads
+    ├── SourceNotAllowed   the operator has not allowed that place
+    ├── SourceNotFound     there is no adapter at that place
+    ├── SourceRefused      the place does not let this server in
+    ├── SourceTooLarge     the files are larger than an upload may be
+    ├── SourceTimeout      it took too long
+    └── SourceFailed       the place answered something that cannot be worked with
 """
 
 from collections.abc import Sequence
@@ -124,3 +132,53 @@ class StoreLocked(AdapterError):
 
 class StoreFull(AdapterError):
     pass
+
+
+class SourceError(AdapterError):
+    pass
+
+
+class BadSource(SourceError):
+    def __init__(self, problem: str, shape: str = "") -> None:
+        super().__init__(f"The URL {problem}" + (f"; write {shape}" if shape else "."))
+
+
+class SourceNotAllowed(SourceError):
+    def __init__(self) -> None:
+        super().__init__(
+            "This server may not fetch from there: an operator must add the place to "
+            "--source-prefixes (INFUSE_SOURCE_PREFIXES), or upload the adapter's files."
+        )
+
+
+class SourceNotFound(SourceError):
+    def __init__(self, source: str) -> None:
+        super().__init__(
+            f"There is no adapter at {source}: check the name, the folder, and the revision."
+        )
+
+
+class SourceRefused(SourceError):
+    pass
+
+
+class SourceTooLarge(SourceError):
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The adapter's files are larger than this server's limit of {limit} bytes."
+        )
+
+
+class SourceTimeout(SourceError):
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The adapter was not fetched within {seconds:g} seconds: try again, or raise "
+            "--source-timeout."
+        )
+
+
+class SourceFailed(SourceError):
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"The adapter cannot be fetched: {problem}; try again later, or upload its files."
+        )

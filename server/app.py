@@ -18,6 +18,8 @@ from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.revision import Origin
+from adapters.source_url import parse_prefixes
+from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
@@ -92,6 +94,11 @@ def load_services(settings: Settings) -> "partial[Services]":
         registry=registry,
         store=store,
         merges=merges,
+        sources=Sources(
+            parse_prefixes(settings.source_prefixes),
+            settings.max_upload_bytes,
+            settings.source_timeout,
+        ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
         started=datetime.now(UTC),
@@ -141,9 +148,11 @@ class LimitBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        upload = str(scope["path"]).startswith(_UPLOADS)
+        headers = dict(scope["headers"])
+        form = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        upload = form and str(scope["path"]).startswith(_UPLOADS)
         limit = self._upload_limit if upload else self._body_limit
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             refusal = ApiError(413, _too_large(limit), code="body_too_large")
             await error_response(refusal)(scope, receive, send)

@@ -33,7 +33,13 @@ Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with 'admin'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
-Folder = Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="What PEFT's save_pretrained wrote: a folder here, or hf://, s3://, gs://, az:// or "
+        "file://, which the server fetches."
+    ),
+]
 _HERE = "http://127.0.0.1:8000"
 
 
@@ -155,7 +161,7 @@ def _refuse(reason: str) -> NoReturn:
 @adapters_app.command()
 def add(
     name: Name,
-    folder: Folder,
+    source: Source,
     replace: Annotated[bool, typer.Option(help="Make a new revision of a known name.")] = False,
     url: Url = _HERE,
     api_key: ApiKey = None,
@@ -164,9 +170,11 @@ def add(
     """Add an adapter.
 
     Example: infuse adapters add support-de ./out/support-de
+
+    Example: infuse adapters add support-de hf://my-org/support-de@main
     """
     with _client(url, api_key) as client:
-        answer = client.replace(name, folder) if replace else client.add(name, folder)
+        answer = client.replace(name, source) if replace else client.add(name, source)
     _warn(answer)
     done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
     _print(answer, as_json, f"{name} {done}")
@@ -264,16 +272,16 @@ def rollback(
 
 @adapters_app.command()
 def check(
-    folder: Folder, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
+    source: Source, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
     """Check whether the server could serve an adapter, and keep nothing.
 
     Example: infuse adapters check ./out/support-de
     """
     with _client(url, api_key) as client:
-        answer = client.check(folder)
+        answer = client.check(source)
     _warn(answer)
-    _print(answer, as_json, f"{folder} fits: it rescales {answer['targets']} modules")
+    _print(answer, as_json, f"{source} fits: it rescales {answer['targets']} modules")
 
 
 @contextmanager

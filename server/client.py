@@ -25,14 +25,15 @@ class AdminClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def add(self, name: str, folder: Path) -> dict[str, Any]:
-        return self._upload("POST", "/v1/adapters", folder, {"name": name})
+    def add(self, name: str, source: str) -> dict[str, Any]:
+        """`source` is a folder, or a URL that the server fetches; so below."""
+        return self._upload("POST", "/v1/adapters", source, {"name": name})
 
-    def replace(self, name: str, folder: Path) -> dict[str, Any]:
-        return self._upload("PUT", f"/v1/adapters/{name}", folder)
+    def replace(self, name: str, source: str) -> dict[str, Any]:
+        return self._upload("PUT", f"/v1/adapters/{name}", source)
 
-    def check(self, folder: Path) -> dict[str, Any]:
-        return self._upload("POST", "/v1/adapters?dry_run=true", folder)
+    def check(self, source: str) -> dict[str, Any]:
+        return self._upload("POST", "/v1/adapters?dry_run=true", source)
 
     def adapters(self, page_size: int = 1000) -> list[dict[str, Any]]:
         adapters: list[dict[str, Any]] = []
@@ -59,8 +60,13 @@ class AdminClient:
         self._send("DELETE", f"/v1/adapters/{name}")
 
     def _upload(
-        self, method: str, path: str, folder: Path, data: dict[str, str] | None = None
+        self, method: str, path: str, source: str, data: dict[str, str] | None = None
     ) -> dict[str, Any]:
+        if "://" in source:
+            # The server has its own limit of time.
+            body = {**(data or {}), "source": source}
+            return self._send(method, path, json=body, timeout=None)
+        folder = Path(source)
         try:
             files = {
                 "config": (CONFIG_FILE, (folder / CONFIG_FILE).read_bytes()),

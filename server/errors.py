@@ -15,12 +15,20 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
+    BadSource,
     CannotMerge,
     CombinedNotFinite,
     Fault,
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    SourceError,
+    SourceFailed,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceRefused,
+    SourceTimeout,
+    SourceTooLarge,
     StoreFull,
     TooManyMerges,
     TooManyPinned,
@@ -42,6 +50,16 @@ log = logging.getLogger(__name__)
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
 _MERGE_RETRY_AFTER = "60"
+_SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
+    BadSource: (400, "invalid_source"),
+    SourceNotAllowed: (403, "source_not_allowed"),
+    SourceNotFound: (400, "source_not_found"),
+    SourceRefused: (400, "source_refused"),
+    SourceTooLarge: (413, "upload_too_large"),
+    SourceFailed: (502, "source_failed"),
+    SourceTimeout: (504, "source_timeout"),
+}
+"""400 is for what another URL mends, or other credentials of the server."""
 
 
 class ErrorDetail(BaseModel):
@@ -187,6 +205,9 @@ def from_adapter_error(error: AdapterError) -> ApiError:
         case TooManyMerges():
             headers = {"Retry-After": _MERGE_RETRY_AFTER}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
+        case SourceError():
+            status, code = _SOURCE_ERRORS[type(error)]
+            return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
         case _:

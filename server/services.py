@@ -6,6 +6,7 @@ from datetime import datetime
 from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
+from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.streams import Streams
 from server.engine import Engine
@@ -21,6 +22,7 @@ class Services:
     registry: AdapterRegistry
     store: AdapterStore
     merges: MergeJobs
+    sources: Sources
     metrics: Metrics
     streams: Streams
     model_name: str

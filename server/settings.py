@@ -7,6 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from adapters.errors import BadSource
+from adapters.source_url import parse_prefixes
+
 MEBIBYTE = 1 << 20
 
 
@@ -101,6 +104,15 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         4 * MEBIBYTE, ge=1, description="Largest JSON request.", examples=[4194304]
     )
+    source_prefixes: str = Field(
+        "",
+        description="Where adapters may be fetched from: beginnings of hf://, s3://, gs://, az:// "
+        "and file:// URLs, with commas between. Default: nowhere.",
+        examples=["hf://my-org/,s3://my-bucket/adapters/"],
+    )
+    source_timeout: float = Field(
+        60.0, gt=0, le=3600, description="Seconds that a fetch may take.", examples=[60.0]
+    )
     keys_file: Path | None = Field(
         None,
         description='JSON: [{"name": "ci", "key": "...", "roles": ["generate", "admin"]}].',
@@ -130,6 +142,15 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(f"'{host}' is no IP address and not localhost") from None
         return host
+
+    @field_validator("source_prefixes")
+    @classmethod
+    def _are_prefixes(cls, prefixes: str) -> str:
+        try:
+            parse_prefixes(prefixes)
+        except BadSource as error:
+            raise ValueError(str(error)) from None
+        return prefixes
 
     @model_validator(mode="after")
     def _is_guarded(self) -> Self:

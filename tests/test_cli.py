@@ -18,6 +18,8 @@ from server.client import AdminClient
 from server.settings import Settings
 from tests.api.conftest import run_server
 from tests.factories import save_adapter, save_tiny_model, tiny_model
+from tests.publishers import Hub
+from tests.publishers import hub as hub
 
 INFUSE = Path(sys.executable).with_name("infuse")
 KEY = "an-administrators-key"
@@ -38,7 +40,12 @@ def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("server")
     keys = folder / "keys.json"
     keys.write_text(json.dumps([{"name": "ops", "key": KEY, "roles": ["admin"]}]))
-    settings = Settings(model=str(model_folder), adapters_dir=folder / "store", keys_file=keys)
+    settings = Settings(
+        model=str(model_folder),
+        adapters_dir=folder / "store",
+        keys_file=keys,
+        source_prefixes="hf://org/",
+    )
     with run_server(settings) as (address, _):
         yield address
 
@@ -63,6 +70,23 @@ def test_an_adapter_is_checked_added_listed_replaced_and_removed(
     assert infuse(url, "list").stdout.startswith("support\t2\t")
     assert infuse(url, "remove", "support").exit_code == 0
     assert infuse(url, "list").stdout == ""
+
+
+def test_a_published_adapter_is_fetched_by_the_server(url: str, adapter: Path, hub: Hub) -> None:
+    commit = hub.commit("org/name", {file.name: file.read_bytes() for file in adapter.iterdir()})
+
+    checked = infuse(url, "check", "hf://org/name")
+    added = infuse(url, "add", "published", "hf://org/name@main")
+    again = infuse(url, "add", "published", "hf://org/name", "--replace")
+    refused = infuse(url, "add", "other", "hf://stranger/name")
+
+    assert checked.stdout == "hf://org/name fits: it rescales 6 modules\n"
+    assert added.stdout == "published is revision 1\n"
+    assert again.stdout == "published is unchanged\n"
+    assert f"\thf://org/name@{commit}\t" in infuse(url, "revisions", "published").stdout
+    assert refused.exit_code == 1
+    assert "--source-prefixes" in refused.stderr
+    infuse(url, "remove", "published")
 
 
 def test_adapters_are_combined_and_rolled_back(url: str, adapter: Path, tmp_path: Path) -> None:
@@ -195,6 +219,7 @@ def test_a_model_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) ->
         (["--host", "::"], {}, "listens on loopback only, not on ::"),
         (["--host", "example.org"], {}, "no IP address"),
         (["--keys-file", "/no/keys"], {}, "no keys file at /no/keys"),
+        (["--source-prefixes", "org/"], {}, "--source-prefixes: The URL begins with none of hf://"),
         ([], {"INFUSE_MAX_QUEUE": "0"}, "--max-queue: Input should be greater"),
     ],
 )

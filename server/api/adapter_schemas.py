@@ -16,15 +16,19 @@ MAX_COMBINED = 64
 MAX_TAGS = 64
 MAX_TAG_LENGTH = 128
 MAX_DESCRIPTION = 4096
+MAX_SOURCE = 2048
 
 _ERRORS: dict[int, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
-        400: "What was sent has faults; all of them are listed.",
+        400: "What was sent has faults, all of them listed; or nothing can be had from the source.",
+        403: "The key lacks the role that this needs, or the source is not allowed.",
         404: "There is no such adapter.",
         409: "The name is taken, or all but one slot is pinned.",
         412: "The adapter has changed since.",
         413: "The upload is too large.",
+        502: "The source failed.",
+        504: "The source took too long.",
         507: "The disk is full.",
     }.items()
 }
@@ -126,6 +130,23 @@ class DetailsBody(AdminBody):
         if any(len(tag) > MAX_TAG_LENGTH for tag in self.tags or []):
             raise ValueError(f"a tag is longer than {MAX_TAG_LENGTH} characters")
         return self
+
+
+class SourceBody(AdminBody):
+    source: str = Field(
+        max_length=MAX_SOURCE,
+        description="Where to fetch the adapter: hf://org/name@revision/folder, "
+        "s3://bucket/folder, gs://bucket/folder, az://container/folder or file:///folder.",
+        examples=["hf://my-org/support-de@main"],
+    )
+
+
+class NamedSourceBody(SourceBody):
+    name: str | None = Field(
+        None,
+        description="The new adapter's name; a dry run needs none.",
+        examples=["support-de"],
+    )
 
 
 class RollbackBody(AdminBody):

@@ -4,11 +4,10 @@ from contextlib import suppress
 from dataclasses import replace as changed
 from typing import Annotated, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.responses import FileResponse
 
-from adapters.errors import Fault, InvalidAdapter, UnknownAdapter
+from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
 from adapters.registry import Part
 from adapters.revision import Origin
 from server.api.adapter_schemas import (
@@ -17,13 +16,16 @@ from server.api.adapter_schemas import (
     CheckedUpload,
     CombineBody,
     DetailsBody,
+    NamedSourceBody,
     RevisionList,
     RollbackBody,
+    SourceBody,
     adapter_of,
     errors,
     revision_of,
 )
 from server.api.forms import NAME_FIELD, Upload, form, read_upload
+from server.api.published import Published, read_published
 from server.auth import Caller
 from server.services import Services, get_services
 
@@ -45,9 +47,9 @@ DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.",
 @router.post(
     "",
     status_code=201,
-    responses=errors(400, 409, 413, 507)
+    responses=errors(400, 403, 409, 413, 502, 504, 507)
     | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
-    openapi_extra=form(NAME_FIELD),
+    openapi_extra=form(NAME_FIELD, NamedSourceBody),
 )
 async def add(
     request: Request,
@@ -56,8 +58,9 @@ async def add(
     by: Caller,
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
-    """Add an adapter: what PEFT's `save_pretrained` wrote, as two files or one archive."""
-    upload = await read_upload(request, named=True)
+    """Add an adapter: what PEFT's `save_pretrained` wrote, as two files, as one archive, or from
+    where it was published."""
+    upload = await _read(request, named=True)
     name = upload.name
     if name is not None:
         services.registry.check_name(name)
@@ -65,21 +68,29 @@ async def add(
         response.status_code = 200
         return await _check(upload, services)
     if name is None:
-        fix = "send the adapter's name as a form field"
+        fix = "send the adapter's name beside its files or its source"
         raise InvalidAdapter([Fault("name", "is missing", fix)])
-    revision, warnings = await to_thread.run_sync(
-        lambda: upload.stage(
-            services, lambda folder: services.registry.add(name, folder, Origin(by=by))
-        )
+    if name in services.store:
+        raise AdapterExists(name)
+    revision, warnings = await upload.stage(
+        services,
+        lambda folder, source: services.registry.add(name, folder, Origin(source=source, by=by)),
     )
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{name}"
     return adapter_of(services, revision, warnings)
 
 
-async def _check(upload: Upload, services: Services) -> CheckedUpload:
-    vectors, warnings = await to_thread.run_sync(
-        lambda: upload.stage(services, services.registry.check)
+async def _read(request: Request, named: bool) -> Upload | Published:
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() == "application/json":
+        return await read_published(request, named)
+    return await read_upload(request, named)
+
+
+async def _check(upload: Upload | Published, services: Services) -> CheckedUpload:
+    vectors, warnings = await upload.stage(
+        services, lambda folder, _: services.registry.check(folder)
     )
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
@@ -127,7 +138,11 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     return adapter_of(services, revision)
 
 
-@router.put("/{name}", responses=errors(400, 404, 412, 413, 507), openapi_extra=form({}))
+@router.put(
+    "/{name}",
+    responses=errors(400, 403, 404, 412, 413, 502, 504, 507),
+    openapi_extra=form({}, SourceBody),
+)
 async def replace(
     name: Name,
     request: Request,
@@ -139,14 +154,14 @@ async def replace(
 ) -> Adapter | CheckedUpload:
     """A new revision. Running requests finish on the one that they began with."""
     services.store.current(name)
-    upload = await read_upload(request, named=False)
+    upload = await _read(request, named=False)
     if dry_run:
         return await _check(upload, services)
-    revision, is_new, warnings = await to_thread.run_sync(
-        lambda: upload.stage(
-            services,
-            lambda folder: services.registry.replace(name, folder, if_match, Origin(by=by)),
-        )
+    revision, is_new, warnings = await upload.stage(
+        services,
+        lambda folder, source: services.registry.replace(
+            name, folder, if_match, Origin(source=source, by=by)
+        ),
     )
     services.engine.wake()
     response.headers["ETag"] = revision.etag

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from anyio import to_thread
 from fastapi import Request
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from adapters.errors import Fault, InvalidAdapter, StoreFull
-from adapters.store import NAME_PATTERN, NO_ROOM
+from adapters.store import NAME_PATTERN, NO_ROOM, UPLOADED
 from server.api.uploads import save_files, unpack
 from server.errors import ApiError
 from server.services import Services
@@ -19,8 +21,8 @@ T = TypeVar("T")
 _FILES = {"config", "weights", "archive"}
 
 
-def form(fields: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """OpenAPI's description of an upload."""
+def form(fields: dict[str, dict[str, str]], source: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI's description of an upload, or of where to fetch it."""
     binary = {"type": "string", "format": "binary"}
     properties = {
         **fields,
@@ -29,9 +31,11 @@ def form(fields: dict[str, dict[str, str]]) -> dict[str, Any]:
         "archive": {**binary, "description": "Or a zip or tar of both.", "example": "@archive"},
     }
     schema = {"type": "object", "properties": properties, "required": list(fields)}
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    content = {
+        "multipart/form-data": {"schema": schema},
+        "application/json": {"schema": source.model_json_schema()},
     }
+    return {"requestBody": {"required": True, "content": content}}
 
 
 NAME_FIELD = {
@@ -51,15 +55,19 @@ class Upload:
         self.files = files
         self.name = name
 
-    def stage(self, services: Services, then: Callable[[Path], T]) -> T:
-        """Write the files to a staging folder, and go on with it. Blocks: for a worker thread."""
+    async def stage(self, services: Services, then: Callable[[Path, str], T]) -> T:
+        """Write the files to a staging folder, and go on with it and with where they come from,
+        in a worker thread."""
+        return await to_thread.run_sync(self._stage, services, then)
+
+    def _stage(self, services: Services, then: Callable[[Path, str], T]) -> T:
         limit = services.settings.max_upload_bytes
         with services.store.staging() as folder:
             if "archive" in self.files:
                 unpack(self.files["archive"], folder, limit)
             else:
                 save_files(self.files["config"], self.files["weights"], folder, limit)
-            return then(folder)
+            return then(folder, UPLOADED.source)
 
 
 async def read_upload(request: Request, named: bool) -> Upload:
@@ -67,7 +75,8 @@ async def read_upload(request: Request, named: bool) -> Upload:
     if not kind.startswith("multipart/form-data"):
         raise ApiError(
             400,
-            "An adapter comes as multipart/form-data: config and weights, or archive.",
+            "An adapter comes as multipart/form-data (config and weights, or archive), or as "
+            "application/json (source).",
             code="not_multipart",
             param="body",
         )

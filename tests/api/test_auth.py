@@ -34,6 +34,7 @@ ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", ADAPTERS, {}),
     ("POST", ADAPTERS, {}),
     ("POST", f"{ADAPTERS}?dry_run=true", {}),
+    ("PUT", f"{ADAPTERS}/unknown", {"json": {"source": "hf://org/name"}}),
     ("GET", f"{ADAPTERS}/unknown", {}),
     ("PUT", f"{ADAPTERS}/unknown", {}),
     ("DELETE", f"{ADAPTERS}/unknown", {}),

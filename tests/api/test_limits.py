@@ -34,6 +34,7 @@ def small(
         adapters_dir=tmp_path_factory.mktemp("small"),
         max_upload_bytes=MAX_UPLOAD,
         max_body_bytes=MAX_BODY,
+        source_prefixes="file:///",
     )
     with run_server(settings) as running:
         yield running
@@ -105,6 +106,14 @@ def test_a_declared_length_is_enough_to_refuse(small: tuple[str, Services]) -> N
     with socket.create_connection((url.host, url.port or 80), timeout=10) as connection:
         connection.sendall(head.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_source_is_a_request_in_json_like_any_other(client: httpx.Client) -> None:
+    body = b'{"source": "'.ljust(MAX_BODY + 1, b"a")
+
+    response = client.post(ADAPTERS, content=body, headers={"Content-Type": "application/json"})
+
+    assert str(MAX_BODY) in error_of(response, 413)["message"]
 
 
 def test_a_body_of_just_its_limit_is_read(client: httpx.Client) -> None:
@@ -203,3 +212,19 @@ def test_a_disk_that_fills_while_an_upload_comes_is_said(
     assert error_of(response, 507)["code"] == "storage_full"
     assert kept(small[1]) == before
     assert add_archive(client, "new", packed).status_code == 201
+
+
+def test_a_disk_that_fills_while_a_source_is_fetched_is_said(
+    client: httpx.Client, small: tuple[str, Services], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    before = kept(small[1])
+    for name, data in (files | {"tokenizer.json": os.urandom(10_000)}).items():
+        (tmp_path / name).write_bytes(data)
+    body = {"name": "new", "source": f"file://{tmp_path}"}
+
+    with files_end_at(2_000):
+        response = client.post(ADAPTERS, json=body)
+
+    assert error_of(response, 507)["code"] == "storage_full"
+    assert kept(small[1]) == before
+    assert client.post(ADAPTERS, json=body).status_code == 201

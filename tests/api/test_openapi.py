@@ -12,10 +12,10 @@ Json = dict[str, Any]
 EXAMPLES = ("example", "examples")
 ERROR = {"$ref": "#/components/schemas/ErrorBody"}
 ADMIN_ERRORS = {
-    ("post", "/v1/adapters"): {"400", "409", "413", "507"},
+    ("post", "/v1/adapters"): {"400", "409", "413", "502", "504", "507"},
     ("get", "/v1/adapters"): {"400"},
     ("get", "/v1/adapters/{name}"): {"404"},
-    ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "507"},
+    ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "502", "504", "507"},
     ("delete", "/v1/adapters/{name}"): {"404", "412", "507"},
     ("get", "/v1/adapters/{name}/files/{file}"): {"400", "404"},
     ("patch", "/v1/adapters/{name}"): {"400", "404", "409", "412", "507"},
@@ -86,6 +86,15 @@ def test_every_part_of_an_upload_is_described_with_an_example(page: Json) -> Non
         assert {"config", "weights", "archive"} <= parts.keys()
         assert ("name" in parts) == (method == "post")
         assert all(part["description"] and part["example"] for part in parts.values())
+
+
+def test_every_field_of_a_source_is_described_with_an_example(page: Json) -> None:
+    for method, path in (("post", "/v1/adapters"), ("put", "/v1/adapters/{name}")):
+        body = page["paths"][path][method]["requestBody"]["content"]["application/json"]
+        fields = body["schema"]["properties"]
+        assert fields.keys() == ({"source", "name"} if method == "post" else {"source"})
+        assert all(field["description"] and has_example(field) for field in fields.values())
+        assert "not allowed" in page["paths"][path][method]["responses"]["403"]["description"]
 
 
 def test_every_operation_says_what_it_does(page: Json) -> None:
