@@ -9,7 +9,8 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 
 from adapters.errors import Fault, InvalidAdapter, StoreFull
-from adapters.store import NAME_PATTERN, NO_ROOM
+from adapters.folder import NO_ROOM
+from adapters.store import NAME_PATTERN
 from server.api.uploads import save_files, unpack
 from server.errors import ApiError
 from server.services import Services
