@@ -11,8 +11,10 @@ AdapterError
 ├── CombinedNotFinite    weights so large that the result cannot be an adapter
 ├── CannotMerge          the base's files cannot be merged, or the result is not finite
 ├── NoFreeSlot           more adapters attached than the bank was made for
-├── StoreLocked          another process owns the store's folder
-└── StoreFull            the disk has no room left
+├── StoreLocked          another process owns the store's folder or bucket
+├── StoreFull            the disk or the bucket has no room left
+├── StoreUnreachable     the bucket refuses, or does not answer
+└── StoreDamaged         the bucket has not, or not as it was, what was stored in it
 """
 
 from collections.abc import Sequence
@@ -105,4 +107,12 @@ class StoreLocked(AdapterError):
 
 
 class StoreFull(AdapterError):
+    pass
+
+
+class StoreUnreachable(AdapterError):
+    pass
+
+
+class StoreDamaged(AdapterError):
     pass

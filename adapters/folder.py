@@ -8,6 +8,7 @@ lock                held by the one process that owns the folder
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -33,8 +34,7 @@ class ContentFolder:
         self._content = folder / "content"
         self._staging = folder / "staging"
         with room():
-            for each in (self._content, self._staging):
-                each.mkdir(parents=True, exist_ok=True)
+            self.make()
             self.lock = (folder / "lock").open("a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,6 +46,10 @@ class ContentFolder:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink()
+
+    def make(self) -> None:
+        for each in (self._content, self._staging):
+            each.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
         self.lock.close()
@@ -117,6 +121,18 @@ class FolderStorage(ContentFolder):
 
     def files(self, revision: Revision) -> Path:
         return self.path(revision.digest)
+
+
+def digest_of(folder: Path) -> tuple[str, int]:
+    """SHA-256 over the names and bytes of a folder's files, and how many bytes they have."""
+    sha = hashlib.sha256()
+    size = 0
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        sha.update(f"{path.name}\0{len(data)}\0".encode())
+        sha.update(data)
+        size += len(data)
+    return sha.hexdigest(), size
 
 
 @contextmanager

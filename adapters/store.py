@@ -5,7 +5,6 @@ a crash at any moment a name is at its old or its new revision, whole, and what 
 there. Start-up reads the journal, whatever the number of adapters.
 """
 
-import hashlib
 import logging
 import re
 import threading
@@ -25,7 +24,7 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.folder import FolderStorage
+from adapters.folder import FolderStorage, digest_of
 from adapters.journal import Event
 from adapters.revision import (
     Details,
@@ -99,7 +98,7 @@ class AdapterStore:
     def create(self, name: str, staged: Path, origin: Origin = UPLOADED) -> Revision:
         """A new name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
         check_name(name)
-        digest, size = _digest(staged)
+        digest, size = digest_of(staged)
         with self._changing():
             if name in self:
                 raise AdapterExists(name)
@@ -116,7 +115,7 @@ class AdapterStore:
 
         Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
         """
-        digest, size = _digest(staged)
+        digest, size = digest_of(staged)
         with self._changing():
             current = self._require(name, if_match)
             if current.digest == digest:
@@ -291,14 +290,3 @@ class AdapterStore:
             case "delete":
                 self._forget(adapter, len(adapter.reachable))
                 adapter.details = Details()
-
-
-def _digest(folder: Path) -> tuple[str, int]:
-    sha = hashlib.sha256()
-    size = 0
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        sha.update(f"{path.name}\0{len(data)}\0".encode())
-        sha.update(data)
-        size += len(data)
-    return sha.hexdigest(), size

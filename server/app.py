@@ -1,6 +1,7 @@
 """The application: builds engine, registry and routes from the settings; start-up and drain."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,15 +15,19 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.bucket import BucketStorage
 from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
+from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.revision import Origin
+from adapters.storage import Storage
 from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
+from server.engine.loading import cache_dir
 from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
 from server.metrics import Metrics
 from server.services import Services
@@ -69,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def load_services(settings: Settings) -> "partial[Services]":
     """Everything but the streams, which belong to an event loop that does not run yet."""
-    store = AdapterStore(settings.adapters_dir, settings.keep_revisions)
+    store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
         loaded = load_model(settings.model, settings.device, settings.dtype)
         name = settings.served_model_name or loaded.name
@@ -91,6 +96,15 @@ def load_services(settings: Settings) -> "partial[Services]":
         model_name=name,
         started=datetime.now(UTC),
     )
+
+
+def _storage(settings: Settings) -> Path | Storage:
+    place = settings.adapters_dir
+    if isinstance(place, Path):
+        return place
+    name = hashlib.sha256(place.encode()).hexdigest()[:16]
+    cache = settings.adapters_cache_dir or cache_dir() / "adapters" / name
+    return BucketStorage(Objects.at(place), cache)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -19,7 +19,10 @@ from adapters.errors import (
     Fault,
     InvalidAdapter,
     RevisionConflict,
+    StoreDamaged,
     StoreFull,
+    StoreLocked,
+    StoreUnreachable,
     TooManyPinned,
     UnknownAdapter,
     UnknownRevision,
@@ -168,6 +171,11 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(400, str(error), code="not_finite", param="adapters")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case StoreUnreachable() | StoreLocked():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="storage_unavailable", headers=headers)
+        case StoreDamaged():
+            return ApiError(500, str(error), code="storage_damaged")
         case _:
             log.error("An adapter error without a status of its own: %r", error)
             return ApiError(500, str(error))
