@@ -79,7 +79,7 @@ class BucketJournal:
             lines, self._compacted = self._lines()
             self._last = max(lines, default=0)
             opened = self._line("opened", {})
-            if self._objects.create(self._next, opened) or self._now_at_next() == opened:
+            if self._objects.create(self._key(1), opened) or self._now_at_next() == opened:
                 self._last = self.opened = self._last + 1
                 return [event for event in _parsed(lines) if "name" in event]
         raise StoreLocked(f"other servers write to {self._objects.url}")
@@ -89,7 +89,7 @@ class BucketJournal:
         assert not self._in_doubt, "settle comes first"
         line = self._line(str(event["event"]), event)
         self._in_doubt = True
-        if not self._objects.create(self._next, line) and self._now_at_next() != line:
+        if not self._objects.create(self._key(1), line) and self._now_at_next() != line:
             raise self._taken()
         self._in_doubt = False
         self._last += 1
@@ -98,22 +98,27 @@ class BucketJournal:
         """The event that was in doubt, if it happened; its number is taken by nothing if not."""
         if not self._in_doubt:
             return ()
-        if self._objects.create(self._next, self._line("void", {})):
-            settled = None
-        else:
-            settled = json.loads(self._now_at_next())
-            if settled.get("writer") != self._writer:
+        event = {}
+        if not self._objects.create(self._key(1), self._line("void", {})):
+            event = json.loads(self._now_at_next())
+            if event.get("writer") != self._writer:
                 raise self._taken()
+        happened = event and event["event"] != "void"
+        if not happened and self._objects.get(self._key(2)) is not None:
+            # It happened, and whoever opened the journal after it has put it into a segment.
+            raise self._taken()
         self._in_doubt = False
         self._last += 1
-        return () if settled is None or settled["event"] == "void" else (settled,)
+        return (event,) if happened else ()
 
     def compact(self) -> None:
         """Write the last events, and segments that are no longer than they, as one segment.
 
-        Safe at every moment and beside every other process: what it writes is what is there.
+        Safe at every moment and beside every other process: what it writes is what is there. Later
+        events stay: a process that does not know yet whether it wrote one looks for its object.
         """
-        spans = self._spans()
+        last = self._last
+        spans = [span for span in self._spans() if span.last <= last]
         tail: list[_Span] = []
         for span in reversed(_cover(spans)):
             longest = min(2 * _count(tail), LONGEST)
@@ -160,12 +165,12 @@ class BucketJournal:
         found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
         return [_Span(int(key[1]), int(key[2] or key[1])) for key in found if key is not None]
 
-    @property
-    def _next(self) -> str:
-        return _Span(self._last + 1, self._last + 1).key
+    def _key(self, further: int) -> str:
+        number = self._last + further
+        return _Span(number, number).key
 
     def _now_at_next(self) -> bytes:
-        found = self._objects.get(self._next)
+        found = self._objects.get(self._key(1))
         if found is None:
             # The bucket saw two creations at once and took neither, or not yet.
             raise StoreUnreachable(f"The bucket {self._objects.url} refused a write; try again.")
