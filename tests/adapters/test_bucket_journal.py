@@ -1,4 +1,4 @@
-"""The journal in a bucket: of several processes that hold it for theirs, only the last one writes."""
+"""The journal in a bucket: of several processes that open it, only the last one writes."""
 
 import uuid
 from collections.abc import Iterable
