@@ -14,8 +14,10 @@ AdapterError
 ├── MergeNotDone         the merge has no result, or none yet
 ├── TooManyMerges        one more would wait too long
 ├── NoFreeSlot           more adapters attached than the bank was made for
-├── StoreLocked          another process owns the store's folder
-├── StoreFull            the disk has no room left
+├── StoreLocked          another process owns the store's folder or bucket
+├── StoreFull            the disk or the bucket has no room left
+├── StoreUnreachable     the bucket refuses, or does not answer
+├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
 └── SourceError          an adapter cannot be fetched from where it was published
     ├── BadSource          the URL is none that this server reads
     ├── SourceNotAllowed   the operator has not allowed that place
@@ -131,6 +133,14 @@ class StoreLocked(AdapterError):
 
 
 class StoreFull(AdapterError):
+    pass
+
+
+class StoreUnreachable(AdapterError):
+    pass
+
+
+class StoreDamaged(AdapterError):
     pass
 
 

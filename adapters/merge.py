@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from adapters.base_checkpoint import INDEX, BaseCheckpoint
 from adapters.checkpoint import AdapterVectors
 from adapters.errors import CannotMerge, StoreFull
+from adapters.folder import NO_ROOM
 from adapters.journal import sync
-from adapters.store import NO_ROOM
 from adapters.targets import Side, Target
 
 UNFINISHED = ".merging-"

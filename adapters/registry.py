@@ -20,6 +20,7 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
     InvalidAdapter,
+    StoreDamaged,
     TooManyPinned,
     UnknownAdapter,
 )
@@ -223,7 +224,7 @@ class AdapterRegistry:
             return found
         try:
             checkpoint = read_checkpoint(self._store.files(revision))
-        except (OSError, InvalidAdapter):
+        except (OSError, InvalidAdapter, StoreDamaged):
             # Deleted since its name was looked up: say what a request one moment later hears.
             self._store.revision(revision.name, revision.number)
             raise

@@ -1,28 +1,17 @@
-"""Durable, content-addressed revisions of adapters in a folder on disk.
+"""Durable, content-addressed revisions of adapters, in a folder on disk or in a bucket.
 
-    content/<digest>/   an adapter's files, shared by every revision with this content
-    journal.jsonl       every change of every adapter, one line each, by whom and when
-    staging/            uploads in progress, emptied at start
-    lock                held by the one process that owns the folder
-
-The journal says what each name is. Content is made durable first, then its line is appended: after
+The journal says what each name is. Content is made durable first, then its event is appended: after
 a crash at any moment a name is at its old or its new revision, whole, and what was acknowledged is
 there. Start-up reads the journal, whatever the number of adapters.
 """
 
-import errno
-import fcntl
-import hashlib
 import logging
-import os
 import re
-import shutil
-import tempfile
 import threading
 from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +21,11 @@ from adapters.errors import (
     Fault,
     InvalidAdapter,
     RevisionConflict,
-    StoreFull,
-    StoreLocked,
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.journal import Event, Journal, sync
+from adapters.folder import FolderStorage, digest_of
+from adapters.journal import Event
 from adapters.revision import (
     Details,
     Origin,
@@ -46,12 +34,12 @@ from adapters.revision import (
     revision_from_json,
     revision_to_json,
 )
+from adapters.storage import Storage
 
 log = logging.getLogger(__name__)
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 UPLOADED = Origin()
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(slots=True)
@@ -74,56 +62,44 @@ def check_name(name: str) -> None:
 
 
 class AdapterStore:
-    """Owns the folder: no other process may write to it. Thread-safe.
+    """Owns its storage: no other process may write there. Thread-safe.
 
-    An operation is durable when it returns. Raises StoreLocked where another process owns the
-    folder, and StoreFull where the disk has no room (nothing is left behind then).
+    An operation is durable when it returns, and one that raises has left nothing behind; only where
+    a bucket was not reached may the change be found made later. Raises StoreLocked where another
+    process owns the storage, StoreFull where it has no room, StoreUnreachable where it is away.
     """
 
-    def __init__(self, folder: Path, keep_revisions: int = 10) -> None:
+    def __init__(self, storage: Path | Storage, keep_revisions: int = 10) -> None:
         """`keep_revisions`: how many of a name stay reachable; older contents are removed."""
         assert keep_revisions > 0
         self._keep_revisions = keep_revisions
-        self._content = folder / "content"
-        self._staging = folder / "staging"
+        self._storage = FolderStorage(storage) if isinstance(storage, Path) else storage
+        self._changes = threading.Lock()
+        """Held through a change, also while it waits for the storage."""
         self._mutex = threading.RLock()
-        with _room():
-            for each in (self._content, self._staging):
-                each.mkdir(parents=True, exist_ok=True)
-            self._lock_file = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock_file.close()
-            raise StoreLocked(f"another server uses the adapters folder {folder}") from None
+        """Guards what follows, and is never held while something waits."""
         self._adapters: dict[str, _Adapter] = {}
         self._sorted: list[str] = []
         self._users: Counter[str] = Counter()
         """Digest -> how many reachable revisions have that content."""
-        with _room():
-            self._journal = Journal(folder / "journal.jsonl")
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self._storage.close()
+            raise
 
     def close(self) -> None:
-        self._journal.close()
-        self._lock_file.close()
+        self._storage.close()
 
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
+    def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; gone afterwards."""
-        with _room():
-            folder = Path(tempfile.mkdtemp(dir=self._staging))
-        try:
-            with _room():
-                yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return self._storage.staging()
 
     def create(self, name: str, staged: Path, origin: Origin = UPLOADED) -> Revision:
         """A new name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
         check_name(name)
-        digest, size = _digest(staged)
-        with self._mutex:
+        digest, size = digest_of(staged)
+        with self._changing():
             if name in self:
                 raise AdapterExists(name)
             return self._add_revision(name, staged, digest, size, origin)
@@ -139,8 +115,8 @@ class AdapterStore:
 
         Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
         """
-        digest, size = _digest(staged)
-        with self._mutex:
+        digest, size = digest_of(staged)
+        with self._changing():
             current = self._require(name, if_match)
             if current.digest == digest:
                 return current, False
@@ -153,7 +129,7 @@ class AdapterStore:
 
         Raises UnknownAdapter, UnknownRevision, RevisionConflict.
         """
-        with self._mutex:
+        with self._changing():
             current = self._require(name, if_match)
             wanted = self.revision(name, number)
             if wanted.digest == current.digest:
@@ -165,22 +141,24 @@ class AdapterStore:
         self, name: str, details: Details, if_match: str | None = None, by: str | None = None
     ) -> None:
         """Set what is said of a name. Raises UnknownAdapter, RevisionConflict."""
-        with self._mutex:
+        with self._changing():
             self._require(name, if_match)
             adapter = self._adapters[name]
             if details != adapter.details:
                 self._append("details", name, by, asdict(details))
-                adapter.details = details
+                with self._mutex:
+                    adapter.details = details
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """The name is gone at once. Raises UnknownAdapter, RevisionConflict."""
-        with self._mutex:
+        with self._changing():
             self._require(name, if_match)
             adapter = self._adapters[name]
             self._append("delete", name, by, {"number": adapter.last_number})
-            gone = self._forget(adapter, len(adapter.reachable))
-            adapter.details = Details()
-            self._sorted.remove(name)
+            with self._mutex:
+                gone = self._forget(adapter, len(adapter.reachable))
+                adapter.details = Details()
+                self._sorted.remove(name)
             self._collect(gone)
 
     def current(self, name: str) -> Revision:
@@ -211,8 +189,11 @@ class AdapterStore:
             return self._sorted[start : None if limit is None else start + limit]
 
     def files(self, revision: Revision) -> Path:
-        """The folder of a revision's files, to read only. It goes with the last such revision."""
-        return self._content / revision.digest
+        """The folder of a revision's files, to read only. It goes with the last such revision.
+
+        Raises StoreUnreachable, StoreDamaged where they are in a bucket and not here yet.
+        """
+        return self._storage.files(revision)
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -240,18 +221,19 @@ class AdapterStore:
         dropped = max(0, len(adapter.reachable) + 1 - self._keep_revisions)
         try:
             if staged is not None:
-                with _room():
-                    self._keep(staged, self._content / digest)
+                self._storage.keep(staged, digest)
             values = {**revision_to_json(revision), "dropped": dropped}
             self._append("revision", name, origin.by, values)
         except BaseException:
             self._collect([digest])
             raise
-        if not adapter.reachable:
-            insort(self._sorted, name)
-        self._adapters[name] = adapter
-        self._enter(adapter, revision)
-        self._collect(self._forget(adapter, dropped))
+        with self._mutex:
+            if not adapter.reachable:
+                insort(self._sorted, name)
+            self._adapters[name] = adapter
+            self._enter(adapter, revision)
+            gone = self._forget(adapter, dropped)
+        self._collect(gone)
         return revision
 
     def _enter(self, adapter: _Adapter, revision: Revision) -> None:
@@ -266,38 +248,29 @@ class AdapterStore:
         self._users.subtract(gone)
         return gone
 
-    def _keep(self, staged: Path, target: Path) -> None:
-        """Move the staged files to where their digest says, durably."""
-        if not target.exists():
-            for file in staged.iterdir():
-                sync(file)
-            sync(staged)
-            staged.rename(target)
-            sync(self._content)
-
     def _append(self, event: str, name: str, by: str | None, values: Mapping[str, object]) -> None:
         now = datetime.now(UTC).isoformat()
-        with _room():
-            self._journal.append({"time": now, "event": event, "name": name, "by": by, **values})
+        self._storage.append({"time": now, "event": event, "name": name, "by": by, **values})
 
     def _collect(self, digests: Iterable[str]) -> None:
         """Remove those contents that no reachable revision has."""
-        for digest in digests:
-            if self._users[digest] > 0:
-                continue
-            # Out of sight first: a half-removed folder must never pass for the content.
-            doomed = self._staging / f"{digest}.removed"
-            with suppress(OSError):
-                (self._content / digest).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        self._storage.remove([digest for digest in digests if self._users[digest] <= 0])
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._changes:
+            late = self._storage.settle()
+            if late:
+                with self._mutex:
+                    self._replay_all(late)
+            yield
 
     def _recover(self) -> None:
-        for leftover in self._staging.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink()
-        for event in self._journal.read():
+        self._replay_all(self._storage.read())
+        self._storage.keep_only({digest for digest, users in self._users.items() if users > 0})
+
+    def _replay_all(self, events: Iterable[Event]) -> None:
+        for event in events:
             try:
                 self._replay(event)
             except (ValueError, KeyError, TypeError) as error:
@@ -305,7 +278,6 @@ class AdapterStore:
                     "The event %r cannot be understood and is passed over: %r", event, error
                 )
         self._sorted = sorted(name for name in self._adapters if name in self)
-        self._collect([entry.name for entry in os.scandir(self._content)])
 
     def _replay(self, event: Event) -> None:
         adapter = self._adapters.setdefault(str(event["name"]), _Adapter())
@@ -318,27 +290,3 @@ class AdapterStore:
             case "delete":
                 self._forget(adapter, len(adapter.reachable))
                 adapter.details = Details()
-
-
-def _digest(folder: Path) -> tuple[str, int]:
-    sha = hashlib.sha256()
-    size = 0
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        sha.update(f"{path.name}\0{len(data)}\0".encode())
-        sha.update(data)
-        size += len(data)
-    return sha.hexdigest(), size
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    """A disk without room is ours to name; every other failure of it is not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise StoreFull(
-                "The disk that holds the adapters is full; delete adapters or make room."
-            ) from error
-        raise

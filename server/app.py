@@ -1,6 +1,7 @@
 """The application: builds engine, registry and routes from the settings; start-up and drain."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,17 +15,21 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters.bucket import BucketStorage
 from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
+from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.revision import Origin
 from adapters.source_url import parse_prefixes
 from adapters.sources import Sources
+from adapters.storage import Storage
 from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
+from server.engine.loading import cache_dir
 from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
 from server.jobs import MergeJobs
 from server.metrics import Metrics
@@ -73,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def load_services(settings: Settings) -> "partial[Services]":
     """Everything but the streams, which belong to an event loop that does not run yet."""
-    store = AdapterStore(settings.adapters_dir, settings.keep_revisions)
+    store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
         loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
         name = settings.served_model_name or loaded.name
@@ -82,8 +87,7 @@ def load_services(settings: Settings) -> "partial[Services]":
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
             preload(registry, store, settings.preload_adapters)
-        folder = settings.merges_dir or settings.adapters_dir / "merges"
-        merges = MergeJobs(folder, settings.model, loaded.name)
+        merges = MergeJobs(_merges_folder(settings), settings.model, loaded.name)
     except BaseException:
         store.close()
         raise
@@ -103,6 +107,24 @@ def load_services(settings: Settings) -> "partial[Services]":
         model_name=name,
         started=datetime.now(UTC),
     )
+
+
+def _storage(settings: Settings) -> Path | Storage:
+    place = settings.adapters_dir
+    if isinstance(place, Path):
+        return place
+    return BucketStorage(Objects.at(place), settings.adapters_cache_dir or _beside(place, "cache"))
+
+
+def _merges_folder(settings: Settings) -> Path:
+    place = settings.adapters_dir
+    beside = place / "merges" if isinstance(place, Path) else _beside(place, "merges")
+    return settings.merges_dir or beside
+
+
+def _beside(bucket: str, what: str) -> Path:
+    """A folder on this machine for what belongs to a bucket."""
+    return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

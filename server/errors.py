@@ -29,7 +29,10 @@ from adapters.errors import (
     SourceRefused,
     SourceTimeout,
     SourceTooLarge,
+    StoreDamaged,
     StoreFull,
+    StoreLocked,
+    StoreUnreachable,
     TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
@@ -210,6 +213,11 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case StoreUnreachable() | StoreLocked():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="storage_unavailable", headers=headers)
+        case StoreDamaged():
+            return ApiError(500, str(error), code="storage_damaged")
         case _:
             log.error("An adapter error without a status of its own: %r", error)
             return ApiError(500, str(error))

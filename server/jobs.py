@@ -36,9 +36,9 @@ from adapters.errors import (
     TooManyMerges,
     UnknownMerge,
 )
+from adapters.folder import NO_ROOM
 from adapters.journal import sync
 from adapters.merge import UNFINISHED, check_room, merge
-from adapters.store import NO_ROOM
 from server.engine import EngineError
 from server.engine.loading import model_folder
 

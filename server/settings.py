@@ -1,16 +1,19 @@
 """Every setting, once: flags of `infuse serve`, environment variables, and their checks."""
 
 import ipaddress
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import BadSource
 from adapters.source_url import parse_prefixes
 
 MEBIBYTE = 1 << 20
+_BUCKET = "^(s3|gs|az)://[^/]"
+BucketUrl = Annotated[str, StringConstraints(pattern=_BUCKET)]
 
 
 class Settings(BaseSettings):
@@ -39,8 +42,15 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(
         None, description="What requests call the base model.", examples=["base"]
     )
-    adapters_dir: Path = Field(
-        Path("data/adapters"), description="Where adapters are kept.", examples=["/data/adapters"]
+    adapters_dir: Path | BucketUrl = Field(
+        Path("data/adapters"),
+        description="Where adapters are kept: a folder, or s3://, gs:// or az:// with a bucket.",
+        examples=["/data/adapters"],
+    )
+    adapters_cache_dir: Path | None = Field(
+        None,
+        description="Local copies of what is in a bucket. Default: in the user's cache folder.",
+        examples=["/data/cache"],
     )
     keep_revisions: int = Field(
         10, ge=1, le=10_000, description="Revisions of a name that stay reachable.", examples=[10]
@@ -132,6 +142,16 @@ class Settings(BaseSettings):
     pack_linears: bool = Field(
         True, description="Pack linear layers for oneDNN on the CPU.", examples=[True]
     )
+
+    @field_validator("adapters_dir", mode="before")
+    @classmethod
+    def _is_folder_or_bucket(cls, value: object) -> object:
+        """A URL of any other kind would be taken for a folder."""
+        if isinstance(value, str) and "://" in value and not re.match(_BUCKET, value):
+            raise ValueError(
+                f"'{value}' is no folder and no bucket: set a path, s3://…, gs://… or az://…"
+            )
+        return value
 
     @field_validator("host")
     @classmethod

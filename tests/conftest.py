@@ -1,8 +1,11 @@
-"""For all tests: no deadlines (the machines are shared), and only the tests that are asked for."""
+"""For all tests: no deadlines (the machines are shared), only the tests that are asked for, and a
+bucket for who asks."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import hypothesis
 import pytest
 import torch
@@ -35,3 +38,29 @@ def _deselect(
 ) -> None:
     config.hook.pytest_deselected(items=[item for item in items if unwanted(item)])
     items[:] = [item for item in items if not unwanted(item)]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 with one bucket, named bucket."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    httpx.put(f"{endpoint}/bucket").raise_for_status()
+    yield endpoint
+    server.stop()
+
+
+_PREFIXES = itertools.count()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL under which nothing is yet; the environment says how to get there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    return f"s3://bucket/{next(_PREFIXES)}"

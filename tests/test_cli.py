@@ -290,6 +290,25 @@ def test_an_adapters_folder_that_another_server_owns_is_one_line(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://not-there/x", "infuse serve: The bucket s3://not-there/x cannot be used: "),
+        ("ftp://bucket", "infuse serve: --adapters-dir: 'ftp://bucket' is no folder and no bucket"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_line(
+    model_folder: Path, tmp_path: Path, place: str, said: str
+) -> None:
+    arguments = ["serve", "--port", 0, "--model", model_folder]
+    arguments += ["--adapters-dir", place, "--adapters-cache-dir", tmp_path]
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(said)
+
+
 def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
     model_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ VALUES = {
     "model": "folder",
     "served_model_name": "base",
     "adapters_dir": "/data",
+    "adapters_cache_dir": "/cache",
     "keep_revisions": "3",
     "merges_dir": "/merges",
     "preload_adapters": "/examples",
@@ -98,6 +99,23 @@ def test_every_setting_is_described_with_an_example_that_fits() -> None:
         [example] = field.examples or [None]
         if name not in ("host", "keys_file"):
             Settings(**{name: example})
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/a/b", "gs://b/a", "az://account/b"])
+def test_adapters_may_be_in_a_bucket(url: str) -> None:
+    assert Settings(adapters_dir=url).adapters_dir == url
+    assert CliApp.run(Settings, cli_args=["--adapters-dir", url]).adapters_dir == url
+
+
+@pytest.mark.parametrize("folder", ["data", "/data/s3", "./s3:/x"])
+def test_anything_else_is_a_folder(folder: str) -> None:
+    assert Settings(adapters_dir=folder).adapters_dir == Path(folder)
+
+
+@pytest.mark.parametrize("url", ["http://bucket/x", "s3://", "s3:///x", "S3://bucket", "file:///x"])
+def test_a_url_that_is_no_bucket_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="is no folder and no bucket: set a path, s3://"):
+        Settings(adapters_dir=url)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.10"])

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from adapters.errors import Fault, InvalidAdapter, StoreFull
-from adapters.store import NAME_PATTERN, NO_ROOM, UPLOADED
+from adapters.folder import NO_ROOM
+from adapters.store import NAME_PATTERN, UPLOADED
 from server.api.uploads import save_files, unpack
 from server.errors import ApiError
 from server.services import Services

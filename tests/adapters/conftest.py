@@ -1,10 +1,12 @@
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapters.store import AdapterStore
+from tests.adapters.buckets import OpenStore, open_bucket
 from tests.adapters.kinds import Known
 
 
@@ -27,8 +29,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.fixture(params=["on disk", "in a bucket"])
+def open_store(request: pytest.FixtureRequest, folder: Path) -> OpenStore:
+    """Opens the store of a test, again and again."""
+    return partial(AdapterStore if request.param == "on disk" else open_bucket, folder)
+
+
 @pytest.fixture
-def store(folder: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(folder)
+def store(open_store: OpenStore) -> Iterator[AdapterStore]:
+    store = open_store()
     yield store
     store.close()

@@ -1,12 +1,13 @@
 """Changes adapters in a store until it is killed; says before and after each change what it is.
 
-python -m tests.adapters.crash_worker FOLDER SEED
+python -m tests.adapters.crash_worker FOLDER|BUCKET SEED [CACHE]
 """
 
 import random
 import sys
 from pathlib import Path
 
+from adapters.storage import Storage
 from adapters.store import AdapterStore
 
 NAMES = ("a", "b", "c")
@@ -19,10 +20,20 @@ def write(staged: Path, content: str) -> None:
         (staged / f"file{index}").write_text(f"{content} {index}\n" * 1000)
 
 
-def main(folder: Path, seed: int) -> None:
+def storage_at(place: str, cache: str | None) -> Path | Storage:
+    if cache is None:
+        return Path(place)
+    # Not needed, and not there without site-packages, for a folder.
+    from adapters.bucket import BucketStorage
+    from adapters.objects import Objects
+
+    return BucketStorage(Objects.at(place), Path(cache))
+
+
+def main(place: str, seed: int, cache: str | None = None) -> None:
     choose = random.Random(seed)
     print("starts", flush=True)
-    store = AdapterStore(folder, keep_revisions=3)
+    store = AdapterStore(storage_at(place, cache), keep_revisions=3)
     while True:
         name, content = choose.choice(NAMES), f"content{choose.randrange(5)}"
         changes = ("replace", "replace", "delete", "roll_back")
@@ -46,4 +57,4 @@ def main(folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

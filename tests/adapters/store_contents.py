@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adapters.revision import Revision
 from adapters.store import AdapterStore
+from tests.adapters.buckets import OpenStore
 
 
 def create(store: AdapterStore, name: str, content: str = "a") -> Revision:
@@ -36,9 +37,9 @@ def content_of(store: AdapterStore, revision: Revision) -> str:
 
 
 @contextmanager
-def reopened(store: AdapterStore, folder: Path) -> Iterator[AdapterStore]:
+def reopened(store: AdapterStore, open_store: OpenStore) -> Iterator[AdapterStore]:
     store.close()
-    again = AdapterStore(folder)
+    again = open_store()
     try:
         yield again
     finally:

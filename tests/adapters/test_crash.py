@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.store import AdapterStore
-from tests.adapters.crash_worker import FILES
+from tests.adapters.crash_worker import FILES, storage_at
 
-KILLS = 100
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -37,13 +36,32 @@ class Story:
     pending: tuple[str, Name] | None
 
 
-def run_and_kill(folder: Path, seed: int, before: dict[str, Name], moment: random.Random) -> Story:
+@dataclass(frozen=True)
+class Place:
+    """Where the store is, and the longest that a worker runs after its last line, in seconds."""
+
+    folder: Path
+    """The local one: the store's own, or the cache."""
+    url: str | None
+    longest: float
+
+    @property
+    def arguments(self) -> tuple[str, str | None]:
+        return (str(self.folder), None) if self.url is None else (self.url, str(self.folder))
+
+
+def run_and_kill(place: Place, seed: int, before: dict[str, Name], moment: random.Random) -> Story:
     """Kills after some lines, and then some time into whatever comes next.
 
-    The worker starts fast: without site-packages, for the store needs the standard library only.
+    On disk the worker starts fast: without site-packages, for that store needs none.
     """
+    where, cache = place.arguments
     worker = subprocess.Popen(
-        [sys.executable, "-S", "-m", "tests.adapters.crash_worker", str(folder), str(seed)],
+        [
+            *(sys.executable, *(["-S"] if cache is None else [])),
+            *("-m", "tests.adapters.crash_worker", where, str(seed)),
+            *([] if cache is None else [cache]),
+        ],
         stdout=subprocess.PIPE,
         bufsize=0,
         cwd=REPOSITORY,
@@ -52,7 +70,7 @@ def run_and_kill(folder: Path, seed: int, before: dict[str, Name], moment: rando
     assert worker.stdout.readline() == b"starts\n"
     lines = [worker.stdout.readline().decode() for _ in range(moment.randrange(16))]
     with suppress(subprocess.TimeoutExpired):
-        worker.communicate(timeout=moment.uniform(0, 0.004))
+        worker.communicate(timeout=moment.uniform(0, place.longest))
     worker.kill()
     lines += worker.communicate()[0].decode().splitlines()
     assert worker.returncode == -9, "the worker ended by itself"
@@ -72,11 +90,11 @@ def read_story(lines: list[str], before: dict[str, Name]) -> Story:
     return Story(states, pending)
 
 
-def read_folder(folder: Path) -> dict[str, Name]:
+def read_all(place: Place) -> dict[str, Name]:
     """What a restart finds. Every file of every name must be whole."""
-    store = AdapterStore(folder, keep_revisions=3)
+    store = AdapterStore(storage_at(*place.arguments), keep_revisions=3)
     try:
-        assert list((folder / "staging").iterdir()) == []
+        assert list((place.folder / "staging").iterdir()) == []
         found = {}
         for name in store.names():
             revision = store.current(name)
@@ -94,12 +112,20 @@ def read_folder(folder: Path) -> dict[str, Name]:
 def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
     tmp_path: Path,
 ) -> None:
+    check_after_kills(Place(tmp_path, None, longest=0.004), 100)
+
+
+def test_after_forty_kills_the_same_is_true_in_a_bucket(s3: str, tmp_path: Path) -> None:
+    check_after_kills(Place(tmp_path, s3, longest=0.1), 40)
+
+
+def check_after_kills(place: Place, kills: int) -> None:
     moment = random.Random(0)
     known: dict[str, Name] = {}
     acknowledged = interrupted = 0
-    for kill in range(KILLS):
-        story = run_and_kill(tmp_path, kill, known, moment)
-        found = read_folder(tmp_path)
+    for kill in range(kills):
+        story = run_and_kill(place, kill, known, moment)
+        found = read_all(place)
         acknowledged += story.ends != known
         known = dict(story.ends)
         if story.pending is not None:
@@ -109,5 +135,5 @@ def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_ha
                 known[name] = new
         alive = {name: state for name, state in known.items() if state.content is not None}
         assert found == alive, f"kill {kill}: {story}"
-    assert acknowledged > KILLS // 10
-    assert interrupted > KILLS // 10
+    assert acknowledged > kills // 10
+    assert interrupted > kills // 10

@@ -1,8 +1,9 @@
-"""Names, revisions and their files on disk."""
+"""Names, revisions and their files, on disk and in a bucket."""
 
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from adapters.errors import (
 )
 from adapters.revision import Origin
 from adapters.store import AdapterStore
+from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace
 
 # Revisions
@@ -75,7 +77,7 @@ def test_a_deleted_name_is_gone_and_so_are_its_files(store: AdapterStore) -> Non
             use("support")
 
 
-def test_numbers_go_on_after_a_name_was_deleted(store: AdapterStore, folder: Path) -> None:
+def test_numbers_go_on_after_a_name_was_deleted(store: AdapterStore, open_store: OpenStore) -> None:
     create(store, "support", "a")
     replace(store, "support", "b")
     store.delete("support")
@@ -83,7 +85,7 @@ def test_numbers_go_on_after_a_name_was_deleted(store: AdapterStore, folder: Pat
     with pytest.raises(UnknownRevision, match="no revision 1"):
         store.revision("support", 1)
     store.delete("support")
-    with reopened(store, folder) as again:
+    with reopened(store, open_store) as again:
         assert create(again, "support", "d").number == 4
 
 
@@ -105,14 +107,16 @@ def test_names_with_equal_content_share_it_and_each_keeps_it(store: AdapterStore
     assert not store.files(two).exists()
 
 
-def test_everything_is_there_after_opening_again(store: AdapterStore, folder: Path) -> None:
+def test_everything_is_there_after_opening_again(
+    store: AdapterStore, open_store: OpenStore
+) -> None:
     create(store, "one", "a")
     replace(store, "one", "b")
     create(store, "two", "c")
     create(store, "three", "d")
     store.delete("three")
     before = {name: store.current(name) for name in store.names()}
-    with reopened(store, folder) as again:
+    with reopened(store, open_store) as again:
         assert {name: again.current(name) for name in again.names()} == before
         assert content_of(again, again.revision("one", 1)) == "a"
         assert content_of(again, again.current("two")) == "c"
@@ -183,21 +187,22 @@ def test_the_current_etag_or_a_star_may_change_and_delete(
 # One owner
 
 
-def test_a_second_process_cannot_open_the_folder(store: AdapterStore, folder: Path) -> None:
+def test_a_second_process_cannot_open_the_folder(folder: Path) -> None:
     code = (
         f"from pathlib import Path; from adapters.store import *; AdapterStore(Path({folder!s:}))"
     )
     code = code.replace(str(folder), repr(str(folder)))
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert second.returncode != 0
-    assert "StoreLocked: another server uses the adapters folder" in second.stderr
-    create(store, "still-works")
+    with closing(AdapterStore(folder)) as store:
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert second.returncode != 0
+        assert "StoreLocked: another server uses the adapters folder" in second.stderr
+        create(store, "still-works")
 
 
-def test_a_closed_store_lets_the_next_one_open(store: AdapterStore, folder: Path) -> None:
+def test_a_closed_store_lets_the_next_one_open(store: AdapterStore, open_store: OpenStore) -> None:
     with pytest.raises(StoreLocked):
-        AdapterStore(folder)
-    with reopened(store, folder):
+        open_store()
+    with reopened(store, open_store):
         pass
 
 

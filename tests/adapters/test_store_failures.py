@@ -1,4 +1,4 @@
-"""What the store makes of damaged files and a full disk."""
+"""What the store makes of damaged files and a full disk; test_bucket.py has the bucket's."""
 
 import errno
 import itertools
@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import pytest
 from adapters.errors import StoreFull
 from adapters.revision import Details, Origin
 from adapters.store import AdapterStore
+from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
+
+
+@pytest.fixture
+def open_store(folder: Path) -> OpenStore:
+    return partial(AdapterStore, folder)
+
 
 # Damage from outside
 
@@ -24,7 +32,11 @@ from tests.adapters.store_contents import content_of, create, reopened, replace,
     "damage", [b"{", b"[]", b"null", b'{"event":"revision","name":"support"}', b"\xff"], ids=repr
 )
 def test_a_damaged_line_of_the_journal_is_passed_over_with_a_warning(
-    store: AdapterStore, folder: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+    store: AdapterStore,
+    folder: Path,
+    open_store: OpenStore,
+    damage: bytes,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     create(store, "support", "a")
     replace(store, "support", "b")
@@ -32,34 +44,34 @@ def test_a_damaged_line_of_the_journal_is_passed_over_with_a_warning(
     journal = folder / "journal.jsonl"
     first, _, *others = journal.read_bytes().splitlines()
     journal.write_bytes(b"\n".join([first, damage, *others, b""]))
-    with reopened(store, folder) as again:
+    with reopened(store, open_store) as again:
         assert "passed over" in caplog.text
         assert content_of(again, again.current("other")) == "c"
         assert content_of(again, again.current("support")) == "a"
 
 
 def test_a_last_line_that_a_crash_cut_off_was_never_acknowledged(
-    store: AdapterStore, folder: Path
+    store: AdapterStore, folder: Path, open_store: OpenStore
 ) -> None:
     create(store, "support", "a")
     with (folder / "journal.jsonl").open("ab") as journal:
         journal.write(b'{"event":"delete","name":"supp')
-    with reopened(store, folder) as again:
+    with reopened(store, open_store) as again:
         assert again.names() == ["support"]
         again.delete("support")
-    with reopened(again, folder) as third:
+    with reopened(again, open_store) as third:
         assert third.names() == []
 
 
 def test_what_an_interrupted_upload_left_behind_is_removed_at_start(
-    store: AdapterStore, folder: Path
+    store: AdapterStore, folder: Path, open_store: OpenStore
 ) -> None:
     create(store, "support", "a")
     (folder / "staging/half").mkdir()
     (folder / "staging/half/weights").write_text("half")
     (folder / "staging/file").write_text("{")
     (folder / "content/unused").mkdir()
-    with reopened(store, folder) as again:
+    with reopened(store, open_store) as again:
         assert list((folder / "staging").iterdir()) == []
         assert len(list((folder / "content").iterdir())) == 1
         assert content_of(again, again.current("support")) == "a"

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
 from adapters.revision import Details
 from adapters.store import AdapterStore
+from tests.adapters.buckets import open_bucket
 from tests.adapters.store_contents import content_of, create, replace
 
 names = st.sampled_from(["a", "b", "B"])
@@ -24,17 +25,19 @@ KEEP = 3
 class StoreMachine(RuleBasedStateMachine):
     """`alive`: name -> revision number -> content. `last`: name -> the last number given."""
 
+    open_store = staticmethod(AdapterStore)
+
     @initialize()
     def open(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        self.store = AdapterStore(self.folder, KEEP)
+        self.folder = Path(tempfile.mkdtemp()) / "store"
+        self.store = self.open_store(self.folder, KEEP)
         self.alive: dict[str, dict[int, str]] = {}
         self.said: dict[str, str] = {}
         self.last: dict[str, int] = {}
 
     def teardown(self) -> None:
         self.store.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder.parent)
 
     def current(self, name: str) -> str:
         return self.alive[name][self.last[name]]
@@ -113,7 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def open_again(self) -> None:
         self.store.close()
-        self.store = AdapterStore(self.folder, KEEP)
+        self.store = self.open_store(self.folder, KEEP)
 
     @invariant()
     def every_reachable_revision_is_whole(self) -> None:
@@ -137,9 +140,21 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_folder_holds_no_more_than_what_is_reachable(self) -> None:
         reachable = {content for each in self.alive.values() for content in each.values()}
-        assert len(list((self.folder / "content").iterdir())) == len(reachable)
-        assert list((self.folder / "staging").iterdir()) == []
+        assert len(list(self.folder.glob("content/*"))) == len(reachable)
+        assert list(self.folder.parent.glob("*/staging/*")) == []
 
 
-StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+class BucketMachine(StoreMachine):
+    open_store = staticmethod(open_bucket)
+
+    @rule()
+    def empty_the_cache(self) -> None:
+        """Whatever cleans caches up takes what it likes."""
+        for file in sorted(self.folder.with_name("cache").glob("content/*/*"))[::2]:
+            file.unlink()
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=25, deadline=None)
+StoreMachine.TestCase.settings = BucketMachine.TestCase.settings = SETTINGS
 TestStoreThroughAnySequence = StoreMachine.TestCase
+TestStoreInABucketThroughAnySequence = BucketMachine.TestCase

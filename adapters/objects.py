@@ -1,0 +1,110 @@
+"""The objects under a URL (s3://, gs://, az://), and every failure of theirs as one of ours."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.store import from_url
+
+from adapters.errors import StoreFull, StoreUnreachable
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_AT_ONCE = 16
+"""Requests in flight."""
+_NO_ROOM = ("507 Insufficient", "StorageFull", "QuotaExceeded", "No space left")
+_ABSENT = (FileNotFoundError, NotFoundError)
+
+
+class Objects:
+    """Thread-safe. Each object is whole or absent.
+
+    Everything raises StoreFull where the bucket says that it has no room, and StoreUnreachable for
+    each other failure: then a write may have happened, or may happen yet.
+    """
+
+    def __init__(self, store: "ObjectStore", url: str) -> None:
+        """`url`: what to call it in errors."""
+        self._store = store
+        self.url = url
+        self._pool = ThreadPoolExecutor(_AT_ONCE, "bucket")
+
+    @classmethod
+    def at(cls, url: str, patience: float = 10.0) -> "Objects":
+        """Credentials and endpoint come from the environment, as each cloud's own tools take them.
+
+        `patience`: seconds without an answer after which a request has failed.
+        """
+        wait = timedelta(seconds=patience)
+        with _failures_of(url):
+            store = from_url(
+                url,
+                # An endpoint is spoken to in plain HTTP only where its URL says so.
+                client_options={"allow_http": True, "connect_timeout": wait, "read_timeout": wait},
+                retry_config={"max_retries": 3, "retry_timeout": 2 * wait},
+            )
+        return cls(store, url)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def create(self, key: str, data: bytes) -> bool:
+        """False where the object exists: of all that create it, one alone hears True.
+
+        Also a sole creator may hear False, where its first attempt got through unnoticed.
+        """
+        with _failures_of(self.url):
+            try:
+                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def put_all(self, files: Mapping[str, Path]) -> None:
+        with _failures_of(self.url):
+            for _ in self._pool.map(self._put, files, files.values()):
+                pass
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        """None for what does not exist."""
+        with _failures_of(self.url):
+            return list(self._pool.map(self._get, keys))
+
+    def get(self, key: str) -> bytes | None:
+        return self.get_all([key])[0]
+
+    def list(self, prefix: str) -> "list[str]":
+        """The keys under a prefix, which is a whole part of a path."""
+        with _failures_of(self.url):
+            return [each["path"] for each in obstore.list(self._store, prefix).collect()]
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """What is gone already does not matter."""
+        with _failures_of(self.url), suppress(*_ABSENT):
+            obstore.delete(self._store, list(keys))
+
+    def _put(self, key: str, path: Path) -> None:
+        obstore.put(self._store, key, path)
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            return obstore.get(self._store, key).bytes().to_bytes()
+        except _ABSENT:
+            return None
+
+
+@contextmanager
+def _failures_of(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (BaseError, *_ABSENT, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        if any(sign in str(error) for sign in _NO_ROOM):
+            raise StoreFull(f"The bucket {url} is full; delete adapters or make room.") from error
+        raise StoreUnreachable(f"The bucket {url} cannot be used: {reason}") from error

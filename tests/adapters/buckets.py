@@ -1,0 +1,18 @@
+"""Stores in buckets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from obstore.store import LocalStore
+
+from adapters.bucket import BucketStorage
+from adapters.objects import Objects
+from adapters.store import AdapterStore
+
+OpenStore = Callable[..., AdapterStore]
+
+
+def open_bucket(folder: Path, keep_revisions: int = 10) -> AdapterStore:
+    """A store whose bucket is a folder, and whose cache lies beside it."""
+    objects = Objects(LocalStore(folder, automatic_cleanup=True, mkdir=True), f"file://{folder}")
+    return AdapterStore(BucketStorage(objects, folder.with_name("cache")), keep_revisions)
