@@ -241,6 +241,19 @@ def test_others_go_first_while_a_leader_computes(registry: AdapterRegistry) -> N
     machine.run()
 
 
+def test_followers_are_computed_before_prompts_that_came_later(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    leader, follower = machine.add(Ask(40, 1, None, 0, choices=(3, 3)))
+    machine.add(Ask(140, 1, None, 0))
+    while leader.computed < leader.prompt_tokens:
+        machine.step()
+
+    assert machine.step().prefill[0] == (follower, 4)
+    machine.run()
+
+
 def test_followers_of_a_leader_that_is_cancelled_compute_for_themselves(
     registry: AdapterRegistry,
 ) -> None:
