@@ -120,7 +120,6 @@ class MergeJobs:
             raise StoreLocked(f"another server uses the merges folder {folder}") from None
         self._mutex = threading.RLock()
         self._jobs: dict[str, Merge] = {}
-        """In order of their ids, which is the order in which they were asked for."""
         self._tasks: dict[str, _Task] = {}
         """Those of jobs that have not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -219,6 +218,15 @@ class MergeJobs:
             except Exception as error:
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
+            else:
+                self._succeed(task, output)
+
+    def _succeed(self, task: _Task, output: Path) -> None:
+        with self._mutex:
+            job = self._jobs[task.id]
+            if task.cancelled.is_set():
+                shutil.rmtree(output)
+                self._end(job, "cancelled")
             else:
                 size = sum(file.stat().st_size for file in output.iterdir())
                 self._end(job, "succeeded", progress=1.0, size=size)
