@@ -296,9 +296,11 @@ class MergeJobs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_orphan(self, path: Path) -> bool:
-        """A result whose job did not come to say so."""
+        """A result whose job did not come to say so, or was deleted."""
+        if not (path.is_dir() and path.name.startswith(_PREFIX)):
+            return False
         job = self._jobs.get(path.name)
-        return path.is_dir() and path.name.startswith(_PREFIX) and (not job or not job.size)
+        return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
 
 
 def _told(job: Merge) -> str:
