@@ -49,9 +49,13 @@ class BaseCheckpoint:
         self.shared = self._shared_with_head(skeleton)
         """The head's parameter and those that are one with it, each with the key that holds it in
         the files; empty where the head stands alone."""
-        self.keeps_tied = _keeps_tied(config)
-        """The family ties whatever its config says; transformers leaves tensors that differ apart
-        there (T5, MT5)."""
+
+    @property
+    def keeps_tied(self) -> bool:
+        """The family ties whatever its config says (T5, MT5); transformers leaves tensors that
+        differ apart there."""
+        untied = AutoConfig.for_model(self.modules.model_type, tie_word_embeddings=False)
+        return bool(untied.tie_word_embeddings)
 
     @property
     def nbytes(self) -> int:
@@ -135,8 +139,3 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         except SafetensorError as error:
             raise CannotMerge(f"{file} is damaged: {error}") from error
     return shards
-
-
-def _keeps_tied(config: PretrainedConfig) -> bool:
-    untied = AutoConfig.for_model(config.model_type, tie_word_embeddings=False)
-    return bool(getattr(untied, "tie_word_embeddings", False))

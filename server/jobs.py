@@ -120,7 +120,6 @@ class MergeJobs:
             raise StoreLocked(f"another server uses the merges folder {folder}") from None
         self._mutex = threading.RLock()
         self._jobs: dict[str, Merge] = {}
-        """In order of their ids, which is the order in which they were asked for."""
         self._tasks: dict[str, _Task] = {}
         """Those of jobs that have not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -220,6 +219,15 @@ class MergeJobs:
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
             else:
+                self._succeed(task, output)
+
+    def _succeed(self, task: _Task, output: Path) -> None:
+        with self._mutex:
+            job = self._jobs[task.id]
+            if task.cancelled.is_set():
+                shutil.rmtree(output)
+                self._end(job, "cancelled")
+            else:
                 size = sum(file.stat().st_size for file in output.iterdir())
                 self._end(job, "succeeded", progress=1.0, size=size)
 
@@ -288,9 +296,11 @@ class MergeJobs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_orphan(self, path: Path) -> bool:
-        """A result whose job did not come to say so."""
+        """A result whose job did not come to say so, or was deleted."""
+        if not (path.is_dir() and path.name.startswith(_PREFIX)):
+            return False
         job = self._jobs.get(path.name)
-        return path.is_dir() and path.name.startswith(_PREFIX) and (not job or not job.size)
+        return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
 
 
 def _told(job: Merge) -> str:

@@ -1,6 +1,7 @@
 """The command line, against a real server and as a process of its own."""
 
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -353,3 +356,42 @@ def test_a_merged_model_answers_without_its_adapter(
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (again.exit_code, again.stdout) == (1, "")
     assert again.stderr == f"infuse merge: {tmp_path / 'merged'} exists already\n"
+
+
+def test_several_are_merged_as_the_composition_says(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    weights = {}
+    for composition in ("product", "linear"):
+        output = tmp_path / composition
+        parts = [output, f"{adapter}=0.5", f"{adapter}=0.5", "--composition", composition]
+        arguments = ["merge", *parts, "--model", model_folder]
+        merged = CliRunner().invoke(app, [str(part) for part in arguments])
+        assert merged.exit_code == 0, merged.stderr
+        assert f"{composition} of" in (output / "README.md").read_text()
+        weights[composition] = load_file(output / "model.safetensors")
+    whole = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "a"), str(adapter), "--model", str(model_folder)]
+    )
+    assert whole.exit_code == 0, whole.stderr
+
+    for key, tensor in load_file(tmp_path / "a" / "model.safetensors").items():
+        torch.testing.assert_close(weights["linear"][key], tensor)
+    key = "model.layers.0.self_attn.k_proj.weight"
+    assert not torch.equal(weights["product"][key], weights["linear"][key])
+
+
+def test_a_disk_that_fills_while_a_merge_writes_is_one_line(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    arguments = ["merge", str(tmp_path / "out"), str(adapter), "--model", str(model_folder)]
+    try:
+        refused = CliRunner().invoke(app, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    assert refused.exit_code == 1
+    assert refused.stderr == f"infuse merge: The disk of {tmp_path} is full; make room.\n"
+    assert list(tmp_path.iterdir()) == []

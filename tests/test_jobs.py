@@ -118,12 +118,13 @@ def test_a_damaged_record_is_passed_over_and_told(
     opened: Callable[..., MergeJobs], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     jobs = opened()
-    job = done(jobs, jobs.submit(NOTHING, RECIPE, None))
-    (folder / "merge-1.json").write_text("{")
+    job, other = (done(jobs, jobs.submit(NOTHING, RECIPE, None)) for _ in range(2))
+    (folder / f"{other.id}.json").write_text("{")
     again = opened()
 
     assert again.page(None, 10) == [job]
-    assert "merge-1.json is damaged" in caplog.text
+    assert f"{other.id}.json is damaged" in caplog.text
+    assert (folder / other.id / "model.safetensors").is_file()
 
 
 def test_two_servers_do_not_share_a_folder(

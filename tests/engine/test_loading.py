@@ -151,3 +151,31 @@ def test_a_cache_beyond_the_machines_memory_says_what_would_fit(
 ) -> None:
     with pytest.raises(DoesNotFit, match="would fit"):
         start(kv_cache_tokens=1 << 40)
+
+
+# Where a model's files are
+
+
+def test_a_folder_is_where_it_is(folder: Path) -> None:
+    assert loading.model_folder(str(folder)) == folder
+
+
+def test_a_hub_id_is_a_snapshot_in_the_hubs_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    assert (loading.model_folder("org/tiny") / "config.json").is_file()
+
+
+@pytest.mark.parametrize("source", ["/does/not/exist", "no-such-org/no-such-model"])
+def test_files_that_are_not_on_this_machine_are_told_in_one_line(source: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"no folder and no cached model '{source}'") as refusal:
+        loading.model_folder(source)
+
+    assert "\n" not in str(refusal.value)

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.base_checkpoint import BaseCheckpoint
+from adapters.checkpoint import effective_vectors, read_checkpoint
+from adapters.merge import merge
 from server.engine.loading import default_model_folder
 from tests.engine.harness import Harness, Oracle
 
@@ -45,3 +48,26 @@ def test_float32_logits_err_at_most_twice_as_much_as_pefts_do(
             error = torch.tensor(values, dtype=torch.float64) - exact[name][position, list(tokens)]
             ours = max(ours, error.abs().max().item())
     assert ours <= 2 * theirs
+
+
+def test_a_merged_export_yields_the_served_adapters_greedy_tokens(
+    start: Callable[..., Harness], tmp_path: Path
+) -> None:
+    folder = default_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = BaseCheckpoint(folder)
+    vectors = effective_vectors(read_checkpoint(ADAPTERS["order-json"]), base.modules)
+    merge(base, vectors, tmp_path / "merged", "order-json")
+    chat = [{"role": "user", "content": "Hi, please send 4 garden chairs to Lyon. Thanks, Anna"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    served = start(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        ADAPTERS,
+        tokenizer=tokenizer,
+        max_model_len=256,
+        kv_cache_tokens=1024,
+    ).ask(prompt, "order-json", max_tokens=30)
+
+    assert '"item":"garden chairs"' in tokenizer.decode(served.tokens)
+    assert served.tokens == Oracle(model).greedy(prompt, 30)
