@@ -333,9 +333,17 @@ class LifeMachine(RuleBasedStateMachine):
         self.server.submit(str(self.count), prompt, lease, max_tokens=TOKENS)
         self.asked[str(self.count)] = (effect, prompt)
 
+    @precondition(lambda self: any(a.finish is None for a in self.server.answers.values()))
+    @rule()
+    def pause(self) -> None:
+        """Requests stop in the midst of their tokens, until someone listens."""
+        self.server.pause()
+        self.server.read()
+
     @rule()
     def listen(self, ends: set[FinishReason] = {FinishReason.LENGTH}) -> None:  # noqa: B006
         """Until all requests have ended: each with its own tokens, and nothing is held."""
+        self.server.resume()
         self.server.wait()
         for request, (effect, prompt) in self.asked.items():
             answer = self.server.answers.pop(request)
