@@ -10,7 +10,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,6 @@ from server.engine.loading import default_model_folder
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 32
-UPLOADED = "uploaded-{}"
 _TARGETS = {
     "startup_seconds_beyond_the_models": 5.0,
     "list_page_seconds": 0.050,
@@ -53,28 +52,18 @@ def main(
     ] = None,
     output: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS / "registry.json",
 ) -> None:
+    model = default_model_folder()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
-        few, many = Path(scratch) / "store", (folder or Path(scratch)) / "many"
-        model = default_model_folder()
-        workload = make_workload(model, Path(scratch) / "by-peft", 1, PROMPT_TOKENS, 1)
-        template = Template(workload)
-        filled = fill(many, template, adapters)
-        seconds: dict[str, list[float]] = {
-            "open the store": [],
-            "start, few": [],
-            "start, many": [],
-        }
-        for _ in range(starts):
-            seconds["open the store"].append(open_seconds(many))
-            for name, store in (("start, few", few), ("start, many", many)):
-                with serve(store, Path(scratch)) as server:
-                    seconds[name].append(server.start_seconds)
+        few, many = Path(scratch) / "few", (folder or Path(scratch)) / "many"
+        template = Template(make_workload(model, Path(scratch) / "by-peft", 1, PROMPT_TOKENS, 1))
+        fill(many, template, adapters)
+        starting(clock, few, many, Path(scratch), starts)
         with serve(few, Path(scratch)) as first, serve(many, Path(scratch)) as second:
-            urls = {"few": first.url, "many": second.url}
-            seconds |= uploads(urls, template, rounds)
+            uploads(clock, {"few": first.url, "many": second.url}, template, rounds)
             with httpx.Client(base_url=second.url, timeout=60) as client:
-                seconds |= lists(client, adapters, rounds)
-                seconds |= first_tokens(client, many, adapters, rounds)
+                lists(clock, client, adapters, rounds)
+                first_tokens(clock, client, many, adapters, rounds)
     report = {
         "machine": machine(),
         "workload": {
@@ -85,17 +74,32 @@ def main(
             "feedforward_modules": FEEDFORWARD,
             "prompt_tokens": PROMPT_TOKENS,
         },
-        "figures": figures(seconds),
+        "figures": figures(clock.seconds),
         "must_be_under": _TARGETS,
-        "store_fill": filled,
         "seconds": {
-            name: summary(values) | {"count": len(values)} for name, values in seconds.items()
+            name: summary(values) | {"count": len(values)} for name, values in clock.seconds.items()
         },
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
     typer.echo(table(report))
     typer.echo(f"Written to {output}")
+
+
+class Clock:
+    """What took how long, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
 
 
 class Template:
@@ -120,33 +124,28 @@ def name_of(number: int) -> str:
     return f"adapter-{number:05}"
 
 
-def fill(folder: Path, template: Template, adapters: int) -> dict[str, float]:
-    """Register what is not there yet; the store's own seconds for the first and last 100."""
+def fill(folder: Path, template: Template, adapters: int) -> None:
+    """Register what is not there yet."""
     store = AdapterStore(folder)
-    seconds = []
     for number in range(adapters):
-        if name_of(number) in store:
-            continue
-        with store.staging() as staged:
-            for file, data in template.files(number).items():
-                (staged / file).write_bytes(data)
-            began = time.perf_counter()
-            store.create(name_of(number), staged)
-            seconds.append(time.perf_counter() - began)
-        if len(seconds) % 1000 == 0:
-            typer.echo(f"{number + 1} adapters")
+        if name_of(number) not in store:
+            with store.staging() as staged:
+                for file, data in template.files(number).items():
+                    (staged / file).write_bytes(data)
+                store.create(name_of(number), staged)
+            if number % 1000 == 999:
+                typer.echo(f"{number + 1} adapters")
     store.close()
-    if len(seconds) < 200:
-        return {}
-    return {"first_100_median": median(seconds[:100]), "last_100_median": median(seconds[-100:])}
 
 
-def open_seconds(folder: Path) -> float:
-    began = time.perf_counter()
-    store = AdapterStore(folder)
-    seconds = time.perf_counter() - began
-    store.close()
-    return seconds
+def starting(clock: Clock, few: Path, many: Path, scratch: Path, starts: int) -> None:
+    for _ in range(starts):
+        with clock.time("open the store"):
+            store = AdapterStore(many)
+        store.close()
+        for name, folder in {"start beside few": few, "start beside many": many}.items():
+            with serve(folder, scratch) as server:
+                clock.add(name, server.start_seconds)
 
 
 @contextmanager
@@ -156,36 +155,27 @@ def serve(store: Path, scratch: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def uploads(urls: dict[str, str], template: Template, rounds: int) -> dict[str, list[float]]:
+def uploads(clock: Clock, urls: dict[str, str], template: Template, rounds: int) -> None:
     """New adapters over HTTP, beside few others and beside many; they are deleted again."""
-    seconds: dict[str, list[float]] = {}
     with httpx.Client(timeout=60) as client:
         for number in range(rounds):
-            name = UPLOADED.format(number)
+            form = {"name": f"uploaded-{number}"}
             data = template.files(1_000_000 + number)
             files = {"config": data[CONFIG_FILE], "weights": data[WEIGHTS_FILE]}
             for beside, url in urls.items():
-                began = time.perf_counter()
-                client.post(
-                    f"{url}/v1/adapters", data={"name": name}, files=files
-                ).raise_for_status()
-                seconds.setdefault(f"upload, beside {beside}", []).append(
-                    time.perf_counter() - began
-                )
+                with clock.time(f"upload beside {beside}"):
+                    answer = client.post(f"{url}/v1/adapters", data=form, files=files)
+                answer.raise_for_status()
         for number in range(rounds):
             for beside, url in urls.items():
-                began = time.perf_counter()
-                client.delete(f"{url}/v1/adapters/{UPLOADED.format(number)}").raise_for_status()
-                seconds.setdefault(f"delete, beside {beside}", []).append(
-                    time.perf_counter() - began
-                )
-    return seconds
+                with clock.time(f"delete beside {beside}"):
+                    answer = client.delete(f"{url}/v1/adapters/uploaded-{number}")
+                answer.raise_for_status()
 
 
-def lists(client: httpx.Client, adapters: int, rounds: int) -> dict[str, list[float]]:
+def lists(clock: Clock, client: httpx.Client, adapters: int, rounds: int) -> None:
     """Pages from anywhere in the list, and what shows every adapter at once."""
     rng = random.Random(0)
-    seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, path in {
             "list page of 100": "/v1/adapters?limit=100&after={}",
@@ -194,28 +184,28 @@ def lists(client: httpx.Client, adapters: int, rounds: int) -> dict[str, list[fl
             "models (all)": "/v1/models",
             "metrics": "/metrics",
         }.items():
-            began = time.perf_counter()
             after = name_of(rng.randrange(adapters - 100))
-            client.get(path.format(after)).raise_for_status()
-            seconds.setdefault(name, []).append(time.perf_counter() - began)
-    return seconds
+            with clock.time(name):
+                client.get(path.format(after)).raise_for_status()
 
 
 def first_tokens(
-    client: httpx.Client, store: Path, adapters: int, rounds: int
-) -> dict[str, list[float]]:
+    clock: Clock, client: httpx.Client, store: Path, adapters: int, rounds: int
+) -> None:
     """Until the first event of a stream. Every prompt is new, so that no prefix is shared."""
     rng = random.Random(1)
     names = [name_of(number) for number in rng.sample(range(adapters), 2 * rounds)]
-    seconds: dict[str, list[float]] = {}
     for cached, uncached in zip(names[:rounds], names[rounds:], strict=True):
-        drop_from_page_cache(client, store, uncached)
-        for group, name in (
-            ("base", "base"),
-            ("cold", cached),
-            ("warm", cached),
-            ("cold, from disk", uncached),
-        ):
+        for file in files_of(client, store, cached):
+            file.read_bytes()
+        for file in files_of(client, store, uncached):
+            drop_from_page_cache(file)
+        for group, name in {
+            "base": "base",
+            "cold": cached,
+            "warm": cached,
+            "cold, from disk": uncached,
+        }.items():
             body = {
                 "model": name,
                 "prompt": [rng.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS)],
@@ -223,25 +213,25 @@ def first_tokens(
                 "temperature": 0,
                 "stream": True,
             }
-            seconds.setdefault(f"first token, {group}", []).append(first_event(client, body))
-    return seconds
+            began = time.perf_counter()
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                response.raise_for_status()
+                lines = response.iter_lines()
+                next(line for line in lines if line.startswith("data: "))
+                clock.add(f"first token, {group}", time.perf_counter() - began)
+                # Read to its end, a connection is used again.
+                list(lines)
 
 
-def first_event(client: httpx.Client, body: dict[str, Any]) -> float:
-    began = time.perf_counter()
-    with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        lines: Iterable[str] = response.iter_lines()
-        next(line for line in lines if line.startswith("data: "))
-        return time.perf_counter() - began
-
-
-def drop_from_page_cache(client: httpx.Client, store: Path, name: str) -> None:
+def files_of(client: httpx.Client, store: Path, name: str) -> list[Path]:
     digest = client.get(f"/v1/adapters/{name}").json()["digest"]
-    for file in (store / "content" / digest).iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    return list((store / "content" / digest).iterdir())
+
+
+def drop_from_page_cache(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
 
 
 def figures(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -252,10 +242,10 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, float]:
         return median(a - b for a, b in zip(seconds[name], seconds[other], strict=True))
 
     return {
-        "startup_seconds_beyond_the_models": beyond("start, many", "start, few"),
+        "startup_seconds_beyond_the_models": beyond("start beside many", "start beside few"),
         "list_page_seconds": middle["list page of 100"],
-        "upload_over_an_upload_beside_few": middle["upload, beside many"]
-        / middle["upload, beside few"],
+        "upload_over_an_upload_beside_few": middle["upload beside many"]
+        / middle["upload beside few"],
         "cold_first_token_seconds_beyond_warm": beyond("first token, cold", "first token, warm"),
         "cold_from_disk_first_token_seconds_beyond_warm": beyond(
             "first token, cold, from disk", "first token, warm"

@@ -89,16 +89,23 @@ class Harness:
         self._outputs.put(outputs)
         self._gate.wait(_PATIENCE)
 
+    def pause(self) -> None:
+        """The model thread stands still after its next step."""
+        self._gate.clear()
+
+    def resume(self) -> None:
+        self._gate.set()
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within: the model thread stands still, so that what is submitted starts together."""
-        self._gate.clear()
+        self.pause()
         self.submit("plug", [5], max_tokens=1)
         self.wait("plug")
         try:
             yield
         finally:
-            self._gate.set()
+            self.resume()
             del self.answers["plug"]
 
     def submit(
@@ -188,7 +195,7 @@ class Harness:
         assert (adapters.leases, adapters.pinned) == (0, 0)
 
     def close(self) -> None:
-        self._gate.set()
+        self.resume()
         self.engine.stop(0)
         self.store.close()
 

@@ -1,5 +1,6 @@
 """What must be true of adapters, in a dictionary: the model that an adapter's life is tested by."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adapters.checkpoint import AdapterVectors
 from adapters.combine import Recipe, combine
+from adapters.config import WEIGHTS_FILE
 from adapters.errors import (
     AdapterDisabled,
     AdapterError,
@@ -20,9 +22,16 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
+from adapters.merge import BaseCheckpoint
 from adapters.revision import Details
 from adapters.targets import Side, Target
+from tests.factories import save_adapter, tiny_model
 
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "queries": {"target_modules": ["q_proj"], "feedforward_modules": []},
+    "outward": {"target_modules": ["down_proj", "k_proj"], "feedforward_modules": []},
+}
 _TIE = 1e-3
 """Logits that lie closer than this may change their order with the order of additions."""
 
@@ -39,7 +48,7 @@ class Effect:
     def saved_by_peft(cls, folder: Path) -> "Effect":
         """Read as PEFT writes it: `(out, 1)` scales what comes out, `(1, in)` what goes in."""
         vectors = {}
-        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        for key, tensor in load_file(folder / WEIGHTS_FILE).items():
             module = key.removeprefix("base_model.model.").removesuffix(".ia3_l")
             side = Side.OUTPUT if tensor.shape[1] == 1 else Side.INPUT
             vectors[Target(module, side)] = tensor.flatten()
@@ -53,6 +62,9 @@ class Effect:
     def is_tame(self) -> bool:
         """Not so large that float32 itself decides what is generated."""
         return all(float(vector.abs().max()) < 8 for vector in self.vectors.values())
+
+
+BASE = Effect({})
 
 
 def mix(effects: Sequence[Effect], recipe: Recipe) -> Effect:
@@ -130,6 +142,41 @@ def _input_times(vector: torch.Tensor) -> Any:
 
 def _output_times(vector: torch.Tensor) -> Any:
     return lambda _, __, output: output * vector
+
+
+@dataclass(frozen=True)
+class World:
+    """What does not change: the base, and adapters that PEFT saved for it."""
+
+    base: PreTrainedModel
+    base_files: BaseCheckpoint
+    folders: dict[str, Path]
+    effects: dict[str, Effect]
+    damaged: Path
+    """A folder that must be refused: one value is no number."""
+    judge: Judge
+
+    @classmethod
+    def saved_in(cls, root: Path) -> "World":
+        base = tiny_model("llama", num_hidden_layers=1)
+        base.save_pretrained(root / "base")
+        folders = {
+            kind: save_adapter(base, root / kind, seed=seed, **config)
+            for seed, (kind, config) in enumerate(KINDS.items())
+        }
+        damaged = root / "damaged"
+        shutil.copytree(folders["default"], damaged)
+        weights = load_file(damaged / WEIGHTS_FILE)
+        next(iter(weights.values()))[0] = torch.nan
+        save_file(weights, damaged / WEIGHTS_FILE)
+        return cls(
+            base=base,
+            base_files=BaseCheckpoint(root / "base"),
+            folders=folders,
+            effects={kind: Effect.saved_by_peft(folder) for kind, folder in folders.items()},
+            damaged=damaged,
+            judge=Judge(base),
+        )
 
 
 @dataclass

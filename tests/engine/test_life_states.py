@@ -9,17 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from adapters.combine import METHODS, SPARSE, Recipe
 from adapters.errors import (
@@ -32,19 +30,13 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.merge import BaseCheckpoint, merge
+from adapters.merge import merge
 from adapters.registry import Composition, Part
 from adapters.residency import Lease
 from server.engine import FinishReason
 from tests.engine.harness import Harness, Oracle
-from tests.engine.life import Effect, Judge, Life
-from tests.factories import save_adapter, tiny_model
+from tests.engine.life import BASE, KINDS, Effect, Life, World
 
-KINDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "queries": {"target_modules": ["q_proj"], "feedforward_modules": []},
-    "outward": {"target_modules": ["down_proj", "k_proj"], "feedforward_modules": []},
-}
 PROMPTS = ([7, 8, 9], [40, 30, 20, 10, 40], list(range(100, 112)))
 KEEP, SLOTS, ROWS = 3, 3, 4
 TOKENS = 6
@@ -68,42 +60,9 @@ def model_of(name: str, number: int | None) -> str:
     return name if number is None else f"{name}@{number}"
 
 
-@dataclass(frozen=True)
-class World:
-    """What does not change: the base, and adapters that PEFT saved for it."""
-
-    base: PreTrainedModel
-    base_files: BaseCheckpoint
-    folders: dict[str, Path]
-    effects: dict[str, Effect]
-    damaged: Path
-    judge: Judge
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    base = tiny_model("llama", num_hidden_layers=1)
-    folders = {
-        kind: save_adapter(base, root / kind, seed=seed, **config)
-        for seed, (kind, config) in enumerate(KINDS.items())
-    }
-    base.save_pretrained(root / "base")
-    shutil.copytree(folders["default"], root / "damaged")
-    weights = load_file(root / "damaged" / "adapter_model.safetensors")
-    next(iter(weights.values())).fill_(torch.nan)
-    save_file(weights, root / "damaged" / "adapter_model.safetensors")
-    return World(
-        base=base,
-        base_files=BaseCheckpoint(root / "base"),
-        folders=folders,
-        effects={kind: Effect.saved_by_peft(folder) for kind, folder in folders.items()},
-        damaged=root / "damaged",
-        judge=Judge(base),
-    )
-
-
-BASE = Effect({})
+    return World.saved_in(tmp_path_factory.mktemp("world"))
 
 
 @contextmanager
@@ -333,9 +292,17 @@ class LifeMachine(RuleBasedStateMachine):
         self.server.submit(str(self.count), prompt, lease, max_tokens=TOKENS)
         self.asked[str(self.count)] = (effect, prompt)
 
+    @precondition(lambda self: any(a.finish is None for a in self.server.answers.values()))
+    @rule()
+    def pause(self) -> None:
+        """Requests stop in the midst of their tokens, until someone listens."""
+        self.server.pause()
+        self.server.read()
+
     @rule()
     def listen(self, ends: set[FinishReason] = {FinishReason.LENGTH}) -> None:  # noqa: B006
         """Until all requests have ended: each with its own tokens, and nothing is held."""
+        self.server.resume()
         self.server.wait()
         for request, (effect, prompt) in self.asked.items():
             answer = self.server.answers.pop(request)
