@@ -44,6 +44,9 @@ _HERE = "http://127.0.0.1:8000"
 
 
 def main() -> None:
+    for name in ("torchao", "torch.utils._pytree"):
+        # transformers imports torchao, which warns of kernels that it has not for this machine.
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
@@ -107,9 +110,6 @@ def serve(context: typer.Context) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    for imported in ("torchao", "torch.utils._pytree"):
-        # torchao warns of GPU kernels that it was not built for, whether or not it is used.
-        logging.getLogger(imported).setLevel(logging.ERROR)
     listening = _bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
