@@ -204,12 +204,13 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         fix = "upload both files that PEFT's save_pretrained writes"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
     data = path.read_bytes()
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        problem = "holds pickled weights, which can run code"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)])
     try:
         return load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        # Only now: a safetensors file may begin with the same bytes, which are its header's length.
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            problem = "holds pickled weights, which can run code"
+            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)]) from None
         fix = "upload the file whole, as PEFT's save_pretrained wrote it"
         problem = f"is no safetensors file, or is damaged: {error}"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None

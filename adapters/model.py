@@ -40,7 +40,7 @@ class IA3Model(nn.Module):
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
         self._layers: dict[str, IA3Layer] = {}
         self._scaled: dict[Target, Scale] = {}
-        self._packed: tuple[int, tuple[int, ...], tuple[Segment, ...]] | None = None
+        self._packed: tuple[object, ...] | None = None
         """The batch that the scales are set for, and the state of the bank then."""
         self._names: dict[str, tuple[int, AdapterVectors]] = {}
         self._active: tuple[str, ...] = ()
@@ -66,12 +66,28 @@ class IA3Model(nn.Module):
     def clear_slot(self, slot: int) -> None:
         self.bank.clear(slot)
 
-    def set_packed(self, rows: Sequence[int], segments: Sequence[Segment] = ()) -> None:
+    def set_packed(
+        self,
+        rows: Sequence[int],
+        segments: Sequence[Segment] = (),
+        kept: Sequence[Segment] | None = None,
+    ) -> None:
         """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
-        the segments. Costs nothing while the batch stays as it is."""
-        packed = (self.bank.fills, tuple(rows), tuple(segments))
+        the segments. Costs nothing while the batch stays as it is.
+
+        `kept`: what the LM head sees of the segments, where it does not see all of them
+        (`logits_to_keep`). It sees all rows.
+        """
+        kept = segments if kept is None else kept
+        packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
         if packed != self._packed:
-            self._set_scales(self.bank.packed(rows, segments))
+            scales = self.bank.packed(rows, segments)
+            head = self.modules_of_base.output_embedding
+            if kept != segments and any(target.module == head for target in self.bank.columns):
+                scales = {t: scale for t, scale in scales.items() if t.module != head}
+                of_kept = self.bank.packed(rows, kept).items()
+                scales |= {t: scale for t, scale in of_kept if t.module == head}
+            self._set_scales(scales)
             self._packed = packed
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
