@@ -66,6 +66,8 @@ def merge(base: BaseCheckpoint, vectors: AdapterVectors, output: Path, recipe: s
     `recipe` is told in the model card. Raises CannotMerge (the output exists, a weight is not found
     or not finite once merged) and StoreFull before anything is written where room is missing.
     """
+    for module in vectors.saved:
+        raise CannotMerge(f"the adapter brings its own copy of {module}; only vectors are merged")
     if output.exists():
         raise CannotMerge(f"{output} exists already")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from adapters.combine import Method, Recipe, combine
 from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
+    Fault,
     InvalidAdapter,
     TooManyPinned,
     UnknownAdapter,
@@ -77,6 +78,7 @@ class AdapterRegistry:
         """Everything that an upload must pass, and warnings."""
         checkpoint = read_checkpoint(staged)
         vectors = effective_vectors(checkpoint, self._modules)
+        self._check_room(vectors)
         served = self._reserved[0] if self._reserved else ""
         warnings = [
             base_mismatch_warning(checkpoint.config, served) if served else None,
@@ -182,7 +184,9 @@ class AdapterRegistry:
     def lease(self, model: str) -> Lease:
         """A lease on what `name` is now, or on `name@number`."""
         revision = self.resolve(model)
-        return self.residency.lease(revision.digest, _label(revision), self.vectors(revision))
+        vectors = self.vectors(revision)
+        self._check_room(vectors)
+        return self.residency.lease(revision.digest, _label(revision), vectors)
 
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
         """A lease on several adapters at once: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
@@ -223,6 +227,13 @@ class AdapterRegistry:
             raise
         return effective_vectors(checkpoint, self._modules)
 
+    def _check_room(self, vectors: AdapterVectors) -> None:
+        needed, room = vectors.saved_bytes, self.residency.saved_capacity
+        if needed > room:
+            problem = f"take {needed} bytes, and this server has room for {room}"
+            fix = "raise max-saved-module-bytes, or train with fewer or smaller modules_to_save"
+            raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
+
     def stats(self) -> RegistryStats:
         residency = self.residency.stats()
         return RegistryStats(
@@ -231,6 +242,7 @@ class AdapterRegistry:
             pinned=residency.pinned,
             leases=residency.leases,
             swaps=residency.swaps,
+            saved_bytes=residency.saved_bytes,
         )
 
     def _moved(self, old: Revision) -> None:

@@ -85,7 +85,12 @@ class Engine:
             packed = pack_linears(base)
             log.info("Packed %d linear layers for oneDNN.", packed)
         self._cache = make_cache(
-            shapes, base.device, self.max_model_len, config.max_rows, config.kv_cache_tokens
+            shapes,
+            base.device,
+            self.max_model_len,
+            config.max_rows,
+            config.kv_cache_tokens,
+            set_aside=ia3.saved_capacity,
         )
         log.info(
             "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",

@@ -47,7 +47,9 @@ class Runner:
         decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
         prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
         slots = [_slot(sequence) for sequence in step.decode]
-        if self._graphs is not None and not prefill and self._graphs.fit(decode):
+        # A captured graph knows the base's modules only, not those that adapters bring.
+        captured = not prefill and not self._ia3.has_copies(slots)
+        if self._graphs is not None and captured and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
             return Logits(step.decode, self._graphs.run(last, decode, slots), [])
         wanted = _Wanted.of(step)

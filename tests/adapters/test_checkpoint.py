@@ -322,11 +322,6 @@ def test_different_faults_stand_in_one_answer(folder: Path) -> None:
     assert faults_of(folder).keys() == {"stray", KEY, DOWN, KEY.replace("k_proj", "v_proj")}
 
 
-def test_whole_modules_are_refused(tmp_path: Path) -> None:
-    folder = save_adapter(tiny_llama(), tmp_path, modules_to_save=["lm_head"])
-    assert "carries whole modules (lm_head)" in faults_of(folder)["modules_to_save"]
-
-
 WHOLE = save({KEY: torch.ones(16, 1), DOWN: torch.ones(1, 64)})
 
 
