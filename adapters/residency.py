@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from adapters.bank import BASE_SLOT
 from adapters.checkpoint import AdapterVectors
+from adapters.vocabulary import Vocabulary
 
 
 class SlotHolder(Protocol):
@@ -35,18 +36,26 @@ class Lease:
     Whatever happens to their adapters meanwhile, the request finishes on them.
     """
 
-    def __init__(self, residency: "Residency", label: str, vectors: AdapterVectors) -> None:
+    def __init__(
+        self,
+        residency: "Residency",
+        label: str,
+        vectors: AdapterVectors,
+        vocabulary: Vocabulary | None,
+    ) -> None:
         """Made by `Residency.lease`."""
         self.label = label
         """What was leased: `name@revision`, or how several were mixed."""
         self.vectors = vectors
+        self.vocabulary = vocabulary
+        """None: the base's."""
         self._residency = residency
         self._released = False
 
     def again(self) -> "Lease":
         """Another lease on the same vectors."""
         assert not self._released
-        return self._residency.lease(None, self.label, self.vectors)
+        return self._residency.lease(None, self.label, self.vectors, self.vocabulary)
 
     def release(self) -> None:
         """Give the lease back; a second time does nothing."""
@@ -134,14 +143,20 @@ class Residency:
             content = self._contents.get(self._by_key.get(key, ""))
             return None if content is None else content.vectors
 
-    def lease(self, key: str | None, label: str, vectors: AdapterVectors) -> Lease:
+    def lease(
+        self,
+        key: str | None,
+        label: str,
+        vectors: AdapterVectors,
+        vocabulary: Vocabulary | None = None,
+    ) -> Lease:
         """`key` names the vectors for `find` as long as they are in memory."""
         with self._mutex:
             content = self._enter(key, vectors)
             content.leases += 1
             content.retired = False
             self._leases += 1
-            return Lease(self, label, content.vectors)
+            return Lease(self, label, content.vectors, vocabulary)
 
     def end_lease(self, vectors: AdapterVectors) -> None:
         """Called by `Lease.release`."""

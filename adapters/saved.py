@@ -110,14 +110,14 @@ def _fault(key: str, tensor: torch.Tensor, like: torch.Tensor, resizable: bool) 
 
 
 def embedding_fault(saved: Mapping[str, State], modules: BaseModules) -> Fault | None:
-    """Whether the head can write a token that the embeddings cannot read."""
+    """Whether only one of embeddings and head has grown: transformers resizes both, tied or not."""
     read, written = modules.input_embedding, modules.output_embedding
-    if read is None or written is None or saved.keys().isdisjoint(modules.embeddings):
+    if read is None or written is None:
         return None
-    rows, outputs = rows_of(read, saved, modules), rows_of(written, saved, modules)
-    if outputs <= rows:
+    sizes = [rows_of(name, saved, modules) for name in (read, written)]
+    if sizes == [rows_of(name, {}, modules) for name in (read, written)] or sizes[0] == sizes[1]:
         return None
-    problem = f"writes {outputs} tokens, and '{read}' reads {rows}"
+    problem = f"writes {sizes[1]} tokens, and '{read}' reads {sizes[0]}"
     return Fault(written, problem, "resize both and save both, in modules_to_save")
 
 

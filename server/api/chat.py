@@ -25,7 +25,7 @@ from server.api.generation import (
     place_order,
     respond,
 )
-from server.api.leasing import check_model
+from server.api.leasing import leased
 from server.api.logprobs import TokenBytes, chat_logprobs
 from server.api.prompts import encode_conversation, fit_to_window
 from server.api.sampling import sampling_params
@@ -49,30 +49,32 @@ async def create_chat_completion(
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
     order = await to_thread.run_sync(_prepare, services, body)
-    return await respond(request, services, body, order, ChatWriter(services, body, order))
+    return await respond(request, services, body, order, ChatWriter(body, order))
 
 
 def _prepare(services: Services, body: ChatBody) -> Order:
-    check_model(services, body)
-    field, limit = body.token_limit
-    if limit == 0:
-        raise ApiError(400, f"{field} must be at least 1.", param=field)
-    prompt = encode_conversation(services.engine, body)
-    params = sampling_params(
-        services.engine,
-        body,
-        max_tokens=fit_to_window(services.engine, prompt, field, limit, None),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    return place_order(services, body, "chatcmpl", [(prompt, params)])
+    with leased(services, body) as (lease, vocabulary):
+        field, limit = body.token_limit
+        if limit == 0:
+            raise ApiError(400, f"{field} must be at least 1.", param=field)
+        prompt = encode_conversation(services.engine, vocabulary, body)
+        params = sampling_params(
+            services.engine,
+            vocabulary,
+            body,
+            max_tokens=fit_to_window(services.engine, prompt, field, limit, None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        prompts = [(prompt, params)]
+        return place_order(services, body, "chatcmpl", prompts, lease, vocabulary)
 
 
 class ChatWriter:
     """Writes outputs as OpenAI's chat completions, and as their chunks."""
 
-    def __init__(self, services: Services, body: ChatBody, order: Order) -> None:
+    def __init__(self, body: ChatBody, order: Order) -> None:
         self._order = order
-        self._token_bytes = TokenBytes(services.engine.tokenizer) if body.logprobs else None
+        self._token_bytes = TokenBytes(order.vocabulary.tokenizer) if body.logprobs else None
         self._opened: set[int] = set()
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> ChatCompletion:

@@ -23,7 +23,7 @@ from server.api.generation import (
     to_json,
     unless_client_leaves,
 )
-from server.api.leasing import check_model
+from server.api.leasing import leased
 from server.api.prompts import encode_choice
 from server.api.schemas import ModelBody, Usage
 from server.engine.request import Output, SamplingParams
@@ -133,16 +133,16 @@ async def rank(
 
 def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
     """The order, and how many of each prompt's last tokens are a choice's."""
-    check_model(services, body)
     params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
     prompts, scored = [], []
-    for i, each in enumerate(body.inputs):
-        for j, choice in enumerate(each.choices):
-            where = f"inputs[{i}].choices[{j}]"
-            ids, tokens = encode_choice(services.engine, each.prompt, choice, where)
-            prompts.append((ids, params))
-            scored.append(tokens)
-    return place_order(services, body, "rank", prompts), scored
+    with leased(services, body) as (lease, vocabulary):
+        for i, each in enumerate(body.inputs):
+            for j, choice in enumerate(each.choices):
+                where = f"inputs[{i}].choices[{j}]"
+                ids, tokens = encode_choice(services.engine, vocabulary, each.prompt, choice, where)
+                prompts.append((ids, params))
+                scored.append(tokens)
+        return place_order(services, body, "rank", prompts, lease, vocabulary), scored
 
 
 def _rankings(body: RankBody, outputs: Sequence[Output], scored: Sequence[int]) -> list[Ranking]:

@@ -221,7 +221,9 @@ class Engine:
     def _accept(self) -> None:
         while self._inbox:
             request = self._inbox.popleft()
-            sequence = Sequence(request, next(self._rows), self.tokenizer)
+            own = None if request.lease is None else request.lease.vocabulary
+            tokenizer = self.tokenizer if own is None else own.tokenizer
+            sequence = Sequence(request, next(self._rows), tokenizer)
             self._sequences[request.id] = sequence
             self._scheduler.add(sequence)
 

@@ -32,7 +32,7 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
-        if self._batch is None or not self._batch.fits(sequences):
+        if self._batch is None or not self._batch.fits(sequences, logits.shape[-1]):
             self._batch = _Batch(sequences, logits.shape[-1], logits.device)
         batch = self._batch
         raw = logits.float()
@@ -65,6 +65,7 @@ class _Batch:
 
     def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
         self._sequences = list(sequences)
+        self._vocab = vocab
         self._lengths = [len(sequence.tokens) for sequence in sequences]
         params = [sequence.request.params for sequence in sequences]
         random = [row for row, p in enumerate(params) if p.temperature > 0]
@@ -91,9 +92,9 @@ class _Batch:
                 self._counts[index] += torch.bincount(answer, minlength=vocab)
                 self._seen[index, sequences[row].tokens] = True
 
-    def fits(self, sequences: Rows[Sequence]) -> bool:
+    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
-        if len(sequences) != len(self._sequences):
+        if len(sequences) != len(self._sequences) or vocab != self._vocab:
             return False
         if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
             return False

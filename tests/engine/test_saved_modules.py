@@ -147,3 +147,52 @@ def test_a_bfloat16_base_keeps_saved_modules_in_bfloat16(
     exact = oracle.logits(prompt)[-1].float().log_softmax(-1)
     tokens, values = zip(*scored.top, strict=True)
     assert torch.allclose(torch.tensor(values), exact[list(tokens)], atol=0.1)
+
+
+def test_a_larger_vocabulary_runs_beside_the_base_and_neither_reads_the_others(
+    start: Callable[..., Harness], base: PreTrainedModel, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    larger = fresh(base)
+    larger.resize_token_embeddings(TOKENS + 3, mean_resizing=False)
+    both = save_adapter(larger, tmp_path / "both", modules_to_save=["embed_tokens", "lm_head"])
+    prompts = [prompt for _, prompt in requests({}, 4)]
+    new = [[TOKENS + n % 3, *prompt, TOKENS + 1] for n, prompt in enumerate(prompts)]
+    bias = {TOKENS + 2: 1000.0}
+    engine = start(fresh(base), {**saved, "larger": both})
+    with engine.held():
+        for n, (old, more) in enumerate(zip(prompts, new, strict=True)):
+            engine.submit(f"base {n}", old)
+            engine.submit(f"head {n}", old, "head")
+            engine.submit(f"larger {n}", more, "larger")
+        engine.submit("biased", new[0], "larger", logit_bias=bias)
+        engine.submit("penalised", prompts[0], presence_penalty=1e-9, temperature=0.0)
+    engine.wait()
+
+    oracles = {"base": Oracle(base), "head": Oracle(base, saved["head"])}
+    for n, (old, more) in enumerate(zip(prompts, new, strict=True)):
+        for name, oracle in oracles.items():
+            assert engine.answers[f"{name} {n}"].tokens == oracle.greedy(old, 8)
+        assert engine.answers[f"larger {n}"].tokens == Oracle(larger, both).greedy(more, 8)
+    assert engine.answers["biased"].tokens == [TOKENS + 2] * 8
+    assert engine.answers["penalised"].tokens == engine.answers["base 0"].tokens
+    engine.assert_idle()
+
+
+def test_a_request_waits_until_its_modules_fit_beside_those_that_run(
+    start: Callable[..., Harness], base: PreTrainedModel, saved: dict[str, Path]
+) -> None:
+    """There is room for one LM head at a time."""
+    both = {"head": saved["head"], "both-ends": saved["both-ends"], "vectors": saved["vectors"]}
+    room = 2 * TOKENS * 32 * 4
+    engine = start(fresh(base), both, max_saved_bytes=room)
+    asked = requests(both, 12)
+    with engine.held():
+        for number, (adapter, prompt) in enumerate(asked):
+            engine.submit(str(number), prompt, adapter)
+    engine.wait()
+
+    for number, (adapter, prompt) in enumerate(asked):
+        expected = Oracle(base, both.get(adapter or "")).greedy(prompt, 8)
+        assert engine.answers[str(number)].tokens == expected
+    assert 0 < engine.registry.stats().saved_bytes <= room
+    engine.assert_idle()
