@@ -3,8 +3,8 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,11 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
-from adapters.errors import Fault, InvalidAdapter
+from adapters.errors import CannotCombine, Fault, InvalidAdapter
+from adapters.saved import (
+    PREFIX,
+    State,
+    cannot_serve,
+    embedding_fault,
+    keys_of,
+    read_state,
+    saved_modules,
+)
 from adapters.targets import BaseModules, Side, Target, resolve_targets
 
 PICKLED_FILE = "adapter_model.bin"
-_PREFIX = "base_model.model."
 _SUFFIX = ".ia3_l"
 _BOTH_SIDES = "infuse_both_sides"
 """Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
@@ -43,9 +51,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class AdapterVectors:
-    """What an adapter does to a base model: a float32 `[size]` for each target."""
+    """What an adapter does to a base model: a float32 `[size]` for each target.
+
+    `saved`: the modules that it brings a copy of its own of, in the base's dtype.
+    """
 
     vectors: Mapping[Target, torch.Tensor]
+    saved: Mapping[str, State] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
@@ -54,11 +66,25 @@ class AdapterVectors:
         for target in sorted(self.vectors):
             sha.update(f"{target.module}\0{target.side}\0".encode())
             sha.update(self.vectors[target].numpy().tobytes())
+        for module in sorted(self.saved):
+            for key, tensor in sorted(self.saved[module].items()):
+                sha.update(f"{module}\0{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+                sha.update(tensor.flatten().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     @property
+    def is_base(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.vectors and not self.saved
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of the saved modules, on the device or off it."""
+        return sum(tensor.nbytes for state in self.saved.values() for tensor in state.values())
+
+    @property
     def nbytes(self) -> int:
-        return sum(vector.nbytes for vector in self.vectors.values())
+        return sum(vector.nbytes for vector in self.vectors.values()) + self.saved_bytes
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -87,53 +113,67 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVectors:
-    """The adapter's vectors for this base model. Raises InvalidAdapter with all faults.
+    """What the adapter does to this base model. Raises InvalidAdapter with all faults.
 
     PEFT keeps vectors in float32 whatever the model's dtype (`autocast_adapter_dtype`); so do we.
     """
-    config = checkpoint.config
-    if config.modules_to_save:
-        problem = f"the adapter carries whole modules ({', '.join(config.modules_to_save)})"
-        fix = "train without modules_to_save; only IA3 vectors can be served"
-        raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
+    config, tensors = checkpoint.config, checkpoint.tensors
     targets = resolve_targets(config, modules)
-    expected = {f"{_PREFIX}{target.module}{_SUFFIX}": target for target in targets}
-    outputs = {target.module for target in targets if target.side is Side.OUTPUT}
-    expected |= {
-        f"{_PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
-        for module in outputs.intersection(_both_sides(config))
-    }
-    unknown = [key for key in checkpoint.tensors if key not in expected]
-    # A stranger's file may have a million keys: a few are compared with ours, the rest counted.
-    faults = [_unknown_key(key, expected) for key in unknown[:_MAX_FAULTS]]
-    faults += [Fault(key, "belongs to no module") for key in unknown[_MAX_FAULTS:]]
+    expected = _keys_of_vectors(config, targets)
+    names = saved_modules(config, modules, tensors.keys())
+    known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
+    faults = [*cannot_serve(names, targets, modules), *_unknown_keys(tensors, known)]
     vectors = {}
     for key, target in expected.items():
-        if key not in checkpoint.tensors:
+        if key not in tensors:
             fix = f"target_modules names {target.module}; save the adapter again with PEFT"
             faults.append(Fault(key, f"is missing in {WEIGHTS_FILE}", fix))
             continue
-        tensor = checkpoint.tensors[key]
-        fault = _tensor_fault(key, tensor, target, modules.size(target))
+        fault = _tensor_fault(key, tensors[key], target, modules.size(target))
         if fault is None:
-            vectors[target] = tensor.detach().to(torch.float32).flatten().contiguous()
+            vectors[target] = tensors[key].detach().to(torch.float32).flatten().contiguous()
         else:
             faults.append(fault)
+    saved = {}
+    for name in names:
+        saved[name], found = read_state(name, modules, tensors)
+        faults += found
+    if not faults and (fault := embedding_fault(saved, modules)) is not None:
+        faults.append(fault)
     if len(faults) > _MAX_FAULTS:
         more = len(faults) - _MAX_FAULTS
         faults = [*faults[:_MAX_FAULTS], Fault(WEIGHTS_FILE, f"and {more} more faults like these")]
     if faults:
         raise InvalidAdapter(faults)
-    return AdapterVectors(vectors)
+    return AdapterVectors(vectors, saved)
+
+
+def _keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
+    keys = {f"{PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    outputs = {target.module for target in targets if target.side is Side.OUTPUT}
+    return keys | {
+        f"{PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
+        for module in outputs.intersection(_both_sides(config))
+    }
 
 
 def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
-    """Several adapters active at once: PEFT's `IA3Model.set_adapter([a, b])`, in its order."""
+    """Several adapters active at once: PEFT's `IA3Model.set_adapter([a, b])`, in its order.
+
+    One of them may bring whole modules; raises CannotCombine where another one changes them too.
+    """
     vectors: dict[Target, torch.Tensor] = {}
     for adapter in several:
         for target, vector in adapter.vectors.items():
             vectors[target] = vectors[target] * vector if target in vectors else vector
-    return AdapterVectors(vectors)
+    owners = [adapter.saved for adapter in several if adapter.saved]
+    if len(owners) > 1:
+        raise CannotCombine(next(iter(owners[1])))
+    saved = owners[0] if owners else {}
+    for module in saved:
+        if any(f"{target.module}.".startswith(f"{module}.") for target in vectors):
+            raise CannotCombine(module)
+    return AdapterVectors(vectors, saved)
 
 
 def checkpoint_of(vectors: AdapterVectors, base: str | None) -> Checkpoint:
@@ -157,10 +197,10 @@ def checkpoint_of(vectors: AdapterVectors, base: str | None) -> Checkpoint:
     tensors = {}
     for target, vector in vectors.vectors.items():
         if target.side is Side.OUTPUT:
-            tensors[f"{_PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
+            tensors[f"{PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
         else:
             suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
-            tensors[f"{_PREFIX}{target.module}{suffix}"] = vector[None]
+            tensors[f"{PREFIX}{target.module}{suffix}"] = vector[None]
     return Checkpoint(config, tensors)
 
 
@@ -218,7 +258,14 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
 
 
-def _unknown_key(key: str, expected: Mapping[str, Target]) -> Fault:
+def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:
+    unknown = sorted(tensors.keys() - expected)
+    # A stranger's file may have a million keys: a few are compared with ours, the rest counted.
+    faults = [_unknown_key(key, expected) for key in unknown[:_MAX_FAULTS]]
+    return faults + [Fault(key, "belongs to no module") for key in unknown[_MAX_FAULTS:]]
+
+
+def _unknown_key(key: str, expected: Collection[str]) -> Fault:
     near = difflib.get_close_matches(key, expected, n=1) if len(key) <= _MAX_SHOWN else []
     if ".base_layer." in key:
         fix = "save the vectors alone: save_pretrained(folder, save_embedding_layers=False)"

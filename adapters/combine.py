@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from adapters.checkpoint import AdapterVectors
-from adapters.errors import CombinedNotFinite
+from adapters.errors import CannotCombine, CombinedNotFinite
 
 Method = Literal["linear", "product", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -56,9 +56,13 @@ class Recipe:
 def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVectors:
     """One adapter for several: at least one, with a weight for each.
 
-    Raises CombinedNotFinite where a vector of the result is not finite in float32.
+    Raises CombinedNotFinite where a vector of the result is not finite in float32, and
+    CannotCombine where an adapter brings whole modules.
     """
     assert len(adapters) == len(recipe.weights) > 0
+    for adapter in adapters:
+        for module in adapter.saved:
+            raise CannotCombine(module)
     mix = _MIXES[recipe.method]
     generator = torch.Generator().manual_seed(recipe.seed)
     vectors = {}

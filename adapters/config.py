@@ -10,6 +10,18 @@ from adapters.errors import Fault, InvalidAdapter
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TEXT_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    "added_tokens.json",
+    CHAT_TEMPLATE_FILE,
+)
+"""What may lie beside an adapter's two files. `added_tokens.json` repeats `tokenizer.json`."""
 
 Names = list[str] | str | None
 """Module names or suffixes, or one regular expression, or PEFT's default for the model."""

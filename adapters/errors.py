@@ -8,6 +8,7 @@ AdapterError
 ├── RevisionConflict     the adapter changed since the caller last looked
 ├── AdapterDisabled      an operator has switched the adapter off
 ├── TooManyPinned        one more pinned adapter would leave no slot for the others
+├── CannotCombine        whole modules cannot be mixed or weighted
 ├── CombinedNotFinite    weights so large that the result cannot be an adapter
 ├── CannotMerge          the base's files cannot be merged, or the result is not finite
 ├── UnknownMerge         no merge of that id
@@ -94,6 +95,14 @@ class TooManyPinned(AdapterError):
         super().__init__(
             f"{most} adapters are pinned already, and one slot must stay for the others: unpin "
             "one, or raise max-resident-adapters."
+        )
+
+
+class CannotCombine(AdapterError):
+    def __init__(self, module: str) -> None:
+        super().__init__(
+            f"An adapter brings its own copy of {module}, which cannot be mixed or weighted; use "
+            "that adapter alone."
         )
 
 

@@ -82,18 +82,32 @@ class Scratch:
         return self._memory[: x.numel()].view(x.shape)
 
 
-class IA3Layer(nn.Module):
-    """A target module of the base model, whatever it is, with its rows rescaled on either side.
-
-    Output side (keys, values): `l * (W x + b)`. Input side (feed-forward): `W (l * x) + b`
-    (T-Few, section 3.3). It knows no adapters: the bank sets the two scales, None for no change.
-    """
+class Wrapper(nn.Module):
+    """A module in the place of another one, which it keeps."""
 
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read `self.wo.weight.dtype` (T5): the base layer's attributes are ours."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class IA3Layer(Wrapper):
+    """A target module of the base model, whatever it is, with its rows rescaled on either side.
+
+    Output side (keys, values): `l * (W x + b)`. Input side (feed-forward): `W (l * x) + b`
+    (T-Few, section 3.3). It knows no adapters: the bank sets the two scales, None for no change.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
         self.input_scale: Scale | None = None
         self.output_scale: Scale | None = None
 
@@ -102,10 +116,3 @@ class IA3Layer(nn.Module):
             x = self.input_scale.scaled(x)
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         return y if self.output_scale is None else self.output_scale.scale_(y)
-
-    def __getattr__(self, name: str) -> Any:
-        """Some models read `self.wo.weight.dtype` (T5): the base layer's attributes are ours."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)

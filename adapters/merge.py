@@ -44,6 +44,8 @@ def merge(
     end the merge. Raises CannotMerge (the output exists, a target does not fit, a weight is not
     found or not finite once merged) and StoreFull, before anything is written if it can be told.
     """
+    for module in vectors.saved:
+        raise CannotMerge(f"the adapter brings its own copy of {module}; only vectors are merged")
     if output.exists():
         raise CannotMerge(f"{output} exists already")
     _check_targets(base, vectors)

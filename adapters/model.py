@@ -1,9 +1,9 @@
 """IA3 on a base model: PEFT's calls, and a forward in which every row has its own adapter."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -12,11 +12,15 @@ from transformers import PreTrainedModel
 from adapters.bank import BASE_SLOT, AdapterBank, Segment
 from adapters.checkpoint import AdapterVectors, effective_vectors, product, read_checkpoint
 from adapters.errors import AdapterExists, NoFreeSlot, UnknownAdapter
-from adapters.layer import IA3Layer, Scale
+from adapters.layer import IA3Layer, Scale, Wrapper
+from adapters.saved_layer import Layout, SavedLayer, copy_of
 from adapters.targets import BaseModules, Side, Target
 
 BASE_NAME = "__base__"
 """The base model in a list of adapter names, as in PEFT's mixed batches."""
+DEFAULT_SAVED_BYTES = 512 << 20
+
+W = TypeVar("W", bound=Wrapper)
 
 
 class IA3Model(nn.Module):
@@ -33,14 +37,26 @@ class IA3Model(nn.Module):
     Inference only, and not thread-safe: one thread loads, sets and runs.
     """
 
-    def __init__(self, base: PreTrainedModel, max_adapters: int = 64) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        max_adapters: int = 64,
+        max_saved_bytes: int = DEFAULT_SAVED_BYTES,
+    ) -> None:
+        """`max_saved_bytes`: what the saved modules of a server's resident adapters may take."""
         super().__init__()
         self.base = base.requires_grad_(False)
         self.modules_of_base = BaseModules.of(base)
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
+        self.saved_capacity = max_saved_bytes
         self._layers: dict[str, IA3Layer] = {}
+        self._saved: dict[str, SavedLayer] = {}
+        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+        """Whose attribute was replaced, which one, and what it was; the last one last."""
+        self._with_copies: set[int] = set()
+        """Slots whose adapter has modules of its own."""
         self._scaled: dict[Target, Scale] = {}
-        self._packed: tuple[int, tuple[int, ...], tuple[Segment, ...] | None] | None = None
+        self._packed: tuple[object, ...] | None = None
         """The batch that the scales are set for, and the state of the bank then; no segments at
         all: a padded batch."""
         self._names: dict[str, tuple[int, AdapterVectors]] = {}
@@ -56,23 +72,73 @@ class IA3Model(nn.Module):
         return self.bank.capacity
 
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
-        """Copy an adapter's vectors to the device; modules it is first to adapt are wrapped."""
+        """Copy an adapter to the device; modules that it is the first to change are wrapped."""
+        self._drop_copies(slot)
         self.bank.fill(slot, vectors)
         for target in vectors.vectors:
             if target.module not in self._layers:
-                layer = IA3Layer(self.base.get_submodule(target.module))
-                self.base.set_submodule(target.module, layer)
-                self._layers[target.module] = layer
+                self._layers[target.module] = self._wrap(target.module, IA3Layer)
+        if vectors.saved:
+            self._with_copies.add(slot)
+        for module, state in vectors.saved.items():
+            if module not in self._saved:
+                self._saved[module] = self._wrap(module, SavedLayer)
+            skeleton = self.modules_of_base.skeleton.get_submodule(module)
+            self._saved[module].copies[slot] = copy_of(skeleton, state, self.bank.device)
 
     def clear_slot(self, slot: int) -> None:
+        """Forget a slot's adapter; no row may use the slot any more."""
         self.bank.clear(slot)
+        self._drop_copies(slot)
 
-    def set_packed(self, rows: Sequence[int], segments: Sequence[Segment] = ()) -> None:
+    def has_copies(self, slots: Iterable[int]) -> bool:
+        """Whether one of these slots' adapters has modules of its own."""
+        return not self._with_copies.isdisjoint(slots)
+
+    def _drop_copies(self, slot: int) -> None:
+        if slot in self._with_copies:
+            self._with_copies.remove(slot)
+            for layer in self._saved.values():
+                layer.drop(slot)
+
+    def _wrap(self, name: str, kind: type[W]) -> W:
+        """A copy replaces all that the base does, so its layer stays the outer one."""
+        parent, _, attribute = name.rpartition(".")
+        owner = self.base.get_submodule(parent)
+        while isinstance(owner, Wrapper):
+            owner = owner.base_layer
+        inner = getattr(owner, attribute)
+        if isinstance(inner, SavedLayer):
+            owner, attribute, inner = inner, "base_layer", inner.base_layer
+        layer = kind(inner)
+        setattr(owner, attribute, layer)
+        self._wrapped.append((owner, attribute, inner))
+        return layer
+
+    def set_packed(
+        self,
+        rows: Sequence[int],
+        segments: Sequence[Segment] = (),
+        kept: Sequence[Segment] | None = None,
+    ) -> None:
         """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
-        the segments. Costs nothing while the batch stays as it is."""
-        packed = (self.bank.fills, tuple(rows), tuple(segments))
+        the segments. Costs nothing while the batch stays as it is.
+
+        `kept`: what the LM head sees of the segments, where it does not see all of them
+        (`logits_to_keep`). It sees all rows.
+        """
+        kept = segments if kept is None else kept
+        packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
         if packed != self._packed:
-            self._set_scales(self.bank.packed(rows, segments))
+            scales = self.bank.packed(rows, segments)
+            head = self.modules_of_base.output_embedding
+            if kept != segments and any(target.module == head for target in self.bank.columns):
+                scales = {t: scale for t, scale in scales.items() if t.module != head}
+                of_kept = self.bank.packed(rows, kept).items()
+                scales |= {t: scale for t, scale in of_kept if t.module == head}
+            self._set_scales(scales)
+            if self._saved:
+                self._set_copies(_by_token(rows, segments), _by_token(rows, kept))
             self._packed = packed
 
     def set_rows(self, slots: Sequence[int]) -> None:
@@ -81,7 +147,20 @@ class IA3Model(nn.Module):
         rows = (self.bank.fills, tuple(slots), None)
         if rows != self._packed:
             self._set_scales(self.bank.by_row(slots))
+            self._set_copies(slots, flat=False)
             self._packed = rows
+
+    def _set_copies(
+        self, slots: Sequence[int], head_slots: Sequence[int] | None = None, *, flat: bool = True
+    ) -> None:
+        """The slot of each token or row; the LM head may see fewer."""
+        device = self.bank.device
+        layout = Layout(slots, self._with_copies, device, flat=flat)
+        of_head = layout
+        if head_slots is not None and head_slots != slots:
+            of_head = Layout(head_slots, self._with_copies, device, flat=flat)
+        for name, layer in self._saved.items():
+            layer.use(of_head if name == self.modules_of_base.output_embedding else layout)
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
@@ -159,9 +238,12 @@ class IA3Model(nn.Module):
     def unload(self) -> PreTrainedModel:
         """The base model as it was before any adapter was attached."""
         self._set_scales({})
-        for name, layer in self._layers.items():
-            self.base.set_submodule(name, layer.base_layer)
+        for owner, attribute, module in reversed(self._wrapped):
+            setattr(owner, attribute, module)
+        self._wrapped.clear()
         self._layers.clear()
+        self._saved.clear()
+        self._with_copies.clear()
         self._names.clear()
         self._active = ()
         self._product_slot = None
@@ -223,13 +305,21 @@ class IA3Model(nn.Module):
         if self._product_slot is not None:
             self.clear_slot(self._product_slot)
             self._product_slot = None
-        if not self._enabled or not self._active:
-            self._set_scales({})
-        elif len(self._active) == 1:
-            self._set_scales(self.bank.uniform(self._slot(self._active[0])))
-        else:
+        slot = BASE_SLOT
+        if self._enabled and len(self._active) == 1:
+            slot = self._slot(self._active[0])
+        elif self._enabled and self._active:
             slot = self._free_slot()
             several = [self._names[name][1] for name in self._active if name != BASE_NAME]
             self.fill_slot(slot, product(several))
             self._product_slot = slot
-            self._set_scales(self.bank.uniform(slot))
+        self._set_scales(self.bank.uniform(slot))
+        self._set_copies([slot])
+
+
+def _by_token(rows: Sequence[int], segments: Sequence[Segment]) -> list[int]:
+    """The slot of each token of a flat batch."""
+    slots = list(rows)
+    for segment in segments:
+        slots += [segment.slot] * segment.tokens
+    return slots

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from adapters.checkpoint import (
     AdapterVectors,
     base_mismatch_warning,
@@ -19,6 +21,7 @@ from adapters.combine import Method, Recipe, combine
 from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
+    Fault,
     InvalidAdapter,
     StoreDamaged,
     TooManyPinned,
@@ -28,6 +31,7 @@ from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.revision import Details, Origin, Revision
 from adapters.store import UPLOADED, AdapterStore, check_name
 from adapters.targets import BaseModules
+from adapters.vocabulary import Vocabularies, Vocabulary
 
 Composition = Literal["product", "linear"]
 
@@ -59,12 +63,14 @@ class AdapterRegistry:
         modules: BaseModules,
         slots: SlotHolder,
         reserved: Collection[str] = (),
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         """`reserved`: names that no adapter may take, the base's; the first of them is the one
-        that is served."""
+        that is served. `tokenizer`: the base's; without one, adapters' own are passed over."""
         self._store = store
         self._modules = modules
         self._reserved = tuple(reserved)
+        self._vocabularies = None if tokenizer is None else Vocabularies(tokenizer, modules)
         self.residency = Residency(slots)
         self._changing = threading.RLock()
         """Held while an operator's change goes through store and residency."""
@@ -78,6 +84,9 @@ class AdapterRegistry:
         """Everything that an upload must pass, and warnings."""
         checkpoint = read_checkpoint(staged)
         vectors = effective_vectors(checkpoint, self._modules)
+        self._check_room(vectors)
+        if self._vocabularies is not None:
+            self._vocabularies.read(staged, vectors.saved)
         served = self._reserved[0] if self._reserved else ""
         warnings = [
             base_mismatch_warning(checkpoint.config, served) if served else None,
@@ -179,7 +188,10 @@ class AdapterRegistry:
     def lease(self, model: str) -> Lease:
         """A lease on what `name` is now, or on `name@number`."""
         revision = self.resolve(model)
-        return self.residency.lease(revision.digest, _label(revision), self.vectors(revision))
+        vectors = self.vectors(revision)
+        self._check_room(vectors)
+        vocabulary = self._vocabulary(revision, vectors)
+        return self.residency.lease(revision.digest, _label(revision), vectors, vocabulary)
 
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
         """A lease on several adapters at once: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
@@ -195,7 +207,11 @@ class AdapterRegistry:
             recipe = Recipe(method=composition, weights=weights)
             vectors = combine([self.vectors(revision) for revision in revisions], recipe)
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
-        return self.residency.lease(key, f"{composition}({','.join(shown)})", vectors)
+        vocabulary = None
+        if len(revisions) == 1:
+            vocabulary = self._vocabulary(revisions[0], vectors)
+        label = f"{composition}({','.join(shown)})"
+        return self.residency.lease(key, label, vectors, vocabulary)
 
     def mixture(
         self, parts: Sequence[Part], composition: Composition
@@ -230,6 +246,23 @@ class AdapterRegistry:
             raise
         return effective_vectors(checkpoint, self._modules)
 
+    def _vocabulary(self, revision: Revision, vectors: AdapterVectors) -> Vocabulary | None:
+        """The adapter's own, or None. Raises InvalidAdapter where it no longer fits the base."""
+        if self._vocabularies is None:
+            return None
+        folder = self._store.files(revision)
+        vocabulary = self._vocabularies.find(revision.digest, folder, vectors.saved)
+        # Deleted since its name was looked up, it may have seemed to have no files.
+        self._store.revision(revision.name, revision.number)
+        return vocabulary
+
+    def _check_room(self, vectors: AdapterVectors) -> None:
+        needed, room = vectors.saved_bytes, self.residency.saved_capacity
+        if needed > room:
+            problem = f"take {needed} bytes, and this server has room for {room}"
+            fix = "raise max-saved-module-bytes, or train with fewer or smaller modules_to_save"
+            raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
+
     def stats(self) -> RegistryStats:
         residency = self.residency.stats()
         return RegistryStats(
@@ -238,6 +271,7 @@ class AdapterRegistry:
             pinned=residency.pinned,
             leases=residency.leases,
             swaps=residency.swaps,
+            saved_bytes=residency.saved_bytes,
         )
 
     def _moved(self, old: Revision) -> None:

@@ -2,12 +2,14 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
 from adapters.bank import BASE_SLOT
 from adapters.checkpoint import AdapterVectors
+from adapters.vocabulary import Vocabulary
 
 
 class SlotHolder(Protocol):
@@ -18,7 +20,14 @@ class SlotHolder(Protocol):
         """Slots are 1 to `capacity`; slot 0 is the base."""
         ...
 
+    @property
+    def saved_capacity(self) -> int:
+        """Bytes that the whole modules of all resident adapters may take."""
+        ...
+
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None: ...
+
+    def clear_slot(self, slot: int) -> None: ...
 
 
 class Lease:
@@ -27,18 +36,26 @@ class Lease:
     Whatever happens to their adapters meanwhile, the request finishes on them.
     """
 
-    def __init__(self, residency: "Residency", label: str, vectors: AdapterVectors) -> None:
+    def __init__(
+        self,
+        residency: "Residency",
+        label: str,
+        vectors: AdapterVectors,
+        vocabulary: Vocabulary | None,
+    ) -> None:
         """Made by `Residency.lease`."""
         self.label = label
         """What was leased: `name@revision`, or how several were mixed."""
         self.vectors = vectors
+        self.vocabulary = vocabulary
+        """None: the base's."""
         self._residency = residency
         self._released = False
 
     def again(self) -> "Lease":
         """Another lease on the same vectors."""
         assert not self._released
-        return self._residency.lease(None, self.label, self.vectors)
+        return self._residency.lease(None, self.label, self.vectors, self.vocabulary)
 
     def release(self) -> None:
         """Give the lease back; a second time does nothing."""
@@ -82,6 +99,8 @@ class ResidencyStats:
     leases: int
     swaps: int
     """How many times a slot was filled."""
+    saved_bytes: int
+    """Of the whole modules of resident adapters."""
 
 
 class Residency:
@@ -102,6 +121,10 @@ class Residency:
         self._resident: OrderedDict[str, int] = OrderedDict()
         """Digest -> slot, least recently used first."""
         self._free = list(range(slots.capacity, BASE_SLOT, -1))
+        self._to_clear: list[int] = []
+        """Free slots that still hold whole modules, until the model thread comes by."""
+        self._saved_bytes = 0
+        """Of the whole modules of all that is resident."""
         self._leases = 0
         self._swaps = 0
         self._unsettled = False
@@ -110,20 +133,30 @@ class Residency:
     def capacity(self) -> int:
         return self._slots.capacity
 
+    @property
+    def saved_capacity(self) -> int:
+        return self._slots.saved_capacity
+
     def find(self, key: str) -> AdapterVectors | None:
         """The vectors of a key, where they are in memory."""
         with self._mutex:
             content = self._contents.get(self._by_key.get(key, ""))
             return None if content is None else content.vectors
 
-    def lease(self, key: str | None, label: str, vectors: AdapterVectors) -> Lease:
+    def lease(
+        self,
+        key: str | None,
+        label: str,
+        vectors: AdapterVectors,
+        vocabulary: Vocabulary | None = None,
+    ) -> Lease:
         """`key` names the vectors for `find` as long as they are in memory."""
         with self._mutex:
             content = self._enter(key, vectors)
             content.leases += 1
             content.retired = False
             self._leases += 1
-            return Lease(self, label, content.vectors)
+            return Lease(self, label, content.vectors, vocabulary)
 
     def end_lease(self, vectors: AdapterVectors) -> None:
         """Called by `Lease.release`."""
@@ -155,29 +188,33 @@ class Residency:
             self._let_go(content)
 
     def settle(self) -> None:
-        """Fill slots for what is kept; what finds them all in use is tried again next time."""
-        if not self._unsettled:
+        """Free what was evicted, and fill slots for what is kept; what finds them all in use is
+        tried again next time."""
+        if not self._unsettled and not self._to_clear:
             return
         with self._mutex:
-            absent = [c for c in self._contents.values() if c.kept and c.slot is None]
-            filled = [self._fill(content) for content in absent if content.vectors.vectors]
+            self._clear()
+            wanted = [c for c in self._contents.values() if c.kept] if self._unsettled else []
+            absent = [c for c in wanted if c.slot is None and not c.vectors.is_base]
+            filled = [self._fill(content, evict_kept=False) for content in absent]
             self._unsettled = not all(filled)
 
     def pin(self, lease: Lease) -> int | None:
-        """The slot of a lease's vectors, filled on first use; None where every slot is pinned."""
+        """The slot of a lease's vectors, filled on first use; None where pinned ones leave no slot,
+        or no room for its whole modules."""
         vectors = lease.vectors
-        if not vectors.vectors:
+        if vectors.is_base:
             return BASE_SLOT
         with self._mutex:
             content = self._contents[vectors.digest]
-            if content.slot is None and not self._fill(content):
+            if content.slot is None and not self._fill(content, evict_kept=True):
                 return None
             content.pins += 1
             self._resident.move_to_end(vectors.digest)
             return content.slot
 
     def unpin(self, lease: Lease) -> None:
-        if not lease.vectors.vectors:
+        if lease.vectors.is_base:
             return
         with self._mutex:
             content = self._contents[lease.vectors.digest]
@@ -191,6 +228,7 @@ class Residency:
                 pinned=sum(self._contents[digest].pins > 0 for digest in self._resident),
                 leases=self._leases,
                 swaps=self._swaps,
+                saved_bytes=self._saved_bytes,
             )
 
     def _enter(self, key: str | None, vectors: AdapterVectors) -> _Content:
@@ -200,38 +238,70 @@ class Residency:
             self._by_key[key] = vectors.digest
         return content
 
-    def _fill(self, content: _Content) -> bool:
-        """False: every slot is pinned or kept."""
-        slot = self._take_slot()
-        if slot is None:
+    def _fill(self, content: _Content, evict_kept: bool) -> bool:
+        """False: what is pinned or kept leaves no slot, or no room for whole modules."""
+        if not self._make_room(content.vectors.saved_bytes, evict_kept):
             return False
+        self._clear()
+        slot = self._free.pop()
         try:
-            # A few hundred kilobytes from host memory, and only this thread uses slots.
+            # Most take a few hundred kilobytes of host memory, and only this thread uses slots.
             self._slots.fill_slot(slot, content.vectors)
         except BaseException:
             self._free.append(slot)
+            self._to_clear.append(slot)
             raise
         self._swaps += 1
+        self._saved_bytes += content.vectors.saved_bytes
         content.slot = self._resident[content.vectors.digest] = slot
         return True
 
-    def _take_slot(self) -> int | None:
+    def _make_room(self, saved_bytes: int, evict_kept: bool) -> bool:
+        """Evict until there is a slot and room for so many bytes of whole modules.
+
+        `evict_kept`: where nothing else makes enough room, kept modules give way to a row's, so
+        that whatever was let in can run.
+        """
+        leaving: list[_Content] = []
         if not self._free:
-            for digest in self._resident:
-                content = self._contents[digest]
-                if not content.pins and not content.kept:
-                    self._evict(content)
-                    self._forget_unused(content)
-                    break
-            else:
-                return None
-        return self._free.pop()
+            first = next((content for content in self._idle() if not content.kept), None)
+            if first is None:
+                return False
+            leaving.append(first)
+        excess = self._saved_bytes + saved_bytes - self._slots.saved_capacity
+        excess -= sum(content.vectors.saved_bytes for content in leaving)
+        if excess > 0:
+            for content in sorted(self._idle(), key=lambda content: content.kept > 0):
+                may_go = content.vectors.saved and (evict_kept or not content.kept)
+                if excess > 0 and may_go and content not in leaving:
+                    leaving.append(content)
+                    excess -= content.vectors.saved_bytes
+        if excess > 0:
+            return False
+        for content in leaving:
+            self._evict(content)
+            self._forget_unused(content)
+        return True
+
+    def _idle(self) -> Iterator[_Content]:
+        """What is resident and used by no row, least recently used first."""
+        for digest in self._resident:
+            content = self._contents[digest]
+            if not content.pins:
+                yield content
 
     def _evict(self, content: _Content) -> None:
         slot = self._resident.pop(content.vectors.digest, None)
         if slot is not None:
             content.slot = None
             self._free.append(slot)
+            if content.vectors.saved:
+                self._saved_bytes -= content.vectors.saved_bytes
+                self._to_clear.append(slot)
+
+    def _clear(self) -> None:
+        while self._to_clear:
+            self._slots.clear_slot(self._to_clear.pop())
 
     def _let_go(self, content: _Content) -> None:
         if content.retired and not content.leases and not content.kept:

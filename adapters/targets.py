@@ -1,14 +1,16 @@
 """Which modules of a base model a config adapts, and on which side: exactly PEFT's choice."""
 
+import copy
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import Self
 
 import regex
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -48,12 +50,16 @@ class BaseModules:
     """All of them, in `named_modules` order."""
     sizes: dict[str, tuple[int, int]]
     """(in, out) features of those that IA3 can adapt."""
+    input_embedding: str | None
     output_embedding: str | None
+    skeleton: nn.Module = field(repr=False, compare=False)
+    """The model without its weights."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        names, sizes, output = [], {}, None
+        embeddings = model.get_input_embeddings()
+        names, sizes, read, output = [], {}, None, None
         for name, module in model.named_modules():
             if name:
                 names.append(name)
@@ -61,14 +67,39 @@ class BaseModules:
                 sizes[name] = (module.in_features, module.out_features)
             elif isinstance(module, Conv1D):
                 sizes[name] = (module.weight.shape[0], module.weight.shape[1])
+            if module is embeddings and read is None:
+                read = name
             if module is head and output is None:
                 output = name
-        return cls(model.config.model_type, tuple(names), sizes, output)
+        kind = model.config.model_type
+        return cls(kind, tuple(names), sizes, read, output, _without_weights(model))
 
     def size(self, target: Target) -> int:
         """The length of a target's vector."""
         inputs, outputs = self.sizes[target.module]
         return inputs if target.side is Side.INPUT else outputs
+
+    @property
+    def embeddings(self) -> frozenset[str]:
+        """What turns tokens into vectors, and back."""
+        names = (self.input_embedding, self.output_embedding)
+        return frozenset(name for name in names if name is not None)
+
+    def state_of(self, module: str) -> dict[str, torch.Tensor]:
+        """A module's parameters and persistent buffers, by their names in it: shapes and dtypes."""
+        state: dict[str, torch.Tensor] = self.skeleton.get_submodule(module).state_dict()
+        return state
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and persistent buffers take no memory."""
+    instead: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.state_dict(keep_vars=True).values()]:
+        if isinstance(tensor, torch.Tensor):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            instead[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
+    return copy.deepcopy(model, instead)
 
 
 def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ...]:

@@ -82,8 +82,12 @@ def load_services(settings: Settings) -> "partial[Services]":
     try:
         loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
         name = settings.served_model_name or loaded.name
-        ia3 = IA3Model(loaded.model, settings.max_resident_adapters)
-        registry = AdapterRegistry(store, ia3.modules_of_base, ia3, reserved=(name,))
+        ia3 = IA3Model(
+            loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
+        )
+        registry = AdapterRegistry(
+            store, ia3.modules_of_base, ia3, reserved=(name,), tokenizer=loaded.tokenizer
+        )
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
             preload(registry, store, settings.preload_adapters)

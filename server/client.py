@@ -1,11 +1,13 @@
 """The admin API from the command line's side."""
 
+import tarfile
+import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 
 _TIMEOUT = 60.0
 
@@ -66,18 +68,15 @@ class AdminClient:
             # The server has its own limit of time.
             body = {**(data or {}), "source": source}
             return self._send(method, path, json=body, timeout=None)
-        folder = Path(source)
-        try:
-            files = {
-                "config": (CONFIG_FILE, (folder / CONFIG_FILE).read_bytes()),
-                "weights": (WEIGHTS_FILE, (folder / WEIGHTS_FILE).read_bytes()),
-            }
-        except OSError as error:
-            raise ClientError(
-                f"{error.filename}: {error.strerror}; name a folder that PEFT's save_pretrained "
-                "wrote"
-            ) from None
-        return self._send(method, path, data=data, files=files)
+        with tempfile.TemporaryFile() as archive:
+            try:
+                files = _files_of(Path(source), archive)
+            except OSError as error:
+                raise ClientError(
+                    f"{error.filename}: {error.strerror}; name a folder that PEFT's "
+                    "save_pretrained wrote"
+                ) from None
+            return self._send(method, path, data=data, files=files)
 
     def _send(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         try:
@@ -98,3 +97,18 @@ class AdminClient:
             for d in error_info["details"]
         ]
         raise ClientError("\n".join(lines))
+
+
+def _files_of(folder: Path, archive: IO[bytes]) -> dict[str, Any]:
+    """The form's files: the two of every adapter, or an archive where it has its own texts."""
+    texts = [name for name in TEXT_FILES if (folder / name).is_file()]
+    if not texts:
+        return {
+            "config": (CONFIG_FILE, (folder / CONFIG_FILE).read_bytes()),
+            "weights": (WEIGHTS_FILE, (folder / WEIGHTS_FILE).read_bytes()),
+        }
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name in (CONFIG_FILE, WEIGHTS_FILE, *texts):
+            tar.add(folder / name, arcname=name)
+    archive.seek(0)
+    return {"archive": ("adapter.tar", archive)}

@@ -16,6 +16,7 @@ from adapters.errors import (
     AdapterError,
     AdapterExists,
     BadSource,
+    CannotCombine,
     CannotMerge,
     CombinedNotFinite,
     Fault,
@@ -197,6 +198,8 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(403, str(error), code="adapter_disabled", param="model")
         case TooManyPinned():
             return ApiError(409, str(error), code="too_many_pinned", param="pinned")
+        case CannotCombine():
+            return ApiError(400, str(error), code="cannot_combine", param="adapters")
         case CombinedNotFinite():
             return ApiError(400, str(error), code="not_finite", param="adapters")
         case CannotMerge():

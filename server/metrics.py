@@ -131,6 +131,7 @@ class _Gauges(Collector):
         memory.add_metric(["weights"], engine.weights_bytes)
         memory.add_metric(["kv_cache"], engine.kv_cache_bytes)
         memory.add_metric(["bank"], engine.bank_bytes)
+        memory.add_metric(["saved_modules"], registry.saved_bytes)
         yield memory
         counters = {
             "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),

@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     max_resident_adapters: int = Field(
         256, ge=1, le=1_000_000, description="Adapters on the device at once.", examples=[256]
     )
+    max_saved_module_bytes: int = Field(
+        512 * MEBIBYTE,
+        ge=0,
+        description="Room on the device for the whole modules that adapters bring.",
+        examples=[536870912],
+    )
     kv_cache_tokens: int | None = Field(
         None,
         ge=1,
@@ -109,7 +115,7 @@ class Settings(BaseSettings):
         256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
     )
     max_upload_bytes: int = Field(
-        64 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[67108864]
+        512 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[536870912]
     )
     max_body_bytes: int = Field(
         4 * MEBIBYTE, ge=1, description="Largest JSON request.", examples=[4194304]

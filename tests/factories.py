@@ -1,5 +1,6 @@
 """Tiny real things for tests: base models built from a config, adapters saved by PEFT."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,27 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
 
 
-def save_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **config: Any) -> Path:
-    """An IA3 adapter with random vectors around 1, saved by PEFT. Wraps, and restores, `base`."""
+def save_adapter(
+    base: PreTrainedModel, folder: Path, seed: int = 1, *, with_head: bool = False, **config: Any
+) -> Path:
+    """An IA3 adapter with random vectors around 1, saved by PEFT.
+
+    Whole modules (`modules_to_save`) are the base's with noise.
+
+    `with_head`: as PEFT saves a targeted head unless told not to, the base's weights beside.
+    """
     generator = torch.Generator().manual_seed(seed)
-    model = peft.get_peft_model(base, peft.IA3Config(**{"task_type": "CAUSAL_LM"} | config))
+    model = peft.get_peft_model(
+        copy.deepcopy(base), peft.IA3Config(**{"task_type": "CAUSAL_LM"} | config)
+    )
     for name, parameter in model.named_parameters():
         if "ia3_l" in name:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = 1.0 + 0.5 * noise.to(parameter)
-    model.save_pretrained(folder)
-    model.unload()
+        elif "modules_to_save" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data + 0.2 * noise.to(parameter)
+    model.save_pretrained(folder, save_embedding_layers=with_head)
     return folder
 
 

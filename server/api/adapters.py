@@ -27,6 +27,7 @@ from server.api.adapter_schemas import (
 from server.api.forms import NAME_FIELD, Upload, form, read_upload
 from server.api.published import Published, read_published
 from server.auth import Caller
+from server.errors import ApiError
 from server.services import Services, get_services
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -191,6 +192,7 @@ def describe(
 def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match, by)
+    services.engine.wake()
 
 
 @router.get("/{name}/revisions", responses=errors(404))
@@ -219,12 +221,23 @@ def roll_back(
 def download(
     name: Name,
     file: Annotated[
-        Literal["adapter_config.json", "adapter_model.safetensors"],
+        Literal[
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+        ],
         Path(description="Which file.", examples=["adapter_config.json"]),
     ],
     services: ServicesDep,
 ) -> FileResponse:
-    """A file as it was uploaded: `PeftModel.from_pretrained` loads the two."""
+    """A file as it was uploaded: `PeftModel.from_pretrained` loads the first two, and
+    `AutoTokenizer.from_pretrained` the others, where the adapter has them."""
     revision = services.store.current(name)
     path = services.store.files(revision) / file
+    if not path.is_file():
+        raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
     return FileResponse(path, filename=file, headers={"ETag": revision.etag})

@@ -9,6 +9,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from adapters.vocabulary import Vocabulary
 from server.api.chat_schemas import (
     AssistantMessage,
     ChatBody,
@@ -29,14 +30,13 @@ from server.api.generation import (
     place_order,
     respond,
 )
-from server.api.leasing import check_model
+from server.api.leasing import leased
 from server.api.logprobs import TokenBytes, chat_logprobs
 from server.api.prompts import encode_conversation, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
 from server.api.tool_formats import CallFormat, CallReader, Said, find_format
 from server.api.tool_schemas import ToolCallDelta
-from server.engine.engine import Engine
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -58,37 +58,39 @@ async def create_chat_completion(
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
     order, make_reader = await to_thread.run_sync(_prepare, services, body)
-    writer = ChatWriter(services, body, order, make_reader)
-    return await respond(request, services, body, order, writer)
+    return await respond(request, services, body, order, ChatWriter(body, order, make_reader))
 
 
 def _prepare(services: Services, body: ChatBody) -> tuple[Order, MakeReader | None]:
     """The order, and what reads the tool calls out of a choice, where tools are offered."""
-    check_model(services, body)
-    field, limit = body.token_limit
-    if limit == 0:
-        raise ApiError(400, f"{field} must be at least 1.", param=field)
-    text, prompt = encode_conversation(services.engine, body)
-    calls = _call_format(services.engine, body)
-    params = sampling_params(
-        services.engine,
-        body,
-        max_tokens=fit_to_window(services.engine, prompt, field, limit, None),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=chat_grammar(services.engine, body, calls),
-    )
-    if calls is None:
-        return place_order(services, body, "chatcmpl", [(prompt, params)]), None
-    # A call's marks may be special tokens.
-    params = replace(params, skip_special_tokens=False)
-    make_reader = partial(CallReader, calls, text, body.offered_tools)
-    return place_order(services, body, "chatcmpl", [(prompt, params)]), make_reader
+    engine = services.engine
+    with leased(services, body) as (lease, vocabulary):
+        field, limit = body.token_limit
+        if limit == 0:
+            raise ApiError(400, f"{field} must be at least 1.", param=field)
+        text, prompt = encode_conversation(engine, vocabulary, body)
+        calls = _call_format(vocabulary, body)
+        params = sampling_params(
+            engine,
+            vocabulary,
+            body,
+            max_tokens=fit_to_window(engine, prompt, field, limit, None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=chat_grammar(engine, body, calls),
+        )
+        make_reader: MakeReader | None = None
+        if calls is not None:
+            # A call's marks may be special tokens.
+            params = replace(params, skip_special_tokens=False)
+            make_reader = partial(CallReader, calls, text, body.offered_tools)
+        prompts = [(prompt, params)]
+        return place_order(services, body, "chatcmpl", prompts, lease, vocabulary), make_reader
 
 
-def _call_format(engine: Engine, body: ChatBody) -> CallFormat | None:
+def _call_format(vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:
     if not body.offered_tools:
         return None
-    calls = find_format(engine.tokenizer)
+    calls = find_format(vocabulary.tokenizer)
     if calls is None:
         raise ApiError(
             400,
@@ -103,15 +105,13 @@ def _call_format(engine: Engine, body: ChatBody) -> CallFormat | None:
 class ChatWriter:
     """Writes outputs as OpenAI's chat completions, and as their chunks."""
 
-    def __init__(
-        self, services: Services, body: ChatBody, order: Order, make_reader: MakeReader | None
-    ) -> None:
+    def __init__(self, body: ChatBody, order: Order, make_reader: MakeReader | None) -> None:
         self._order = order
         self._make_reader = make_reader
         self._readers: dict[int, CallReader] = {}
         self._calls: dict[int, int] = {}
         """How many each choice has made."""
-        self._token_bytes = TokenBytes(services.engine.tokenizer) if body.logprobs else None
+        self._token_bytes = TokenBytes(order.vocabulary.tokenizer) if body.logprobs else None
         self._opened: set[int] = set()
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> ChatCompletion:

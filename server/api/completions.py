@@ -7,6 +7,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from adapters.vocabulary import Vocabulary
 from server.api.completion_schemas import (
     Completion,
     CompletionBody,
@@ -22,12 +23,13 @@ from server.api.generation import (
     place_order,
     respond,
 )
-from server.api.leasing import check_model
+from server.api.leasing import leased
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes
 from server.api.prompts import encode_prompts, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
-from server.engine.request import Output
+from server.engine.engine import Engine
+from server.engine.request import Output, SamplingParams
 from server.errors import ApiError
 from server.services import Services, get_services
 
@@ -49,12 +51,19 @@ async def create_completion(
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, len(body.prompt))
     order = await to_thread.run_sync(_prepare, services, body)
-    return await respond(request, services, body, order, CompletionWriter(services, body, order))
+    return await respond(request, services, body, order, CompletionWriter(body, order))
 
 
 def _prepare(services: Services, body: CompletionBody) -> Order:
-    check_model(services, body)
-    engine = services.engine
+    with leased(services, body) as (lease, vocabulary):
+        prompts = _prompts(services.engine, vocabulary, body)
+        return place_order(services, body, "cmpl", prompts, lease, vocabulary)
+
+
+def _prompts(
+    engine: Engine, vocabulary: Vocabulary, body: CompletionBody
+) -> list[tuple[tuple[int, ...], SamplingParams]]:
+    """Each prompt's token ids, and how its first choice is sampled."""
     field, limit = body.token_limit
     prompt_logprobs = body.logprobs if body.echo else None
     if limit == 0:
@@ -73,11 +82,12 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
             param="echo",
         )
     grammar = structured_grammar(engine, body.structured_outputs)
-    prompts = [
+    return [
         (
             prompt,
             sampling_params(
                 engine,
+                vocabulary,
                 body,
                 max_tokens=fit_to_window(engine, prompt, field, limit, DEFAULT_MAX_TOKENS),
                 logprobs=body.logprobs,
@@ -85,18 +95,17 @@ def _prepare(services: Services, body: CompletionBody) -> Order:
                 grammar=grammar,
             ),
         )
-        for prompt in encode_prompts(engine, body.prompt)
+        for prompt in encode_prompts(engine, vocabulary, body.prompt)
     ]
-    return place_order(services, body, "cmpl", prompts)
 
 
 class CompletionWriter:
     """Writes outputs as OpenAI's completions: a chunk has the same shape as the whole."""
 
-    def __init__(self, services: Services, body: CompletionBody, order: Order) -> None:
+    def __init__(self, body: CompletionBody, order: Order) -> None:
         self._body = body
         self._order = order
-        self._tokenizer = services.engine.tokenizer
+        self._tokenizer = order.vocabulary.tokenizer
         self._token_bytes = TokenBytes(self._tokenizer) if body.logprobs is not None else None
         self._logprobs: dict[int, CompletionLogprobWriter] = {}
         self._echoed: set[int] = set()

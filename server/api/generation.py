@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.leasing import lease_choices
+from adapters.residency import Lease
+from adapters.vocabulary import Vocabulary
 from server.api.sampling import params_of_choice
 from server.api.schemas import FinishedBecause, GenerationBody, ModelBody, Usage
 from server.engine.prefixes import share_prefixes
@@ -40,6 +41,7 @@ class Order:
     adapter: str | None
     """`name@revision`, how several are mixed, or None for the base model."""
     fingerprint: str
+    vocabulary: Vocabulary
     choices: int
     requests: tuple[GenerationRequest, ...]
 
@@ -89,33 +91,36 @@ def place_order(
     body: ModelBody,
     prefix: str,
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
+    lease: Lease | None,
+    vocabulary: Vocabulary,
 ) -> Order:
-    """Lease the model once for each choice. Blocking: the registry may read from disk.
-
-    Raises ApiError for a model that does not exist; nothing is leased then.
-    """
+    """An order on what is leased, with a lease of its own for each choice."""
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
     with ExitStack() as undo:
-        leases = lease_choices(services, body, len(prompts) * choices, undo)
+        leases = [
+            None if lease is None else undo.enter_context(lease.again())
+            for _ in range(len(prompts) * choices)
+        ]
         requests = tuple(
             GenerationRequest(
                 id=f"{order_id}-{number}",
                 prompt=prompts[number // choices][0],
                 params=params_of_choice(prompts[number // choices][1], number % choices),
-                lease=lease,
+                lease=own,
                 priority=body.priority or 0,
             )
-            for number, lease in enumerate(leases)
+            for number, own in enumerate(leases)
         )
-        adapter = None if leases[0] is None else leases[0].label
         undo.pop_all()
+    adapter = None if lease is None else lease.label
     return Order(
         id=order_id,
         created=int(time.time()),
         model=body.model,
         adapter=adapter,
         fingerprint=adapter or services.model_name,
+        vocabulary=vocabulary,
         choices=choices,
         requests=share_prefixes(requests),
     )

@@ -1,11 +1,12 @@
 """What a generation request runs on: the base, an adapter, or a mixture of adapters."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from adapters.errors import UnknownAdapter, UnknownRevision
 from adapters.registry import Part
 from adapters.residency import Lease
+from adapters.vocabulary import Vocabulary
 from server.api.schemas import ModelBody
 from server.errors import ApiError
 from server.services import Services
@@ -21,30 +22,19 @@ def unknown_model(model: str) -> ApiError:
     )
 
 
-def check_model(services: Services, body: ModelBody) -> None:
-    """Refuse what cannot be leased before the prompt is read. The lease alone reads the disk.
+@contextmanager
+def leased(services: Services, body: ModelBody) -> Iterator[tuple[Lease | None, Vocabulary]]:
+    """Within: a lease on what the request names (None for the base), and how its texts are read.
 
-    Raises ApiError 400, 404; AdapterDisabled.
+    Blocking: the registry may read from disk. Raises ApiError 400, 404; AdapterDisabled.
     """
-    _check_mixture(services, body)
-    with _unknown_models():
-        if body.adapters is not None:
-            for part in body.adapters:
-                services.registry.resolve(part.name)
-        elif body.model != services.model_name:
-            services.registry.resolve(body.model)
-
-
-def lease_choices(
-    services: Services, body: ModelBody, count: int, undo: ExitStack
-) -> list[Lease | None]:
-    """A lease for each choice, all on the same revisions; None for the base. Blocking: the
-    registry may read from disk. Raises ApiError 400, 404; AdapterDisabled."""
+    base = Vocabulary(services.engine.tokenizer, services.engine.vocab_size)
     _check_mixture(services, body)
     if body.model == services.model_name and body.adapters is None:
-        return [None] * count
-    first = undo.enter_context(_lease(services, body))
-    return [first, *(undo.enter_context(first.again()) for _ in range(count - 1))]
+        yield None, base
+        return
+    with _lease(services, body) as lease:
+        yield lease, lease.vocabulary or base
 
 
 def _check_mixture(services: Services, body: ModelBody) -> None:

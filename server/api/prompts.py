@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from adapters.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
 from server.api.tool_schemas import Tool
@@ -21,25 +22,29 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 ) | {"messages"}
 
 
-def encode_prompts(engine: Engine, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+def encode_prompts(
+    engine: Engine, vocabulary: Vocabulary, prompts: Sequence[str | list[int]]
+) -> list[tuple[int, ...]]:
     """The token ids of each prompt. Raises ApiError 400 where one is empty, too long or unknown."""
     several = len(prompts) > 1
     encoded: list[tuple[int, ...]] = []
     for index, prompt in enumerate(prompts):
         where = f"prompt[{index}]" if several else "prompt"
         if isinstance(prompt, str):
-            encoded.append(_encode_text(engine, prompt, where, add_special_tokens=True))
+            encoded.append(_encode_text(engine, vocabulary, prompt, where, add_special_tokens=True))
         else:
-            encoded.append(_check_ids(engine, prompt, where))
+            encoded.append(_check_ids(vocabulary, prompt, where))
     return encoded
 
 
-def encode_conversation(engine: Engine, body: ChatBody) -> tuple[str, tuple[int, ...]]:
+def encode_conversation(
+    engine: Engine, vocabulary: Vocabulary, body: ChatBody
+) -> tuple[str, tuple[int, ...]]:
     """The conversation as the model's chat template writes it, as text and as token ids.
 
     Raises ApiError 400.
     """
-    tokenizer = engine.tokenizer
+    tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         raise ApiError(
             400,
@@ -54,7 +59,7 @@ def encode_conversation(engine: Engine, body: ChatBody) -> tuple[str, tuple[int,
             "in a message of your own.",
             param="tools",
         )
-    return text, _encode_text(engine, text, "messages", add_special_tokens=False)
+    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=False)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[Tool]) -> str:
@@ -89,7 +94,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[
 
 
 def encode_choice(
-    engine: Engine, prompt: str | list[int], choice: str | list[int], where: str
+    engine: Engine,
+    vocabulary: Vocabulary,
+    prompt: str | list[int],
+    choice: str | list[int],
+    where: str,
 ) -> tuple[tuple[int, ...], int]:
     """Prompt and choice as token ids, and how many of them are the choice's.
 
@@ -98,13 +107,13 @@ def encode_choice(
     ApiError 400.
     """
     if isinstance(prompt, str) and isinstance(choice, str):
-        whole = _encode_text(engine, prompt + choice, where, add_special_tokens=True)
-        before = engine.tokenizer.encode(prompt.rstrip())
+        whole = _encode_text(engine, vocabulary, prompt + choice, where, add_special_tokens=True)
+        before = vocabulary.tokenizer.encode(prompt.rstrip())
         if not before:
             raise _empty("prompt")
         scored = len(whole) - len(before)
     elif isinstance(prompt, list) and isinstance(choice, list):
-        whole = _check_ids(engine, [*prompt, *choice], where)
+        whole = _check_ids(vocabulary, [*prompt, *choice], where)
         scored = len(choice)
         if not prompt:
             raise _empty("prompt")
@@ -118,7 +127,11 @@ def encode_choice(
 
 
 def encode_pair(
-    engine: Engine, prompt: str | list[int], choice: str | list[int], where: str
+    engine: Engine,
+    vocabulary: Vocabulary,
+    prompt: str | list[int],
+    choice: str | list[int],
+    where: str,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt and choice for an encoder and its decoder: texts of their own, with the end tokens
     that the tokenizer adds, as in T-Few's code. Raises ApiError 400."""
@@ -126,9 +139,9 @@ def encode_pair(
     if type(prompt) is not type(choice):
         raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
     source, target = (
-        _encode_text(engine, text, name, add_special_tokens=True)
+        _encode_text(engine, vocabulary, text, name, add_special_tokens=True)
         if isinstance(text, str)
-        else _check_ids(engine, text, name)
+        else _check_ids(vocabulary, text, name)
         for text, name in ((prompt, "prompt"), (choice, where))
     )
     for ids, name in ((source, "prompt"), ((*engine.decoder_start, *target), where)):
@@ -138,25 +151,25 @@ def encode_pair(
 
 
 def _encode_text(
-    engine: Engine, text: str, where: str, *, add_special_tokens: bool
+    engine: Engine, vocabulary: Vocabulary, text: str, where: str, *, add_special_tokens: bool
 ) -> tuple[int, ...]:
     if len(text) > engine.max_model_len * MAX_CHARACTERS_PER_TOKEN:
         raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
-    ids = engine.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
+    ids = vocabulary.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
     if not ids:
         raise _empty(where)
     return tuple(ids)
 
 
-def _check_ids(engine: Engine, ids: Sequence[int], where: str) -> tuple[int, ...]:
+def _check_ids(vocabulary: Vocabulary, ids: Sequence[int], where: str) -> tuple[int, ...]:
     if not ids:
         raise _empty(where)
     for index, token in enumerate(ids):
-        if not 0 <= token < engine.vocab_size:
+        if not 0 <= token < vocabulary.size:
             raise ApiError(
                 400,
                 f"{where}[{index}] is {shown(token)}; the token ids of this model go from 0 to "
-                f"{engine.vocab_size - 1}.",
+                f"{vocabulary.size - 1}.",
                 param="prompt",
             )
     return tuple(ids)

@@ -24,7 +24,7 @@ from server.api.generation import (
     to_json,
     unless_client_leaves,
 )
-from server.api.leasing import check_model
+from server.api.leasing import leased
 from server.api.prompts import encode_choice, encode_pair
 from server.api.schemas import ModelBody, Usage
 from server.engine.request import Output, SamplingParams
@@ -134,26 +134,27 @@ async def rank(
 
 def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
     """The order, and how many of each prompt's last tokens are a choice's."""
-    check_model(services, body)
     engine = services.engine
     prompts, targets, scored = [], [], []
-    for i, each in enumerate(body.inputs):
-        for j, choice in enumerate(each.choices):
-            where = f"inputs[{i}].choices[{j}]"
-            if engine.decoder_start is None:
-                ids, tokens = encode_choice(engine, each.prompt, choice, where)
-                target: tuple[int, ...] = ()
-                first = len(ids) - tokens
-            else:
-                ids, target = encode_pair(engine, each.prompt, choice, where)
-                tokens, first = len(target), len(ids) + len(engine.decoder_start)
-            params = SamplingParams(
-                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
-            )
-            prompts.append((ids, params))
-            targets.append(target)
-            scored.append(tokens)
-    order = place_order(services, body, "rank", prompts)
+    with leased(services, body) as (lease, vocabulary):
+        for i, each in enumerate(body.inputs):
+            for j, choice in enumerate(each.choices):
+                where = f"inputs[{i}].choices[{j}]"
+                texts = (each.prompt, choice)
+                if engine.decoder_start is None:
+                    ids, tokens = encode_choice(engine, vocabulary, *texts, where)
+                    target: tuple[int, ...] = ()
+                    first = len(ids) - tokens
+                else:
+                    ids, target = encode_pair(engine, vocabulary, *texts, where)
+                    tokens, first = len(target), len(ids) + len(engine.decoder_start)
+                params = SamplingParams(
+                    max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
+                )
+                prompts.append((ids, params))
+                targets.append(target)
+                scored.append(tokens)
+        order = place_order(services, body, "rank", prompts, lease, vocabulary)
     requests = zip(order.requests, targets, strict=True)
     return replace(order, requests=tuple(replace(r, target=t) for r, t in requests)), scored
 

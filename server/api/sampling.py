@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from transformers import GenerationConfig
 
+from adapters.vocabulary import Vocabulary
 from server.api.prompts import shown
 from server.api.schemas import INT64, GenerationBody
 from server.engine.constraints import Grammar
@@ -45,6 +46,7 @@ def _chosen(asked: _T | None, default: _T) -> _T:
 
 def sampling_params(
     engine: Engine,
+    vocabulary: Vocabulary,
     body: GenerationBody,
     *,
     max_tokens: int,
@@ -60,16 +62,16 @@ def sampling_params(
         max_tokens=max_tokens,
         min_tokens=_min_tokens(body, max_tokens),
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_k=min(max(top_k, 0), engine.vocab_size),
+        top_k=min(max(top_k, 0), vocabulary.size),
         top_p=_chosen(body.top_p, defaults.top_p),
         min_p=_chosen(body.min_p, defaults.min_p),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_chosen(body.repetition_penalty, defaults.repetition_penalty),
-        logit_bias=_logit_bias(engine, body),
+        logit_bias=_logit_bias(vocabulary, body),
         seed=body.seed,
         stop=tuple(body.stop or ()),
-        stop_token_ids=_stop_token_ids(engine, body),
+        stop_token_ids=_stop_token_ids(engine, vocabulary, body),
         ignore_eos=bool(body.ignore_eos),
         skip_special_tokens=_chosen(body.skip_special_tokens, True),
         logprobs=logprobs,
@@ -97,24 +99,30 @@ def _min_tokens(body: GenerationBody, max_tokens: int) -> int:
     return min_tokens
 
 
-def _logit_bias(engine: Engine, body: GenerationBody) -> dict[int, float]:
+def _logit_bias(vocabulary: Vocabulary, body: GenerationBody) -> dict[int, float]:
     bias = body.logit_bias or {}
     for token in bias:
-        _check_token(engine, token, "logit_bias")
+        _check_token(vocabulary, token, "logit_bias")
     return bias
 
 
-def _stop_token_ids(engine: Engine, body: GenerationBody) -> frozenset[int]:
+def _stop_token_ids(engine: Engine, vocabulary: Vocabulary, body: GenerationBody) -> frozenset[int]:
     for token in body.stop_token_ids or ():
-        _check_token(engine, token, "stop_token_ids")
-    return frozenset(body.stop_token_ids or ())
+        _check_token(vocabulary, token, "stop_token_ids")
+    stops = set(body.stop_token_ids or ())
+    # The engine knows where the base ends; an adapter's tokenizer may end with a token of its own.
+    end = vocabulary.tokenizer.eos_token_id
+    is_own = end != engine.tokenizer.eos_token_id
+    if is_own and isinstance(end, int) and not body.ignore_eos:
+        stops.add(end)
+    return frozenset(stops)
 
 
-def _check_token(engine: Engine, token: int, field: str) -> None:
-    if not 0 <= token < engine.vocab_size:
+def _check_token(vocabulary: Vocabulary, token: int, field: str) -> None:
+    if not 0 <= token < vocabulary.size:
         raise ApiError(
             400,
             f"{field} names token {shown(token)}; the token ids of this model go from 0 to "
-            f"{engine.vocab_size - 1}.",
+            f"{vocabulary.size - 1}.",
             param=field,
         )

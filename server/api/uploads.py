@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
 
-_WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+_WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
 _PICKLED = "adapter_model.bin"
 _MAX_ENTRIES = 1000
 _MAX_READ = 1 << 20

@@ -230,7 +230,9 @@ class Engine:
     def _accept(self) -> None:
         while self._inbox:
             request = self._inbox.popleft()
-            sequence = Sequence(request, next(self._rows), self.tokenizer, self.decoder_start)
+            own = None if request.lease is None else request.lease.vocabulary
+            tokenizer = self.tokenizer if own is None else own.tokenizer
+            sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)
             self._sequences[request.id] = sequence
             prefix = request.prefix
             leader = None if prefix is None else self._sequences.get(prefix.leader)

@@ -50,7 +50,9 @@ def prepare(
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
     _pack(base, pack)
-    tokens = cache_tokens(shapes, base.device, max_tokens, max_rows, kv_cache_tokens)
+    tokens = cache_tokens(
+        shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
+    )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens)
     return Execution("flat", cache, FlatRunner(ia3, context, cache, max_rows, max_tokens))
 
@@ -73,7 +75,9 @@ def _prepare_padded(
     _pack(base, pack)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
-    tokens = cache_tokens(both, base.device, max_tokens, max_rows, kv_cache_tokens)
+    tokens = cache_tokens(
+        both, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
+    )
     cache = PaddedCache(shapes, tokens, max_tokens, base.device, crosses)
     return Execution("padded", cache, PaddedRunner(ia3, cache))
 

@@ -48,13 +48,16 @@ def cache_tokens(
     max_tokens: int,
     max_rows: int,
     asked: int | None,
+    set_aside: int = 0,
 ) -> int:
     """How many tokens' keys and values to keep: `asked`, or what rows and memory allow.
 
-    Raises DoesNotFit.
+    `set_aside`: bytes of a GPU's memory that are not for the cache. Raises DoesNotFit.
     """
     per_token = sum(shape.nbytes for shape in shapes)
     free = int(_free_bytes(device))
+    if device.type == "cuda":
+        free = max(0, free - set_aside)
     tokens = asked
     if tokens is None:
         share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE

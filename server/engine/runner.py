@@ -55,17 +55,20 @@ class FlatRunner:
         decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
         prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
         slots = [slot_of(sequence) for sequence in step.decode]
-        if self._graphs is not None and not prefill and self._graphs.fit(decode):
+        # A captured graph knows the base's modules only, not those that adapters bring.
+        captured = not prefill and not self._ia3.has_copies(slots)
+        if self._graphs is not None and captured and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
             return Logits(step.decode, self._graphs.run(last, decode, slots), [])
-        self._ia3.set_packed(slots, [Segment(slot_of(s), tokens) for s, tokens in step.prefill])
+        wanted = _Wanted.of(step)
+        segments = [Segment(slot_of(s), tokens) for s, tokens in step.prefill]
+        self._ia3.set_packed(slots, segments, wanted.kept if self._keeps_logits else None)
         ids: list[int] = []
         positions: list[int] = []
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
             end = sequence.computed + tokens
             ids += sequence.tokens[sequence.computed : end]
             positions += range(sequence.computed, end)
-        wanted = _Wanted.of(step)
         with self._context.step(self._cache.plan(decode, prefill)):
             logits = self._forward(ids, positions, wanted.index)
         taking = len(wanted.taking)
@@ -94,23 +97,28 @@ class _Wanted:
     taking: list[Sequence]
     scoring: list[tuple[Sequence, int]]
     index: list[int]
+    kept: list[Segment]
+    """The same as segments behind the decoding rows."""
 
     @classmethod
     def of(cls, step: Step) -> "_Wanted":
         taking, ends = list(step.decode), list(range(len(step.decode)))
         scoring: list[tuple[Sequence, int]] = []
         scored: list[int] = []
+        kept: list[Segment] = []
         start = len(step.decode)
         for sequence, tokens in step.prefill:
             if tokens == sequence.uncomputed:
                 taking.append(sequence)
                 ends.append(start + tokens - 1)
+                kept.append(Segment(slot_of(sequence), 1))
             unscored = sequence.unscored(tokens)
             if unscored:
                 scoring.append((sequence, len(unscored)))
                 scored += range(start + unscored.start, start + unscored.stop)
             start += tokens
-        return cls(taking, scoring, ends + scored)
+        kept += [Segment(slot_of(sequence), tokens) for sequence, tokens in scoring]
+        return cls(taking, scoring, ends + scored, kept)
 
 
 def slot_of(sequence: Sequence) -> int:

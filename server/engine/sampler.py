@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from server.engine.constraints import Constraint, MaskMaker
 from server.engine.request import SamplingParams, TokenLogprob
@@ -37,7 +38,7 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
-        if self._batch is None or not self._batch.fits(sequences):
+        if self._batch is None or not self._batch.fits(sequences, logits.shape[-1]):
             self._batch = _Batch(sequences, logits.shape[-1], logits.device)
         batch = self._batch
         raw = logits.float()
@@ -86,11 +87,13 @@ class Sampler:
 
 
 def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]) -> torch.Tensor:
-    """`logits` with the given rows' forbidden tokens at minus infinity."""
+    """`logits` with the given rows' forbidden tokens at minus infinity: those that an adapter adds
+    to the base's vocabulary, too."""
     if not constrained:
         return logits
     index = torch.tensor([row for row, _ in constrained], device=logits.device)
     allowed = torch.stack([constraint.allowed for _, constraint in constrained])
+    allowed = F.pad(allowed, (0, logits.shape[-1] - allowed.shape[-1]))
     if logits.is_cuda:
         allowed = allowed.pin_memory().to(logits.device, non_blocking=True)
     return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
@@ -101,6 +104,7 @@ class _Batch:
 
     def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
         self._sequences = list(sequences)
+        self._vocab = vocab
         self._lengths = [len(sequence.tokens) for sequence in sequences]
         params = [sequence.request.params for sequence in sequences]
         random = [row for row, p in enumerate(params) if p.temperature > 0]
@@ -128,9 +132,9 @@ class _Batch:
                 mine = sequences[row]
                 self._seen[index, mine.tokens[mine.source_tokens :]] = True
 
-    def fits(self, sequences: Rows[Sequence]) -> bool:
+    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
-        if len(sequences) != len(self._sequences):
+        if len(sequences) != len(self._sequences) or vocab != self._vocab:
             return False
         if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
             return False

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from adapters.vocabulary import Vocabulary
 from server.api.completion_schemas import CompletionBody
 from server.api.sampling import SamplingDefaults, params_of_choice, sampling_params
 from server.engine.request import SamplingParams
@@ -17,7 +18,9 @@ def body(**fields: Any) -> CompletionBody:
 
 
 def params(server: RunningServer, **fields: Any) -> SamplingParams:
-    return sampling_params(server.services.engine, body(**fields), max_tokens=8, logprobs=None)
+    engine = server.services.engine
+    vocabulary = Vocabulary(engine.tokenizer, engine.vocab_size)
+    return sampling_params(engine, vocabulary, body(**fields), max_tokens=8, logprobs=None)
 
 
 def test_a_sampling_model_brings_its_own_defaults() -> None:

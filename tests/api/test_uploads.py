@@ -155,7 +155,11 @@ FAULTS: dict[str, tuple[Callable[[Files], Files], str, str]] = {
         "target_modules",
         "no reg",
     ),
-    "whole modules": (config(modules_to_save=["lm_head"]), "modules_to_save", "lm_head"),
+    "no copy of a saved module": (
+        config(modules_to_save=["lm_head"]),
+        "base_model.model.lm_head.weight",
+        "is missing",
+    ),
     "pickle": (bytes_of(WEIGHTS, lambda _: pickle.dumps({})), WEIGHTS, "pickled"),
     "torch.save": (bytes_of(WEIGHTS, torch_saved), WEIGHTS, "pickled"),
     "empty weights": (bytes_of(WEIGHTS, lambda _: b""), WEIGHTS, "damaged"),

@@ -31,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": ["gate_proj", "up_proj", "down_proj"],
         "feedforward_modules": ["gate_proj", "up_proj", "down_proj"],
     },
+    "lm-head": {"target_modules": ["lm_head"], "feedforward_modules": []},
+    "lm-head-inward": {"target_modules": ["lm_head"], "feedforward_modules": ["lm_head"]},
     "all-linear": {"target_modules": "all-linear", "feedforward_modules": r".*\.down_proj"},
 }
 """Adapters whose targets, and whose sides, differ from each other's."""

@@ -60,12 +60,13 @@ class Harness:
         folder: Path,
         adapters: Mapping[str, Path],
         max_resident: int = 64,
+        max_saved_bytes: int = 1 << 30,
         tokenizer: PreTrainedTokenizerFast | None = None,
         keep_revisions: int = 10,
         **config: Any,
     ) -> None:
         self.store = AdapterStore(folder, keep_revisions)
-        self.ia3 = IA3Model(base, max_resident)
+        self.ia3 = IA3Model(base, max_resident, max_saved_bytes)
         self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
         loaded = LoadedModel(
             base, tokenizer or tiny_tokenizer(), "tiny", GenerationConfig(eos_token_id=2)
