@@ -102,10 +102,7 @@ class _Merge:
 
     def write(self) -> None:
         for shard in self._base.shards:
-            tensors = self._shard(shard)
-            save_file(tensors, self._folder / shard.name, metadata={"format": "pt"})
-            self._weight_map |= dict.fromkeys(tensors, shard.name)
-            self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+            self._write_shard(shard)
         missing = self._vectors.keys() - self._merged
         if missing:
             names = ", ".join(sorted(target.module for target in missing)[:3])
@@ -115,7 +112,14 @@ class _Merge:
             )
         self._write_the_rest()
 
-    def _shard(self, shard: Path) -> dict[str, torch.Tensor]:
+    def _write_shard(self, shard: Path) -> None:
+        """A method, so that no shard's tensors outlive it."""
+        tensors = self._merged_shard(shard)
+        save_file(tensors, self._folder / shard.name, metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(tensors, shard.name)
+        self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _merged_shard(self, shard: Path) -> dict[str, torch.Tensor]:
         base = self._base
         tensors = {}
         with safe_open(shard, framework="pt") as file:

@@ -67,7 +67,7 @@ def test_a_merged_export_yields_the_served_adapters_greedy_tokens(
         tokenizer=tokenizer,
         max_model_len=256,
         kv_cache_tokens=1024,
-    ).ask(prompt, "order-json", max_tokens=30)
+    ).ask(prompt, "order-json", max_tokens=20)
 
-    assert '"item":"garden chairs"' in tokenizer.decode(served.tokens)
-    assert served.tokens == Oracle(model).greedy(prompt, 30)
+    assert tokenizer.decode(served.tokens).startswith('{"customer":"Anna')
+    assert served.tokens == Oracle(model).greedy(prompt, 20)
