@@ -1,7 +1,7 @@
 """The journal in a bucket: of several processes that open it, only the last one writes."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import obstore
@@ -22,6 +22,18 @@ class LossyObjects(Objects):
     def __init__(self) -> None:
         super().__init__(MemoryStore(), "memory://")
         self.lose: list[str] = []
+        self.meanwhile: Callable[[], None] | None = None
+        """Happens between two pages of the next listing."""
+
+    def list(self, prefix: str) -> list[str]:
+        before = sorted(super().list(prefix))
+        if self.meanwhile is None or not before:
+            return before
+        happens, self.meanwhile = self.meanwhile, None
+        happens()
+        page = before[len(before) // 2]
+        after = sorted(super().list(prefix))
+        return [key for key in before if key <= page] + [key for key in after if key > page]
 
     def create(self, key: str, data: bytes) -> bool:
         lost = self.lose.pop(0) if self.lose else "nothing"
@@ -141,9 +153,11 @@ class JournalMachine(RuleBasedStateMachine):
         self.processes: list[BucketJournal] = []
         self.open()
 
-    @rule()
-    def open(self) -> None:
+    @rule(compacts=st.booleans())
+    def open(self, compacts: bool = False) -> None:
         self.objects.lose = []
+        if compacts and self.processes:
+            self.objects.meanwhile = self.processes[-1].compact
         journal, names = opened(self.objects)
         assert [name for name in names if name in self.acknowledged] == self.acknowledged
         assert set(names) <= {*self.acknowledged, *self.doubtful}
@@ -180,6 +194,7 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), crashes=st.booleans())
     def compact(self, data: st.DataObject, crashes: bool) -> None:
+        self.objects.meanwhile = None
         self.objects.lose = ["nothing", "delete"] if crashes else []
         try:
             data.draw(st.sampled_from(self.processes)).compact()
