@@ -24,6 +24,8 @@ class LossyObjects(Objects):
         self.lose: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
         """Happens between two pages of the next listing."""
+        self.page = 5
+        """Where the first one ends, in tenths."""
 
     def list(self, prefix: str) -> list[str]:
         before = sorted(super().list(prefix))
@@ -31,7 +33,7 @@ class LossyObjects(Objects):
             return before
         happens, self.meanwhile = self.meanwhile, None
         happens()
-        page = before[len(before) // 2]
+        page = before[len(before) * self.page // 10]
         after = sorted(super().list(prefix))
         return [key for key in before if key <= page] + [key for key in after if key > page]
 
@@ -153,10 +155,12 @@ class JournalMachine(RuleBasedStateMachine):
         self.processes: list[BucketJournal] = []
         self.open()
 
-    @rule(compacts=st.booleans())
-    def open(self, compacts: bool = False) -> None:
+    @rule(page=st.none() | st.integers(0, 9))
+    def open(self, page: int | None = None) -> None:
+        """`page`: where a listing is while the process before compacts."""
         self.objects.lose = []
-        if compacts and self.processes:
+        if page is not None and self.processes:
+            self.objects.page = page
             self.objects.meanwhile = self.processes[-1].compact
         journal, names = opened(self.objects)
         assert [name for name in names if name in self.acknowledged] == self.acknowledged
