@@ -79,9 +79,10 @@ class BucketJournal:
             lines = self._lines()
             opened = self._line("opened", {})
             ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
+            mine = _Span(self._last + 1, self._last + 1)
             # A listing is no moment's picture: what moved meanwhile is in a segment by now.
-            if ours and max(span.last for span in self._spans()) == self._last + 1:
-                self._last = self.epoch = self._last + 1
+            if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
+                self._last = self.epoch = mine.last
                 return [event for event in _parsed(lines) if "name" in event]
         raise StoreLocked(f"other servers write to {self._objects.url}")
 

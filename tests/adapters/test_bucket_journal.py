@@ -133,6 +133,27 @@ def test_a_damaged_and_a_missing_event_take_no_other(
     assert opened(objects)[1] == ["a", "d", "e"]
 
 
+@pytest.mark.parametrize("page", range(10))
+@pytest.mark.parametrize("events", [1, 2, 3, 5])
+@pytest.mark.parametrize("joined", [0, 6])
+def test_events_that_move_into_a_segment_while_they_are_listed_are_found(
+    page: int, events: int, joined: int
+) -> None:
+    objects = LossyObjects()
+    opened(objects)
+    before, _ = opened(objects)
+    expected = [str(number) for number in range(joined + events)]
+    for number, name in enumerate(expected):
+        if number == joined:
+            before.compact()
+        append(before, name)
+    objects.page, objects.meanwhile = page, before.compact
+    after, names = opened(objects)
+    assert names == expected
+    append(after, "more")
+    assert opened(objects)[1] == [*expected, "more"]
+
+
 LOSSES = st.lists(st.sampled_from(["nothing", "request", "answer", "first answer"]), max_size=2)
 
 
