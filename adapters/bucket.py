@@ -99,7 +99,7 @@ class BucketStorage:
 
     def keep(self, staged: Path, digest: str) -> None:
         if digest not in self._places:
-            place = f"{_PREFIX}/{digest}/{self._journal.opened:012}-{next(self._count)}"
+            place = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
             self._places[digest] = place
             self._objects.put_all({f"{place}/{file.name}": file for file in staged.iterdir()})
         with self._one_at_a_time(digest):
@@ -123,12 +123,12 @@ class BucketStorage:
             place = self._places.pop(digest, None)
             self._cache.remove([digest])
             if place is not None:
-                self._quietly(partial(self._delete, place))
+                _quietly(partial(self._delete, place))
 
     def keep_only(self, digests: Collection[str]) -> None:
         self._cache.keep_only(digests)
         self._places = {each: place for each, place in self._places.items() if each in digests}
-        self._background.submit(self._quietly, self._delete_leftovers)
+        self._background.submit(_quietly, self._delete_leftovers)
 
     def _one_at_a_time(self, digest: str) -> threading.Lock:
         return self._fetches.setdefault(digest, threading.Lock())
@@ -158,20 +158,21 @@ class BucketStorage:
             key[0]
             for key in found
             if key is not None
-            and int(key["epoch"]) < self._journal.opened
+            and int(key["epoch"]) < self._journal.epoch
             and self._places.get(key["digest"]) != key["place"]
         )
 
     def _stay_short(self) -> None:
         if self._journal.is_long and (self._compaction is None or self._compaction.done()):
-            self._compaction = self._background.submit(self._quietly, self._journal.compact)
+            self._compaction = self._background.submit(_quietly, self._journal.compact)
 
-    def _quietly(self, work: Callable[[], None]) -> None:
-        """Work that nothing depends on, and that is done again later."""
-        try:
-            work()
-        except AdapterError as error:
-            log.warning("Nothing is lost, but a clean-up has failed: %s", error)
+
+def _quietly(work: Callable[[], None]) -> None:
+    """Do what nothing depends on, and what is done again later."""
+    try:
+        work()
+    except AdapterError as error:
+        log.warning("Nothing is lost, but a clean-up has failed: %s", error)
 
 
 def _identity(lock: TextIO) -> str:

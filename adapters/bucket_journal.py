@@ -61,7 +61,7 @@ class BucketJournal:
         self._compacted = 0
         """Up to here there are segments."""
         self._in_doubt = False
-        self.opened = 0
+        self.epoch = 0
         """The number of this process's first event: later processes have higher ones."""
 
     @property
@@ -76,11 +76,13 @@ class BucketJournal:
     def read(self) -> list[Event]:
         """Every event, oldest first. From here on no process that opened it before can append."""
         for _ in range(_LOOKS):
-            lines, self._compacted = self._lines()
-            self._last = max(lines, default=0)
+            lines = self._lines()
             opened = self._line("opened", {})
-            if self._objects.create(self._key(1), opened) or self._now_at_next() == opened:
-                self._last = self.opened = self._last + 1
+            ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
+            mine = _Span(self._last + 1, self._last + 1)
+            # A listing is no moment's picture: what moved meanwhile is in a segment by now.
+            if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
+                self._last = self.epoch = mine.last
                 return [event for event in _parsed(lines) if "name" in event]
         raise StoreLocked(f"other servers write to {self._objects.url}")
 
@@ -144,8 +146,8 @@ class BucketJournal:
         )
         self._compacted = segment.last
 
-    def _lines(self) -> tuple[dict[int, bytes], int]:
-        """Number -> event, and up to where there are segments.
+    def _lines(self) -> dict[int, bytes]:
+        """Number -> event.
 
         Another process may compact meanwhile: then what is missing is found at the next look. What
         stays missing was removed from outside, and takes no other event with it.
@@ -154,12 +156,14 @@ class BucketJournal:
             cover = _cover(self._spans())
             texts = self._objects.get_all([span.key for span in cover])
             lines = _numbered(zip(cover, texts, strict=True))
-            missing = max(lines, default=0) - len(lines)
-            if not missing:
+            self._last = cover[-1].last if cover else 0
+            self._compacted = max((span.last for span in cover if span.count > 1), default=0)
+            if len(lines) == self._last:
                 break
         else:
-            log.warning("%d events are gone from %s.", missing, self._objects.url)
-        return lines, max((span.last for span in cover if span.count > 1), default=0)
+            gone = self._last - len(lines)
+            log.warning("%d events are gone from %s.", gone, self._objects.url)
+        return lines
 
     def _spans(self) -> list[_Span]:
         found = map(_KEY.fullmatch, self._objects.list(_PREFIX))

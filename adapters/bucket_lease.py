@@ -56,7 +56,9 @@ class Lease:
             numbers = self._numbers()
             latest = max(numbers, default=0)
             holder, seconds = self._holder(latest)
-            first = latest if first is None else first
+            if first is None:
+                first = latest
+                log.info("%s is owned by %s.", self._objects.url, holder or "nobody")
             if holder in ("", self._owner) or time.monotonic() - begun >= seconds:
                 if not self._put(latest + 1):
                     continue
@@ -71,7 +73,9 @@ class Lease:
             try:
                 still = self._objects.get(_key(self._number)) == self._mine
                 if not still or not self._put(self._number + 1):
-                    log.error("Another server has taken over %s.", self._objects.url)
+                    log.error(
+                        "The lease on %s was taken over by another server.", self._objects.url
+                    )
                     self._lost = True
                     return
                 self._number += 1

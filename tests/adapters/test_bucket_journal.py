@@ -1,7 +1,7 @@
 """The journal in a bucket: of several processes that open it, only the last one writes."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import obstore
@@ -22,6 +22,20 @@ class LossyObjects(Objects):
     def __init__(self) -> None:
         super().__init__(MemoryStore(), "memory://")
         self.lose: list[str] = []
+        self.meanwhile: Callable[[], None] | None = None
+        """Happens between two pages of the next listing."""
+        self.page = 5
+        """Where the first one ends, in tenths."""
+
+    def list(self, prefix: str) -> list[str]:
+        before = sorted(super().list(prefix))
+        if self.meanwhile is None or not before:
+            return before
+        happens, self.meanwhile = self.meanwhile, None
+        happens()
+        page = before[len(before) * self.page // 10]
+        after = sorted(super().list(prefix))
+        return [key for key in before if key <= page] + [key for key in after if key > page]
 
     def create(self, key: str, data: bytes) -> bool:
         lost = self.lose.pop(0) if self.lose else "nothing"
@@ -119,6 +133,27 @@ def test_a_damaged_and_a_missing_event_take_no_other(
     assert opened(objects)[1] == ["a", "d", "e"]
 
 
+@pytest.mark.parametrize("page", range(10))
+@pytest.mark.parametrize("events", [1, 2, 3, 5])
+@pytest.mark.parametrize("joined", [0, 6])
+def test_events_that_move_into_a_segment_while_they_are_listed_are_found(
+    page: int, events: int, joined: int
+) -> None:
+    objects = LossyObjects()
+    opened(objects)
+    before, _ = opened(objects)
+    expected = [str(number) for number in range(joined + events)]
+    for number, name in enumerate(expected):
+        if number == joined:
+            before.compact()
+        append(before, name)
+    objects.page, objects.meanwhile = page, before.compact
+    after, names = opened(objects)
+    assert names == expected
+    append(after, "more")
+    assert opened(objects)[1] == [*expected, "more"]
+
+
 LOSSES = st.lists(st.sampled_from(["nothing", "request", "answer", "first answer"]), max_size=2)
 
 
@@ -141,9 +176,13 @@ class JournalMachine(RuleBasedStateMachine):
         self.processes: list[BucketJournal] = []
         self.open()
 
-    @rule()
-    def open(self) -> None:
+    @rule(page=st.none() | st.integers(0, 9))
+    def open(self, page: int | None = None) -> None:
+        """`page`: where a listing is while the process before compacts."""
         self.objects.lose = []
+        if page is not None and self.processes:
+            self.objects.page = page
+            self.objects.meanwhile = self.processes[-1].compact
         journal, names = opened(self.objects)
         assert [name for name in names if name in self.acknowledged] == self.acknowledged
         assert set(names) <= {*self.acknowledged, *self.doubtful}
@@ -180,6 +219,7 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), crashes=st.booleans())
     def compact(self, data: st.DataObject, crashes: bool) -> None:
+        self.objects.meanwhile = None
         self.objects.lose = ["nothing", "delete"] if crashes else []
         try:
             data.draw(st.sampled_from(self.processes)).compact()

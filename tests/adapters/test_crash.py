@@ -115,8 +115,8 @@ def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_ha
     check_after_kills(Place(tmp_path, None, longest=0.004), 100)
 
 
-def test_after_forty_kills_the_same_is_true_in_a_bucket(s3: str, tmp_path: Path) -> None:
-    check_after_kills(Place(tmp_path, s3, longest=0.1), 40)
+def test_after_thirty_kills_the_same_is_true_in_a_bucket(s3: str, tmp_path: Path) -> None:
+    check_after_kills(Place(tmp_path, s3, longest=0.1), 30)
 
 
 def check_after_kills(place: Place, kills: int) -> None:
