@@ -122,17 +122,8 @@ def test_deep_schemas_are_refused(grammars: Grammars) -> None:
     assert "is no JSON" in refusal(grammars, "json", schema)
 
 
-@pytest.mark.parametrize(
-    ("kind", "source"),
-    [
-        ("json", {"type": "integer", "multipleOf": 9999937}),
-        ("grammar", "start: A\nA: " + "&".join(f"/.*[a-c].{{{n}}}[b-z].*/" for n in range(1, 30))),
-    ],
-)
-def test_a_grammar_that_would_take_minutes_is_refused(
-    grammars: Grammars, kind: str, source: object
-) -> None:
-    assert "to compile" in refusal(grammars, kind, source)
+def test_a_grammar_that_would_take_minutes_is_refused(grammars: Grammars) -> None:
+    assert "to compile" in refusal(grammars, "json", {"type": "integer", "multipleOf": 9999937})
 
 
 def test_a_repeated_grammar_is_compiled_once(grammars: Grammars) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema import Draft202012Validator
 
 from server.engine import FinishReason
 from tests.engine.harness import Harness
@@ -155,6 +155,8 @@ def run_batch(harness: Harness, schemas: list[dict[str, Any] | None]) -> list[li
         answer = harness.answers.pop(str(row))
         if schema is not None:
             assert answer.finish is FinishReason.STOP, (schema, answer.text, answer.error)
-            checks = Draft202012Validator(schema, format_checker=FormatChecker())
+            checks = Draft202012Validator(
+                schema, format_checker=Draft202012Validator.FORMAT_CHECKER
+            )
             checks.validate(json.loads(answer.text))
     return [harness.answers.pop(f"free-{row}").tokens for row in range(FREE)]
