@@ -63,7 +63,7 @@ class Grammars:
         self._vocab = vocab
         self._eos = sorted(eos_token_ids)
         self._one_at_a_time = threading.Lock()
-        """So that hostile grammars take one core from the model, not all of them."""
+        """So that compiling takes one core from the model, not all of them."""
         self._compiled = lru_cache(MAX_CACHED)(self._compile)
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
