@@ -1,8 +1,9 @@
 """What the routes work with, made once by `create_app`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
@@ -28,6 +29,8 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
+    compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
 
 
 def get_services(request: Request) -> Services:

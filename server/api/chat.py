@@ -57,7 +57,8 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
-    order, make_reader = await to_thread.run_sync(_prepare, services, body)
+    limiter = services.compiling if body.is_constrained else None
+    order, make_reader = await to_thread.run_sync(_prepare, services, body, limiter=limiter)
     return await respond(request, services, body, order, ChatWriter(body, order, make_reader))
 
 

@@ -50,7 +50,8 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, len(body.prompt))
-    order = await to_thread.run_sync(_prepare, services, body)
+    limiter = services.compiling if body.is_constrained else None
+    order = await to_thread.run_sync(_prepare, services, body, limiter=limiter)
     return await respond(request, services, body, order, CompletionWriter(body, order))
 
 

@@ -21,7 +21,7 @@ from transformers.utils.chat_parsing.response_templates import (
 )
 
 from server.api.tool_schemas import NO_PARAMETERS, CalledFunction, Tool, ToolCall
-from server.engine.constraints import JSON_OPTIONS
+from server.engine.vetting import JSON_OPTIONS
 
 log = logging.getLogger(__name__)
 

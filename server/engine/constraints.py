@@ -13,34 +13,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.errors import BadConstraint, ConstraintsUnavailable
-
-GrammarKind = Literal["json", "regex", "choice", "grammar"]
+from server.engine.vetting import GrammarKind, compiled, error_of, vet
 
 MAX_CHARACTERS = 1 << 16
 """Of a grammar's source. More take seconds to compile, and a model has no use for them."""
 MAX_CACHED = 64
-JSON_OPTIONS = {"whitespace_pattern": " ?"}
-"""Where JSON may have blanks, one at most: a model could go on writing them for ever."""
-_LIMITS = LLParserLimits(
-    max_items_in_row=500,
-    step_max_items=5_000,
-    max_lexer_states=50_000,
-    verbose_errors=False,
-)
-"""The first two are llguidance's own by a tenth and less: the masks of a very ambiguous grammar
-take tens of milliseconds then, not seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +63,7 @@ class Grammars:
         self._vocab = vocab
         self._eos = sorted(eos_token_ids)
         self._one_at_a_time = threading.Lock()
-        """So that hostile grammars take one core from the model, not all of them."""
+        """So that compiling takes one core from the model, not all of them."""
         self._compiled = lru_cache(MAX_CACHED)(self._compile)
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
@@ -110,14 +98,12 @@ class Grammars:
     def _compile(self, kind: GrammarKind, text: str) -> Grammar:
         lexicon = self._lexicon
         try:
-            if kind == "json":
-                source = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-            else:
-                source = grammar_from(kind, text)
-            matcher = LLMatcher(lexicon, source, log_level=0, limits=_LIMITS)
+            if problem := vet(kind, text):
+                raise _Refused(problem)
+            matcher = compiled(kind, text, lexicon)
         except (ValueError, RecursionError) as error:
             raise _Refused(error) from error
-        if problem := _error_of(matcher):
+        if problem := error_of(matcher):
             raise _Refused(problem)
         grammar = Grammar(matcher, lexicon)
         if problem := grammar.first.result().errors[0]:
@@ -192,12 +178,7 @@ def _masks(matchers: Rows[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor
     packed = allocate_token_bitmask(len(matchers), vocab)
     fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)
     bits = np.unpackbits(packed.view(np.uint8), axis=1, count=vocab, bitorder="little")
-    return Masks(torch.from_numpy(bits.view(np.bool_)), [_error_of(m) for m in matchers])
-
-
-def _error_of(matcher: LLMatcher) -> str:
-    error = matcher.get_error().removesuffix("<non-verbose/>").strip()
-    return "comes to a dead end, where nothing matches" if error == "NoExtensionBias" else error
+    return Masks(torch.from_numpy(bits.view(np.bool_)), [error_of(m) for m in matchers])
 
 
 class _Refused(Exception):

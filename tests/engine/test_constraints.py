@@ -122,6 +122,10 @@ def test_deep_schemas_are_refused(grammars: Grammars) -> None:
     assert "is no JSON" in refusal(grammars, "json", schema)
 
 
+def test_a_grammar_that_would_take_minutes_is_refused(grammars: Grammars) -> None:
+    assert "to compile" in refusal(grammars, "json", {"type": "integer", "multipleOf": 9999937})
+
+
 def test_a_repeated_grammar_is_compiled_once(grammars: Grammars) -> None:
     assert compiled(grammars, "json", PERSON) is compiled(grammars, "json", dict(PERSON))
     assert compiled(grammars, "regex", "a") is not compiled(grammars, "grammar", 'start: "a"')

@@ -1,0 +1,78 @@
+"""Whether a grammar compiles within bounds, tried in a process of its own that can be stopped.
+
+llguidance counts most of its work and gives up, but not all: a large `multipleOf`, or an
+intersection of patterns, can take minutes. Run as a script, this compiles what it reads.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Literal
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+GrammarKind = Literal["json", "regex", "choice", "grammar"]
+
+CPU_SECONDS = 4
+MEMORY_BYTES = 2 << 30
+"""Of addresses: more than is ever touched."""
+WALL_SECONDS = 60.0
+"""On a machine too busy for `CPU_SECONDS` of work."""
+JSON_OPTIONS = {"whitespace_pattern": " ?"}
+"""Where JSON may have blanks, one at most: a model could go on writing them for ever."""
+LIMITS = LLParserLimits(
+    max_items_in_row=500,
+    step_max_items=5_000,
+    max_lexer_states=50_000,
+    verbose_errors=False,
+)
+"""The first two are llguidance's own by a tenth and less: the masks of a very ambiguous grammar
+take tens of milliseconds then, not seconds."""
+
+
+def compiled(kind: GrammarKind, text: str, lexicon: LLTokenizer) -> LLMatcher:
+    """A matcher, which may be in error. Raises ValueError and RecursionError."""
+    if kind == "json":
+        source = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    else:
+        source = grammar_from(kind, text)
+    return LLMatcher(lexicon, source, log_level=0, limits=LIMITS)
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """Why a matcher cannot go on; empty where it can."""
+    error = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return "comes to a dead end, where nothing matches" if error == "NoExtensionBias" else error
+
+
+def vet(kind: GrammarKind, text: str) -> str:
+    """Why this grammar is not to be compiled here; empty where it is harmless."""
+    asked = json.dumps([kind, text])
+    command = [sys.executable, "-I", __file__]
+    try:
+        tried = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=WALL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "takes too long to compile"
+    if tried.returncode != 0:
+        return "takes too much time or memory to compile"
+    return str(json.loads(tried.stdout))
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    kind, text = json.load(sys.stdin)
+    try:
+        # What takes long does not depend on the tokenizer.
+        problem = error_of(compiled(kind, text, LLTokenizer("byte")))
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    print(json.dumps(problem))
+
+
+if __name__ == "__main__":
+    main()
