@@ -98,15 +98,17 @@ def place_order(
     choices = body.choices_per_prompt
     with ExitStack() as undo:
         leases = lease_choices(services, body, len(prompts) * choices, undo)
-        requests = tuple(
-            GenerationRequest(
-                id=f"{order_id}-{number}",
-                prompt=prompts[number // choices][0],
-                params=params_of_choice(prompts[number // choices][1], number % choices),
-                lease=lease,
-                priority=body.priority or 0,
-            )
-            for number, lease in enumerate(leases)
+        requests = share_prefixes(
+            [
+                GenerationRequest(
+                    id=f"{order_id}-{number}",
+                    prompt=prompts[number // choices][0],
+                    params=params_of_choice(prompts[number // choices][1], number % choices),
+                    lease=lease,
+                    priority=body.priority or 0,
+                )
+                for number, lease in enumerate(leases)
+            ]
         )
         adapter = None if leases[0] is None else leases[0].label
         undo.pop_all()
@@ -117,7 +119,7 @@ def place_order(
         adapter=adapter,
         fingerprint=adapter or services.model_name,
         choices=choices,
-        requests=share_prefixes(requests),
+        requests=requests,
     )
 
 
