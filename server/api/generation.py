@@ -102,15 +102,17 @@ def place_order(
             None if lease is None else undo.enter_context(lease.again())
             for _ in range(len(prompts) * choices)
         ]
-        requests = tuple(
-            GenerationRequest(
-                id=f"{order_id}-{number}",
-                prompt=prompts[number // choices][0],
-                params=params_of_choice(prompts[number // choices][1], number % choices),
-                lease=own,
-                priority=body.priority or 0,
-            )
-            for number, own in enumerate(leases)
+        requests = share_prefixes(
+            [
+                GenerationRequest(
+                    id=f"{order_id}-{number}",
+                    prompt=prompts[number // choices][0],
+                    params=params_of_choice(prompts[number // choices][1], number % choices),
+                    lease=own,
+                    priority=body.priority or 0,
+                )
+                for number, own in enumerate(leases)
+            ]
         )
         undo.pop_all()
     adapter = None if lease is None else lease.label
@@ -122,7 +124,7 @@ def place_order(
         fingerprint=adapter or services.model_name,
         vocabulary=vocabulary,
         choices=choices,
-        requests=share_prefixes(requests),
+        requests=requests,
     )
 
 

@@ -117,7 +117,7 @@ class StripCache:
         old = self._places.get(row)
         if old is not None and tokens <= old.strip:
             return True
-        if not self._place(row, tokens, old, 0 if old is None else old.strip):
+        if not self._take_strip(row, tokens, old, 0 if old is None else old.strip):
             return False
         if old is not None:
             self._free(old)
@@ -125,7 +125,7 @@ class StripCache:
 
     def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
         assert row not in self._places, "only a new row is forked"
-        return self._place(row, tokens, self._places[source], shared)
+        return self._take_strip(row, tokens, self._places[source], shared)
 
     def release(self, row: int) -> None:
         place = self._places.pop(row, None)
@@ -156,7 +156,7 @@ class StripCache:
         strip = self._slabs[slab][0]
         return self._values[layer][slab].view(-1, shape.kv_heads, strip, shape.value_dim)
 
-    def _place(self, row: int, tokens: int, origin: _Place | None, kept: int) -> bool:
+    def _take_strip(self, row: int, tokens: int, origin: _Place | None, kept: int) -> bool:
         """Give the row another strip; its first `kept` tokens are copied from `origin`."""
         place = self._find_place(tokens)
         if place is None:
