@@ -294,6 +294,17 @@ class LifeMachine(RuleBasedStateMachine):
         self.server.submit(str(self.count), prompt, lease, max_tokens=TOKENS)
         self.asked[str(self.count)] = (effect, prompt)
 
+    @rule(name=names, number=numbers, prompt=prompts, pauses=st.booleans())
+    def ask(self, name: str, number: int | None, prompt: list[int], pauses: bool) -> None:
+        model = model_of(name, number)
+        expected = self.life.asked_for(model)
+        with refused_as(expected):
+            lease = self.registry.lease(model)
+            assert isinstance(expected, Effect)
+            self.submit(prompt, lease, expected)
+            if pauses:
+                self.pause()
+
     @precondition(lambda self: self.asked)
     @rule()
     def pause(self) -> None:
