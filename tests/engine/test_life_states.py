@@ -44,8 +44,8 @@ TOKENS = 6
 names = st.sampled_from("abc")
 kinds = st.sampled_from(sorted(KINDS))
 prompts = st.sampled_from(PROMPTS)
-numbers = st.none() | st.integers(0, 6)
-weights = st.sampled_from([0.5, 1.0, -0.5, 1e39])
+numbers = st.sampled_from([None, None, None, 1, 2, 3, 4])
+weights = st.sampled_from([0.5, 1.0, 1.5, 0.7, -0.5, 1e39])
 ingredients = st.lists(st.tuples(names, numbers, weights), min_size=1, max_size=3)
 recipes = st.builds(
     Recipe,
@@ -87,6 +87,8 @@ class LifeMachine(RuleBasedStateMachine):
         """Request -> what it runs on, and its prompt."""
         self.count = 0
         self.open()
+        self.upload("a", "default")
+        self.upload("b", "queries")
 
     def open(self) -> None:
         self.server = Harness(
@@ -167,7 +169,7 @@ class LifeMachine(RuleBasedStateMachine):
         with pytest.raises(InvalidAdapter):
             self.offer(name, self.world.damaged, new=name not in self.life.alive)
 
-    @rule(name=names, number=st.integers(1, 6))
+    @rule(name=names, number=st.integers(1, 5))
     def roll_back(self, name: str, number: int) -> None:
         known = self.life.alive.get(name)
         expected: Effect | type[AdapterError] = UnknownAdapter
@@ -292,12 +294,24 @@ class LifeMachine(RuleBasedStateMachine):
         self.server.submit(str(self.count), prompt, lease, max_tokens=TOKENS)
         self.asked[str(self.count)] = (effect, prompt)
 
-    @precondition(lambda self: any(a.finish is None for a in self.server.answers.values()))
+    @rule(name=names, number=numbers, prompt=prompts, pauses=st.booleans())
+    def ask(self, name: str, number: int | None, prompt: list[int], pauses: bool) -> None:
+        model = model_of(name, number)
+        expected = self.life.asked_for(model)
+        with refused_as(expected):
+            lease = self.registry.lease(model)
+            assert isinstance(expected, Effect)
+            self.submit(prompt, lease, expected)
+            if pauses:
+                self.pause()
+
+    @precondition(lambda self: self.asked)
     @rule()
     def pause(self) -> None:
         """Requests stop in the midst of their tokens, until someone listens."""
         self.server.pause()
-        self.server.read()
+        if any(answer.finish is None for answer in self.server.answers.values()):
+            self.server.read()
 
     @rule()
     def listen(self, ends: set[FinishReason] = {FinishReason.LENGTH}) -> None:  # noqa: B006
@@ -348,7 +362,7 @@ class LifeMachine(RuleBasedStateMachine):
 def run(world: World, sequences: int) -> None:
     LifeMachine.world = world
     machine = LifeMachine.TestCase
-    machine.settings = settings(max_examples=sequences, stateful_step_count=30)
+    machine.settings = settings(max_examples=sequences, stateful_step_count=40)
     machine().runTest()
 
 
