@@ -85,8 +85,10 @@ def settle(model: PreTrainedModel, device: str) -> None:
     Raises UnsupportedModel.
     """
     _keep_activations(model)
+    _compute_in_own_dtype(model)
     kinds = {
-        (type(module), type(module.weight)): module
+        # torchao says there how a layer rounds its activations, if it does.
+        (type(module.weight), str(getattr(module.weight, "act_quant_kwargs", ""))): module
         for module in model.modules()
         if isinstance(module, nn.Linear) and is_quantized(module)
     }
@@ -95,7 +97,7 @@ def settle(model: PreTrainedModel, device: str) -> None:
             f"{type(model).__name__} has no layer that could be quantised so (int8 takes nn.Linear "
             "only, int4 also GPT-2's Conv1D): try --quantization int4, or none"
         )
-    for (_, weight), module in kinds.items():
+    for (weight, _), module in kinds.items():
         try:
             alone = _rows_stand_alone(module, device, model.dtype)
         except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
@@ -134,6 +136,14 @@ def _keep_activations(model: PreTrainedModel) -> None:
             linear.weight = nn.Parameter(new, requires_grad=False)
             linear.bias = module.bias
             model.set_submodule(name, linear)
+
+
+def _compute_in_own_dtype(model: PreTrainedModel) -> None:
+    """Where a processor has AVX512-BF16, bitsandbytes computes 4-bit layers of any dtype in it."""
+    if model.dtype is not torch.bfloat16:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @torch.inference_mode()

@@ -169,6 +169,18 @@ def test_half_precision_errs_at_most_twice_as_much_as_hooks_in_the_same_dtype(
     assert worst_error(answer, exact) <= 2 * theirs
 
 
+def test_a_processor_with_bfloat16_does_not_round_a_float32_base(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ids = str(folder("llama")), torch.tensor([PROMPTS[5]])
+    with torch.inference_mode():
+        wanted = load_model(path, "cpu", quantization="int4").model(ids).logits
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+        found = load_model(path, "cpu", quantization="int4").model(ids).logits
+
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_checkpoint_that_is_quantised_loads_as_it_is(
     folder: Callable[[str], Path], tmp_path: Path, bits: Any
