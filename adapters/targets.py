@@ -3,6 +3,7 @@
 import copy
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -112,12 +113,12 @@ def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ..
     feedforward = _names_or_default(
         "feedforward_modules", config.feedforward_modules, FEEDFORWARD_MODULES, modules
     )
-    deadline = time.monotonic() + _MATCH_SECONDS
+    clock = _Clock()
     if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
         targets = [name for name in modules.sizes if name != modules.output_embedding]
-    is_target = _NameMatcher("target_modules", targets, deadline)
-    is_excluded = _NameMatcher("exclude_modules", config.exclude_modules or [], deadline)
-    is_saved = _SavedMatcher(config.modules_to_save or [], deadline)
+    is_target = _NameMatcher("target_modules", targets, clock)
+    is_excluded = _NameMatcher("exclude_modules", config.exclude_modules or [], clock)
+    is_saved = _SavedMatcher(config.modules_to_save or [], clock)
     matched = [
         name
         for name in modules.names
@@ -134,7 +135,7 @@ def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ..
         faults = [Fault("target_modules", "matches no module of the base model", fix)]
     if faults:
         raise InvalidAdapter(faults)
-    is_input = _FeedforwardMatcher(feedforward, deadline)
+    is_input = _FeedforwardMatcher(feedforward, clock)
     return tuple(Target(name, Side.INPUT if is_input(name) else Side.OUTPUT) for name in matched)
 
 
@@ -152,16 +153,28 @@ def _names_or_default(
     return defaults[modules.model_type]
 
 
+class _Clock:
+    """The time that all regular expressions of one config share, and which field has spent it."""
+
+    def __init__(self) -> None:
+        self.end = time.monotonic() + _MATCH_SECONDS
+        self.spent: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def slowest(self) -> str:
+        return max(self.spent, key=self.spent.__getitem__)
+
+
 class _Pattern:
     """A regular expression from a stranger: bounded in size and, over all its uses, in time.
 
     `regex` rather than `re`, since a running match can be interrupted, and lets other threads run.
     """
 
-    def __init__(self, field: str, pattern: str, deadline: float, whole: bool = True) -> None:
+    def __init__(self, field: str, pattern: str, clock: _Clock, whole: bool = True) -> None:
         """`whole`: the pattern must match all of a name, rather than how it begins."""
         self._field = field
-        self._deadline = deadline
+        self._clock = clock
         if len(pattern) > _MAX_PATTERN:
             raise self._refusal(f"is longer than {_MAX_PATTERN} characters")
         counts = re.findall(r"\{([0-9]*),?([0-9]*)\}", pattern)
@@ -179,23 +192,31 @@ class _Pattern:
         self._match = compiled.fullmatch if whole else compiled.match
 
     def matches(self, name: str) -> bool:
-        left = self._deadline - time.monotonic()
+        began = time.monotonic()
+        left = self._clock.end - began
         try:
-            if left <= 0:
-                raise TimeoutError
-            return self._match(name, timeout=left, concurrent=True) is not None
+            if left > 0:
+                return self._match(name, timeout=left, concurrent=True) is not None
         except TimeoutError:
-            raise self._refusal(f"takes more than {_MATCH_SECONDS:.0f} s to match") from None
+            pass  # Told below, of the field that is to blame.
+        finally:
+            self._clock.spent[self._field] += time.monotonic() - began
+        problem = f"takes more than {_MATCH_SECONDS:.0f} s to match"
+        raise _refusal(self._clock.slowest, problem)
 
     def _refusal(self, problem: str) -> InvalidAdapter:
-        return InvalidAdapter([Fault(self._field, problem, "list the modules' names instead")])
+        return _refusal(self._field, problem)
+
+
+def _refusal(field: str, problem: str) -> InvalidAdapter:
+    return InvalidAdapter([Fault(field, problem, "list the modules' names instead")])
 
 
 class _NameMatcher:
     """`target_modules`, `exclude_modules`: exact name or `.suffix`; a string is a full match."""
 
-    def __init__(self, field: str, names: Iterable[str], deadline: float) -> None:
-        self._pattern = _Pattern(field, names, deadline) if isinstance(names, str) else None
+    def __init__(self, field: str, names: Iterable[str], clock: _Clock) -> None:
+        self._pattern = _Pattern(field, names, clock) if isinstance(names, str) else None
         self._exact = frozenset(names)
         self._suffixes = tuple(f".{name}" for name in self._exact)
 
@@ -208,9 +229,9 @@ class _NameMatcher:
 class _FeedforwardMatcher:
     """`feedforward_modules`: bare `endswith`, so that `proj` catches `down_proj` (PEFT's quirk)."""
 
-    def __init__(self, names: list[str] | str, deadline: float) -> None:
+    def __init__(self, names: list[str] | str, clock: _Clock) -> None:
         field = "feedforward_modules"
-        self._pattern = _Pattern(field, names, deadline) if isinstance(names, str) else None
+        self._pattern = _Pattern(field, names, clock) if isinstance(names, str) else None
         self._ends = tuple(names)
 
     def __call__(self, name: str) -> bool:
@@ -222,9 +243,9 @@ class _FeedforwardMatcher:
 class _SavedMatcher:
     """`modules_to_save` are never targets: each is a regular expression for a part of the path."""
 
-    def __init__(self, names: list[str], deadline: float) -> None:
+    def __init__(self, names: list[str], clock: _Clock) -> None:
         self._patterns = [
-            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", deadline, whole=False)
+            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", clock, whole=False)
             for name in names
         ]
 

@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -164,7 +165,7 @@ def test_a_vector_is_as_long_as_peft_s(family: str) -> None:
 
 
 def test_a_model_type_without_defaults_needs_named_targets() -> None:
-    unknown = BaseModules("newcomer", MODULES["llama"].names, MODULES["llama"].sizes, "lm_head")
+    unknown = replace(MODULES["llama"], model_type="newcomer")
     with pytest.raises(InvalidAdapter, match="no default for the model type 'newcomer'"):
         resolve_targets(IA3Config(), unknown)
     with pytest.raises(InvalidAdapter, match="feedforward_modules"):

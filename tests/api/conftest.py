@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from adapters.base_checkpoint import BaseCheckpoint
 from server.app import create_app
 from server.services import Services
-from server.settings import Settings
+from server.settings import MEBIBYTE, Settings
 from tests.factories import save_adapter, save_tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -85,6 +85,7 @@ def server(
         served_model_name="tiny",
         adapters_dir=tmp_path_factory.mktemp("store"),
         preload_adapters=adapter_folders["default"].parent,
+        max_upload_bytes=64 * MEBIBYTE,
         max_batch_rows=8,
     )
     with run_server(settings) as (url, services):
