@@ -176,7 +176,9 @@ def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
     return AdapterVectors(vectors, saved)
 
 
-def checkpoint_of(vectors: AdapterVectors, base: str | None) -> Checkpoint:
+def checkpoint_of(
+    vectors: AdapterVectors, base: str | None, task_type: str = "CAUSAL_LM"
+) -> Checkpoint:
     """Files for vectors: what PEFT would have saved, where it could have.
 
     PEFT has one side for a module. One that is rescaled on both sides keeps its input's vector
@@ -186,7 +188,7 @@ def checkpoint_of(vectors: AdapterVectors, base: str | None) -> Checkpoint:
     inputs = {target.module for target in vectors.vectors if target.side is Side.INPUT}
     config = IA3Config.model_validate(
         {
-            "task_type": "CAUSAL_LM",
+            "task_type": task_type,
             "inference_mode": True,
             "base_model_name_or_path": base,
             "target_modules": sorted(outputs | inputs),

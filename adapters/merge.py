@@ -44,8 +44,6 @@ def merge(
     end the merge. Raises CannotMerge (the output exists, a target does not fit, a weight is not
     found or not finite once merged) and StoreFull, before anything is written if it can be told.
     """
-    for module in vectors.saved:
-        raise CannotMerge(f"the adapter brings its own copy of {module}; only vectors are merged")
     if output.exists():
         raise CannotMerge(f"{output} exists already")
     _check_targets(base, vectors)
@@ -92,20 +90,27 @@ class _Merge:
     ) -> None:
         self._base = base
         self._vectors = vectors.vectors
+        self._saved = {
+            f"{module}.{key}": tensor
+            for module, state in vectors.saved.items()
+            for key, tensor in state.items()
+        }
+        """The adapter's own tensors, by the names of the parameters that they replace."""
         self._folder = folder
         self._progress = progress
         self._keys = sum(map(len, base.shards.values()))
         self._unties = _unties(base, vectors)
-        self._merged: set[Target] = set()
+        self._merged: set[Target | str] = set()
         self._weight_map: dict[str, str] = {}
         self._nbytes = 0
 
     def write(self) -> None:
         for shard in self._base.shards:
             self._write_shard(shard)
-        missing = self._vectors.keys() - self._merged
+        missing = [target.module for target in self._vectors.keys() - self._merged]
+        missing += self._saved.keys() - self._merged
         if missing:
-            names = ", ".join(sorted(target.module for target in missing)[:3])
+            names = ", ".join(sorted(missing)[:3])
             raise CannotMerge(
                 f"the files name no weight for {names}: this family's checkpoint keeps it in "
                 "another form, which merging does not know"
@@ -126,18 +131,22 @@ class _Merge:
             for key in base.shards[shard]:
                 tensor = file.get_tensor(key)
                 name = base.parameter(key)
-                tensors[key] = tensor if name is None else self._scaled(name, tensor)
+                tensors[key] = tensor if name is None else self._adapted(name, tensor)
                 if self._unties and name is not None and base.shared.get(name) == key:
                     tensors |= {
-                        new: self._scaled(new, tensor.clone())
+                        new: self._adapted(new, tensor.clone())
                         for new in _new_names(base)
                         if base.shared[new] == key
                     }
                 self._progress(min(1.0, (len(self._weight_map) + len(tensors)) / self._keys))
         return tensors
 
-    def _scaled(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """PEFT's `ia3.layer.Linear.merge`: the product in the wider type, rounded once."""
+    def _adapted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the adapter has in a parameter's place, or makes of it. PEFT's
+        `ia3.layer.Linear.merge`: the product in the wider type, rounded once."""
+        if name in self._saved:
+            self._merged.add(name)
+            return self._saved[name].to(tensor.dtype)
         module, _, kind = name.rpartition(".")
         result = tensor
         for side in Side:
@@ -176,12 +185,22 @@ def _check_targets(base: BaseCheckpoint, vectors: AdapterVectors) -> None:
                 f"the {target.side} of {target.module} has {size} features in {base.name}, and the "
                 f"adapter's vector {len(vector)}: it was trained on another model"
             )
+    for module, state in vectors.saved.items():
+        known = base.modules.state_of(module) if module in base.modules.names else {}
+        shapes = {key: tensor.shape for key, tensor in state.items()}
+        if shapes != {key: tensor.shape for key, tensor in known.items()}:
+            raise CannotMerge(
+                f"the adapter's own {module} has another shape than that of {base.name}, as with "
+                "tokens added to a vocabulary: those are not merged"
+            )
 
 
 def _unties(base: BaseCheckpoint, vectors: AdapterVectors) -> bool:
     """Whether the head gets a weight of its own."""
     head = base.modules.output_embedding
-    return bool(base.shared) and any(target.module == head for target in vectors.vectors)
+    replaced = any(f"{module}.weight" in base.shared for module in vectors.saved)
+    scaled = any(target.module == head for target in vectors.vectors)
+    return bool(base.shared) and (scaled or replaced)
 
 
 def _new_names(base: BaseCheckpoint) -> list[str]:

@@ -170,7 +170,7 @@ class AdapterRegistry:
             "seed": seed,
         }
         base = self._reserved[0] if self._reserved else None
-        checkpoint = checkpoint_of(vectors, base)
+        checkpoint = checkpoint_of(vectors, base, self._modules.task_type)
         with self._store.staging() as staged:
             write_checkpoint(checkpoint, staged)
             origin = Origin(source="combine", by=by, recipe=record)
@@ -216,11 +216,16 @@ class AdapterRegistry:
     def mixture(
         self, parts: Sequence[Part], composition: Composition
     ) -> tuple[AdapterVectors, dict[str, Any]]:
-        """What `lease_mixture` leases, with its recipe, for one who needs no slot."""
+        """What `lease_mixture` leases, with its recipe, for one who needs no slot. One adapter with
+        weight 1 may bring whole modules."""
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
-        recipe = Recipe(method=composition, weights=weights)
-        vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+        several = [self.vectors(revision) for revision in revisions]
+        if weights == (1.0,):
+            # As it is, with the whole modules that it may bring.
+            vectors = several[0]
+        else:
+            vectors = combine(several, Recipe(method=composition, weights=weights))
         return vectors, {"method": composition, "adapters": _ingredients(revisions, weights)}
 
     def resolve(self, model: str) -> Revision:

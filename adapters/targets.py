@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Self
+from typing import Any, Self
 
 import regex
 import torch
@@ -85,6 +85,12 @@ class BaseModules:
         """What turns tokens into vectors, and back."""
         names = (self.input_embedding, self.output_embedding)
         return frozenset(name for name in names if name is not None)
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name for what the model does."""
+        config: Any = self.skeleton.config
+        return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
 
     def state_of(self, module: str) -> dict[str, torch.Tensor]:
         """A module's parameters and persistent buffers, by their names in it: shapes and dtypes."""

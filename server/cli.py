@@ -82,7 +82,11 @@ def merge(
     try:
         base = BaseCheckpoint(model_folder(model), name)
         vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
-        merged = combine(vectors, Recipe(method=composition, weights=weights))
+        if weights == (1.0,):
+            # As it is, with the whole modules that it may bring.
+            merged = vectors[0]
+        else:
+            merged = combine(vectors, Recipe(method=composition, weights=weights))
         merge_into(base, merged, output, f"{composition} of {', '.join(adapters)}")
     except (AdapterError, EngineError, OSError) as error:
         typer.echo(f"infuse merge: {error}", err=True)
