@@ -135,6 +135,37 @@ def test_requests_that_begin_alike_are_computed_once_and_end_as_alone(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("bloom", ["lm_head"]),
+        ("falcon", ["word_embeddings"]),
+        ("llama4_text", ["lm_head", "norm"]),
+        ("t5", ["lm_head"]),
+    ],
+)
+def test_rows_take_their_adapters_own_modules_and_others_the_bases(
+    start: Callable[..., Harness], tmp_path: Path, family: str, modules: list[str]
+) -> None:
+    base, config = tiny(family), FAMILIES[family].default_config
+    folders = {
+        "own": save_adapter(base, tmp_path / "own", modules_to_save=modules, **config),
+        "plain": save_adapter(base, tmp_path / "plain", seed=2, **config),
+    }
+    engine = start(base, folders)
+    asked = list(zip(["own", None, "plain", "own"], prompts(4), strict=True))
+    with engine.held():
+        for number, (name, prompt) in enumerate(asked):
+            engine.submit(str(number), prompt, name, max_tokens=8)
+    engine.wait()
+
+    for number, (name, prompt) in enumerate(asked):
+        oracle = FamilyOracle(tiny(family), [] if name is None else [folders[name]])
+        answer = engine.answers[str(number)].tokens
+        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist(), name
+    engine.assert_idle()
+
+
 SHAPES = [LayerShape(2, 8, 8, torch.float32)]
 CPU = torch.device("cpu")
 
