@@ -226,16 +226,6 @@ def test_pickled_weights_are_refused_with_the_way_to_convert(
     assert "safe_serialization=True" in fault
 
 
-def test_a_file_that_begins_like_a_pickle_is_read_by_what_it_is(tmp_path: Path) -> None:
-    """Its header is 128 bytes long, and the first of the eight that say so is a pickle's."""
-    head = {"target_modules": ["lm_head"], "feedforward_modules": []}
-    folder = save_adapter(tiny_llama(vocab_size=261), tmp_path, **head)
-    weights = folder / "adapter_model.safetensors"
-    assert weights.read_bytes()[:1] == b"\x80"
-    modules = BaseModules.of(tiny_llama(vocab_size=261))
-    assert len(effective_vectors(read_checkpoint(folder), modules).vectors) == 1
-
-
 def test_a_pickle_is_not_even_opened(folder: Path, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
