@@ -110,7 +110,7 @@ class LifeMachine(RuleBasedStateMachine):
             lease.release()
         self.leases.clear()
         self.server.close()
-        self.listen(ends={FinishReason.LENGTH, FinishReason.CANCELLED})
+        self.all_end({FinishReason.LENGTH, FinishReason.CANCELLED})
 
     def teardown(self) -> None:
         self.listen()
@@ -314,9 +314,12 @@ class LifeMachine(RuleBasedStateMachine):
             self.server.read()
 
     @rule()
-    def listen(self, ends: set[FinishReason] = {FinishReason.LENGTH}) -> None:  # noqa: B006
+    def listen(self) -> None:
         """Until all requests have ended: each with its own tokens, and nothing is held."""
         self.server.resume()
+        self.all_end({FinishReason.LENGTH})
+
+    def all_end(self, ends: set[FinishReason]) -> None:
         self.server.wait()
         for request, (effect, prompt) in self.asked.items():
             answer = self.server.answers.pop(request)
