@@ -253,13 +253,11 @@ def test_a_misspelt_key_is_answered_with_the_right_one(client: httpx.Client, fil
 def test_a_thousand_faults_are_summed_up(client: httpx.Client, files: Files) -> None:
     many = {f"{UP}.{number}": torch.ones(1) for number in range(20_000)}
 
-    began = time.monotonic()
     response = add(client, files | weights(lambda _: many)(files))
 
     *shown, last = faults_of(response)
     assert len(shown) == 50
     assert "19950 more faults" in last["problem"]
-    assert time.monotonic() - began < 5
 
 
 HOSTILE = r"(?:(.)|(.\1?))+[A-Z]"
