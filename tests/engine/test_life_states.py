@@ -91,6 +91,7 @@ class LifeMachine(RuleBasedStateMachine):
         self.upload("b", "queries")
 
     def open(self) -> None:
+        self.paused = False
         self.server = Harness(
             copy.deepcopy(self.world.base),
             self.folder / "store",
@@ -302,13 +303,14 @@ class LifeMachine(RuleBasedStateMachine):
             lease = self.registry.lease(model)
             assert isinstance(expected, Effect)
             self.submit(prompt, lease, expected)
-            if pauses:
+            if pauses and not self.paused:
                 self.pause()
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.asked and not self.paused)
     @rule()
     def pause(self) -> None:
         """Requests stop in the midst of their tokens, until someone listens."""
+        self.paused = True
         self.server.pause()
         if any(answer.finish is None for answer in self.server.answers.values()):
             self.server.read()
@@ -317,6 +319,7 @@ class LifeMachine(RuleBasedStateMachine):
     def listen(self) -> None:
         """Until all requests have ended: each with its own tokens, and nothing is held."""
         self.server.resume()
+        self.paused = False
         self.all_end({FinishReason.LENGTH})
 
     def all_end(self, ends: set[FinishReason]) -> None:
