@@ -29,7 +29,7 @@ def form(fields: dict[str, dict[str, str]], source: type[BaseModel]) -> dict[str
         **fields,
         "config": {**binary, "description": "adapter_config.json", "example": "@config"},
         "weights": {**binary, "description": "adapter_model.safetensors", "example": "@weights"},
-        "archive": {**binary, "description": "Or a zip or tar of both.", "example": "@archive"},
+        "archive": {**binary, "description": "Or a zip or tar of all.", "example": "@archive"},
     }
     schema = {"type": "object", "properties": properties, "required": list(fields)}
     content = {
