@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
-import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -123,11 +122,19 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], N
     server.start()
     try:
         endpoint = use_bucket_endpoint(monkeypatch, server.get_host_and_port()[1])
-        # moto keeps what it holds beyond its server's end.
-        httpx.post(f"{endpoint}/moto-api/reset").raise_for_status()
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         client.create_bucket(Bucket=BUCKET)
-        yield lambda key, data: client.put_object(Bucket=BUCKET, Key=key, Body=data)
+        keys: set[str] = set()
+
+        def put(key: str, data: bytes) -> None:
+            client.put_object(Bucket=BUCKET, Key=key, Body=data)
+            keys.add(key)
+
+        yield put
+        # moto keeps what it holds beyond its server's end.
+        for key in keys:
+            client.delete_object(Bucket=BUCKET, Key=key)
+        client.delete_bucket(Bucket=BUCKET)
     finally:
         server.stop()
 

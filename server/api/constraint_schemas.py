@@ -38,7 +38,7 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"] = Field(
         description="`text` is anything, `json_object` any JSON object, `json_schema` JSON that "
         "validates.",
-        examples=["json_object"],
+        examples=["json_schema"],
     )
     json_schema: JsonSchema | None = Field(
         None,

@@ -4,6 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from server.api import chat_schemas, completion_schemas, models, schemas
+from server.api.constraint_schemas import StructuredOutputs
 
 
 def _models() -> list[type[BaseModel]]:
@@ -19,12 +20,20 @@ def test_every_field_is_described_with_an_example_that_fits(model: type[BaseMode
     for name, field in model.model_fields.items():
         assert field.description, name
         assert field.examples, name
-        example[name] = field.examples[0]
+        example[field.alias or name] = field.examples[0]
     if "stream_options" in example:
         example["stream"] = True
     if "add_generation_prompt" in example:
         example["continue_final_message"] = False
 
+    if model is StructuredOutputs:
+        for name, value in example.items():
+            model.model_validate({name: value})
+        return
+    if "response_format" in example:
+        # Each excludes the others.
+        for name in ("structured_outputs", "tools", "tool_choice", "parallel_tool_calls"):
+            example.pop(name, None)
     model.model_validate(example)
 
 

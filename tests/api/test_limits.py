@@ -18,6 +18,7 @@ from tests.api.archives import WEIGHTS, form_of, read_adapter, zip_of
 from tests.api.conftest import run_server
 from tests.api.oracle import upload
 from tests.api.test_adapters import ADAPTERS, PROMPT, add_archive, complete
+from tests.factories import tiny_tokenizer
 
 MAX_UPLOAD, MAX_BODY = 200_000, 2_000
 COMPLETIONS = "/v1/completions"
@@ -218,8 +219,9 @@ def test_a_disk_that_fills_while_a_source_is_fetched_is_said(
     client: httpx.Client, small: tuple[str, Services], files: dict[str, bytes], tmp_path: Path
 ) -> None:
     before = kept(small[1])
-    for name, data in (files | {"tokenizer.json": os.urandom(10_000)}).items():
+    for name, data in files.items():
         (tmp_path / name).write_bytes(data)
+    tiny_tokenizer().save_pretrained(tmp_path)
     body = {"name": "new", "source": f"file://{tmp_path}"}
 
     with files_end_at(2_000):

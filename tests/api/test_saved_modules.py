@@ -85,9 +85,9 @@ def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
         oracle = Oracle(server.model_folder, folder)
         return str(oracle.tokenizer.decode(oracle.greedy("once upon", 12)))
 
-    admin.add("headed", with_head)
+    admin.add("headed", str(with_head))
     assert answer() == expected(with_head)
-    admin.replace("headed", server.adapter_folders["default"])
+    admin.replace("headed", str(server.adapter_folders["default"]))
     assert answer() == expected(server.adapter_folders["default"])
     admin.roll_back("headed", 1)
     assert answer() == expected(with_head)
@@ -100,7 +100,7 @@ def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
 def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
     client: httpx.Client, admin: AdminClient, server: RunningServer, with_head: Path
 ) -> None:
-    admin.add("leaving", with_head)
+    admin.add("leaving", str(with_head))
     body = {**GREEDY, "model": "leaving", "prompt": "once upon", "max_tokens": 60, "stream": True}
     text = ""
     with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -117,7 +117,7 @@ def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
 def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
     client: httpx.Client, admin: AdminClient, server: RunningServer, grown: Path
 ) -> None:
-    admin.add("grown", grown)
+    admin.add("grown", str(grown))
     body = {"model": "grown", "messages": MESSAGES, "logprobs": True, **GREEDY}
     answer = client.post("/v1/chat/completions", json=body).json()
     of_base = client.post("/v1/chat/completions", json=body | {"model": "tiny"}).json()
@@ -144,7 +144,7 @@ def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
 def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
     client: httpx.Client, admin: AdminClient, grown: Path
 ) -> None:
-    admin.add("asked", grown)
+    admin.add("asked", str(grown))
     body = {**GREEDY, "model": "asked", "prompt": [TOKENS + 2], "logit_bias": {str(TOKENS): 100}}
     answer = client.post("/v1/completions", json=body).json()
     refused = client.post("/v1/completions", json=body | {"model": "tiny"})
@@ -159,7 +159,7 @@ def test_a_chat_template_alone_is_enough_to_have_ones_own(
 ) -> None:
     folder = shutil.copytree(server.adapter_folders["default"], tmp_path / "templated")
     (folder / "chat_template.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
-    admin.add("templated", folder)
+    admin.add("templated", str(folder))
     body = {"model": "templated", "messages": MESSAGES, **GREEDY}
     answer = client.post("/v1/chat/completions", json=body).json()
     half = client.post("/v1/chat/completions", json=body | {"strength": 0.5}).json()
@@ -181,7 +181,7 @@ def test_the_bases_own_tokenizer_beside_an_adapter_changes_nothing(
 ) -> None:
     folder = shutil.copytree(server.adapter_folders["default"], tmp_path / "same")
     AutoTokenizer.from_pretrained(server.model_folder).save_pretrained(folder)
-    admin.add("same", folder)
+    admin.add("same", str(folder))
     with server.services.registry.lease("same") as lease:
         assert lease.vocabulary is None
     admin.remove("same")
@@ -193,7 +193,7 @@ def test_an_adapters_own_end_token_ends_its_answers(
     tokenizer = AutoTokenizer.from_pretrained(copied)
     tokenizer.eos_token = "<end>"
     tokenizer.save_pretrained(copied)
-    admin.add("ending", copied)
+    admin.add("ending", str(copied))
     bias = {str(TOKENS + 2): 100}
     body = {"model": "ending", "prompt": "x", "max_tokens": 5, "logit_bias": bias}
     answer = client.post("/v1/completions", json=body).json()
@@ -247,7 +247,7 @@ def test_texts_that_do_not_fit_are_refused(
 ) -> None:
     spoil(copied)
     with pytest.raises(ClientError) as refusal:
-        admin.add("spoilt", copied)
+        admin.add("spoilt", str(copied))
     assert file in str(refusal.value)
     assert problem in str(refusal.value)
 
@@ -257,7 +257,7 @@ def test_modules_beyond_the_budget_are_refused_with_the_setting(
 ) -> None:
     url, _ = start_server(max_saved_module_bytes=1000)
     with AdminClient(url, None) as admin, pytest.raises(ClientError) as refusal:
-        admin.add("large", with_head)
+        admin.add("large", str(with_head))
     assert f"take {(TOKENS + 1) * 32 * 4} bytes, and this server has room for 1000" in str(
         refusal.value
     )
@@ -267,7 +267,7 @@ def test_modules_beyond_the_budget_are_refused_with_the_setting(
 def test_whole_modules_are_not_mixed(
     client: httpx.Client, admin: AdminClient, with_head: Path
 ) -> None:
-    admin.add("whole", with_head)
+    admin.add("whole", str(with_head))
     parts = [{"name": "whole"}, {"name": "default"}]
     mixed = client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "adapters": parts})
     half = client.post("/v1/completions", json={"model": "whole", "prompt": "x", "strength": 0.5})
