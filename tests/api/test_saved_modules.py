@@ -154,6 +154,18 @@ def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
     assert refused.status_code == 400
 
 
+def test_a_constrained_answer_is_written_in_the_bases_tokens(
+    client: httpx.Client, admin: AdminClient, grown: Path
+) -> None:
+    admin.add("held", str(grown))
+    body = {"model": "held", "prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}}
+
+    answer = client.post("/v1/completions", json=body).json()
+    admin.remove("held")
+
+    assert answer["choices"][0]["text"] in {"yes", "no"}
+
+
 def test_a_chat_template_alone_is_enough_to_have_ones_own(
     client: httpx.Client, admin: AdminClient, server: RunningServer, tmp_path: Path
 ) -> None:
