@@ -193,10 +193,7 @@ class PaddedCache:
         starts = [end - lengths.get(row, 0) for row in rows]
         layers = []
         for layer, shape in enumerate(self._shapes):
-            size = (len(rows), shape.kv_heads, columns)
-            # Zeros: what is empty is masked, but NaN times a weight of 0 is NaN.
-            keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=self._device)
-            values = torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=self._device)
+            keys, values = self._empty(shape, len(rows), columns)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 width = max(lengths[row] for row in mine)
@@ -215,9 +212,7 @@ class PaddedCache:
         longest = max(sources)
         layers = []
         for layer, shape in enumerate(self._shapes):
-            size = (len(rows), shape.kv_heads, longest)
-            keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=self._device)
-            values = torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=self._device)
+            keys, values = self._empty(shape, len(rows), longest)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 for new, kept in zip((keys, values), old.crossed[layer], strict=True):
@@ -225,6 +220,12 @@ class PaddedCache:
                     new[to, :, :width] = kept[at, :, :width]
             layers.append((keys, values))
         return layers
+
+    def _empty(self, shape: LayerShape, rows: int, columns: int) -> KeysAndValues:
+        """Zeros: what is empty is masked, but NaN times a weight of 0 is NaN."""
+        size = (rows, shape.kv_heads, columns)
+        keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=self._device)
+        return keys, torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=self._device)
 
     def _parts(self, rows: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """The groups that these rows are in now, with those of them that have something there."""
