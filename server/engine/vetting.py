@@ -8,7 +8,7 @@ import json
 import resource
 import subprocess
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
@@ -31,13 +31,34 @@ LIMITS = LLParserLimits(
 take tens of milliseconds then, not seconds."""
 
 
+_REAL_SECONDS = "^[^:]*:[0-9]{2}:[0-5]"
+"""llguidance takes second 60 for one of any minute, and validators refuse it."""
+_VALUES = {"const", "enum", "default", "examples"}
+
+
 def compiled(kind: GrammarKind, text: str, lexicon: LLTokenizer) -> LLMatcher:
     """A matcher, which may be in error. Raises ValueError and RecursionError."""
     if kind == "json":
-        source = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+        try:
+            schema = json.dumps(_with_real_seconds(json.loads(text)))
+        except RecursionError:
+            raise ValueError("is nested beyond the recursion limit") from None
+        source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
     else:
         source = grammar_from(kind, text)
     return LLMatcher(lexicon, source, log_level=0, limits=LIMITS)
+
+
+def _with_real_seconds(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_real_seconds(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {
+        key: value if key in _VALUES else _with_real_seconds(value) for key, value in schema.items()
+    }
+    timed = inner.get("format") in ("time", "date-time")
+    return {"pattern": _REAL_SECONDS} | inner if timed else inner
 
 
 def error_of(matcher: LLMatcher) -> str:

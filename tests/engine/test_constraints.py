@@ -70,6 +70,14 @@ def test_the_end_token_is_allowed_exactly_where_the_grammar_may_end(
     assert reaches(grammar, wrong) == (False, False)
 
 
+@pytest.mark.parametrize(("kind", "date"), [("time", ""), ("date-time", "2026-06-07T")])
+def test_no_minute_has_a_second_60(grammars: Grammars, kind: str, date: str) -> None:
+    grammar = compiled(grammars, "json", {"type": "object", "properties": {"at": {"format": kind}}})
+
+    assert reaches(grammar, f'{{"at": "{date}20:33:59Z"}}') == (True, True)
+    assert reaches(grammar, f'{{"at": "{date}20:33:60Z"}}') == (False, False)
+
+
 def test_blanks_in_json_are_few(grammars: Grammars) -> None:
     grammar = compiled(grammars, "json", {"type": "array", "items": {"type": "integer"}})
 
