@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
 from adapters.store import AdapterStore
 from tests.adapters.crash_worker import FILES, storage_at
 
@@ -115,8 +117,11 @@ def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_ha
     check_after_kills(Place(tmp_path, None, longest=0.004), 100)
 
 
-def test_after_thirty_kills_the_same_is_true_in_a_bucket(s3: str, tmp_path: Path) -> None:
-    check_after_kills(Place(tmp_path, s3, longest=0.1), 30)
+@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.full)])
+def test_after_as_many_kills_the_same_is_true_in_a_bucket(
+    s3: str, tmp_path: Path, kills: int
+) -> None:
+    check_after_kills(Place(tmp_path, s3, longest=0.1), kills)
 
 
 def check_after_kills(place: Place, kills: int) -> None:
