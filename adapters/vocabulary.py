@@ -99,13 +99,14 @@ class Vocabularies:
             problem = f"is missing: the adapter has {size} embeddings, and the base {base_size}"
             fix = "put the tokenizer that it was trained with beside it, in the archive"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
+        if tokenizer is None and size == base_size:
+            # The usual case, on the way of every cold request.
+            return None
         highest = max((tokenizer or self._base).get_vocab().values(), default=-1)
         if highest >= size:
             problem = f"has a token {highest}, and there are {size} embeddings"
             fix = "resize the embeddings and save them: modules_to_save=['embed_tokens', 'lm_head']"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
-        if tokenizer is None and size == base_size:
-            return None
         return Vocabulary(tokenizer or self._base, size)
 
     def _load(self, files: Mapping[str, bytes]) -> PreTrainedTokenizerFast | None:
