@@ -74,6 +74,12 @@ def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVector
     return AdapterVectors(vectors)
 
 
+def mix(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVectors:
+    """`combine`; but one adapter with weight 1 is taken as it is, with whole modules that it
+    may bring."""
+    return adapters[0] if recipe.weights == (1.0,) else combine(adapters, recipe)
+
+
 Vectors = Sequence[torch.Tensor | None]
 """Each adapter's float32 vector of one target; None where it has none."""
 

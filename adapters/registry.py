@@ -17,7 +17,7 @@ from adapters.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from adapters.combine import Method, Recipe, combine
+from adapters.combine import Method, Recipe, combine, mix
 from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
@@ -221,11 +221,7 @@ class AdapterRegistry:
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
         several = [self.vectors(revision) for revision in revisions]
-        if weights == (1.0,):
-            # As it is, with the whole modules that it may bring.
-            vectors = several[0]
-        else:
-            vectors = combine(several, Recipe(method=composition, weights=weights))
+        vectors = mix(several, Recipe(method=composition, weights=weights))
         return vectors, {"method": composition, "adapters": _ingredients(revisions, weights)}
 
     def resolve(self, model: str) -> Revision:

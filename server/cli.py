@@ -71,7 +71,7 @@ def merge(
     # These import torch and transformers: seconds that nothing else here need wait for.
     from adapters.base_checkpoint import BaseCheckpoint
     from adapters.checkpoint import effective_vectors, read_checkpoint
-    from adapters.combine import Recipe, combine
+    from adapters.combine import Recipe, mix
     from adapters.merge import merge as merge_into
     from server.engine import EngineError
     from server.engine.loading import model_folder
@@ -82,11 +82,7 @@ def merge(
     try:
         base = BaseCheckpoint(model_folder(model), name)
         vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
-        if weights == (1.0,):
-            # As it is, with the whole modules that it may bring.
-            merged = vectors[0]
-        else:
-            merged = combine(vectors, Recipe(method=composition, weights=weights))
+        merged = mix(vectors, Recipe(method=composition, weights=weights))
         merge_into(base, merged, output, f"{composition} of {', '.join(adapters)}")
     except (AdapterError, EngineError, OSError) as error:
         typer.echo(f"infuse merge: {error}", err=True)
