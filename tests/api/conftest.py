@@ -35,6 +35,9 @@ class RunningServer:
     adapter_folders: dict[str, Path]
 
 
+ServeAdapters = Callable[..., contextlib.AbstractContextManager[RunningServer]]
+
+
 @contextlib.contextmanager
 def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     app = create_app(settings)
@@ -75,21 +78,33 @@ def adapter_folders(
 
 
 @pytest.fixture(scope="session")
-def server(
+def serve_adapters(
     model_folder: Path,
     adapter_folders: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
-    settings = Settings(
-        model=str(model_folder),
-        served_model_name="tiny",
-        adapters_dir=tmp_path_factory.mktemp("store"),
-        preload_adapters=adapter_folders["default"].parent,
-        max_upload_bytes=64 * MEBIBYTE,
-        max_batch_rows=8,
-    )
-    with run_server(settings) as (url, services):
-        yield RunningServer(url, services, model_folder, adapter_folders)
+) -> ServeAdapters:
+    """A server of the model and its adapters, as long as it is needed."""
+
+    @contextlib.contextmanager
+    def serve_adapters(**overrides: Any) -> Iterator[RunningServer]:
+        settings: dict[str, Any] = {
+            "model": str(model_folder),
+            "served_model_name": "tiny",
+            "adapters_dir": tmp_path_factory.mktemp("store"),
+            "preload_adapters": adapter_folders["default"].parent,
+            "max_upload_bytes": 64 * MEBIBYTE,
+            "max_batch_rows": 8,
+        }
+        with run_server(Settings(**settings | overrides)) as (url, services):
+            yield RunningServer(url, services, model_folder, adapter_folders)
+
+    return serve_adapters
+
+
+@pytest.fixture(scope="session")
+def server(serve_adapters: ServeAdapters) -> Iterator[RunningServer]:
+    with serve_adapters() as server:
+        yield server
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ import pytest
 from adapters.errors import SourceError
 from server.errors import _SOURCE_ERRORS
 from server.services import Services
-from server.settings import Settings
 from tests.api.archives import CONFIG, WEIGHTS
-from tests.api.conftest import RunningServer, run_server
+from tests.api.conftest import RunningServer, ServeAdapters
 from tests.api.test_adapters import ADAPTERS, complete, stored
 from tests.api.test_uploads import Files, torch_saved
 from tests.api.test_uploads import alone as alone
@@ -43,21 +42,11 @@ SOURCE = "hf://org/name"
 
 @pytest.fixture(scope="module")
 def server(
-    model_folder: Path,
-    adapter_folders: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    serve_adapters: ServeAdapters, adapter_folders: dict[str, Path]
 ) -> Iterator[RunningServer]:
-    settings = Settings(
-        model=str(model_folder),
-        served_model_name="tiny",
-        adapters_dir=tmp_path_factory.mktemp("store"),
-        preload_adapters=adapter_folders["default"].parent,
-        max_batch_rows=8,
-        max_upload_bytes=LIMIT,
-        source_prefixes=f"hf://org/,s3://{BUCKET},file://{adapter_folders['mlp'].parent}",
-    )
-    with run_server(settings) as (url, services):
-        yield RunningServer(url, services, model_folder, adapter_folders)
+    prefixes = f"hf://org/,s3://{BUCKET},file://{adapter_folders['mlp'].parent}"
+    with serve_adapters(max_upload_bytes=LIMIT, source_prefixes=prefixes) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
