@@ -111,10 +111,11 @@ def read_all(place: Place) -> dict[str, Name]:
         store.close()
 
 
-def test_after_a_hundred_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
-    tmp_path: Path,
+@pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.full)])
+def test_after_many_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
+    tmp_path: Path, kills: int
 ) -> None:
-    check_after_kills(Place(tmp_path, None, longest=0.004), 100)
+    check_after_kills(Place(tmp_path, None, longest=0.004), kills)
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.full)])

@@ -241,5 +241,5 @@ def test_a_regular_expression_without_end_is_stopped_and_lets_other_threads_run(
         ticking.join()
     assert field in fault
     assert "takes more than 1 s" in fault
-    assert took < 5
+    assert took < 60  # Unbroken, it would take years.
     assert len(ticks) > 10

@@ -373,7 +373,7 @@ def run(world: World, sequences: int) -> None:
 
 
 def test_any_sequence_of_changes_requests_and_restarts(world: World) -> None:
-    run(world, 100)
+    run(world, 50)
 
 
 @pytest.mark.full
