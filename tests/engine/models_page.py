@@ -1,10 +1,14 @@
 """docs/models.md: which families run, how, and how far from exact, as the tests saw it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.families import FAMILIES
 
+_PROPERTY = "models_page"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _ABOUT = """# Model families
 
@@ -33,23 +37,38 @@ sinks. A window scaled by `dynamic` or `longrope` positions ends where the origi
 
 @dataclass(frozen=True)
 class Seen:
+    """What a test saw of a family. It travels with the test's report, from whatever process."""
+
+    family: str
     runner: str
     peft_error: float
     our_error: float
 
+    @property
+    def as_property(self) -> tuple[str, dict[str, Any]]:
+        return _PROPERTY, asdict(self)
+
 
 class ModelsPage:
+    """A pytest plugin that writes the page when the session ends, if it saw every family."""
+
     def __init__(self) -> None:
-        self.seen: dict[str, Seen] = {}
+        self._seen: dict[str, Seen] = {}
 
-    @property
-    def is_whole(self) -> bool:
-        return self.seen.keys() == FAMILIES.keys()
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == _PROPERTY:
+                seen = Seen(**value)
+                self._seen[seen.family] = seen
 
-    def write(self) -> None:
+    def pytest_sessionfinish(self) -> None:
+        if self._seen.keys() == FAMILIES.keys():
+            self._write()
+
+    def _write(self) -> None:
         rows = [
-            f"{beginning(family, self.seen[family].runner)} {self.seen[family].peft_error:.1e} | "
-            f"{self.seen[family].our_error:.1e} | equal | {' '.join(FAMILIES[family].remarks)} |"
+            f"{beginning(family, self._seen[family].runner)} {self._seen[family].peft_error:.1e} | "
+            f"{self._seen[family].our_error:.1e} | equal | {' '.join(FAMILIES[family].remarks)} |"
             for family in FAMILIES
         ]
         PAGE.write_text(_ABOUT + "\n".join(rows) + "\n" + _FOR_ALL)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from server.engine import UnsupportedModel
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
-from tests.engine.models_page import PAGE, ModelsPage, Seen, beginning
+from tests.engine.models_page import PAGE, Seen, beginning
 from tests.factories import TOKENS, save_adapter, tiny_model
 from tests.families import FAMILIES, Family, tiny
 
@@ -35,7 +35,7 @@ def save_adapters(family: Family, base: PreTrainedModel, folder: Path) -> dict[s
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(
-    start: Callable[..., Harness], models_page: ModelsPage, tmp_path: Path, family: str
+    start: Callable[..., Harness], request: pytest.FixtureRequest, tmp_path: Path, family: str
 ) -> None:
     """Row for row: greedy tokens are equal, and float32 logits err at most twice as much as PEFT's
     own do (against PEFT in float64)."""
@@ -64,7 +64,8 @@ def test_a_mixed_batch_equals_peft(
             ours.append((table(answer.logprobs) - wanted).abs().max().item())
             pefts.append((by_peft - wanted).abs().max().item())
     assert max(ours) <= 2 * max(pefts)
-    models_page.seen[family] = Seen(engine.engine.runner_kind, max(pefts), max(ours))
+    seen = Seen(family, engine.engine.runner_kind, max(pefts), max(ours))
+    request.node.user_properties.append(seen.as_property)
     engine.assert_idle()
 
 
