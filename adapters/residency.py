@@ -213,6 +213,11 @@ class Residency:
             self._resident.move_to_end(vectors.digest)
             return content.slot
 
+    def is_resident(self, lease: Lease) -> bool:
+        """Whether `pin` finds a slot with the lease's vectors."""
+        with self._mutex:
+            return lease.vectors.is_base or self._contents[lease.vectors.digest].slot is not None
+
     def unpin(self, lease: Lease) -> None:
         if lease.vectors.is_base:
             return

@@ -37,6 +37,7 @@ from server.api.sampling import sampling_params
 from server.api.schemas import Usage
 from server.api.tool_formats import CallFormat, CallReader, Said, find_format
 from server.api.tool_schemas import ToolCallDelta
+from server.auth import Caller
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -53,16 +54,21 @@ MakeReader = Callable[[], CallReader]
     responses=describe(ChatCompletion),
 )
 async def create_chat_completion(
-    body: ChatBody, request: Request, services: Annotated[Services, Depends(get_services)]
+    body: ChatBody,
+    request: Request,
+    services: Annotated[Services, Depends(get_services)],
+    caller: Caller,
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
     limiter = services.compiling if body.is_constrained else None
-    order, make_reader = await to_thread.run_sync(_prepare, services, body, limiter=limiter)
+    order, make_reader = await to_thread.run_sync(_prepare, services, body, caller, limiter=limiter)
     return await respond(request, services, body, order, ChatWriter(body, order, make_reader))
 
 
-def _prepare(services: Services, body: ChatBody) -> tuple[Order, MakeReader | None]:
+def _prepare(
+    services: Services, body: ChatBody, caller: str | None
+) -> tuple[Order, MakeReader | None]:
     """The order, and what reads the tool calls out of a choice, where tools are offered."""
     engine = services.engine
     with leased(services, body) as (lease, vocabulary):
@@ -85,7 +91,8 @@ def _prepare(services: Services, body: ChatBody) -> tuple[Order, MakeReader | No
             params = replace(params, skip_special_tokens=False)
             make_reader = partial(CallReader, calls, text, body.offered_tools)
         prompts = [(prompt, params)]
-        return place_order(services, body, "chatcmpl", prompts, lease, vocabulary), make_reader
+        order = place_order(services, body, caller, "chatcmpl", prompts, lease, vocabulary)
+        return order, make_reader
 
 
 def _call_format(vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:

@@ -28,6 +28,7 @@ from server.api.logprobs import CompletionLogprobWriter, TokenBytes
 from server.api.prompts import encode_prompts, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
+from server.auth import Caller
 from server.engine.engine import Engine
 from server.engine.request import Output, SamplingParams
 from server.errors import ApiError
@@ -46,19 +47,22 @@ router = APIRouter(tags=["generation"])
     responses=describe(Completion),
 )
 async def create_completion(
-    body: CompletionBody, request: Request, services: Annotated[Services, Depends(get_services)]
+    body: CompletionBody,
+    request: Request,
+    services: Annotated[Services, Depends(get_services)],
+    caller: Caller,
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, len(body.prompt))
     limiter = services.compiling if body.is_constrained else None
-    order = await to_thread.run_sync(_prepare, services, body, limiter=limiter)
+    order = await to_thread.run_sync(_prepare, services, body, caller, limiter=limiter)
     return await respond(request, services, body, order, CompletionWriter(body, order))
 
 
-def _prepare(services: Services, body: CompletionBody) -> Order:
+def _prepare(services: Services, body: CompletionBody, caller: str | None) -> Order:
     with leased(services, body) as (lease, vocabulary):
         prompts = _prompts(services.engine, vocabulary, body)
-        return place_order(services, body, "cmpl", prompts, lease, vocabulary)
+        return place_order(services, body, caller, "cmpl", prompts, lease, vocabulary)
 
 
 def _prompts(

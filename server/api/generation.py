@@ -89,12 +89,16 @@ def check_fan_out(services: Services, body: ModelBody, prompts: int) -> None:
 def place_order(
     services: Services,
     body: ModelBody,
+    caller: str | None,
     prefix: str,
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
     lease: Lease | None,
     vocabulary: Vocabulary,
 ) -> Order:
-    """An order on what is leased, with a lease of its own for each choice."""
+    """An order on what is leased, with a lease of its own for each choice.
+
+    `caller`: the name of the key that it came with; a key's requests have one share of the model.
+    """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
     with ExitStack() as undo:
@@ -109,6 +113,7 @@ def place_order(
                     prompt=prompts[number // choices][0],
                     params=params_of_choice(prompts[number // choices][1], number % choices),
                     lease=own,
+                    tenant=caller or "",
                     priority=body.priority or 0,
                 )
                 for number, own in enumerate(leases)

@@ -27,6 +27,7 @@ from server.api.generation import (
 from server.api.leasing import leased
 from server.api.prompts import encode_choice, encode_pair
 from server.api.schemas import ModelBody, Usage
+from server.auth import Caller
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services
 
@@ -108,11 +109,14 @@ class RankAnswer(BaseModel):
     "/v1/rank", summary="Rank choices", response_model=None, responses=describe(RankAnswer)
 )
 async def rank(
-    body: RankBody, request: Request, services: Annotated[Services, Depends(get_services)]
+    body: RankBody,
+    request: Request,
+    services: Annotated[Services, Depends(get_services)],
+    caller: Caller,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
     check_fan_out(services, body, sum(len(each.choices) for each in body.inputs))
-    order, scored = await to_thread.run_sync(_prepare, services, body)
+    order, scored = await to_thread.run_sync(_prepare, services, body, caller)
     generation = Generation(services, order)
     try:
         outputs = await unless_client_leaves(request, generation)
@@ -132,7 +136,7 @@ async def rank(
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
 
 
-def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
+def _prepare(services: Services, body: RankBody, caller: str | None) -> tuple[Order, list[int]]:
     """The order, and how many of each prompt's last tokens are a choice's."""
     engine = services.engine
     prompts, targets, scored = [], [], []
@@ -154,7 +158,7 @@ def _prepare(services: Services, body: RankBody) -> tuple[Order, list[int]]:
                 prompts.append((ids, params))
                 targets.append(target)
                 scored.append(tokens)
-        order = place_order(services, body, "rank", prompts, lease, vocabulary)
+        order = place_order(services, body, caller, "rank", prompts, lease, vocabulary)
     requests = zip(order.requests, targets, strict=True)
     return replace(order, requests=tuple(replace(r, target=t) for r, t in requests)), scored
 

@@ -136,7 +136,8 @@ class ModelBody(BaseModel):
         None,
         ge=-INT32,
         lt=INT32,
-        description="Requests with a lower number leave the queue earlier (default 0).",
+        description="Of the requests of one key, those with a lower number leave the queue "
+        "earlier (default 0); now and then a waiting one with a higher number has a turn.",
         examples=[0],
     )
 

@@ -75,8 +75,8 @@ class Prefix:
 class GenerationRequest:
     """One prompt to continue. The engine releases the lease when the request ends, however it ends.
 
-    `lease` None is the base model. A lower `priority` is served earlier. What `prefix` says is
-    computed once, if leader and request are submitted together (see `share_prefixes`).
+    `lease` None is the base model. What `prefix` says is computed once, if leader and request are
+    submitted together (see `share_prefixes`).
     """
 
     id: str
@@ -85,7 +85,10 @@ class GenerationRequest:
     """For an encoder-decoder: tokens that its answer begins with."""
     params: SamplingParams
     lease: Lease | None = None
+    tenant: str = ""
+    """Whose share of the model it uses; tenants have equal ones, as have a tenant's adapters."""
     priority: int = 0
+    """Of a tenant's requests, those with a lower one are served earlier."""
     prefix: Prefix | None = None
 
 

@@ -1,6 +1,6 @@
 """Which rows run in the next step, and how many of their tokens."""
 
-import heapq
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from operator import attrgetter
 
 from adapters.bank import BASE_SLOT
 from adapters.residency import Residency
+from server.engine.fair_queue import FairQueue
 from server.engine.kv_cache import KVCache
 from server.engine.prefixes import Prefixes
-from server.engine.sequence import Sequence
+from server.engine.sequence import HEADROOM, Sequence
 
-_HEADROOM = 64
-"""Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
+_FIRST_SHARE = 4
+"""Of a step's prompt tokens, the first in rank has at least one in so many."""
 _RANK = attrgetter("rank")
 
 
@@ -29,12 +30,43 @@ class Step:
         return bool(self.decode or self.prefill)
 
 
+class _Claim:
+    """Of the first sequence that found all slots in use. So many others may overtake it; then no
+    other adapter's sequence starts before it, and a slot must become free. The base needs none."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._holder: Sequence | None = None
+        self._overtaken = 0
+
+    def make(self, sequence: Sequence) -> None:
+        if self._holder is None:
+            self._holder = sequence
+            self._overtaken = 0
+
+    def drop(self, sequence: Sequence) -> None:
+        if sequence is self._holder:
+            self._holder = None
+
+    def admits(self, sequence: Sequence) -> bool:
+        if self._holder is None or self._overtaken < self._patience:
+            return True
+        return sequence.adapter in ("", self._holder.adapter)
+
+    def see(self, sequence: Sequence) -> None:
+        """A sequence starts."""
+        self.drop(sequence)
+        if self._holder is not None and sequence.adapter:
+            self._overtaken += 1
+
+
 class Scheduler:
-    """Admits waiting sequences in order of priority, then arrival; preempts from the other end.
+    """Admits waiting sequences in the order of a fair queue; who started last gives way first.
 
     A running sequence holds a row, room in the cache and its adapter's pin; a waiting one holds
     none of them. Nothing fails for want of room: it waits, or is computed again. A sequence whose
-    leader is still to compute what they share lets others go first.
+    leader is still to compute what they share lets others go first, and so does, for a while, one
+    whose adapter finds all slots in use.
     """
 
     def __init__(
@@ -46,27 +78,29 @@ class Scheduler:
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
         self._prefixes = Prefixes(cache)
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._queue = FairQueue()
         self._expecting: list[Sequence] = []
         """Waiting too, for what their leaders compute."""
+        self._turns = itertools.count()
+        self._claim = _Claim(max_rows)
         self.running: list[Sequence] = []
         """In the order of admission."""
         self.preemptions = 0
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting) + len(self._expecting)
+        return len(self._queue) + len(self._expecting)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
         yield from self._expecting
-        yield from (sequence for _, sequence in self._waiting)
+        yield from self._queue
 
     def add(self, sequence: Sequence, leader: Sequence | None = None) -> None:
         """`leader` is the one that the sequence's request names, if it has not ended."""
         if leader is not None:
             self._prefixes.follow(sequence, leader)
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._queue.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended: release what it holds, wherever it is."""
@@ -75,8 +109,9 @@ class Scheduler:
         elif sequence in self._expecting:
             self._expecting.remove(sequence)
         else:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
+            self._leave_queue(sequence)
+        if sequence.has_started:
+            self._queue.end(sequence)
         self._prefixes.end(sequence)
 
     def schedule(self) -> Step:
@@ -84,19 +119,24 @@ class Scheduler:
         self._admit()
         decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
         by_row = {sequence.row: sequence for sequence in decode}
-        prefill: list[tuple[Sequence, int]] = []
-        budget = self._chunk_tokens
-        for sequence in sorted(self.running, key=_RANK):
-            if sequence.uncomputed > 1 and budget > 0:
-                tokens = min(budget, sequence.uncomputed)
-                if sequence.computed < sequence.source_tokens:
-                    # An encoder reads its source whole, in a step of its own if need be.
-                    if tokens < sequence.uncomputed and prefill:
-                        break
-                    tokens = sequence.uncomputed
-                prefill.append((sequence, tokens))
-                budget -= tokens
-        return Step([by_row[row] for row in self._cache.order(list(by_row))], prefill)
+        return Step([by_row[row] for row in self._cache.order(list(by_row))], self._prefill())
+
+    def _prefill(self) -> list[tuple[Sequence, int]]:
+        """The shortest prompts first, but the first in rank always gets on."""
+        prompts = [s for s in self.running if s.uncomputed > 1]
+        if not prompts:
+            return []
+        first = min(prompts, key=_RANK)
+        least = max(1, self._chunk_tokens // _FIRST_SHARE)
+        chunks = {first: _chunk(first, least) or first.uncomputed}
+        left = self._chunk_tokens - chunks[first]
+        for sequence in sorted(prompts, key=lambda s: (s.uncomputed, s.rank)):
+            given = chunks.get(sequence, 0)
+            tokens = _chunk(sequence, given + left)
+            if tokens > given:
+                chunks[sequence] = tokens
+                left -= tokens - given
+        return list(chunks.items())
 
     def _grow(self, decode: list[Sequence]) -> list[Sequence]:
         """Room for one more token each; the last in rank give way where there is none."""
@@ -119,35 +159,56 @@ class Scheduler:
         return grown
 
     def _admit(self) -> None:
-        for sequence in [s for s in self._expecting if not self._prefixes.must_wait(s)]:
-            self._expecting.remove(sequence)
-            self.add(sequence)
-        while self._waiting and len(self.running) < self._max_rows:
-            sequence = self._waiting[0][1]
+        for follower in [s for s in self._expecting if not self._prefixes.must_wait(s)]:
+            self._expecting.remove(follower)
+            self._queue.add(follower)
+        slots_left = True
+        while len(self.running) < self._max_rows:
+            sequence = self._queue.first(self._claim.admits if slots_left else self._can_pin)
+            if sequence is None:
+                return
             if self._prefixes.must_wait(sequence):
-                heapq.heappop(self._waiting)
+                self._leave_queue(sequence)
                 self._expecting.append(sequence)
                 continue
             slot = self._pin(sequence)
             if slot is None:
-                return
+                slots_left = False
+                self._claim.make(sequence)
+                continue
             left = sequence.request.params.max_tokens - sequence.answer_tokens
-            room = len(sequence.tokens) + max(0, min(left, _HEADROOM) - 1)
+            room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
             if not self._prefixes.reserve(sequence, room):
                 self._unpin(sequence)
                 if self._prefixes.drop(below=sequence if self.running else None):
                     continue
                 return
-            heapq.heappop(self._waiting)
-            sequence.slot = slot
-            self.running.append(sequence)
+            self._start(sequence, slot)
+
+    def _can_pin(self, sequence: Sequence) -> bool:
+        lease = sequence.request.lease
+        resident = lease is None or self._residency.is_resident(lease)
+        return resident and self._claim.admits(sequence)
+
+    def _start(self, sequence: Sequence, slot: int) -> None:
+        self._queue.start(sequence)
+        self._claim.see(sequence)
+        sequence.slot = slot
+        if sequence.turn is None:
+            sequence.turn = next(self._turns)
+        self.running.append(sequence)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+        self._claim.drop(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self._cache.release(sequence.row)
         sequence.computed = 0
+        sequence.gave_way = True
         self.preemptions += 1
-        self.add(sequence)
+        self._queue.add(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -161,3 +222,11 @@ class Scheduler:
     def _unpin(self, sequence: Sequence) -> None:
         if sequence.request.lease is not None:
             self._residency.unpin(sequence.request.lease)
+
+
+def _chunk(sequence: Sequence, most: int) -> int:
+    """How many of its tokens to compute, `most` at most; 0 where an encoder, which reads its source
+    whole, would need more."""
+    if sequence.computed < sequence.source_tokens and sequence.uncomputed > most:
+        return 0
+    return min(most, sequence.uncomputed)

@@ -1,5 +1,6 @@
 """A request on its way through the engine."""
 
+import math
 import random
 
 from transformers import PreTrainedTokenizerFast
@@ -7,6 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import Detokenizer
 from server.engine.request import GenerationRequest, TokenLogprob
+
+HEADROOM = 64
+"""Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
 
 
 class Sequence:
@@ -37,6 +41,10 @@ class Sequence:
         self.computed = 0
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
+        self.turn: int | None = None
+        """Which of all that ever started it was; None: it has not."""
+        self.gave_way = False
+        """It had started, and was put back to be computed again."""
         self.rng = random.Random(request.params.seed)
         self.detokenizer = Detokenizer(
             tokenizer,
@@ -52,9 +60,24 @@ class Sequence:
         """Known so far, when they were asked for. Nothing predicts the first token."""
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller is served earlier. Row numbers rise with arrival."""
-        return self.request.priority, self.row
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def adapter(self) -> str:
+        """What its lease is called; "" for the base."""
+        return "" if self.request.lease is None else self.request.lease.label
+
+    @property
+    def has_started(self) -> bool:
+        return self.turn is not None
+
+    @property
+    def rank(self) -> tuple[bool, int, float, int]:
+        """The larger gives way to the smaller. Who gave way once does so to nobody that has not,
+        and the first of them to nobody: it always gets on."""
+        turn = math.inf if self.turn is None else self.turn
+        return not self.gave_way, 0 if self.gave_way else self.request.priority, turn, self.row
 
     @property
     def answer(self) -> list[int]:

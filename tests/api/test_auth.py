@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server.auth import BadKeysFile, read_keys
+from server.engine import GenerationRequest
 from server.services import Services
 from server.settings import Settings
 from tests.api.archives import form_of, read_adapter
@@ -292,3 +293,32 @@ def test_without_keys_everybody_may_do_everything(
 
     assert httpx.get(url + ADAPTERS).status_code == 200
     assert httpx.post(url + "/v1/completions", **COMPLETION).status_code == 200
+
+
+# Whose share of the model a request uses
+
+
+def test_a_request_is_charged_to_its_key(
+    guarded: tuple[str, Services], client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, tenants = guarded[1].engine, []
+    submit = engine.submit
+
+    def noting(*requests: GenerationRequest) -> None:
+        tenants.extend(request.tenant for request in requests)
+        submit(*requests)
+
+    monkeypatch.setattr(engine, "submit", noting)
+    body = {"model": "tiny", "max_tokens": 1}
+    chat = body | {"messages": [{"role": "user", "content": "Hi"}]}
+    ranking = {"model": "tiny", "inputs": [{"prompt": "a", "choices": [" b"]}]}
+    for path, json_body in (
+        ("/v1/completions", PROMPT | body),
+        ("/v1/chat/completions", chat),
+        ("/v1/rank", ranking),
+    ):
+        for key in ("everything", "generate"):
+            answer = client.post(path, headers=bearer(key), json=json_body)
+            assert answer.status_code == 200, answer.text
+
+    assert tenants == ["everything", "generate"] * 3

@@ -115,6 +115,7 @@ class Harness:
         prompt: Sequence[int],
         *adapters: str | Lease | None,
         priority: int = 0,
+        tenant: str = "",
         **params: Any,
     ) -> None:
         """`adapters`: none or None for the base, one or its lease, or several for their product."""
@@ -123,7 +124,12 @@ class Harness:
             **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
         )
         request = GenerationRequest(
-            id=request_id, prompt=tuple(prompt), params=sampling, lease=lease, priority=priority
+            id=request_id,
+            prompt=tuple(prompt),
+            params=sampling,
+            lease=lease,
+            tenant=tenant,
+            priority=priority,
         )
         self.answers[request_id] = Answer()
         try:

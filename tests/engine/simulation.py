@@ -1,0 +1,214 @@
+"""Hours of traffic in seconds: the server's own scheduler, cache and residency on a virtual clock.
+
+There is no model: a step takes as long as its tokens would, and every row whose tokens are all
+computed takes another one.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+import torch
+
+from adapters.checkpoint import AdapterVectors
+from adapters.residency import Residency
+from adapters.targets import Target
+from server.engine.kv_cache import StripCache
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.scheduler import Scheduler, Step
+from server.engine.sequence import Sequence
+from tests.factories import tiny_tokenizer
+
+STEP_SECONDS, TOKEN_SECONDS = 0.010, 0.0005
+"""About a 135M model on two cores."""
+_TOKENIZER = tiny_tokenizer()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    at: float
+    """Seconds."""
+    prompt: int
+    answer: int
+    adapter: str = ""
+    """"" is the base."""
+    tenant: str = ""
+    priority: int = 0
+    patience: float | None = None
+    """Seconds after which the client leaves."""
+
+
+@dataclass(eq=False)
+class Journey:
+    """What became of an arrival. Times are seconds on the virtual clock."""
+
+    arrival: Arrival
+    sequence: Sequence
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+    cancelled: bool = False
+
+    def is_like(self, **like: object) -> bool:
+        return all(getattr(self.arrival, name) == value for name, value in like.items())
+
+    @property
+    def ttft(self) -> float:
+        assert self.first_token is not None
+        return self.first_token - self.arrival.at
+
+
+@dataclass
+class Slots:
+    """Slots that remember what is in them."""
+
+    capacity: int
+    saved_capacity: int = 0
+    contents: dict[int, AdapterVectors] = field(default_factory=dict)
+
+    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
+        self.contents[slot] = vectors
+
+    def clear_slot(self, slot: int) -> None:
+        del self.contents[slot]
+
+
+class Simulation:
+    def __init__(
+        self,
+        *,
+        rows: int = 8,
+        chunk: int = 256,
+        slots: int = 8,
+        window: int = 512,
+        cache_tokens: int | None = None,
+    ) -> None:
+        self.rows, self.chunk = rows, chunk
+        self.slots = Slots(slots)
+        self.residency = Residency(self.slots)
+        self.cache = StripCache([], cache_tokens or (rows + 1) * window, window)
+        self.scheduler = Scheduler(self.cache, self.residency, rows, chunk)
+        self.now = 0.0
+        self.steps = 0
+        self.journeys: list[Journey] = []
+        self.served: dict[tuple[str, str], int] = {}
+        """Tokens computed for each key and adapter; what was computed again counts once."""
+        self._vectors: dict[str, AdapterVectors] = {}
+        self._by_row: dict[int, Journey] = {}
+        self._rows = itertools.count()
+        self._leaving: list[tuple[float, int]] = []
+
+    def run(self, arrivals: Iterable[Arrival], until: float = float("inf")) -> list[Journey]:
+        """Everything that arrives before `until`; without it, to the end of the last."""
+        coming = sorted(arrivals, key=lambda arrival: arrival.at)
+        coming.reverse()
+        while (coming or self._by_row) and self.now < until:
+            if not self._by_row and coming:
+                self.now = max(self.now, coming[-1].at)
+            while coming and coming[-1].at <= self.now:
+                self.arrive(coming.pop())
+            while self._leaving and self._leaving[0][0] <= self.now:
+                self._cancel(heapq.heappop(self._leaving)[1])
+            if self._by_row:
+                self.step()
+        if until == float("inf"):
+            self.check_idle()
+        return self.journeys
+
+    def arrive(self, arrival: Arrival) -> Journey:
+        lease = None
+        if arrival.adapter:
+            vectors = self._vectors.setdefault(
+                arrival.adapter,
+                AdapterVectors({Target("m", "output"): torch.tensor([len(self._vectors) + 1.0])}),
+            )
+            lease = self.residency.lease(arrival.adapter, arrival.adapter, vectors)
+        row = next(self._rows)
+        request = GenerationRequest(
+            id=str(row),
+            prompt=(5,) * arrival.prompt,
+            params=SamplingParams(max_tokens=arrival.answer),
+            lease=lease,
+            tenant=arrival.tenant,
+            priority=arrival.priority,
+        )
+        journey = Journey(arrival, Sequence(request, row, _TOKENIZER))
+        self.journeys.append(journey)
+        self._by_row[row] = journey
+        self.scheduler.add(journey.sequence)
+        if arrival.patience is not None:
+            heapq.heappush(self._leaving, (arrival.at + arrival.patience, row))
+        return journey
+
+    def step(self) -> Step:
+        step = self.scheduler.schedule()
+        self._check(step)
+        work = [*((s, 1) for s in step.decode), *step.prefill]
+        for sequence, _ in work:
+            journey = self._by_row[sequence.row]
+            if journey.started is None:
+                journey.started = self.now
+        self.now += STEP_SECONDS + TOKEN_SECONDS * sum(tokens for _, tokens in work)
+        self.steps += 1
+        for sequence, tokens in work:
+            self._advance(sequence, tokens)
+        return step
+
+    def _advance(self, sequence: Sequence, tokens: int) -> None:
+        sequence.computed += tokens
+        if sequence.uncomputed:
+            return
+        journey = self._by_row[sequence.row]
+        flow = sequence.tenant, sequence.adapter
+        fresh = 1
+        if journey.first_token is None:
+            journey.first_token = self.now
+            fresh += sequence.prompt_tokens
+        self.served[flow] = self.served.get(flow, 0) + fresh
+        sequence.tokens.append(7)
+        if sequence.answer_tokens == sequence.request.params.max_tokens:
+            self._end(journey)
+
+    def _cancel(self, row: int) -> None:
+        journey = self._by_row.get(row)
+        if journey is not None:
+            journey.cancelled = True
+            self._end(journey)
+
+    def _end(self, journey: Journey) -> None:
+        assert journey.ended is None, "a request ends once"
+        journey.ended = self.now
+        sequence = journey.sequence
+        self.scheduler.remove(sequence)
+        if sequence.request.lease is not None:
+            sequence.request.lease.release()
+        del self._by_row[sequence.row]
+
+    def _check(self, step: Step) -> None:
+        """What holds at every step."""
+        running = self.scheduler.running
+        assert step, "nobody waits while nothing runs"
+        assert len(running) <= self.rows
+        assert sum(tokens for _, tokens in step.prefill) <= self.chunk
+        assert self.cache.used_tokens <= self.cache.total_tokens
+        assert len(running) + self.scheduler.waiting == len(self._by_row)
+        assert len(step.decode) == sum(s.uncomputed == 1 for s in running), "who can decode does"
+        pinned = {s.adapter for s in running if s.adapter}
+        assert self.residency.stats().pinned == len(pinned) <= self.slots.capacity
+        prompts = sum(s.uncomputed for s in running if s.uncomputed > 1)
+        assert sum(tokens for _, tokens in step.prefill) == min(prompts, self.chunk)
+
+    def check_idle(self) -> None:
+        """What holds when nothing runs."""
+        assert all(journey.ended is not None for journey in self.journeys)
+        assert list(self.scheduler) == []
+        assert self.cache.used_tokens == 0
+        stats = self.residency.stats()
+        assert (stats.leases, stats.pinned) == (0, 0)
+
+
+def worst_ttft(journeys: Rows[Journey], **like: object) -> float:
+    """The longest wait for a first token among arrivals that are like this."""
+    return max(j.ttft for j in journeys if not j.cancelled and j.is_like(**like))
