@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -28,6 +29,15 @@ class LayerAttention:
     window: int | None = None
     """A query sees this many keys, itself included; None: all."""
     softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start` to `start + tokens` of a row, computed in one step."""
+
+    row: int
+    start: int
+    tokens: int
 
 
 class AttentionPlan(Protocol):
@@ -155,3 +165,47 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
             "transformers' AttentionInterface; a flat batch would mix its rows"
         )
     return [plan.shapes[layer] for layer in range(layers)]
+
+
+def causal_mask(chunk: Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """`[tokens, start + tokens]`, true where a token sees a key; None for the plain triangle."""
+    end = chunk.start + chunk.tokens
+    if chunk.start == 0 and (window is None or window >= end):
+        return None
+    queries = torch.arange(chunk.start, end, device=device)[:, None]
+    keys = torch.arange(end, device=device)
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys > queries - window
+    return seen
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: LayerAttention,
+) -> torch.Tensor:
+    """`[heads, tokens, dim]` over keys `[kv_heads, time, dim]`: `[heads, tokens, value_dim]`."""
+    if layer.softcap is None:
+        out: torch.Tensor = F.scaled_dot_product_attention(
+            query[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=layer.scaling,
+            enable_gqa=query.shape[0] != keys.shape[0],
+        )[0]
+        return out
+    if mask is None:
+        mask = torch.ones(query.shape[1], keys.shape[1], dtype=torch.bool, device=query.device)
+        mask = mask.tril()
+    groups = query.shape[0] // keys.shape[0]
+    keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+    scores = torch.bmm(query, keys.transpose(1, 2)) * layer.scaling
+    scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    return torch.bmm(weights, values)

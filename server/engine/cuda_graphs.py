@@ -5,8 +5,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from adapters.model import IA3Model
-from server.engine.attention import StepContext
-from server.engine.kv_cache import Chunk
+from server.engine.attention import Chunk, StepContext
 from server.engine.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
 
 

@@ -10,9 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from server.engine.attention import AttentionPlan, LayerAttention, LayerShape
+from server.engine.attention import (
+    AttentionPlan,
+    Chunk,
+    LayerAttention,
+    LayerShape,
+    attend_chunk,
+    causal_mask,
+)
 from server.engine.errors import DoesNotFit
-from server.engine.kv_cache import Chunk, attend_chunk, causal_mask
 
 BLOCK = 256
 """Tokens; what the paged kernel behind `varlen_attn` is built for."""

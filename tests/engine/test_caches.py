@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from server.engine.attention import LayerAttention, LayerShape
+from server.engine.attention import Chunk, LayerAttention, LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.kv_cache import Chunk, KVCache, StripCache
+from server.engine.kv_cache import KVCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
