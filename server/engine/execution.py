@@ -12,7 +12,7 @@ from adapters.model import IA3Model
 from server.engine.attention import LayerShape, install, probe
 from server.engine.errors import UnsupportedModel
 from server.engine.kv_cache import KVCache
-from server.engine.packing import pack_linears
+from server.engine.packing import Inputs, noting_inputs, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
@@ -44,12 +44,13 @@ def prepare(
     try:
         _check_flat(base)
         context = install(base)
-        shapes = probe(base, context)
+        with noting_inputs(base) as inputs:
+            shapes = probe(base, context)
     except UnsupportedModel as error:
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
-    _pack(base, pack)
+    _pack(base, pack, inputs)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
@@ -82,9 +83,9 @@ def _prepare_padded(
     return Execution("padded", cache, PaddedRunner(ia3, cache))
 
 
-def _pack(model: PreTrainedModel, pack: bool) -> None:
+def _pack(model: PreTrainedModel, pack: bool, inputs: Inputs | None = None) -> None:
     if pack:
-        log.info("Packed %d linear layers for oneDNN.", pack_linears(model))
+        log.info("Packed %d linear layers for oneDNN.", pack_linears(model, inputs))
 
 
 @torch.inference_mode()

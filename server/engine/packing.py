@@ -4,6 +4,10 @@ The two operators are torch's own (its Inductor backend uses them) but not publi
 kind is tried on a small example first, and what fails that stays as it is.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,6 +29,49 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _packed_linear(x, self.packed, self.bias)
+
+
+class _Siblings:
+    """Layers that read the same input, packed as one: a product instead of several small ones."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.packed = _pack(torch.cat([linear.weight.detach() for linear in linears]))
+        biases: list[torch.Tensor] = [each.bias for each in linears if each.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self._members = len(linears)
+        self._input: torch.Tensor | None = None
+        self._product: torch.Tensor | None = None
+        self._taken: set[int] = set()
+
+    def take(self, member: int, x: torch.Tensor, columns: slice) -> torch.Tensor:
+        """A member's columns, which nobody else reads. The first to come computes those of all,
+        and so does one whose input is another (an adapter has rescaled it)."""
+        if self._product is None or x is not self._input or member in self._taken:
+            self._input, self._taken = x, set()
+            self._product = _packed_linear(x, self.packed, self.bias)
+        y = self._product[..., columns]
+        self._taken.add(member)
+        if len(self._taken) == self._members:
+            self._input = self._product = None
+        return y
+
+
+class PackedSibling(nn.Module):
+    """One of several `nn.Linear` that read the same input: a view of what they give together."""
+
+    def __init__(self, linear: nn.Linear, siblings: _Siblings, member: int, columns: slice) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        self.siblings = siblings
+        self.weight = torch.empty_like(linear.weight, device="meta")
+        """Only its dtype and shape: some models ask for them."""
+        self._member = member
+        self._columns = columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.siblings.take(self._member, x, self._columns)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -53,30 +100,91 @@ def packing_works(dtype: torch.dtype) -> bool:
     return torch.allclose(found, F.linear(x, weight, bias), rtol=tolerance, atol=tolerance)
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight.
+@dataclass(slots=True)
+class Inputs:
+    """Which linear layers read the same tensor in one forward: groups of names, in order."""
+
+    groups: list[list[str]] = field(default_factory=list)
+
+
+@contextmanager
+def noting_inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Within, a forward of the model tells which of a module's linear layers are siblings."""
+    found = Inputs()
+    last: list[tuple[torch.Tensor, str]] = []
+
+    def note(name: str, x: torch.Tensor) -> None:
+        parent = name.rpartition(".")[0]
+        if last and last[0][0] is x and last[0][1] == parent:
+            found.groups[-1].append(name)
+        else:
+            found.groups.append([name])
+        last[:] = [(x, parent)]
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pack_linears(model: nn.Module, inputs: Inputs | None = None) -> int:
+    """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; those
+    that `inputs` says read the same tensor become one product.
 
     A weight that another module also uses (a tied LM head's) stays for that module. Returns how
     many layers were packed.
     """
-    names = [name for name, _ in model.named_modules()]
     works: dict[torch.dtype, bool] = {}
-    packed = 0
-    for name in names:
+
+    def packable(name: str) -> bool:
         module = model.get_submodule(name)
         if type(module) is not nn.Linear or is_quantized(module):
-            continue
+            return False
         if module.weight.device.type != "cpu":
-            continue
+            return False
         dtype = module.weight.dtype
         if dtype not in works:
             works[dtype] = packing_works(dtype)
-        if works[dtype]:
-            model.set_submodule(name, PackedLinear(module))
-            packed += 1
-    if packed:
+        return works[dtype]
+
+    names = [name for name, _ in model.named_modules() if packable(name)]
+    siblings = [group for group in (inputs or Inputs()).groups if _are_siblings(model, group)]
+    alone = set(names)
+    for group in siblings:
+        if alone.issuperset(group):
+            alone.difference_update(group)
+            _pack_siblings(model, group)
+    for name in alone:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        model.set_submodule(name, PackedLinear(module))
+    if names:
         # A checkpoint's file stays mapped in memory as long as one tensor of it lives.
         for tensor in [*model.parameters(), *model.buffers()]:
             if type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
                 tensor.data = tensor.data.clone()
-    return packed
+    return len(names)
+
+
+def _are_siblings(model: nn.Module, group: Sequence[str]) -> bool:
+    """Whether a group's weights and biases can stand in one matrix."""
+    modules = [model.get_submodule(name) for name in group]
+    kinds = {(m.weight.dtype, m.bias is None) for m in modules if isinstance(m, nn.Linear)}
+    return 1 < len(modules) == len(set(group)) and len(kinds) == 1
+
+
+def _pack_siblings(model: nn.Module, group: Sequence[str]) -> None:
+    modules = [model.get_submodule(name) for name in group]
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    siblings = _Siblings(linears)
+    start = 0
+    for member, (name, linear) in enumerate(zip(group, linears, strict=True)):
+        columns = slice(start, start + linear.out_features)
+        model.set_submodule(name, PackedSibling(linear, siblings, member, columns))
+        start = columns.stop

@@ -9,9 +9,9 @@ import torch
 
 from adapters.bank import Segment
 from adapters.model import IA3Model
-from server.engine.attention import StepContext
+from server.engine.attention import Chunk, StepContext
 from server.engine.cuda_graphs import DecodeGraphs
-from server.engine.kv_cache import Chunk, FlatCache
+from server.engine.kv_cache import FlatCache
 from server.engine.paged_cache import PagedCache
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence

@@ -7,7 +7,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.engine import packing
-from server.engine.packing import PackedLinear, pack_linears, packing_works
+from server.engine.packing import (
+    PackedLinear,
+    PackedSibling,
+    noting_inputs,
+    pack_linears,
+    packing_works,
+)
 from tests.factories import tiny_model
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -80,3 +86,50 @@ def test_what_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
 def test_layers_that_are_no_plain_linear_are_left_alone() -> None:
     """GPT-2's Conv1D computes with its own weight; its LM head is a linear layer."""
     assert pack_linears(tiny_model("gpt2")) == 1
+
+
+def packed_with_siblings(kind: str, **config: object) -> tuple[PreTrainedModel, torch.Tensor]:
+    """A packed model, and the logits that it gave before."""
+    model = tiny_model(kind, **config)
+    with noting_inputs(model) as inputs:
+        wanted = logits(model)
+    pack_linears(model, inputs)
+    return model, wanted
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gemma2", "mixtral"])
+def test_layers_that_read_the_same_input_are_one_product(kind: str) -> None:
+    model, wanted = packed_with_siblings(kind)
+    siblings = [m.siblings for m in model.modules() if isinstance(m, PackedSibling)]
+
+    assert len(siblings) > len(set(map(id, siblings)))
+    torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_siblings_keep_neither_input_nor_product_once_each_has_its_own() -> None:
+    model, _ = packed_with_siblings("llama")
+    logits(model)
+
+    for module in model.modules():
+        if isinstance(module, PackedSibling):
+            assert module.siblings._input is module.siblings._product is None
+
+
+@given(order=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=12))
+def test_a_sibling_gives_its_own_part_whoever_was_asked_before(
+    order: list[tuple[int, int]],
+) -> None:
+    """An adapter may rescale what one of them reads."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 4), "v": nn.Linear(8, 4)})
+    plain = list(model.values())
+    inputs = [torch.randn(1, 3, 8) for _ in range(3)]
+    with torch.inference_mode(), noting_inputs(model) as noted:
+        wanted = [[layer(x) for x in inputs] for layer in plain]
+    noted.groups = [list("qkv")]
+    pack_linears(model, noted)
+    with torch.inference_mode():
+        for member, which in order:
+            found = model["qkv"[member]](inputs[which])
+            torch.testing.assert_close(found, wanted[member][which], atol=1e-5, rtol=1e-4)
+            found.mul_(0.0)  # It belongs to whoever asked, as with any layer.
