@@ -6,21 +6,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
 from server.engine.constraints import Grammars
-from server.engine.errors import EngineDead, EngineStopping, QueueFull, UnsupportedModel
+from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
 from server.engine.loading import LoadedModel
 from server.engine.planning import window_of
 from server.engine.quantization import weights_bytes
-from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
+from server.engine.request import FinishReason, GenerationRequest, Output
 from server.engine.runner import Logits
 from server.engine.sampler import Sampled, Sampler, score_tokens
 from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Sequence
+from server.engine.speculation import Speculation
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefill_chunk_tokens: int | None = None
     pack_linears: bool = True
+    speculation: bool = False
+    """Guess tokens ahead where it pays, for requests that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,10 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    """Guessed and computed beside the rows' own."""
+    accepted_tokens: int
+    """Of those: came true."""
 
 
 class Engine:
@@ -78,10 +86,10 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.generation_config = loaded.generation_config
         self.vocab_size = int(base.config.get_text_config().vocab_size)
-        self.eos_token_ids = _end_tokens(loaded)
+        self.eos_token_ids = loaded.end_tokens
         self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.max_model_len = window_of(base, config.max_model_len)
-        self.decoder_start = _decoder_start(loaded)
+        self.decoder_start = loaded.decoder_start()
         execution = prepare(
             ia3,
             max_rows=config.max_rows,
@@ -101,6 +109,9 @@ class Engine:
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
         self._scheduler = Scheduler(self._cache, residency, config.max_rows, chunk)
         self._sampler = Sampler(self.eos_token_ids)
+        self._speculation = Speculation(
+            self._cache, by_default=config.speculation, possible=execution.kind == "flat"
+        )
         self._max_in_flight = config.max_rows + config.max_queue
         self._rows = itertools.count()
         self._changed = threading.Condition()
@@ -179,6 +190,8 @@ class Engine:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=self._speculation.drafted_tokens,
+            accepted_tokens=self._speculation.accepted_tokens,
         )
 
     def stop(self, timeout: float) -> None:
@@ -233,30 +246,36 @@ class Engine:
             own = None if request.lease is None else request.lease.vocabulary
             tokenizer = self.tokenizer if own is None else own.tokenizer
             sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)
+            sequence.drafter = self._speculation.drafter(request)
             self._sequences[request.id] = sequence
             prefix = request.prefix
             leader = None if prefix is None else self._sequences.get(prefix.leader)
             self._scheduler.add(sequence, leader)
 
     def _step(self) -> None:
-        step = self._scheduler.schedule()
+        step = self._speculation.draft(self._scheduler.schedule())
         if not step:
             assert not self._sequences, "waiting requests with an idle model can always start"
             return
         outputs = []
+        started = time.perf_counter()
         try:
             logits = self._runner.run(step)
             self._advance(step, logits)
             sampled = self._sampler.sample(logits.next_token, logits.sequences)
-            for sequence, choice in zip(logits.sequences, sampled, strict=True):
-                outputs.append(self._take(sequence, choice))
+            taken = [(s, [choice]) for s, choice in zip(logits.sequences, sampled, strict=True)]
+            if logits.drafts is not None and step.drafts:
+                verified = self._sampler.verify(logits.drafts, step.drafts)
+                taken += zip((draft.sequence for draft in step.drafts), verified, strict=True)
+            accepted = sum(len(choices) - 1 for _, choices in taken)
+            self._speculation.learn(step, time.perf_counter() - started, accepted)
+            outputs += [self._take(sequence, choices) for sequence, choices in taken]
         except (RuntimeError, ValueError, TypeError) as error:
             log.exception("A step failed; its requests end.")
             told = {output.request_id for output in outputs}
-            everyone = [*step.decode, *(sequence for sequence, _ in step.prefill)]
             outputs += [
                 self._end(sequence, FinishReason.ERROR, f"The model failed: {error}")
-                for sequence in everyone
+                for sequence in step.sequences
                 if sequence.request.id not in told
             ]
         self._steps += 1
@@ -269,60 +288,66 @@ class Engine:
             scored = sequence.tokens[known : known + len(scores)]
             best = sequence.request.params.prompt_logprobs or 0
             sequence.prompt_logprobs += score_tokens(scores, scored, best)
-        for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
+        decoding = [*step.decode, *(draft.sequence for draft in step.drafts)]
+        for sequence, tokens in [*((s, 1) for s in decoding), *step.prefill]:
             sequence.computed += tokens
             self._prompt_tokens += min(
                 tokens, max(0, sequence.prompt_tokens + tokens - sequence.computed)
             )
 
-    def _take(self, sequence: Sequence, choice: Sampled) -> Output:
-        """Append a sequence's next token, and say what that brought."""
+    def _take(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
+        """Append a sequence's next tokens, until one ends it, and say what that brought."""
         params = sequence.request.params
-        if not choice.finite:
-            return self._end(
-                sequence,
-                FinishReason.ERROR,
-                "The model's output is not finite; check the adapter's values.",
-            )
-        if choice.grammar_error:
-            return self._end(sequence, FinishReason.CONSTRAINT, choice.grammar_error)
         scores = None
         if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
             scores = tuple(sequence.prompt_logprobs)
-        if params.max_tokens == 0:
-            return self._end(sequence, FinishReason.LENGTH, prompt_logprobs=scores)
-        sequence.tokens.append(choice.token)
-        self._generated_tokens += 1
-        text, reason = "", None
-        goes_on = params.ignore_eos and sequence.constraint is None
-        is_end = choice.token in self.eos_token_ids and not goes_on
-        if is_end or choice.token in params.stop_token_ids:
-            reason = FinishReason.STOP
-        else:
-            text, stopped = sequence.detokenizer.push(choice.token)
-            if stopped:
-                reason = FinishReason.STOP
-            elif sequence.answer_tokens >= params.max_tokens:
-                reason = FinishReason.LENGTH
+        taken: list[Sampled] = []
+        text, error = "", ""
+        reason = FinishReason.LENGTH if params.max_tokens == 0 else None
+        for choice in choices:
+            if not choice.finite:
+                reason = FinishReason.ERROR
+                error = "The model's output is not finite; check the adapter's values."
+            elif choice.grammar_error:
+                reason, error = FinishReason.CONSTRAINT, choice.grammar_error
+            if reason is not None:
+                break
+            if taken:
+                # The one before was guessed, so its keys and values are there.
+                sequence.computed += 1
+            taken.append(choice)
+            piece, reason = self._append(sequence, choice.token)
+            text += piece
+        predicted = 0
         if reason is not None:
-            text += sequence.detokenizer.finish()
-            self._end(sequence, reason)
+            text += "" if error else sequence.detokenizer.finish()
+            predicted = self._end(sequence, reason).predicted_tokens
         return Output(
             request_id=sequence.request.id,
-            token_ids=(choice.token,),
+            token_ids=tuple(choice.token for choice in taken),
             text=text,
-            logprobs=() if choice.logprob is None else (choice.logprob,),
+            logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None),
             prompt_logprobs=scores,
             finish_reason=reason,
+            error=error,
+            predicted_tokens=predicted,
         )
 
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        error: str = "",
-        prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None,
-    ) -> Output:
+    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        """The text that the token brings, and whether it is the last."""
+        params = sequence.request.params
+        sequence.tokens.append(token)
+        self._generated_tokens += 1
+        goes_on = params.ignore_eos and sequence.constraint is None
+        is_end = token in self.eos_token_ids and not goes_on
+        if is_end or token in params.stop_token_ids:
+            return "", FinishReason.STOP
+        text, stopped = sequence.detokenizer.push(token)
+        if stopped:
+            return text, FinishReason.STOP
+        return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> Output:
         """The one place where a request ends: its row, its cache, its pin and its lease go."""
         self._scheduler.remove(sequence)
         if sequence.request.lease is not None:
@@ -335,7 +360,7 @@ class Engine:
             request_id=sequence.request.id,
             finish_reason=reason,
             error="" if reason is FinishReason.CANCELLED else error,
-            prompt_logprobs=prompt_logprobs,
+            predicted_tokens=sequence.predicted_tokens,
         )
 
     def _all(self) -> list[Sequence]:
@@ -351,27 +376,3 @@ class Engine:
             with self._changed:
                 self._in_flight -= ended
                 self._changed.notify_all()
-
-
-def _end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """The model's own end tokens: `generation_config` may name several."""
-    ends = loaded.generation_config.eos_token_id
-    if ends is None:
-        ends = loaded.tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def _decoder_start(loaded: LoadedModel) -> tuple[int, ...] | None:
-    """What the decoder of an encoder-decoder begins with, as in transformers' `generate`."""
-    if not loaded.model.config.is_encoder_decoder:
-        return None
-    asked = loaded.generation_config
-    start = asked.decoder_start_token_id
-    if start is None:
-        start = getattr(loaded.model.config, "decoder_start_token_id", None)
-    if start is None:
-        raise UnsupportedModel("the model's config names no decoder_start_token_id")
-    forced = [] if asked.forced_bos_token_id is None else [int(asked.forced_bos_token_id)]
-    return (int(start), *forced)

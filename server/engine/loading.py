@@ -40,6 +40,30 @@ class LoadedModel:
     """The hub id, or the folder's name."""
     generation_config: GenerationConfig
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The model's own: `generation_config` may name several."""
+        ends = self.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if ends is None:
+            return frozenset()
+        return frozenset([ends] if isinstance(ends, int) else ends)
+
+    def decoder_start(self) -> tuple[int, ...] | None:
+        """What the decoder of an encoder-decoder begins with, as in transformers' `generate`; None
+        for other models. Raises UnsupportedModel."""
+        if not self.model.config.is_encoder_decoder:
+            return None
+        asked = self.generation_config
+        start = asked.decoder_start_token_id
+        if start is None:
+            start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None:
+            raise UnsupportedModel("the model's config names no decoder_start_token_id")
+        forced = [] if asked.forced_bos_token_id is None else [int(asked.forced_bos_token_id)]
+        return (int(start), *forced)
+
 
 def load_model(
     model: str | None,

@@ -52,6 +52,12 @@ class SamplingParams:
     grammar: Grammar | None = None
     """What the answer must match as a whole. The end token comes exactly where it may end."""
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a token's chance depends on how often it has come."""
+        additive = self.presence_penalty != 0 or self.frequency_penalty != 0
+        return additive or self.repetition_penalty != 1
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -90,6 +96,11 @@ class GenerationRequest:
     priority: int = 0
     """Of a tenant's requests, those with a lower one are served earlier."""
     prefix: Prefix | None = None
+    speculation: bool | None = None
+    """Whether tokens may be guessed and computed ahead, which changes when they come and not which;
+    None: as the engine is set."""
+    prediction: tuple[int, ...] = ()
+    """What the answer is expected to be, for the guesses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,3 +122,5 @@ class Output:
     asked for."""
     finish_reason: FinishReason | None = None
     error: str = ""
+    predicted_tokens: int = 0
+    """On the last output: how many of the answer's tokens its request's prediction foretold."""

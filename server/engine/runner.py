@@ -28,6 +28,8 @@ class Logits:
     prompts: list[tuple[Sequence, torch.Tensor]]
     """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
     tokens that have no score yet."""
+    drafts: torch.Tensor | None = None
+    """`[positions, vocab]`: what follows each drafted row's latest token, and each guess."""
 
 
 class Runner(Protocol):
@@ -53,28 +55,29 @@ class FlatRunner:
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
         decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
-        prefill = [Chunk(s.row, s.computed, tokens) for s, tokens in step.prefill]
+        pieces = [(s, s.tokens[s.computed : s.computed + n]) for s, n in step.prefill]
+        pieces += [(d.sequence, [d.sequence.tokens[-1], *d.tokens]) for d in step.drafts]
+        chunks = [Chunk(s.row, s.computed, len(tokens)) for s, tokens in pieces]
         slots = [slot_of(sequence) for sequence in step.decode]
         # A captured graph knows the base's modules only, not those that adapters bring.
-        captured = not prefill and not self._ia3.has_copies(slots)
+        captured = not chunks and not self._ia3.has_copies(slots)
         if self._graphs is not None and captured and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
             return Logits(step.decode, self._graphs.run(last, decode, slots), [])
         wanted = _Wanted.of(step)
-        segments = [Segment(slot_of(s), tokens) for s, tokens in step.prefill]
+        segments = [Segment(slot_of(s), len(tokens)) for s, tokens in pieces]
         self._ia3.set_packed(slots, segments, wanted.kept if self._keeps_logits else None)
-        ids: list[int] = []
-        positions: list[int] = []
-        for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
-            end = sequence.computed + tokens
-            ids += sequence.tokens[sequence.computed : end]
-            positions += range(sequence.computed, end)
-        with self._context.step(self._cache.plan(decode, prefill)):
+        ids = [sequence.tokens[-1] for sequence in step.decode]
+        positions = [sequence.computed for sequence in step.decode]
+        for sequence, tokens in pieces:
+            ids += tokens
+            positions += range(sequence.computed, sequence.computed + len(tokens))
+        with self._context.step(self._cache.plan(decode, chunks)):
             logits = self._forward(ids, positions, wanted.index)
-        taking = len(wanted.taking)
-        scored = torch.split(logits[taking:], [tokens for _, tokens in wanted.scoring])
+        taking, drafted = len(wanted.taking), len(logits) - wanted.drafted
+        scored = torch.split(logits[taking:drafted], [tokens for _, tokens in wanted.scoring])
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
-        return Logits(wanted.taking, logits[:taking], prompts)
+        return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
 
     def _forward(self, ids: Rows[int], positions: Rows[int], index: Rows[int]) -> torch.Tensor:
         """`[index, vocab]`: the logits after the tokens at `index` of the flat batch."""
@@ -99,6 +102,8 @@ class _Wanted:
     index: list[int]
     kept: list[Segment]
     """The same as segments behind the decoding rows."""
+    drafted: int
+    """The last of them: every token of the drafted rows."""
 
     @classmethod
     def of(cls, step: Step) -> "_Wanted":
@@ -118,7 +123,9 @@ class _Wanted:
                 scored += range(start + unscored.start, start + unscored.stop)
             start += tokens
         kept += [Segment(slot_of(sequence), tokens) for sequence, tokens in scoring]
-        return cls(taking, scoring, ends + scored, kept)
+        kept += [Segment(slot_of(draft.sequence), 1 + len(draft.tokens)) for draft in step.drafts]
+        drafted = range(start, step.tokens)
+        return cls(taking, scoring, [*ends, *scored, *drafted], kept, len(drafted))
 
 
 def slot_of(sequence: Sequence) -> int:

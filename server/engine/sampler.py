@@ -4,6 +4,9 @@ What only a change of the batch can change (temperatures, biases, token counts) 
 between changes; a step updates the counts by its own tokens. The filters follow transformers'
 logits processors, in their order: penalties, temperature, top-k, top-p, min-p. A grammar's mask
 comes before the temperature: the filters choose among what it allows.
+
+Guessed tokens are verified by drawing: at each place with the random number that the sequence would
+draw that token by in any case. So it takes the same tokens as without guesses, only sooner.
 """
 
 from collections.abc import Sequence as Rows
@@ -13,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from server.engine.constraints import Constraint, MaskMaker
-from server.engine.request import SamplingParams, TokenLogprob
+from server.engine.request import TokenLogprob
+from server.engine.scheduler import Draft
 from server.engine.sequence import Sequence
 
 _CANDIDATES = 512
@@ -30,6 +34,18 @@ class Sampled:
     """Why the row's grammar cannot go on: the token means nothing then."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A row of the logits: what follows the tokens of a sequence and `ahead` guessed ones."""
+
+    sequence: Sequence
+    ahead: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.sequence.tokens) + self.ahead
+
+
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos = eos_token_ids
@@ -38,37 +54,73 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
-        if self._batch is None or not self._batch.fits(sequences, logits.shape[-1]):
-            self._batch = _Batch(sequences, logits.shape[-1], logits.device)
-        batch = self._batch
-        raw = logits.float()
+        places = [_Place(sequence) for sequence in sequences]
+        if self._batch is None or not self._batch.fits(places, logits.shape[-1]):
+            self._batch = _Batch(places, logits.shape[-1], logits.device, self._batch)
         constrained = [(i, s.constraint) for i, s in enumerate(sequences) if s.constraint]
-        adjusted = _apply_masks(batch.adjust(raw), constrained)
-        adjusted = self._ban_ends(adjusted, sequences)
-        best, tokens = adjusted.max(dim=-1)
-        finite = torch.isfinite(best).tolist()
-        for group in batch.random:
-            tokens[group.rows] = group.draw(adjusted[group.rows])
-        chosen = tokens.tolist()
+        chosen, finite = self._choose(logits.float(), self._batch, constrained)
         errors = {row: constraint.error for row, constraint in constrained}
         if constrained:
             self._masks.advance([(constraint, chosen[row]) for row, constraint in constrained])
-        batch.count(tokens)
-        logprobs = _logprobs(raw, chosen, [s.request.params.logprobs for s in sequences])
+        for group in self._batch.random:
+            group.take()
+        logprobs = _logprobs(
+            logits, range(len(chosen)), chosen, [s.request.params.logprobs for s in sequences]
+        )
         return [
             Sampled(*sampled, errors.get(row, ""))
             for row, sampled in enumerate(zip(chosen, logprobs, finite, strict=True))
         ]
 
+    def verify(self, logits: torch.Tensor, drafts: Rows[Draft]) -> list[list[Sampled]]:
+        """What each of the drafted rows takes: at least one token, at most one more than guessed.
+
+        `logits` `[places, vocab]`: what follows each row's tokens, and each guess. The rows have
+        neither a grammar nor a penalty.
+        """
+        places = [_Place(d.sequence, n) for d in drafts for n in range(1 + len(d.tokens))]
+        batch = _Batch(places, logits.shape[-1], logits.device)
+        chosen, finite = self._choose(logits.float(), batch, [])
+        taken: list[list[int]] = []
+        start = 0
+        for draft in drafts:
+            own = chosen[start : start + 1 + len(draft.tokens)]
+            true = next((i for i, t in enumerate(draft.tokens) if own[i] != t), len(draft.tokens))
+            taken.append(list(range(start, start + true + 1)))
+            start += len(own)
+            if draft.sequence.request.params.temperature > 0:
+                draft.sequence.draws.take(true + 1)
+        kept = [place for mine in taken for place in mine]
+        tokens = [chosen[place] for place in kept]
+        wanted = [places[place].sequence.request.params.logprobs for place in kept]
+        logprobs = dict(zip(kept, _logprobs(logits, kept, tokens, wanted), strict=True))
+        return [
+            [Sampled(chosen[place], logprobs[place], finite[place]) for place in mine]
+            for mine in taken
+        ]
+
+    def _choose(
+        self, logits: torch.Tensor, batch: "_Batch", constrained: Rows[tuple[int, Constraint]]
+    ) -> tuple[list[int], list[bool]]:
+        """A token for each row of `logits`, and whether the row is finite."""
+        adjusted = _apply_masks(batch.adjust(logits), constrained)
+        adjusted = self._ban_ends(adjusted, batch.places)
+        best, tokens = adjusted.max(dim=-1)
+        finite = torch.isfinite(best).tolist()
+        for group in batch.random:
+            tokens[group.rows] = group.draw(adjusted[group.rows])
+        batch.count(tokens)
+        return tokens.tolist(), finite
+
     def close(self) -> None:
         self._masks.close()
 
-    def _ban_ends(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
+    def _ban_ends(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
         """Rows below their `min_tokens` may not end, unless their grammar says that they must."""
         banned: list[tuple[int, int]] = []
-        for row, sequence in enumerate(sequences):
-            ends = self._banned_ends(sequence)
-            constraint = sequence.constraint
+        for row, place in enumerate(places):
+            ends = self._banned_ends(place)
+            constraint = place.sequence.constraint
             if ends and (constraint is None or constraint.allows_others_than(ends)):
                 banned += [(row, token) for token in ends]
         if banned:
@@ -77,11 +129,11 @@ class Sampler:
             logits[list(rows), list(tokens)] = -torch.inf
         return logits
 
-    def _banned_ends(self, sequence: Sequence) -> frozenset[int]:
-        params = sequence.request.params
-        if sequence.answer_tokens < params.min_tokens:
+    def _banned_ends(self, place: _Place) -> frozenset[int]:
+        params = place.sequence.request.params
+        if place.sequence.answer_tokens + place.ahead < params.min_tokens:
             return self._eos | params.stop_token_ids
-        if params.ignore_eos and sequence.constraint is not None:
+        if params.ignore_eos and place.sequence.constraint is not None:
             return self._eos
         return frozenset()
 
@@ -102,87 +154,119 @@ def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]
 class _Batch:
     """The sampling state of one composition of the batch."""
 
-    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
-        self._sequences = list(sequences)
+    def __init__(
+        self,
+        places: Rows[_Place],
+        vocab: int,
+        device: torch.device,
+        previous: "_Batch | None" = None,
+    ) -> None:
+        """`previous`: the batch of the step before, whose token counts may go on."""
+        self.places = places
         self._vocab = vocab
-        self._lengths = [len(sequence.tokens) for sequence in sequences]
-        params = [sequence.request.params for sequence in sequences]
+        self._lengths = [place.length for place in places]
+        params = [place.sequence.request.params for place in places]
         random = [row for row, p in enumerate(params) if p.temperature > 0]
         truncated = [row for row in random if params[row].top_k > 0 or params[row].top_p < 1]
         plain = [row for row in random if row not in truncated]
         self.random = [
-            _RandomRows(rows, sequences, truncates, device)
+            _RandomRows(rows, places, truncates, device)
             for rows, truncates in ((plain, False), (truncated, True))
             if rows
         ]
         bias = [(row, t, b) for row, p in enumerate(params) for t, b in p.logit_bias.items()]
         self._bias = _Bias(bias, device) if bias else None
-        self._penalised = [row for row, p in enumerate(params) if _is_penalised(p)]
-        if self._penalised:
-            self._rows = torch.tensor(self._penalised, device=device)
-            penalties = [params[row] for row in self._penalised]
-            self._presence = _column([p.presence_penalty for p in penalties], device)
-            self._frequency = _column([p.frequency_penalty for p in penalties], device)
-            self._repetition = _column([p.repetition_penalty for p in penalties], device)
-            self._counts = torch.zeros(len(self._penalised), vocab, device=device)
-            self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
-            for index, row in enumerate(self._penalised):
-                answer = torch.tensor(sequences[row].answer, dtype=torch.long, device=device)
-                self._counts[index] += torch.bincount(answer, minlength=vocab)
-                mine = sequences[row]
-                self._seen[index, mine.tokens[mine.source_tokens :]] = True
+        self._penalties: _Penalties | None = None
+        penalised = [row for row, p in enumerate(params) if p.is_penalised]
+        if penalised:
+            self._penalised = torch.tensor(penalised, device=device)
+            sequences = [places[row].sequence for row in penalised]
+            known = None if previous is None else previous._penalties
+            goes_on = known is not None and known.fits(sequences, vocab)
+            self._penalties = known if goes_on else _Penalties(sequences, vocab, device)
 
-    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
+    def fits(self, places: Rows[_Place], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
-        if len(sequences) != len(self._sequences) or vocab != self._vocab:
+        if len(places) != len(self.places) or vocab != self._vocab:
             return False
-        if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
+        if any(a.sequence is not b.sequence for a, b in zip(places, self.places, strict=True)):
             return False
-        if [len(sequence.tokens) for sequence in sequences] != [n + 1 for n in self._lengths]:
+        if [place.length for place in places] != [length + 1 for length in self._lengths]:
             return False
-        self._lengths = [n + 1 for n in self._lengths]
+        self._lengths = [length + 1 for length in self._lengths]
         return True
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
         """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases."""
-        if self._penalised:
-            rows = logits[self._rows]
-            repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
-            rows = torch.where(self._seen, repeated, rows)
-            rows = rows - self._frequency * self._counts - self._presence * (self._counts > 0)
-            logits = logits.clone()
-            logits[self._rows] = rows
+        if self._penalties is not None:
+            penalised = self._penalties.apply(logits[self._penalised])
+            logits = logits.index_copy(0, self._penalised, penalised)
         if self._bias is not None:
             logits = logits.index_put(self._bias.index, self._bias.values, accumulate=True)
         return logits
 
     def count(self, tokens: torch.Tensor) -> None:
         """Take note of this step's `[rows]` tokens."""
-        if self._penalised:
-            mine = tokens[self._rows]
-            index = torch.arange(len(mine), device=mine.device)
-            self._counts[index, mine] += 1
-            self._seen[index, mine] = True
+        if self._penalties is not None:
+            self._penalties.count(tokens[self._penalised])
+
+
+class _Penalties:
+    """Which tokens the penalised rows have, and how often; it stays while other rows change."""
+
+    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
+        self._sequences = sequences
+        self._lengths = [len(sequence.tokens) for sequence in sequences]
+        params = [sequence.request.params for sequence in sequences]
+        self._presence = _column([p.presence_penalty for p in params], device)
+        self._frequency = _column([p.frequency_penalty for p in params], device)
+        self._repetition = _column([p.repetition_penalty for p in params], device)
+        self._counts = torch.zeros(len(sequences), vocab, device=device)
+        self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
+        for index, mine in enumerate(sequences):
+            answer = torch.tensor(mine.answer, dtype=torch.long, device=device)
+            self._counts[index] += torch.bincount(answer, minlength=vocab)
+            self._seen[index, mine.tokens[mine.source_tokens :]] = True
+
+    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
+        """Whether these are the rows, and the tokens that are counted are all that they have."""
+        if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
+            return False
+        if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
+            return False
+        return [len(sequence.tokens) for sequence in sequences] == self._lengths
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[penalised, vocab]`"""
+        repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
+        rows = torch.where(self._seen, repeated, rows)
+        return rows - self._frequency * self._counts - self._presence * (self._counts > 0)
+
+    def count(self, tokens: torch.Tensor) -> None:
+        index = torch.arange(len(tokens), device=tokens.device)
+        self._counts[index, tokens] += 1
+        self._seen[index, tokens] = True
+        self._lengths = [length + 1 for length in self._lengths]
 
 
 class _RandomRows:
     """Rows of a batch that draw at random: either all of them truncate (top-k, top-p), or none."""
 
     def __init__(
-        self, rows: list[int], sequences: Rows[Sequence], truncates: bool, device: torch.device
+        self, rows: list[int], places: Rows[_Place], truncates: bool, device: torch.device
     ) -> None:
         self.rows = torch.tensor(rows, device=device)
-        self._rngs = [sequences[row].rng for row in rows]
+        self._draws = [(places[row].sequence.draws, places[row].ahead) for row in rows]
         self._truncates = truncates
-        params = [sequences[row].request.params for row in rows]
+        params = [places[row].sequence.request.params for row in rows]
         self._temperature = _column([p.temperature for p in params], device)
         self._top_k = _column([p.top_k for p in params], device)
         self._top_p = _column([p.top_p for p in params], device)
         self._min_p = _column([p.min_p for p in params], device)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[rows]` tokens for `[rows, vocab]`, by one number of each row's own generator."""
-        drawn = [rng.random() for rng in self._rngs]
+        """`[rows]` tokens for `[rows, vocab]`, by one of the sequence's own numbers each."""
+        drawn = [draws.peek(ahead) for draws, ahead in self._draws]
         uniform = torch.tensor(drawn, dtype=torch.float64, device=logits.device)[:, None]
         scaled = logits / self._temperature
         if not self._truncates:
@@ -200,6 +284,11 @@ class _RandomRows:
         probabilities = probabilities.masked_fill((before >= self._top_p) & (rank > 0), 0.0)
         ranks = _inverse_cdf(self._keep_min_p(probabilities), uniform)
         return tokens.gather(-1, ranks[:, None])[:, 0]
+
+    def take(self) -> None:
+        """Each row is of another sequence, and takes the token that was drawn."""
+        for draws, _ in self._draws:
+            draws.take(1)
 
     def _needs_more(self, values: torch.Tensor, total: torch.Tensor) -> bool:
         """Whether some row's choice reaches past the sorted candidates."""
@@ -225,14 +314,6 @@ class _Bias:
         self.values = torch.tensor(values, device=device)
 
 
-def _is_penalised(params: SamplingParams) -> bool:
-    return (
-        params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or params.repetition_penalty != 1
-    )
-
-
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The index at which the running sum of `[rows, n]` weights passes `uniform` of the total."""
     running = weights.double().cumsum(dim=-1)
@@ -241,17 +322,19 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, tokens: Rows[int], wanted: Rows[int | None]
+    logits: torch.Tensor, rows: Rows[int], tokens: Rows[int], wanted: Rows[int | None]
 ) -> list[TokenLogprob | None]:
-    """For each row that wants them: its token's logprob and the `wanted` best."""
-    rows = [row for row, count in enumerate(wanted) if count is not None]
+    """For each token, of that row of the logits: if wanted, its logprob and the `wanted` best."""
+    asked = [(i, count) for i, count in enumerate(wanted) if count is not None]
     found: list[TokenLogprob | None] = [None] * len(wanted)
-    if rows:
+    if asked:
         scored = score_tokens(
-            logits[rows], [tokens[row] for row in rows], max(wanted[row] or 0 for row in rows)
+            logits[[rows[i] for i, _ in asked]],
+            [tokens[i] for i, _ in asked],
+            max(count for _, count in asked),
         )
-        for row, entry in zip(rows, scored, strict=True):
-            found[row] = TokenLogprob(entry.token_id, entry.logprob, entry.top[: wanted[row]])
+        for (i, count), entry in zip(asked, scored, strict=True):
+            found[i] = TokenLogprob(entry.token_id, entry.logprob, entry.top[:count])
     return found
 
 

@@ -2,15 +2,36 @@
 
 import math
 import random
+from collections import deque
 
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.constraints import Constraint
 from server.engine.detokenizer import Detokenizer
+from server.engine.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
 HEADROOM = 64
 """Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
+
+
+class Draws:
+    """A sequence's own random numbers, uniform in [0, 1): one for each token that it takes."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._generator = random.Random(seed)
+        self._next: deque[float] = deque()
+
+    def peek(self, ahead: int) -> float:
+        """The number for the next token (0), the one after it (1), …"""
+        while len(self._next) <= ahead:
+            self._next.append(self._generator.random())
+        return self._next[ahead]
+
+    def take(self, count: int) -> None:
+        """So many tokens were taken by numbers that `peek` gave."""
+        for _ in range(count):
+            self._next.popleft()
 
 
 class Sequence:
@@ -45,7 +66,9 @@ class Sequence:
         """Which of all that ever started it was; None: it has not."""
         self.gave_way = False
         """It had started, and was put back to be computed again."""
-        self.rng = random.Random(request.params.seed)
+        self.draws = Draws(request.params.seed)
+        self.drafter: Drafter | None = None
+        """Guesses its next tokens; None where that is off."""
         self.detokenizer = Detokenizer(
             tokenizer,
             request.prompt if decoder_start is None else (),
@@ -90,6 +113,14 @@ class Sequence:
     @property
     def uncomputed(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def predicted_tokens(self) -> int:
+        """How many of the answer's tokens the request's prediction foretold."""
+        if not self.request.prediction or self.drafter is None:
+            return 0
+        self.drafter.read(self.tokens)
+        return self.drafter.predicted_tokens
 
     def unscored(self, tokens: int) -> range:
         """Which of the next `tokens` tokens predict one of the prompt that has no score yet."""

@@ -42,6 +42,9 @@ class Answer:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish: FinishReason | None = None
     error: str = ""
+    deliveries: int = 0
+    """Outputs that brought tokens."""
+    predicted: int = 0
 
     def add(self, output: Output) -> None:
         assert self.finish is None, "an output after the last one"
@@ -51,6 +54,8 @@ class Answer:
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.finish, self.error = output.finish_reason, output.error
+        self.deliveries += bool(output.token_ids)
+        self.predicted += output.predicted_tokens
 
 
 class Harness:
@@ -116,6 +121,8 @@ class Harness:
         *adapters: str | Lease | None,
         priority: int = 0,
         tenant: str = "",
+        speculation: bool | None = None,
+        prediction: Sequence[int] = (),
         **params: Any,
     ) -> None:
         """`adapters`: none or None for the base, one or its lease, or several for their product."""
@@ -130,6 +137,8 @@ class Harness:
             lease=lease,
             tenant=tenant,
             priority=priority,
+            speculation=speculation,
+            prediction=tuple(prediction),
         )
         self.answers[request_id] = Answer()
         try:

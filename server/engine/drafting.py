@@ -1,0 +1,127 @@
+"""Guesses at how a sequence goes on, out of its own text (prompt lookup).
+
+What followed the latest tokens where they stood before is guessed to follow them again. A guess
+costs a few look-ups; how often such guesses come true is learned for each sequence, token by token.
+"""
+
+from collections.abc import Sequence as Rows
+
+_NONE = -1
+"""Between two texts: no token."""
+_LENGTHS = (2, 3)
+"""Tokens whose return makes a place worth expecting more from."""
+_SURE = 6
+"""Tokens in agreement from which on more of them say nothing new."""
+_RATES = (0.05, 0.3, 0.45, 0.55, 0.7, 0.75, 0.9)
+"""How often guesses come true at first, by how many tokens before them agree."""
+_WEIGHT = 0.15
+"""Of the latest guess among all."""
+_LEAST = 0.05
+"""A guess less likely than this is worth a token's computation on no machine."""
+
+
+class Drafter:
+    """Follows one sequence; each of its tokens is read once, at a constant cost.
+
+    It stands at the place whose text it expects next: where the last three tokens, else the last
+    two, stood latest, and from there on as long as that text agrees. A token that differs is first
+    taken for one exchanged: the place stays, until a better one is found.
+    """
+
+    def __init__(self, prompt: Rows[int], prediction: Rows[int] = ()) -> None:
+        """`prediction`: a text that the answer is expected to follow, from its first token on.
+
+        Nothing is computed before the first `read`.
+        """
+        self._prompt = prompt
+        self._prediction = prediction
+        self._text: list[int] = []
+        self._places: dict[tuple[int, ...], int] = {}
+        """Two or three tokens -> where the token after them stands, the latest time."""
+        self._at: int | None = None
+        """Below the text's length."""
+        self._agreeing = 0
+        """Tokens before that place which are those before the text's end."""
+        self._rates = list(_RATES)
+        self._read = 0
+        self.predicted_tokens = 0
+        """Tokens of the answer that were expected from the prediction."""
+
+    def read(self, tokens: Rows[int]) -> None:
+        """Take in what the sequence, prompt and answer, has got since the last call."""
+        if self._read == 0:
+            self._begin()
+        for token in tokens[self._read :]:
+            self._check(token)
+            self._append(token)
+        self._read = len(tokens)
+
+    def _begin(self) -> None:
+        if self._prediction:
+            self._store([*self._prediction, _NONE])
+        self._store(self._prompt[:-1])
+        self._append(self._prompt[-1])
+        self._read = len(self._prompt)
+        if self._prediction:
+            self._at, self._agreeing = 0, _SURE
+
+    def chances(self, most: int) -> list[float]:
+        """How likely the next 1, 2, … guesses are to come true together, `most` of them at most."""
+        chances: list[float] = []
+        if self._at is None:
+            return chances
+        chance, agreeing = 1.0, self._agreeing
+        for ahead in range(most):
+            chance *= self._rates[min(agreeing, _SURE)]
+            if chance < _LEAST or self._guess(self._at + ahead) == _NONE:
+                break
+            chances.append(chance)
+            agreeing += 1
+        return chances
+
+    def guess(self, count: int) -> tuple[int, ...]:
+        """The next `count` tokens, no more than there are chances for."""
+        assert self._at is not None, "without a place there are no chances"
+        return tuple(self._guess(self._at + ahead) for ahead in range(count))
+
+    def _guess(self, place: int) -> int:
+        """The token at a place; past the end, what leads there comes over and over."""
+        assert self._at is not None
+        end = len(self._text)
+        if place >= end:
+            place = self._at + (place - self._at) % (end - self._at)
+        return self._text[place]
+
+    def _check(self, token: int) -> None:
+        """Whether the answer's next token is the one that was expected."""
+        if self._at is None:
+            return
+        guessed = self._text[self._at]
+        if guessed == _NONE:
+            self._at = None
+            return
+        rate = self._rates[min(self._agreeing, _SURE)]
+        self._rates[min(self._agreeing, _SURE)] += _WEIGHT * ((guessed == token) - rate)
+        self.predicted_tokens += guessed == token and self._at < len(self._prediction)
+        self._agreeing = self._agreeing + 1 if guessed == token else 0
+        self._at += 1
+
+    def _append(self, token: int) -> None:
+        """Note the token, and find the place that agrees in most tokens."""
+        text = self._text
+        text.append(token)
+        for length in _LENGTHS[: len(text) - 1]:
+            latest = tuple(text[-length:])
+            found = self._places.get(latest)
+            if found is not None and (self._at is None or self._agreeing < length):
+                self._at, self._agreeing = found, length
+            self._places[latest] = len(text)
+
+    def _store(self, tokens: Rows[int]) -> None:
+        """Note a text at once."""
+        first = len(self._text)
+        self._text += tokens
+        for length in _LENGTHS:
+            shifted = [tokens[start:] for start in range(length)]
+            ends = range(first + length, first + len(tokens) + 1)
+            self._places.update(zip(zip(*shifted, strict=False), ends, strict=True))
