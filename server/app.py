@@ -139,6 +139,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         kv_cache_tokens=settings.kv_cache_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         pack_linears=settings.pack_linears,
+        speculation=settings.speculation,
     )
 
 

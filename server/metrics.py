@@ -137,6 +137,8 @@ class _Gauges(Collector):
             "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),
             "infuse_preemptions": ("Rows put back to be computed again.", engine.preemptions),
             "infuse_steps": ("Forwards of the model.", engine.steps),
+            "infuse_drafted_tokens": ("Tokens guessed and computed.", engine.drafted_tokens),
+            "infuse_accepted_tokens": ("Of those: came true.", engine.accepted_tokens),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)

@@ -148,6 +148,12 @@ class Settings(BaseSettings):
     pack_linears: bool = Field(
         True, description="Pack linear layers for oneDNN on the CPU.", examples=[True]
     )
+    speculation: bool = Field(
+        False,
+        description="Guess tokens from the text before and compute them at once, where that pays; "
+        "a request may say otherwise.",
+        examples=[True],
+    )
 
     @field_validator("adapters_dir", mode="before")
     @classmethod

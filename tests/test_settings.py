@@ -37,6 +37,7 @@ VALUES = {
     "drain_timeout": "1.5",
     "log_level": "debug",
     "pack_linears": "false",
+    "speculation": "true",
 }
 
 

@@ -32,7 +32,7 @@ from server.api.generation import (
 )
 from server.api.leasing import leased
 from server.api.logprobs import TokenBytes, chat_logprobs
-from server.api.prompts import encode_conversation, fit_to_window
+from server.api.prompts import encode_conversation, encode_prediction, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
 from server.api.tool_formats import CallFormat, CallReader, Said, find_format
@@ -91,7 +91,17 @@ def _prepare(
             params = replace(params, skip_special_tokens=False)
             make_reader = partial(CallReader, calls, text, body.offered_tools)
         prompts = [(prompt, params)]
-        order = place_order(services, body, caller, "chatcmpl", prompts, lease, vocabulary)
+        order = place_order(
+            services,
+            body,
+            caller,
+            "chatcmpl",
+            prompts,
+            lease,
+            vocabulary,
+            speculation=body.speculation,
+            prediction=encode_prediction(engine, vocabulary, body),
+        )
         return order, make_reader
 
 

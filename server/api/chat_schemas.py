@@ -112,6 +112,15 @@ class Message(BaseModel):
         return {"role": role, "content": self.content or ""} | {k: v for k, v in rest.items() if v}
 
 
+class Prediction(BaseModel):
+    """What an answer is expected to be."""
+
+    type: Literal["content"] = Field(description="Only text is supported.", examples=["content"])
+    content: Annotated[
+        str, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])
+    ] = Field(description="The text, or a list of text parts.", examples=["def total(items):\n"])
+
+
 class ChatBody(GenerationBody):
     """Answer a conversation."""
 
@@ -152,6 +161,12 @@ class ChatBody(GenerationBody):
         None,
         description="Hold the answer to JSON, or to a JSON schema.",
         examples=[{"type": "json_object"}],
+    )
+    prediction: Prediction | None = Field(
+        None,
+        description="A text that the answer will mostly repeat, such as a file to be edited: where "
+        "it does, it comes sooner. It changes nothing else.",
+        examples=[{"type": "content", "content": "def total(items):\n"}],
     )
     tools: Tools | None = Field(
         None,

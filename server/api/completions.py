@@ -62,7 +62,16 @@ async def create_completion(
 def _prepare(services: Services, body: CompletionBody, caller: str | None) -> Order:
     with leased(services, body) as (lease, vocabulary):
         prompts = _prompts(services.engine, vocabulary, body)
-        return place_order(services, body, caller, "cmpl", prompts, lease, vocabulary)
+        return place_order(
+            services,
+            body,
+            caller,
+            "cmpl",
+            prompts,
+            lease,
+            vocabulary,
+            speculation=body.speculation,
+        )
 
 
 def _prompts(

@@ -17,7 +17,13 @@ from starlette.types import Receive, Scope, Send
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
 from server.api.sampling import params_of_choice
-from server.api.schemas import FinishedBecause, GenerationBody, ModelBody, Usage
+from server.api.schemas import (
+    CompletionTokensDetails,
+    FinishedBecause,
+    GenerationBody,
+    ModelBody,
+    Usage,
+)
 from server.engine.prefixes import share_prefixes
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, ErrorBody, error_body
@@ -94,6 +100,9 @@ def place_order(
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
     lease: Lease | None,
     vocabulary: Vocabulary,
+    *,
+    speculation: bool | None = None,
+    prediction: tuple[int, ...] = (),
 ) -> Order:
     """An order on what is leased, with a lease of its own for each choice.
 
@@ -115,6 +124,8 @@ def place_order(
                     lease=own,
                     tenant=caller or "",
                     priority=body.priority or 0,
+                    speculation=speculation,
+                    prediction=prediction,
                 )
                 for number, own in enumerate(leases)
             ]
@@ -155,7 +166,7 @@ class Generation:
         self.order = order
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
-        self._completion_tokens = 0
+        self._completion_tokens = self._predicted_tokens = 0
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -175,13 +186,21 @@ class Generation:
             running.tokens += len(output.token_ids)
             running.metrics.token(len(output.token_ids))
             self._completion_tokens += len(output.token_ids)
+        self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:
             running.end(output.finish_reason.value)
             del self._running[output.request_id]
 
     @property
     def usage(self) -> Usage:
-        return Usage.of(self.order.prompts, self._completion_tokens)
+        usage = Usage.of(self.order.prompts, self._completion_tokens)
+        given = sum(len(request.prediction) for request in self.order.requests)
+        if given:
+            usage.completion_tokens_details = CompletionTokensDetails(
+                accepted_prediction_tokens=self._predicted_tokens,
+                rejected_prediction_tokens=given - self._predicted_tokens,
+            )
+        return usage
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """The choices' numbers and outputs as they come. Raises ApiError where a choice failed."""

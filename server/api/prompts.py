@@ -62,6 +62,15 @@ def encode_conversation(
     return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=False)
 
 
+def encode_prediction(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> tuple[int, ...]:
+    """What the answer is expected to be. Raises ApiError 400."""
+    text = "" if body.prediction is None else body.prediction.content
+    if not text:
+        return ()
+    where = "prediction"
+    return _encode_text(engine, vocabulary, text, where, add_special_tokens=False)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[Tool]) -> str:
     variables: dict[str, Any] = body.chat_template_kwargs or {}
     reserved = sorted(_RESERVED_TEMPLATE_KWARGS & variables.keys())

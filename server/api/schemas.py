@@ -274,6 +274,12 @@ class GenerationBody(ModelBody):
         None, description="Leave special tokens out of the text (default true).", examples=[True]
     )
 
+    speculation: bool | None = Field(
+        None,
+        description="Guess tokens from the text before, and compute several at once: the same "
+        "answer, sooner where it copies or repeats. Default: as the server is set.",
+        examples=[True],
+    )
     structured_outputs: StructuredOutputs | None = Field(
         None,
         description="Hold the answer to a JSON schema, a regular expression, a choice or a "
@@ -311,6 +317,17 @@ class GenerationBody(ModelBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+class CompletionTokensDetails(BaseModel):
+    """What became of a prediction."""
+
+    accepted_prediction_tokens: int = Field(
+        description="Tokens of the answers that the prediction foretold.", examples=[25]
+    )
+    rejected_prediction_tokens: int = Field(
+        description="The prediction's other tokens, for each answer.", examples=[3]
+    )
+
+
 class Usage(BaseModel):
     """How many tokens a request took."""
 
@@ -322,6 +339,9 @@ class Usage(BaseModel):
         description="Generated tokens of all choices, end tokens included.", examples=[30]
     )
     total_tokens: int = Field(description="Both together.", examples=[42])
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        None, description="Set where the request had a prediction.", examples=[None]
+    )
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], completion_tokens: int) -> "Usage":

@@ -96,6 +96,8 @@ def test_every_metric_has_a_name_of_ours_and_a_help_text(client: httpx.Client) -
         "infuse_adapter_swaps",
         "infuse_preemptions",
         "infuse_steps",
+        "infuse_drafted_tokens",
+        "infuse_accepted_tokens",
     }
     assert all(family.name.startswith("infuse_") for family in families)
     assert all(family.documentation for family in families)
