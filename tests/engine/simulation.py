@@ -21,8 +21,6 @@ from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Sequence
 from tests.factories import tiny_tokenizer
 
-STEP_SECONDS, TOKEN_SECONDS = 0.010, 0.0005
-"""About a 135M model on two cores."""
 _TOKENIZER = tiny_tokenizer()
 
 
@@ -84,7 +82,12 @@ class Simulation:
         slots: int = 8,
         window: int = 512,
         cache_tokens: int | None = None,
+        step_seconds: float = 0.010,
+        token_seconds: float = 0.0005,
     ) -> None:
+        """A step takes `step_seconds`, and `token_seconds` for each token: by default about as long
+        as a 135M model's on two cores."""
+        self.step_seconds, self.token_seconds = step_seconds, token_seconds
         self.rows, self.chunk = rows, chunk
         self.slots = Slots(slots)
         self.residency = Residency(self.slots)
@@ -150,7 +153,7 @@ class Simulation:
             journey = self._by_row[sequence.row]
             if journey.started is None:
                 journey.started = self.now
-        self.now += STEP_SECONDS + TOKEN_SECONDS * sum(tokens for _, tokens in work)
+        self.now += self.step_seconds + self.token_seconds * sum(tokens for _, tokens in work)
         self.steps += 1
         for sequence, tokens in work:
             self._advance(sequence, tokens)
