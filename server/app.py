@@ -138,6 +138,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_model_len=settings.max_model_len,
         kv_cache_tokens=settings.kv_cache_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        prefix_cache=settings.prefix_cache,
         pack_linears=settings.pack_linears,
         speculation=settings.speculation,
     )

@@ -117,6 +117,10 @@ class _Gauges(Collector):
             "infuse_requests_running": ("Rows in the batch.", engine.running),
             "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
             "infuse_kv_tokens_used": ("Tokens of cache set aside for rows.", engine.kv_tokens_used),
+            "infuse_kv_tokens_cached": (
+                "Tokens of cache kept for requests to come.",
+                engine.kv_tokens_cached,
+            ),
             "infuse_kv_tokens_total": ("The cache's budget in tokens.", engine.kv_tokens_total),
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
@@ -139,6 +143,14 @@ class _Gauges(Collector):
             "infuse_steps": ("Forwards of the model.", engine.steps),
             "infuse_drafted_tokens": ("Tokens guessed and computed.", engine.drafted_tokens),
             "infuse_accepted_tokens": ("Of those: came true.", engine.accepted_tokens),
+            "infuse_prefix_cache_query_tokens": (
+                "Prompt tokens that were looked up in the prefix cache.",
+                engine.prefix_queried_tokens,
+            ),
+            "infuse_prefix_cache_hit_tokens": (
+                "Prompt tokens that needed no computing.",
+                engine.prefix_hit_tokens,
+            ),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)

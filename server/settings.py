@@ -111,6 +111,11 @@ class Settings(BaseSettings):
         description="Prompt tokens in one step. Default: 256 on the CPU, 2048 on a GPU.",
         examples=[512],
     )
+    prefix_cache: bool = Field(
+        True,
+        description="Keep what was computed of prompts and answers for requests that begin alike.",
+        examples=[True],
+    )
     max_queue: int = Field(
         256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
     )

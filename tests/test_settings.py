@@ -27,6 +27,7 @@ VALUES = {
     "max_saved_module_bytes": "0",
     "kv_cache_tokens": "4096",
     "prefill_chunk_tokens": "64",
+    "prefix_cache": "false",
     "max_queue": "9",
     "max_upload_bytes": "1000",
     "max_body_bytes": "100",

@@ -24,7 +24,6 @@ from server.api.schemas import (
     ModelBody,
     Usage,
 )
-from server.engine.prefixes import share_prefixes
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
@@ -115,20 +114,20 @@ def place_order(
             None if lease is None else undo.enter_context(lease.again())
             for _ in range(len(prompts) * choices)
         ]
-        requests = share_prefixes(
-            [
-                GenerationRequest(
-                    id=f"{order_id}-{number}",
-                    prompt=prompts[number // choices][0],
-                    params=params_of_choice(prompts[number // choices][1], number % choices),
-                    lease=own,
-                    tenant=caller or "",
-                    priority=body.priority or 0,
-                    speculation=speculation,
-                    prediction=prediction,
-                )
-                for number, own in enumerate(leases)
-            ]
+        requests = tuple(
+            GenerationRequest(
+                id=f"{order_id}-{number}",
+                prompt=prompts[number // choices][0],
+                params=params_of_choice(prompts[number // choices][1], number % choices),
+                lease=own,
+                tenant=caller or "",
+                priority=body.priority or 0,
+                speculation=speculation,
+                prediction=prediction,
+                order=order_id,
+                cache_salt=body.cache_salt or "",
+            )
+            for number, own in enumerate(leases)
         )
         undo.pop_all()
     adapter = None if lease is None else lease.label
@@ -166,7 +165,7 @@ class Generation:
         self.order = order
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
-        self._completion_tokens = self._predicted_tokens = 0
+        self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -189,11 +188,13 @@ class Generation:
         self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:
             running.end(output.finish_reason.value)
+            if self._numbers[output.request_id] % self.order.choices == 0:
+                self._cached_tokens += output.cached_tokens
             del self._running[output.request_id]
 
     @property
     def usage(self) -> Usage:
-        usage = Usage.of(self.order.prompts, self._completion_tokens)
+        usage = Usage.of(self.order.prompts, self._completion_tokens, self._cached_tokens)
         given = sum(len(request.prediction) for request in self.order.requests)
         if given:
             usage.completion_tokens_details = CompletionTokensDetails(

@@ -140,6 +140,13 @@ class ModelBody(BaseModel):
         "earlier (default 0); now and then a waiting one with a higher number has a turn.",
         examples=[0],
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="Only requests with the same salt share what was computed of their prompts.",
+        examples=["tenant-7f3a"],
+    )
 
     @property
     def choices_per_prompt(self) -> int:
@@ -328,6 +335,12 @@ class CompletionTokensDetails(BaseModel):
     )
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(
+        description="Prompt tokens that needed no computing: an earlier request had.", examples=[0]
+    )
+
+
 class Usage(BaseModel):
     """How many tokens a request took."""
 
@@ -339,17 +352,23 @@ class Usage(BaseModel):
         description="Generated tokens of all choices, end tokens included.", examples=[30]
     )
     total_tokens: int = Field(description="Both together.", examples=[42])
+    prompt_tokens_details: PromptTokensDetails = Field(
+        description="What the prompt tokens are made of.", examples=[{"cached_tokens": 0}]
+    )
     completion_tokens_details: CompletionTokensDetails | None = Field(
         None, description="Set where the request had a prediction.", examples=[None]
     )
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], completion_tokens: int) -> "Usage":
+    def of(
+        cls, prompts: Sequence[Sequence[int]], completion_tokens: int, cached_tokens: int
+    ) -> "Usage":
         prompt_tokens = sum(len(prompt) for prompt in prompts)
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
 
 

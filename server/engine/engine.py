@@ -41,6 +41,8 @@ class EngineConfig:
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     prefill_chunk_tokens: int | None = None
+    prefix_cache: bool = True
+    """Keep what ended requests have computed, for later ones that begin alike."""
     pack_linears: bool = True
     speculation: bool = False
     """Guess tokens ahead where it pays, for requests that do not say."""
@@ -53,6 +55,12 @@ class EngineStats:
     waiting: int
     kv_tokens_used: int
     kv_tokens_total: int
+    kv_tokens_cached: int
+    """Kept for requests to come, as long as no row needs the room."""
+    prefix_queried_tokens: int
+    """Of the prompts that were let in."""
+    prefix_hit_tokens: int
+    """Of those, the ones that needed no computing."""
     weights_bytes: int
     """Of the base model, each parameter once."""
     kv_cache_bytes: int
@@ -107,7 +115,9 @@ class Engine:
             self._cache.total_tokens,
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
-        self._scheduler = Scheduler(self._cache, residency, config.max_rows, chunk)
+        self._scheduler = Scheduler(
+            self._cache, residency, config.max_rows, chunk, config.prefix_cache
+        )
         self._sampler = Sampler(self.eos_token_ids)
         self._speculation = Speculation(
             self._cache, by_default=config.speculation, possible=execution.kind == "flat"
@@ -177,12 +187,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         running = len(self._scheduler.running)
+        prefixes = self._scheduler.prefixes
         return EngineStats(
             ready=self._state == "running",
             running=running,
             waiting=max(0, self._in_flight - running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
+            kv_tokens_cached=prefixes.kept_tokens,
+            prefix_queried_tokens=prefixes.queried_tokens,
+            prefix_hit_tokens=prefixes.hit_tokens,
             weights_bytes=self._weights_bytes,
             kv_cache_bytes=self._cache.nbytes,
             bank_bytes=self._bank.nbytes,
@@ -229,7 +243,7 @@ class Engine:
         with self._changed:
             self._residency.settle()
             while not (self._sequences or self._inbox) and self._state in ("running", "draining"):
-                assert self._cache.used_tokens == 0, "an idle engine holds no keys"
+                assert self._cache.used_tokens == 0, "an idle engine holds no rows"
                 self._cancelled.clear()
                 self._changed.wait()
                 self._residency.settle()
@@ -248,9 +262,7 @@ class Engine:
             sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)
             sequence.drafter = self._speculation.drafter(request)
             self._sequences[request.id] = sequence
-            prefix = request.prefix
-            leader = None if prefix is None else self._sequences.get(prefix.leader)
-            self._scheduler.add(sequence, leader)
+            self._scheduler.add(sequence)
 
     def _step(self) -> None:
         step = self._speculation.draft(self._scheduler.schedule())
@@ -328,6 +340,7 @@ class Engine:
             text=text,
             logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None),
             prompt_logprobs=scores,
+            cached_tokens=0 if reason is None else sequence.cached_tokens or 0,
             finish_reason=reason,
             error=error,
             predicted_tokens=predicted,
@@ -358,6 +371,7 @@ class Engine:
         self._last_finish = now
         return Output(
             request_id=sequence.request.id,
+            cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
             error="" if reason is FinishReason.CANCELLED else error,
             predicted_tokens=sequence.predicted_tokens,

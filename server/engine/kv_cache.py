@@ -6,13 +6,12 @@ side by side, so that their attention is one batched matrix product. `PagedCache
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from server.engine.attention import AttentionPlan, Chunk, LayerShape
+from server.engine.blocks import Blocks, StripBlocks
 from server.engine.errors import DoesNotFit
+from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
 
 SMALLEST_STRIP = 64
@@ -26,18 +25,24 @@ class KVCache(Protocol):
     """Bytes that the budget takes; on the CPU they are touched only as they are written."""
 
     @property
+    def blocks(self) -> Blocks:
+        """What is kept beyond its row, within the same budget."""
+        ...
+
+    @property
     def used_tokens(self) -> int:
         """What is set aside for rows, whether written or not."""
         ...
 
     def reserve(self, row: int, tokens: int) -> bool:
-        """Make room for a row's first `tokens` tokens, keeping what it has. False: no room."""
+        """Make room for a row's first `tokens` tokens, keeping what it has. False: no room, or
+        kept blocks are in the way."""
         ...
 
-    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
+    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
         """Make room for the first `tokens` tokens of a row that has none yet, and let it begin with
-        the keys and values of `source`'s first `shared` tokens, all of them computed. What either
-        row writes later, and `source`'s release, leave the other as it is. False: no room."""
+        the keys and values of the first `shared` tokens of `blocks`. What the row writes later
+        leaves the blocks as they are. False: as with `reserve`."""
         ...
 
     def release(self, row: int) -> None: ...
@@ -56,21 +61,11 @@ class FlatCache(KVCache, Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Place:
-    strip: int
-    """Tokens that the strip holds."""
-    slab: int
-    index: int
-    """Which strip of the slab."""
-
-
 class StripCache:
-    """Strips of 64, 128, … tokens, doubling up to `max_tokens`.
+    """Strips of 64, 128, … tokens, doubling up to `max_tokens`, each in a slab of its like.
 
-    The memory is cut into slabs of `max_tokens` tokens; a slab holds strips of one length and
-    takes another length once it is empty. A row that outgrows its strip moves to one twice as
-    long. Memory is touched only as it is written.
+    A row that outgrows its strip moves to one twice as long. Kept blocks never change where rows
+    lie: they go before a row takes a longer strip than it needs.
     """
 
     def __init__(self, shapes: Sequence[LayerShape], total_tokens: int, max_tokens: int) -> None:
@@ -86,42 +81,49 @@ class StripCache:
             )
         self.total_tokens = slabs * self.slab_tokens
         self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
-        self._keys = [
-            torch.empty(slabs, self.slab_tokens * s.kv_heads * s.key_dim, dtype=s.dtype)
-            for s in shapes
-        ]
-        self._values = [
-            torch.empty(slabs, self.slab_tokens * s.kv_heads * s.value_dim, dtype=s.dtype)
-            for s in shapes
-        ]
-        self._shapes = list(shapes)
-        self._empty = list(reversed(range(slabs)))
-        self._slabs: dict[int, tuple[int, list[bool]]] = {}
-        """Slab -> the length of its strips, and which of them are taken."""
-        self._places: dict[int, _Place] = {}
+        self._slabs = Slabs(shapes, slabs, self.slab_tokens)
+        self._places: dict[int, Place] = {}
+        self.blocks = StripBlocks(self._slabs, self._places.__getitem__)
+        self.keys, self.values = self._slabs.keys, self._slabs.values
 
     @property
     def used_tokens(self) -> int:
-        return sum(place.strip for place in self._places.values())
+        return sum(place.strip for place in list(self._places.values()))
 
     def reserve(self, row: int, tokens: int) -> bool:
         old = self._places.get(row)
         if old is not None and tokens <= old.strip:
             return True
-        if not self._take_strip(row, tokens, old, 0 if old is None else old.strip):
+        place = self._find_place(tokens)
+        if place is None:
             return False
+        kept = 0 if old is None else old.strip
+        for strips, others in self._slabs.pairs(place.strip, (old or place).strip):
+            strip = strips[place.number]
+            if old is not None:
+                strip[:, :kept].copy_(others[old.number])
+            # What another row left there is masked, but NaN times a weight of 0 is NaN.
+            strip[:, kept:].zero_()
+        self._places[row] = place
         if old is not None:
-            self._free(old)
+            self._slabs.free(old)
         return True
 
-    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
-        assert row not in self._places, "only a new row is forked"
-        return self._take_strip(row, tokens, self._places[source], shared)
+    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+        assert row not in self._places, "only a new row begins"
+        place = self._find_place(tokens)
+        if place is None:
+            return False
+        self.blocks.copy(blocks, place)
+        for strips, _ in self._slabs.pairs(place.strip, place.strip):
+            strips[place.number][:, shared:].zero_()
+        self._places[row] = place
+        return True
 
     def release(self, row: int) -> None:
         place = self._places.pop(row, None)
         if place is not None:
-            self._free(place)
+            self._slabs.free(place)
 
     def order(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows, key=self.place)
@@ -131,61 +133,17 @@ class StripCache:
 
     def place(self, row: int) -> tuple[int, int]:
         place = self._places[row]
-        return place.strip, self._number(place)
+        return place.strip, place.number
 
-    def _number(self, place: _Place) -> int:
-        """Of a strip, among all of its length."""
-        return place.slab * (self.slab_tokens // place.strip) + place.index
-
-    def keys(self, layer: int, length: int) -> torch.Tensor:
-        shape = self._shapes[layer]
-        return self._keys[layer].view(-1, shape.kv_heads, length, shape.key_dim)
-
-    def values(self, layer: int, length: int) -> torch.Tensor:
-        shape = self._shapes[layer]
-        return self._values[layer].view(-1, shape.kv_heads, length, shape.value_dim)
-
-    def _take_strip(self, row: int, tokens: int, origin: _Place | None, kept: int) -> bool:
-        """Give the row another strip; its first `kept` tokens are copied from `origin`."""
-        place = self._find_place(tokens)
-        if place is None:
-            return False
-        self._slabs[place.slab][1][place.index] = True
-        number = self._number(place)
-        source = number if origin is None else self._number(origin)
-        for layer in range(len(self._shapes)):
-            for strips in (self.keys, self.values):
-                strip = strips(layer, place.strip)[number]
-                # What another row left there is masked, but NaN times a weight of 0 is NaN.
-                strip[:, kept:].zero_()
-                if origin is not None:
-                    strip[:, :kept].copy_(strips(layer, origin.strip)[source][:, :kept])
-        self._places[row] = place
-        return True
-
-    def _find_place(self, tokens: int) -> _Place | None:
+    def _find_place(self, tokens: int) -> Place | None:
         """The shortest free strip that is long enough; an empty slab is opened for the fitting
         length before a longer strip is wasted."""
         assert tokens <= self.slab_tokens, "the scheduler ends rows at the window"
         strip = SMALLEST_STRIP
         while strip < tokens:
             strip *= 2
-        fitting = strip
-        while strip <= self.slab_tokens:
-            for slab, (length, taken) in self._slabs.items():
-                if length == strip and not all(taken):
-                    return _Place(strip, slab, taken.index(False))
-            if strip == fitting and self._empty:
-                slab = self._empty.pop()
-                self._slabs[slab] = (strip, [False] * (self.slab_tokens // strip))
-                return _Place(strip, slab, 0)
+        place = self._slabs.take(strip) or self._slabs.open(strip)
+        while place is None and strip < self.slab_tokens and not self.blocks.tokens:
             strip *= 2
-        return None
-
-    def _free(self, place: _Place) -> None:
-        taken = self._slabs[place.slab][1]
-        assert taken[place.index], "a strip is freed once"
-        taken[place.index] = False
-        if not any(taken):
-            del self._slabs[place.slab]
-            self._empty.append(place.slab)
+            place = self._slabs.take(strip)
+        return place

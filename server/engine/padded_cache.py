@@ -7,8 +7,9 @@ positions from the end of their cache. A group stays as long as its rows run tog
 come together anew are copied into a group of their own, once for each change of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
@@ -100,6 +101,82 @@ class _CrossLayer(_OwnLayer):  # type: ignore[no-untyped-call]
         return 0 if self.keys is None else int(self.keys.shape[-2])
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    row: int
+    begin: int
+    end: int
+
+
+class PaddedBlocks:
+    """Blocks in the groups of running rows, and copies of their own. Of an encoder-decoder, one
+    block is what its decoder keeps of a whole source."""
+
+    def __init__(self, cache: "PaddedCache", crosses: bool) -> None:
+        self._cache = cache
+        self.size = None if crosses else _COLUMNS
+        self._in_rows: dict[int, _Part] = {}
+        self._copies: dict[int, list[KeysAndValues]] = {}
+        """For each layer `[1, heads, tokens, dim]`."""
+        self._names = count()
+        self.tokens = 0
+
+    def keep(self, row: int, start: int, tokens: int) -> list[int]:
+        size = self.size or tokens
+        parts = [
+            _Part(row, begin, min(begin + size, start + tokens))
+            for begin in range(start, start + tokens, size)
+        ]
+        blocks = [next(self._names) for _ in parts]
+        self._in_rows.update(zip(blocks, parts, strict=True))
+        return blocks
+
+    def leave(self, row: int) -> list[int]:
+        mine = sorted((p.begin, block) for block, p in self._in_rows.items() if p.row == row)
+        while mine:
+            part = self._in_rows[mine[0][1]]
+            if self._cache.room < _rounded(part.end - part.begin):
+                break
+            block = mine.pop(0)[1]
+            self._copies[block] = [
+                (keys.clone(), values.clone()) for keys, values in self._layers(block)
+            ]
+            del self._in_rows[block]
+            self.tokens += _taken(self._copies[block])
+        return [block for _, block in mine]
+
+    def drop(self, block: int) -> None:
+        if block in self._copies:
+            self.tokens -= _taken(self._copies.pop(block))
+        else:
+            del self._in_rows[block]
+
+    def has_place(self, block: int) -> bool:
+        return block in self._copies
+
+    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
+        return list(islice(filter(self.has_place, blocks), 1))
+
+    def layers(self, blocks: Sequence[int]) -> list[KeysAndValues]:
+        """For each layer `[1, heads, tokens, dim]`: all of their tokens."""
+        return [
+            (torch.cat([keys for keys, _ in layer], 2), torch.cat([v for _, v in layer], 2))
+            for layer in zip(*map(self._layers, blocks), strict=True)
+        ]
+
+    def _layers(self, block: int) -> list[KeysAndValues]:
+        if block in self._copies:
+            return self._copies[block]
+        part = self._in_rows[block]
+        span = slice(part.begin, part.end)
+        layers = self._cache.layers_of(part.row, crossed=self.size is None)
+        return [(keys[:, :, span], values[:, :, span]) for keys, values in layers]
+
+
+def _taken(kept: list[KeysAndValues]) -> int:
+    return _rounded(kept[0][0].shape[2])
+
+
 class PaddedCache:
     """A `KVCache` of groups. Its budget counts padding: rows times the longest of them."""
 
@@ -127,43 +204,48 @@ class PaddedCache:
         self._crosses = crosses
         self._reserved: dict[int, int] = {}
         self._groups: dict[int, Group] = {}
+        self.blocks = PaddedBlocks(self, crosses)
 
     @property
     def used_tokens(self) -> int:
-        return len(self._reserved) * max(self._reserved.values(), default=0)
+        return len(self._reserved) * max(list(self._reserved.values()), default=0)
+
+    @property
+    def room(self) -> int:
+        return self.total_tokens - self.used_tokens - self.blocks.tokens
 
     def reserve(self, row: int, tokens: int) -> bool:
         wanted = self._reserved | {row: max(_rounded(tokens), self._reserved.get(row, 0))}
-        if len(wanted) * max(wanted.values()) > self.total_tokens:
+        if len(wanted) * max(wanted.values()) + self.blocks.tokens > self.total_tokens:
             return False
         self._reserved = wanted
         return True
 
-    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
-        """Of an encoder-decoder, a source that is shared is shared whole."""
-        assert row not in self._groups, "only a new row is forked"
+    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+        assert row not in self._groups, "only a new row begins"
         if not self.reserve(row, tokens):
             return False
-        if shared > 0:
-            self._groups[row] = self._copy(self._groups[source], source, row, shared)
-        return True
-
-    def _copy(self, group: Group, source: int, row: int, shared: int) -> Group:
-        index = group.rows.index(source)
-        sources = group.sources[index : index + 1]
-        own = shared - sum(sources)
-        assert own >= 0, "a source is shared whole"
-        start = group.starts[index]
         layers = [
-            (keys[index, None, :, start : start + own], values[index, None, :, start : start + own])
-            for keys, values in group.layers
-        ]
-        crossed = [
-            (keys[index, None, :, : sources[0]], values[index, None, :, : sources[0]])
-            for keys, values in group.crossed
+            (keys[:, :, :shared], values[:, :, :shared])
+            for keys, values in self.blocks.layers(blocks)
         ]
         # Its columns are full: the row's first step copies it into a group of its own.
-        return Group([row], [0], own, own, layers, sources, crossed)
+        if self._crosses:
+            own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
+            self._groups[row] = Group([row], [0], 0, 0, own, [shared], layers)
+        else:
+            self._groups[row] = Group([row], [0], shared, shared, layers, [], [])
+        return True
+
+    def layers_of(self, row: int, crossed: bool) -> list[KeysAndValues]:
+        """For each layer `[1, heads, tokens, dim]`: a row's own tokens, or those of its source."""
+        group = self._groups[row]
+        index = group.rows.index(row)
+        span = slice(0, group.sources[index]) if crossed else slice(group.starts[index], group.end)
+        layers = group.crossed if crossed else group.layers
+        return [
+            (keys[index, None, :, span], values[index, None, :, span]) for keys, values in layers
+        ]
 
     def release(self, row: int) -> None:
         self._reserved.pop(row, None)

@@ -1,10 +1,13 @@
 """Keys and values in blocks of 256 tokens, for CUDA; a row's block table says which are its own.
 
-Rows that begin alike can have their first whole blocks in common; blocks are counted here alone.
+Rows that begin alike have their first whole blocks in common, with what is kept of rows that have
+ended; blocks are counted here alone.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +60,13 @@ class PagedCache:
         ]
         self._free = list(range(blocks, _SCRATCH_BLOCK, -1))
         self._users = [0] * (blocks + 1)
-        """By block: the tables that it stands in."""
+        """By block: the tables that it stands in, and how many times it is kept."""
         self.tables: dict[int, list[int]] = {}
+        self.blocks = PagedBlocks(self)
 
     @property
     def used_tokens(self) -> int:
-        return self.total_tokens - len(self._free) * BLOCK
+        return self.total_tokens - len(self._free) * BLOCK - self.blocks.tokens
 
     def reserve(self, row: int, tokens: int) -> bool:
         table = self.tables.get(row, [])
@@ -72,22 +76,22 @@ class PagedCache:
         if missing > 0:
             new = [self._free.pop() for _ in range(missing)]
             self.tables[row] = table + new
-            self._count(new, 1)
+            self.count(new, 1)
             index = torch.tensor(new, device=self.device)
             for pool in (*self.keys, *self.values):
                 # What another row left there is masked, but NaN times a weight of 0 is NaN.
                 pool.index_fill_(0, index, 0.0)
         return True
 
-    def fork(self, source: int, row: int, shared: int, tokens: int) -> bool:
-        assert row not in self.tables, "only a new row is forked"
-        origin = self.tables[source]
+    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+        assert row not in self.tables, "only a new row begins"
+        origin = self.blocks.pages(blocks)
         whole, rest = divmod(shared, BLOCK)
         self.tables[row] = origin[:whole]
         if not self.reserve(row, tokens):
             del self.tables[row]
             return False
-        self._count(origin[:whole], 1)
+        self.count(origin[:whole], 1)
         if rest:
             begun, copy = origin[whole], self.tables[row][whole]
             for pool in (*self.keys, *self.values):
@@ -95,14 +99,18 @@ class PagedCache:
         return True
 
     def release(self, row: int) -> None:
-        table = self.tables.pop(row, [])
-        self._count(table, -1)
-        self._free += [block for block in table if self._users[block] == 0]
+        self.count(self.tables.pop(row, []), -1)
 
-    def _count(self, blocks: Sequence[int], change: int) -> None:
-        for block in blocks:
-            self._users[block] += change
-            assert self._users[block] >= 0, "a block is released once"
+    def count(self, pages: Sequence[int], change: int) -> None:
+        """More or fewer use these blocks; those that nobody uses are free."""
+        for page in pages:
+            self._users[page] += change
+            assert self._users[page] >= 0, "a block is released once"
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    def users(self, page: int) -> int:
+        return self._users[page]
 
     def order(self, rows: Sequence[int]) -> list[int]:
         return sorted(rows)
@@ -128,6 +136,58 @@ class PagedCache:
             longest_chunk=max(chunk.tokens for chunk in chunks),
             longest_row=max(chunk.start + chunk.tokens for chunk in chunks),
         )
+
+
+class PagedBlocks:
+    """Blocks of rows themselves, counted: keeping one copies nothing."""
+
+    size = BLOCK
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._cache = cache
+        self._pages: dict[int, int] = {}
+        """Name -> the block in the pools."""
+        self._kept: Counter[int] = Counter()
+        """By block in the pools: its names, which are two while its row writes on."""
+        self._names = count()
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._is_alone(page) for page in list(self._kept)) * BLOCK
+
+    def keep(self, row: int, start: int, tokens: int) -> list[int]:
+        pages = self._cache.tables[row][start // BLOCK : -(-(start + tokens) // BLOCK)]
+        self._cache.count(pages, 1)
+        self._kept.update(pages)
+        names = [next(self._names) for _ in pages]
+        self._pages.update(zip(names, pages, strict=True))
+        return names
+
+    def leave(self, _row: int, /) -> list[int]:
+        return []
+
+    def has_place(self, block: int) -> bool:
+        return self._is_alone(self._pages[block])
+
+    def drop(self, block: int) -> None:
+        page = self._pages.pop(block)
+        self._cache.count([page], -1)
+        self._kept[page] -= 1
+        if not self._kept[page]:
+            del self._kept[page]
+
+    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
+        first = next((b for b in blocks if self._is_alone(self._pages[b])), None)
+        if first is None:
+            return []
+        return [first]
+
+    def pages(self, blocks: Sequence[int]) -> list[int]:
+        return [self._pages[block] for block in blocks]
+
+    def _is_alone(self, page: int) -> bool:
+        """Whether no row uses it."""
+        return self._cache.users(page) == self._kept[page]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,113 +1,160 @@
-"""Requests of one order that begin alike: what they have in common is computed once.
+"""What requests have in common is computed once, for those that run together or come later.
 
-The first of them leads. Its followers wait until it has computed their common tokens, begin with
-a copy of its keys and values, and compute only the rest.
+A new row begins with the keys and values of its longest known beginning. Where a row of higher
+rank is just computing that beginning, it waits for it.
 """
 
-from bisect import bisect_left
-from collections.abc import Sequence as Rows
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Hashable
 
 from server.engine.kv_cache import KVCache
-from server.engine.request import GenerationRequest, Prefix
+from server.engine.prefix_cache import Node, PrefixCache
 from server.engine.sequence import Sequence
 
 LEAST_SHARED = 32
-"""Tokens. A follower starts a step after its leader, which fewer are not worth."""
-
-
-def share_prefixes(requests: Rows[GenerationRequest]) -> tuple[GenerationRequest, ...]:
-    """The requests of an order, each told which earlier one it follows, and how far.
-
-    They use the same adapter and differ in prompt, seed and `prompt_logprobs_from` only. Those
-    that begin alike stand beside each other, as the choices of a prompt do.
-    """
-    found: dict[str, GenerationRequest] = {}
-    leader: GenerationRequest | None = None
-    for request in requests:
-        if leader is not None:
-            shared = _common_tokens(leader, request)
-            # What it shares with a follower, that one's own leader mostly has as well, and earlier.
-            while leader.prefix is not None and shared <= leader.prefix.tokens:
-                leader = found[leader.prefix.leader]
-                shared = _common_tokens(leader, request)
-            if shared >= LEAST_SHARED:
-                request = replace(request, prefix=Prefix(leader.id, shared))
-        found[request.id] = leader = request
-    return tuple(found.values())
-
-
-def _common_tokens(leader: GenerationRequest, request: GenerationRequest) -> int:
-    ours, theirs = request.prompt, leader.prompt
-    shorter = min(len(ours), len(theirs))
-    common = bisect_left(range(1, shorter + 1), True, key=lambda n: ours[:n] != theirs[:n])
-    first = request.params.prompt_logprobs_from
-    # A follower takes over its leader's scores, so where that has none they part.
-    return common if leader.params.prompt_logprobs_from <= first else min(common, first)
+"""Tokens. Fewer are not worth a copy, nor a step of waiting."""
 
 
 class Prefixes:
-    """Which waiting sequences follow which, and whose keys stay in the cache for that.
+    """Rows' way into the cache. Whatever is kept there goes before any row has to."""
 
-    The keys of a leader that ends before its followers have copied them are kept, as long as
-    nobody needs the room; without them, the followers compute everything themselves.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, across_orders: bool) -> None:
+        """Not `across_orders`: only requests of one order share, and the last takes it along."""
         self._cache = cache
-        self._leaders: dict[Sequence, Sequence] = {}
-        """Of each follower that has yet to copy."""
-        self._kept: set[Sequence] = set()
-        """Leaders that have ended."""
+        self._across_orders = across_orders
+        self._known = PrefixCache(cache.blocks)
+        self._members: Counter[Hashable] = Counter()
+        """By content: the sequences that have not ended."""
+        self._computing: dict[Sequence, list[Node]] = {}
+        """Running sequences whose prompt others may wait for."""
+        self._awaited: dict[Sequence, Sequence] = {}
+        """Of each that waits, or has waited and is about to begin: whose prompt for."""
+        self.queried_tokens = 0
+        """Of the prompts that were let in."""
+        self.hit_tokens = 0
+        """Of those, the ones that needed no computing."""
 
-    def follow(self, sequence: Sequence, leader: Sequence) -> None:
-        self._leaders[sequence] = leader
+    @property
+    def kept_tokens(self) -> int:
+        return self._cache.blocks.tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence has arrived."""
+        self._members[self._content(sequence)] += 1
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Whether the leader is still to compute what they share."""
-        leader = self._leaders.get(sequence)
-        return leader is not None and leader.computed < sequence.shared_tokens
-
-    def reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Room for a new row, which begins with its leader's keys where it has one."""
-        leader = self._leaders.get(sequence)
-        if leader is None:
-            return self._cache.reserve(sequence.row, tokens)
-        if not self._cache.fork(leader.row, sequence.row, sequence.shared_tokens, tokens):
+        """Whether one of higher rank is computing what this one could begin with."""
+        if self._awaited.get(sequence) in self._computing:
+            return True
+        if not self._shares(sequence):
             return False
-        sequence.begin_like(leader)
-        self._leave(sequence)
+        most = sequence.most_skippable
+        found = self._known.find(self._content(sequence), sequence.sharable, most)
+        owner = found.owner
+        if owner is None or owner.rank > sequence.rank:
+            return False
+        if not sequence.can_take_scores(owner):
+            most = sequence.skippable
+        if min(found.expected, most) - min(found.tokens, most) < LEAST_SHARED:
+            return False
+        self._awaited[sequence] = owner
         return True
+
+    def begin(self, sequence: Sequence, tokens: int) -> bool:
+        """Room for the first `tokens` tokens of a new row, which begins with what is known of it.
+        False: there is none."""
+        if sequence in self._awaited:
+            sequence.take_scores(self._awaited[sequence])
+        while True:
+            path, shared = self._find(sequence)
+            blocks = [node.block for node in path if node.block is not None]
+            if shared and self._cache.begin(sequence.row, blocks, shared, tokens):
+                break
+            if not shared and self._cache.reserve(sequence.row, tokens):
+                break
+            if not self._known.drop():
+                return False
+        self._awaited.pop(sequence, None)
+        self._known.touch(path)
+        sequence.computed = shared
+        if self._shares(sequence):
+            self._count(sequence)
+            self._expect(sequence)
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Room for all tokens of a row. False: there is none."""
+        while not self._cache.reserve(sequence.row, len(sequence.tokens)):
+            if not self._known.drop():
+                return False
+        return True
+
+    def settle(self) -> None:
+        """Keep the prompts that have been computed since the last step."""
+        for sequence in [s for s in self._computing if s.computed >= s.prompt_tokens]:
+            self._keep(sequence)
+            self._forget_expected(sequence)
+
+    def give_way(self, sequence: Sequence) -> None:
+        """The row goes, and those that waited for it look elsewhere."""
+        self._forget_expected(sequence)
+        self._awaited = {s: other for s, other in self._awaited.items() if other is not sequence}
+        self._release(sequence)
+        sequence.computed = 0
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence has ended: its row goes, unless followers are about to copy it."""
-        self._leave(sequence)
-        followers = [each for each, leader in self._leaders.items() if leader is sequence]
-        ready = [each for each in followers if not self.must_wait(each)]
-        for follower in followers:
-            if follower not in ready:
-                del self._leaders[follower]
-        if ready:
-            self._kept.add(sequence)
-        else:
-            self._cache.release(sequence.row)
+        """The sequence has ended, whether it ran or not: its row goes, what it computed stays."""
+        content = self._content(sequence)
+        if self._across_orders or self._members[content] > 1:
+            self._keep(sequence)
+        self._forget_expected(sequence)
+        self._awaited.pop(sequence, None)
+        self._release(sequence)
+        self._members[content] -= 1
+        if not self._members[content]:
+            del self._members[content]
+            if not self._across_orders:
+                self._known.forget(content)
 
-    def drop(self, below: Sequence | None = None) -> bool:
-        """Release the kept row of the last in rank, among those that rank below `below` where it
-        is given. False: there is none."""
-        kept = [each for each in self._kept if below is None or each.rank > below.rank]
-        if not kept:
-            return False
-        last = max(kept, key=lambda each: each.rank)
-        self._leaders = {f: leader for f, leader in self._leaders.items() if leader is not last}
-        self._release(last)
-        return True
+    def _content(self, sequence: Sequence) -> Hashable:
+        """What keys and values depend on beside the tokens, and who may see them."""
+        lease = sequence.request.lease
+        digest = "" if lease is None or lease.vectors.is_base else lease.vectors.digest
+        order = None if self._across_orders else sequence.request.order
+        return digest, sequence.request.cache_salt, order
 
-    def _leave(self, follower: Sequence) -> None:
-        leader = self._leaders.pop(follower, None)
-        if leader in self._kept and leader not in self._leaders.values():
-            self._release(leader)
+    def _shares(self, sequence: Sequence) -> bool:
+        return self._across_orders or sequence.request.order is not None
 
-    def _release(self, leader: Sequence) -> None:
-        self._kept.remove(leader)
-        self._cache.release(leader.row)
+    def _find(self, sequence: Sequence) -> tuple[list[Node], int]:
+        """Blocks that a new row can begin with, and how many of their tokens."""
+        if not self._shares(sequence):
+            return [], 0
+        content = self._content(sequence)
+        found = self._known.find(content, sequence.sharable, sequence.skippable)
+        return (found.path, found.tokens) if found.tokens >= LEAST_SHARED else ([], 0)
+
+    def _count(self, sequence: Sequence) -> None:
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            self.queried_tokens += sequence.prompt_tokens
+            self.hit_tokens += sequence.computed
+
+    def _expect(self, sequence: Sequence) -> None:
+        prompt = sequence.sharable[: sequence.prompt_tokens]
+        if len(prompt) - sequence.computed >= LEAST_SHARED:
+            expected = self._known.expect(self._content(sequence), prompt, sequence)
+            self._computing[sequence] = expected
+
+    def _keep(self, sequence: Sequence) -> None:
+        computed = sequence.computed if self._across_orders else sequence.prompt_tokens
+        tokens = sequence.sharable[: min(computed, sequence.computed)]
+        if len(tokens) >= max(LEAST_SHARED, sequence.source_tokens):
+            self._known.keep(self._content(sequence), tokens, sequence.row)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._known.leave(sequence.row)
+        self._cache.release(sequence.row)
+
+    def _forget_expected(self, sequence: Sequence) -> None:
+        self._known.forget_expected(self._computing.pop(sequence, []))

@@ -68,21 +68,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """The beginning that a prompt has in common with that of an earlier request, its leader."""
-
-    leader: str
-    """The request's id."""
-    tokens: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One prompt to continue. The engine releases the lease when the request ends, however it ends.
 
-    `lease` None is the base model. What `prefix` says is computed once, if leader and request are
-    submitted together (see `share_prefixes`).
+    `lease` None is the base model.
     """
 
     id: str
@@ -95,7 +85,10 @@ class GenerationRequest:
     """Whose share of the model it uses; tenants have equal ones, as have a tenant's adapters."""
     priority: int = 0
     """Of a tenant's requests, those with a lower one are served earlier."""
-    prefix: Prefix | None = None
+    order: str | None = None
+    """Requests of one order share what they have in common, with or without a prefix cache."""
+    cache_salt: str = ""
+    """Only requests with the same salt share."""
     speculation: bool | None = None
     """Whether tokens may be guessed and computed ahead, which changes when they come and not which;
     None: as the engine is set."""
@@ -120,6 +113,8 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     """One per prompt token (None before the first that is scored); on the first output only, when
     asked for."""
+    cached_tokens: int = 0
+    """Of the prompt: how many needed no computing. On the last output."""
     finish_reason: FinishReason | None = None
     error: str = ""
     predicted_tokens: int = 0

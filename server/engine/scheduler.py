@@ -86,22 +86,28 @@ class Scheduler:
 
     A running sequence holds a row, room in the cache and its adapter's pin; a waiting one holds
     none of them. Nothing fails for want of room: it waits, or is computed again. A sequence whose
-    leader is still to compute what they share lets others go first, and so does, for a while, one
-    whose adapter finds all slots in use.
+    beginning another is computing lets others go first, and so does, for a while, one whose adapter
+    finds all slots in use.
     """
 
     def __init__(
-        self, cache: KVCache, residency: Residency, max_rows: int, chunk_tokens: int
+        self,
+        cache: KVCache,
+        residency: Residency,
+        max_rows: int,
+        chunk_tokens: int,
+        prefix_cache: bool = True,
     ) -> None:
-        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall."""
+        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall.
+        Without `prefix_cache`, only the requests of one order have anything in common."""
         self._cache = cache
         self._residency = residency
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
-        self._prefixes = Prefixes(cache)
+        self.prefixes = Prefixes(cache, across_orders=prefix_cache)
         self._queue = FairQueue()
         self._expecting: list[Sequence] = []
-        """Waiting too, for what their leaders compute."""
+        """Waiting too, for what others compute."""
         self._turns = itertools.count()
         self._claim = _Claim(max_rows)
         self.running: list[Sequence] = []
@@ -117,10 +123,8 @@ class Scheduler:
         yield from self._expecting
         yield from self._queue
 
-    def add(self, sequence: Sequence, leader: Sequence | None = None) -> None:
-        """`leader` is the one that the sequence's request names, if it has not ended."""
-        if leader is not None:
-            self._prefixes.follow(sequence, leader)
+    def add(self, sequence: Sequence) -> None:
+        self.prefixes.add(sequence)
         self._queue.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -133,9 +137,10 @@ class Scheduler:
             self._leave_queue(sequence)
         if sequence.has_started:
             self._queue.end(sequence)
-        self._prefixes.end(sequence)
+        self.prefixes.end(sequence)
 
     def schedule(self) -> Step:
+        self.prefixes.settle()
         decode = self._grow([s for s in self.running if s.uncomputed == 1])
         self._admit()
         decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
@@ -165,11 +170,8 @@ class Scheduler:
         grown = []
         while growing:
             sequence = growing.popleft()
-            if self._cache.reserve(sequence.row, len(sequence.tokens)):
+            if self.prefixes.grow(sequence):
                 grown.append(sequence)
-                continue
-            if self._prefixes.drop():
-                growing.appendleft(sequence)
                 continue
             victim = max(self.running, key=_RANK)
             self._preempt(victim)
@@ -180,7 +182,7 @@ class Scheduler:
         return grown
 
     def _admit(self) -> None:
-        for follower in [s for s in self._expecting if not self._prefixes.must_wait(s)]:
+        for follower in [s for s in self._expecting if not self.prefixes.must_wait(s)]:
             self._expecting.remove(follower)
             self._queue.add(follower)
         slots_left = True
@@ -188,7 +190,7 @@ class Scheduler:
             sequence = self._queue.first(self._claim.admits if slots_left else self._can_pin)
             if sequence is None:
                 return
-            if self._prefixes.must_wait(sequence):
+            if self.prefixes.must_wait(sequence):
                 self._leave_queue(sequence)
                 self._expecting.append(sequence)
                 continue
@@ -199,10 +201,8 @@ class Scheduler:
                 continue
             left = sequence.request.params.max_tokens - sequence.answer_tokens
             room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
-            if not self._prefixes.reserve(sequence, room):
+            if not self.prefixes.begin(sequence, room):
                 self._unpin(sequence)
-                if self._prefixes.drop(below=sequence if self.running else None):
-                    continue
                 return
             self._start(sequence, slot)
 
@@ -225,8 +225,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
-        self._cache.release(sequence.row)
-        sequence.computed = 0
+        self.prefixes.give_way(sequence)
         sequence.gave_way = True
         self.preemptions += 1
         self._queue.add(sequence)

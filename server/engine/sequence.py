@@ -3,6 +3,7 @@
 import math
 import random
 from collections import deque
+from collections.abc import Sequence as Rows
 
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +61,8 @@ class Sequence:
         self.tokens = [*request.prompt, *start, *request.target]
         self.prompt_tokens = len(self.tokens)
         self.computed = 0
+        self.cached_tokens: int | None = None
+        """Tokens of the prompt that needed no computing; None until the sequence first runs."""
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
         self.turn: int | None = None
@@ -135,19 +138,44 @@ class Sequence:
         return asked and len(self.prompt_logprobs) < self.prompt_tokens
 
     @property
-    def shared_tokens(self) -> int:
-        """Tokens whose keys and values a leader can give. The last common token is not one of
-        them: computed again, it says what comes next."""
-        prefix = self.request.prefix
-        if prefix is None:
-            return 0
-        if self.source_tokens:
-            # What an encoder reads is common as a whole, or not at all.
-            return self.source_tokens if prefix.tokens == self.source_tokens else 0
-        return prefix.tokens - 1
+    def sharable(self) -> list[int]:
+        """What others may begin with as well: all, or of an encoder-decoder its source."""
+        return self.tokens[: self.source_tokens] if self.source_tokens else self.tokens
 
-    def begin_like(self, leader: "Sequence") -> None:
-        """The keys and values of the shared tokens are there, copied from the leader's."""
-        self.computed = self.shared_tokens
-        scored = len(self.prompt_logprobs)
-        self.prompt_logprobs += leader.prompt_logprobs[scored : self.shared_tokens + 1]
+    @property
+    def most_skippable(self) -> int:
+        """How many tokens need not be computed where their keys and values are there already: all
+        but the last one, which says what comes next."""
+        return self.source_tokens or len(self.tokens) - 1
+
+    @property
+    def skippable(self) -> int:
+        """The same, but for what scores the prompt."""
+        if self.source_tokens or not self.wants_prompt_logprobs:
+            return self.most_skippable
+        return len(self.prompt_logprobs) - 1
+
+    def can_take_scores(self, other: "Sequence") -> bool:
+        """Whether another scores all that this one wants scored, where their prompts are alike."""
+        ours, theirs = self.request.params, other.request.params
+        return not self.wants_prompt_logprobs or (
+            ours.prompt_logprobs == theirs.prompt_logprobs
+            and theirs.prompt_logprobs_from <= len(self.prompt_logprobs)
+        )
+
+    def take_scores(self, other: "Sequence") -> None:
+        """Where their prompts are alike, the other's scores are this one's as well."""
+        if not self.wants_prompt_logprobs or not self.can_take_scores(other):
+            return
+        ours, theirs = self.tokens[: self.prompt_tokens], other.tokens[: other.prompt_tokens]
+        common = common_tokens(ours, theirs)
+        self.prompt_logprobs += other.prompt_logprobs[len(self.prompt_logprobs) : common]
+
+
+def common_tokens(some: Rows[int], others: Rows[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    if some == others:
+        return len(some)
+    pairs = enumerate(zip(some, others, strict=False))
+    unlike = (number for number, (one, other) in pairs if one != other)
+    return next(unlike, min(len(some), len(others)))

@@ -59,6 +59,8 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str, oracle: Or
     assert answer["id"].startswith("chatcmpl-")
     assert answer["object"] == "chat.completion"
     assert (answer["model"], answer["system_fingerprint"]) == (base, base)
+    cached = answer["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 <= cached < prompt_tokens
     assert answer["usage"] == {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 12,

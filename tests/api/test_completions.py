@@ -65,6 +65,8 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str) -> None:
     assert answer["object"] == "text_completion"
     assert answer["model"] == base
     assert isinstance(answer["created"], int)
+    cached = answer["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert 0 <= cached < len(PROMPT)
     assert answer["usage"] == {
         "prompt_tokens": len(PROMPT),
         "completion_tokens": 12,

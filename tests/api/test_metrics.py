@@ -87,6 +87,9 @@ def test_every_metric_has_a_name_of_ours_and_a_help_text(client: httpx.Client) -
         "infuse_requests_running",
         "infuse_requests_waiting",
         "infuse_kv_tokens_used",
+        "infuse_kv_tokens_cached",
+        "infuse_prefix_cache_query_tokens",
+        "infuse_prefix_cache_hit_tokens",
         "infuse_kv_tokens_total",
         "infuse_adapters_registered",
         "infuse_adapters_resident",
@@ -216,3 +219,19 @@ def test_however_many_adapters_come_their_series_are_few(alone: tuple[str, Servi
     assert exposed.count("infuse_requests_total{") == 101
     assert 'infuse_requests_total{adapter="other",outcome="stop"} 900.0' in exposed
     assert 'adapter="a0"' in exposed
+
+
+def test_what_the_prefix_cache_spares_is_counted_and_reported(client: httpx.Client) -> None:
+    prompt = "Each of these words is read once: " + "and again " * 5
+    before = scrape(client)
+    cached = []
+    for salt in ("ours", "ours", "theirs"):
+        body = {"model": "mlp", "prompt": prompt, "max_tokens": 2, "cache_salt": salt}
+        usage = client.post("/v1/completions", json=body).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    changes = moved(before, scrape(client))
+
+    assert cached == [0, len(prompt) - 1, 0]
+    assert changes[series("infuse_prefix_cache_query_tokens_total")] == 3 * len(prompt)
+    assert changes[series("infuse_prefix_cache_hit_tokens_total")] == len(prompt) - 1
+    assert changes[series("infuse_kv_tokens_cached")] >= len(prompt)

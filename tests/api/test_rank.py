@@ -55,8 +55,12 @@ def test_a_prompt_is_computed_once_for_all_its_choices(
     answer = rank(client, inputs=inputs, model="default").json()
     computed = engine.stats().prompt_tokens - before
 
-    again = 2  # the prompt's last token, for each choice but the first
+    # What scores a choice is computed for it: also the prompt's last token.
+    again = 2
     assert computed == sum(len(prompt) + len(" late!?") + again for prompt in prompts)
+    assert answer["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": answer["usage"]["prompt_tokens"] - computed
+    }
     assert answer["usage"]["prompt_tokens"] == sum(
         3 * len(prompt) + len(" late!?") for prompt in prompts
     )

@@ -27,7 +27,6 @@ from server.engine import (
     SamplingParams,
     TokenLogprob,
 )
-from server.engine.prefixes import share_prefixes
 from tests.factories import tiny_tokenizer
 
 _PATIENCE = 60.0
@@ -123,6 +122,7 @@ class Harness:
         tenant: str = "",
         speculation: bool | None = None,
         prediction: Sequence[int] = (),
+        cache_salt: str = "",
         **params: Any,
     ) -> None:
         """`adapters`: none or None for the base, one or its lease, or several for their product."""
@@ -139,6 +139,7 @@ class Harness:
             priority=priority,
             speculation=speculation,
             prediction=tuple(prediction),
+            cache_salt=cache_salt,
         )
         self.answers[request_id] = Answer()
         try:
@@ -167,19 +168,18 @@ class Harness:
         **params: Any,
     ) -> list[str]:
         """Several requests at once, as one call of the API makes them; returns their ids."""
-        requests = share_prefixes(
-            [
-                GenerationRequest(
-                    id=f"{name}-{number}",
-                    prompt=tuple(prompt),
-                    params=SamplingParams(
-                        **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
-                    ),
-                    lease=None if adapter is None else self.registry.lease(adapter),
-                )
-                for number, prompt in enumerate(prompts)
-            ]
-        )
+        requests = [
+            GenerationRequest(
+                id=f"{name}-{number}",
+                prompt=tuple(prompt),
+                params=SamplingParams(
+                    **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True} | params
+                ),
+                lease=None if adapter is None else self.registry.lease(adapter),
+                order=name,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
         self.answers |= {request.id: Answer() for request in requests}
         self.engine.submit(*requests)
         return [request.id for request in requests]

@@ -92,7 +92,7 @@ class Simulation:
         self.slots = Slots(slots)
         self.residency = Residency(self.slots)
         self.cache = StripCache([], cache_tokens or (rows + 1) * window, window)
-        self.scheduler = Scheduler(self.cache, self.residency, rows, chunk)
+        self.scheduler = Scheduler(self.cache, self.residency, rows, chunk, prefix_cache=False)
         self.now = 0.0
         self.steps = 0
         self.journeys: list[Journey] = []

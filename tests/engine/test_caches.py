@@ -12,7 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from server.engine.attention import Chunk, LayerAttention, LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.kv_cache import KVCache, StripCache
+from server.engine.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -22,11 +22,11 @@ ATTENTION = nn.Module().eval()
 ATTENTION.num_key_value_groups = HEADS // KV_HEADS
 
 
-def strips(tokens: int = 4 * LONGEST) -> KVCache:
+def strips(tokens: int = 4 * LONGEST) -> FlatCache:
     return StripCache(SHAPES, tokens, LONGEST)
 
 
-def blocks(tokens: int = 4 * LONGEST) -> KVCache:
+def blocks(tokens: int = 4 * LONGEST) -> FlatCache:
     return PagedCache(SHAPES, tokens, LONGEST, torch.device("cpu"))
 
 
@@ -65,7 +65,7 @@ class Row:
 
 
 def run_step(
-    cache: KVCache, decode: list[Row], prefill: list[tuple[Row, int]], layer: LayerAttention
+    cache: FlatCache, decode: list[Row], prefill: list[tuple[Row, int]], layer: LayerAttention
 ) -> None:
     """Attend to new random tokens of these rows and compare with the oracle."""
     by_number = {row.number: row for row in decode}
@@ -100,7 +100,7 @@ LAYERS = {
 @settings(max_examples=12)
 @given(plan=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=9))
 def test_attention_equals_transformers_over_whole_rows(
-    make: Callable[[], KVCache], layer: LayerAttention, plan: list[tuple[int, int]]
+    make: Callable[[], FlatCache], layer: LayerAttention, plan: list[tuple[int, int]]
 ) -> None:
     """Each entry is a step: a chunk for one row, one token for each row that has begun."""
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_attention_equals_transformers_over_whole_rows(
 
 
 @CACHES
-def test_room_is_kept_used_up_and_given_back(make: Callable[[int], KVCache]) -> None:
+def test_room_is_kept_used_up_and_given_back(make: Callable[[int], FlatCache]) -> None:
     cache = make(2 * LONGEST)
     assert cache.reserve(0, LONGEST)
     assert cache.reserve(1, LONGEST)
@@ -134,43 +134,56 @@ def test_room_is_kept_used_up_and_given_back(make: Callable[[int], KVCache]) -> 
 @settings(max_examples=8)
 @given(computed=st.integers(2, 400), share=st.floats(0, 1), more=st.integers(1, 90))
 def test_a_fork_attends_as_if_it_had_computed_everything_itself(
-    make: Callable[[], KVCache], layer: LayerAttention, computed: int, share: float, more: int
+    make: Callable[[], FlatCache], layer: LayerAttention, computed: int, share: float, more: int
 ) -> None:
-    """Whatever either row does after it, and when the source has gone too."""
+    """Whatever either row does after it, and another one that begins when the source has gone."""
     torch.manual_seed(0)
     cache = make()
-    source, fork = Row(0), Row(1)
+    source, fork, late = Row(0), Row(1), Row(2)
     assert cache.reserve(0, computed + more + 1)
     run_step(cache, [], [(source, computed)], layer)
-    # The source has keys in its other layer too: what a fork does there must not fail.
+    blocks = cache.blocks.keep(0, 0, computed)
+    assert cache.blocks.tokens == 0
     shared = max(1, int(share * computed))
-    assert cache.fork(0, 1, shared, shared + 1)
-    for mine, theirs in zip(fork.history, source.history, strict=True):
-        mine.append(torch.cat(theirs, dim=1)[:, :shared])
+    first = blocks[: -(-shared // (cache.blocks.size or 1))]
+
+    def begin(row: Row) -> None:
+        assert cache.begin(row.number, first, shared, shared + 1)
+        for mine, theirs in zip(row.history, source.history, strict=True):
+            mine.append(torch.cat(theirs, dim=1)[:, :shared])
+
+    begin(fork)
     run_step(cache, [], [(source, more), (fork, 1)], layer)
     assert cache.reserve(1, shared + more + 2)
     run_step(cache, [source], [(fork, more)], layer)
+    assert cache.blocks.leave(0) == []
     cache.release(0)
-    assert cache.reserve(2, 70)
-    run_step(cache, [fork], [(Row(2), 70)], layer)
-    cache.release(1)
-    cache.release(2)
-    assert cache.used_tokens == 0
+    begin(late)
+    run_step(cache, [fork], [(late, 1)], layer)
+    assert cache.reserve(3, 70)
+    run_step(cache, [fork], [(Row(3), 70)], layer)
+    for row in (1, 2, 3):
+        cache.release(row)
+    assert (cache.used_tokens, cache.blocks.tokens >= computed) == (0, True)
+    for block in blocks:
+        cache.blocks.drop(block)
+    assert cache.blocks.tokens == 0
 
 
 @CACHES
-def test_a_fork_that_finds_no_room_takes_none(make: Callable[[int], KVCache]) -> None:
+def test_a_fork_that_finds_no_room_takes_none(make: Callable[[int], FlatCache]) -> None:
     cache = make(2 * LONGEST)
     assert cache.reserve(0, LONGEST)
     assert cache.reserve(1, LONGEST - BLOCK)
     used = cache.used_tokens
+    blocks = cache.blocks.keep(0, 0, BLOCK // 2)
 
-    assert not cache.fork(0, 2, BLOCK // 2, LONGEST)
+    assert not cache.begin(2, blocks, BLOCK // 2, LONGEST)
     assert cache.used_tokens == used
 
 
 @CACHES
-def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], KVCache]) -> None:
+def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], FlatCache]) -> None:
     """Not even where it was NaN, which no mask of weight 0 would hold back."""
     torch.manual_seed(0)
     cache = make()
@@ -220,7 +233,7 @@ def test_strips_never_overlap_and_never_leak(
 
 @pytest.mark.parametrize(("make", "least"), [(strips, 2 * LONGEST), (blocks, LONGEST)])
 def test_a_budget_too_small_for_the_window_says_what_would_do(
-    make: Callable[[int], KVCache], least: int
+    make: Callable[[int], FlatCache], least: int
 ) -> None:
     with pytest.raises(DoesNotFit, match=f"kv-cache-tokens to {least}"):
         make(least - 1)
@@ -235,15 +248,52 @@ def test_a_table_grows_by_whole_blocks() -> None:
     assert cache.used_tokens == 2 * BLOCK
 
 
-def test_forks_have_whole_blocks_in_common() -> None:
+def test_rows_that_begin_alike_have_whole_blocks_in_common() -> None:
     cache = blocks()
     cache.reserve(0, 2 * BLOCK)
-    assert cache.fork(0, 1, BLOCK + 10, 2 * BLOCK)
+    kept = cache.blocks.keep(0, 0, BLOCK + 10)
+    assert cache.begin(1, kept, BLOCK + 10, 2 * BLOCK)
     assert cache.used_tokens == 3 * BLOCK
     cache.release(0)
-    assert cache.used_tokens == 2 * BLOCK
-    assert cache.fork(1, 2, BLOCK, BLOCK + 1)
+    assert (cache.used_tokens, cache.blocks.tokens) == (2 * BLOCK, BLOCK)
+    assert cache.begin(2, kept[:1], BLOCK, BLOCK + 1)
     cache.release(1)
     cache.release(2)
-    assert cache.used_tokens == 0
-    assert cache.reserve(3, LONGEST)
+    assert (cache.used_tokens, cache.blocks.tokens) == (0, 2 * BLOCK)
+    assert not cache.reserve(3, 4 * LONGEST - BLOCK)
+    assert cache.blocks.in_the_way(kept) == kept[:1]
+    cache.blocks.drop(kept[0])
+    assert cache.reserve(3, 4 * LONGEST - BLOCK)
+
+
+def test_a_slabs_blocks_go_together_before_a_row_wastes_a_longer_strip() -> None:
+    cache = strips(2 * LONGEST)
+    size = cache.blocks.size or 0
+    cache.reserve(0, LONGEST)
+    kept = cache.blocks.keep(0, 0, LONGEST)
+    cache.release(7)
+    assert cache.blocks.leave(0) == []
+    cache.release(0)
+    cache.reserve(1, LONGEST)
+
+    assert (cache.used_tokens, cache.blocks.tokens) == (LONGEST, LONGEST)
+    assert not cache.reserve(2, SMALLEST_STRIP)
+    assert list(cache.blocks.in_the_way(kept)) == kept
+    for block in kept[1:]:
+        cache.blocks.drop(block)
+    assert not cache.reserve(2, SMALLEST_STRIP)
+    assert cache.blocks.tokens == size
+    cache.blocks.drop(kept[0])
+    assert cache.reserve(2, SMALLEST_STRIP)
+
+
+def test_blocks_of_a_row_that_goes_stay_as_far_as_there_is_room() -> None:
+    cache = strips(2 * LONGEST)
+    cache.reserve(0, LONGEST)
+    cache.reserve(1, LONGEST // 2)
+    kept = cache.blocks.keep(0, 0, LONGEST)
+
+    assert cache.blocks.leave(0) == kept
+    cache.release(1)
+    assert cache.blocks.leave(0) == []
+    assert cache.blocks.tokens == LONGEST

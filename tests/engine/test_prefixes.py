@@ -1,15 +1,12 @@
 """What the requests of an order have in common is computed once, and nothing else changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from server.engine import FinishReason, GenerationRequest, SamplingParams
-from server.engine.prefixes import LEAST_SHARED, share_prefixes
+from server.engine import FinishReason
 from tests.engine.harness import Answer, Harness, Oracle
 from tests.factories import tiny_model
 
@@ -18,78 +15,10 @@ CHOICES = [[9], [9, 10, 11], [12, 13], [9, 10, 14, 15]]
 WHO = [None, "default", "regex", "queries"]
 
 
-def requests_of(
-    prompts: Sequence[Sequence[int]], scored_from: Sequence[int] | None = None
-) -> list[GenerationRequest]:
-    return [
-        GenerationRequest(
-            id=str(number),
-            prompt=tuple(prompt),
-            params=SamplingParams(max_tokens=1, prompt_logprobs_from=first),
-        )
-        for number, (prompt, first) in enumerate(
-            zip(prompts, scored_from or [1] * len(prompts), strict=True)
-        )
-    ]
-
-
 def logprobs(answer: Answer) -> list[float]:
     """Of the prompt's tokens from the second on, then of the answer's."""
     _, *prompt = answer.prompt_logprobs or ()
     return [scored.logprob for scored in (*prompt, *answer.logprobs) if scored is not None]
-
-
-def followed(requests: Sequence[GenerationRequest]) -> list[tuple[str, int] | None]:
-    prefixes = [request.prefix for request in share_prefixes(requests)]
-    return [None if each is None else (each.leader, each.tokens) for each in prefixes]
-
-
-def test_the_choices_of_a_prompt_follow_the_first() -> None:
-    prompts = [PROMPT + choice for choice in CHOICES]
-
-    assert followed(requests_of(prompts)) == [None, ("0", 61), ("0", 60), ("0", 61)]
-
-
-def test_samples_of_one_prompt_follow_the_first() -> None:
-    assert followed(requests_of([PROMPT] * 3)) == [None, ("0", 60), ("0", 60)]
-
-
-def test_prompts_that_begin_alike_follow_too_and_their_choices_follow_them() -> None:
-    inputs = [[*PROMPT, 5, *[6] * 40], [*PROMPT, 7, *[8] * 40]]
-    prompts = [[*each, *choice] for each in inputs for choice in ([9], [10])]
-
-    assert followed(requests_of(prompts)) == [None, ("0", 101), ("0", 60), ("2", 101)]
-
-
-def test_a_few_tokens_are_not_worth_a_step() -> None:
-    few = PROMPT[: LEAST_SHARED - 1]
-
-    assert followed(requests_of([[*few, 5], [*few, 6]])) == [None, None]
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.integers(5, 6), max_size=4), st.integers(1, 60)),
-        min_size=1,
-        max_size=12,
-    )
-)
-def test_what_is_shared_is_common_and_the_leader_scores_it(
-    found: list[tuple[list[int], int]],
-) -> None:
-    prompts = [PROMPT[:20] * (1 + len(end) % 3) + end + [7] for end, _ in found]
-    firsts = [min(first, len(p) - 1) for (_, first), p in zip(found, prompts, strict=True)]
-    shared = share_prefixes(requests_of(prompts, firsts))
-    places = {request.id: place for place, request in enumerate(shared)}
-    for place, request in enumerate(shared):
-        first = request.params.prompt_logprobs_from
-        if request.prefix is not None:
-            leader = shared[places[request.prefix.leader]]
-            tokens = request.prefix.tokens
-            assert places[leader.id] < place
-            assert tokens >= LEAST_SHARED
-            assert leader.prompt[:tokens] == request.prompt[:tokens]
-            assert tokens <= first or leader.params.prompt_logprobs_from <= first
 
 
 def test_choices_score_as_peft_scores_them_whatever_shares_the_batch(
@@ -127,7 +56,8 @@ def test_choices_score_as_peft_scores_them_whatever_shares_the_batch(
                     prompt[place],
                     pytest.approx(wanted, abs=1e-4),
                 )
-    # The prompt once for each order; of a follower, its own tokens and the last that it shares.
+    # The prompt once for each order. What a choice is scored by, it computes itself, unless the
+    # choice before it has just scored the same.
     assert engine.engine.stats().prompt_tokens == 1 + len(WHO) * (61 + 3 + 3 + 4)
     engine.assert_idle()
 

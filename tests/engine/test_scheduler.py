@@ -15,7 +15,6 @@ from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from server.engine.attention import LayerShape
 from server.engine.kv_cache import StripCache
-from server.engine.prefixes import share_prefixes
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, Step
 from server.engine.sequence import Sequence
@@ -71,45 +70,48 @@ def registry(
 class Machine:
     """Runs whatever the scheduler says, without a model: every step computes and takes a token.
 
-    A token's key is the token itself, so the cache says whether a row has the keys of its tokens.
+    A token's key says the token and the adapter, so the cache says whether a row has its own keys.
     """
 
-    def __init__(self, registry: AdapterRegistry, rows: int = ROWS) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        rows: int = ROWS,
+        windows: int = 2,
+        prefix_cache: bool = False,
+    ) -> None:
+        """The cache has room for so many windows."""
         self.registry = registry
         shapes = [LayerShape(1, 1, 1, torch.float32)]
-        self.cache = StripCache(shapes, 2 * WINDOW, WINDOW)
-        self.scheduler = Scheduler(self.cache, registry.residency, rows, CHUNK)
+        self.cache = StripCache(shapes, windows * WINDOW, WINDOW)
+        self.scheduler = Scheduler(self.cache, registry.residency, rows, CHUNK, prefix_cache)
         self.finished: list[int] = []
         self.computed = 0
         self.row = 0
 
     def add(self, ask: Ask) -> list[Sequence]:
-        requests = share_prefixes(
-            [
-                GenerationRequest(
-                    id=str(self.row + number),
-                    prompt=(*((5,) * ask.prompt), *((6 + number,) * choice)),
-                    params=SamplingParams(max_tokens=ask.answer),
-                    lease=None if ask.adapter is None else self.registry.lease(ask.adapter),
-                    tenant=ask.tenant,
-                    priority=ask.priority,
-                )
-                for number, choice in enumerate(ask.choices)
-            ]
-        )
-        added: dict[str, Sequence] = {}
-        for request in requests:
-            sequence = added[request.id] = Sequence(request, self.row, TOKENIZER)
-            leader = None if request.prefix is None else added[request.prefix.leader]
-            self.scheduler.add(sequence, leader)
+        added = []
+        order = str(self.row)
+        for number, choice in enumerate(ask.choices):
+            request = GenerationRequest(
+                id=str(self.row),
+                prompt=(*((5,) * ask.prompt), *((6 + number,) * choice)),
+                params=SamplingParams(max_tokens=ask.answer),
+                lease=None if ask.adapter is None else self.registry.lease(ask.adapter),
+                tenant=ask.tenant,
+                priority=ask.priority,
+                order=order,
+            )
+            added.append(Sequence(request, self.row, TOKENIZER))
+            self.scheduler.add(added[-1])
             self.row += 1
-        return list(added.values())
+        return added
 
     def step(self) -> Step:
         step = self.scheduler.schedule()
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
             start, end = sequence.computed, sequence.computed + tokens
-            self.keys(sequence)[start:end] = torch.tensor(sequence.tokens[start:end])
+            self.keys(sequence)[start:end] = torch.tensor(self.expected(sequence)[start:end])
             sequence.computed = end
             self.computed += tokens
             if sequence.uncomputed == 0:
@@ -118,6 +120,11 @@ class Machine:
                 if sequence.answer_tokens == sequence.request.params.max_tokens:
                     self.finish(sequence)
         return step
+
+    def expected(self, sequence: Sequence) -> list[int]:
+        lease = sequence.request.lease
+        adapter = 0 if lease is None else 1 + ADAPTERS.index(lease.label.partition("@")[0])
+        return [1000 * adapter + token for token in sequence.tokens]
 
     def keys(self, sequence: Sequence) -> torch.Tensor:
         slab, index = self.cache.place(sequence.row)
@@ -133,7 +140,7 @@ class Machine:
     def finish(self, sequence: Sequence) -> None:
         if sequence.computed:
             keys = self.keys(sequence)[: sequence.computed]
-            assert keys.tolist() == sequence.tokens[: sequence.computed]
+            assert keys.tolist() == self.expected(sequence)[: sequence.computed]
         self.scheduler.remove(sequence)
         if sequence.request.lease is not None:
             sequence.request.lease.release()
@@ -149,6 +156,7 @@ class Machine:
         assert self.registry.stats().pinned <= len(slots)
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix cache", "no prefix cache"])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     arrivals=st.lists(
@@ -158,11 +166,13 @@ class Machine:
     )
 )
 def test_every_request_ends_and_gives_back_what_it_held(
-    registry: AdapterRegistry, arrivals: list[tuple[list[Ask], int | None]]
+    registry: AdapterRegistry,
+    arrivals: list[tuple[list[Ask], int | None]],
+    prefix_cache: bool,
 ) -> None:
     """No starvation, no leak, never idle while somebody waits, no row with keys of other tokens
     than its own; whoever is cancelled, leaders too."""
-    machine = Machine(registry)
+    machine = Machine(registry, prefix_cache=prefix_cache)
     for burst, cancelled in arrivals:
         for ask in burst:
             machine.add(ask)
@@ -238,8 +248,7 @@ def test_what_an_order_has_in_common_is_computed_once(registry: AdapterRegistry)
     machine.add(Ask(prompt=100, answer=0, adapter="default", priority=0, choices=(3, 4, 5)))
     machine.run()
 
-    again = 2  # the last common token, for what comes after it
-    assert machine.computed == 100 + 3 + 4 + 5 + again
+    assert machine.computed == 100 + 3 + 4 + 5
     assert machine.cache.used_tokens == 0
 
 
@@ -260,28 +269,29 @@ def test_others_go_first_while_a_leader_computes(registry: AdapterRegistry) -> N
 def test_followers_are_computed_before_prompts_that_came_later(
     registry: AdapterRegistry,
 ) -> None:
-    machine = Machine(registry)
+    machine = Machine(registry, windows=3)
     leader, follower = machine.add(Ask(40, 1, None, 0, choices=(3, 3)))
     machine.add(Ask(140, 1, None, 0))
     while leader.computed < leader.prompt_tokens:
         machine.step()
 
-    assert (follower, 4) in machine.step().prefill
+    assert (follower, 3) in machine.step().prefill
     machine.run()
 
 
-def test_followers_of_a_leader_that_is_cancelled_compute_for_themselves(
+def test_followers_of_a_leader_that_is_cancelled_go_on_where_it_was(
     registry: AdapterRegistry,
 ) -> None:
     machine = Machine(registry)
-    leader, *followers = machine.add(Ask(100, 5, "default", 0, choices=(1, 1, 1)))
+    leader, second, third = machine.add(Ask(100, 5, "default", 0, choices=(1, 1, 1)))
     machine.step()
     machine.finish(leader)
     machine.step()
-    assert machine.scheduler.running == followers
+    assert machine.scheduler.running == [second]
     machine.run()
 
-    assert machine.computed == CHUNK + 2 * (101 + 4)
+    assert third.cached_tokens == 100
+    assert machine.computed == CHUNK + (101 - CHUNK + 4) + (1 + 4)
 
 
 def test_a_leader_that_ends_leaves_its_keys_to_those_who_wait_for_a_row(
@@ -291,7 +301,7 @@ def test_a_leader_that_ends_leaves_its_keys_to_those_who_wait_for_a_row(
     machine.add(Ask(100, 1, None, 0, choices=(1, 1, 1)))
     machine.run()
 
-    assert machine.computed == 101 + 2 * 2
+    assert machine.computed == 101 + 2 * 1
 
 
 def test_keys_of_an_ended_leader_give_way_to_a_request_of_higher_rank(
@@ -339,4 +349,4 @@ def test_a_leader_that_gave_way_is_followed_when_it_is_back(registry: AdapterReg
     machine.run()
 
     assert lost > 0
-    assert machine.computed == (65 + 99) + (20 + 99) + lost + 141 + 2
+    assert machine.computed == (65 + 99) + (20 + 99) + lost + 141 + 1
