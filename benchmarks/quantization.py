@@ -7,6 +7,7 @@ their ratios mean something on a shared machine.
 import math
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -14,8 +15,11 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.infuse import InfuseServer
-from benchmarks.workload import make_workload
+from benchmarks.bench import PLAIN, adapter_name
+from benchmarks.engines import Request
+from benchmarks.engines.infuse_http import InfuseHttp
+from benchmarks.turns import Side, take_turns
+from benchmarks.workload import Template, random_prompts
 from server.engine.loading import default_model_folder, load_model
 from server.engine.quantization import Quantization, weights_bytes
 
@@ -66,28 +70,40 @@ def scores(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def speed(rounds: int, rows: int, tokens_in: int, tokens_out: int) -> None:
     model = default_model_folder()
+    prompts = random_prompts(model, rows, tokens_in)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
-        workload = make_workload(model, Path(scratch) / "adapters", rows, tokens_in, tokens_out)
-        running = {}
-        for quantization in FORMATS:
-            folder = Path(scratch) / quantization
-            folder.mkdir()
-            server = InfuseServer(workload, model, folder, "--quantization", quantization)
-            running[quantization] = servers.enter_context(server)
-        seconds: dict[str, list[float]] = {quantization: [] for quantization in FORMATS}
-        for number in range(rounds + 1):
-            for quantization, server in running.items():
-                took = server.run(workload.adapters).seconds
-                if number > 0:  # The first round warms up.
-                    seconds[quantization].append(took)
+        adapters = Path(scratch) / "adapters"
+        template = Template(model, Path(scratch))
+        names = [template.write(adapters / adapter_name(row), row).name for row in range(rows)]
+        running = {
+            quantization: servers.enter_context(serve(quantization, Path(scratch), adapters))
+            for quantization in FORMATS
+        }
+        requests = [
+            Request(prompt, tokens_out, name) for prompt, name in zip(prompts, names, strict=True)
+        ]
+        sides = [
+            Side(quantization, partial(server.run, requests), rows * tokens_out)
+            for quantization, server in running.items()
+        ]
+        turns = take_turns(sides, rounds)
         for quantization, server in running.items():
-            pairs = zip(seconds["none"], seconds[quantization], strict=True)
-            tokens_per_second = rows * tokens_out / median(seconds[quantization])
+            ratio = turns.ratio(quantization, "none")
+            assert ratio is not None, turns.failed
             typer.echo(
-                f"{quantization:5} {tokens_per_second:6.1f} tokens/s, "
-                f"{median(none / mine for none, mine in pairs):.2f} of float32's, "
-                f"peak {server.memory()['peak'] / 1e6:.0f} MB"
+                f"{quantization:5} {median(turns.speeds(quantization)):6.1f} tokens/s, "
+                f"{ratio['median']:.2f} of float32's, peak {server.memory()['peak'] / 1e6:.0f} MB"
             )
+
+
+def serve(quantization: Quantization, scratch: Path, adapters: Path) -> InfuseHttp:
+    return InfuseHttp(
+        quantization,
+        scratch / f"{quantization}.log",
+        *("--quantization", quantization, "--max-model-len", 1024, "--kv-cache-tokens", 16_384),
+        *("--adapters-dir", scratch / quantization, "--preload-adapters", adapters),
+        *PLAIN,
+    )
 
 
 if __name__ == "__main__":

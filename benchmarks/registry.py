@@ -17,16 +17,15 @@ from statistics import median
 from typing import Annotated, Any
 
 import httpx
-import torch
 import typer
-from safetensors.torch import load_file, save
 
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.store import AdapterStore
-from benchmarks.infuse import ServerProcess
+from benchmarks.bench import adapter_name, register
+from benchmarks.engines.infuse_http import ServerProcess
 from benchmarks.machine import machine
 from benchmarks.statistics import summary
-from benchmarks.workload import FEEDFORWARD, TARGETS, Workload, make_workload
+from benchmarks.workload import FEEDFORWARD, TARGETS, Template
 from server.engine.loading import default_model_folder
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,8 +56,8 @@ def main(
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         few, many = Path(scratch) / "few", (folder or Path(scratch)) / "many"
-        template = Template(make_workload(model, Path(scratch) / "by-peft", 1, PROMPT_TOKENS, 1))
-        fill(many, template, adapters)
+        template = Template(model, Path(scratch) / "by-peft")
+        register(many, template, adapters)
         starting(clock, few, many, Path(scratch), starts)
         with serve(few, Path(scratch)) as first, serve(many, Path(scratch)) as second:
             uploads(clock, {"few": first.url, "many": second.url}, template, rounds)
@@ -101,42 +100,6 @@ class Clock:
 
     def add(self, name: str, seconds: float) -> None:
         self.seconds.setdefault(name, []).append(seconds)
-
-
-class Template:
-    """Makes adapters of the shape of one that PEFT has saved, with vectors of their own near 1."""
-
-    def __init__(self, workload: Workload) -> None:
-        folder = workload.adapters_folder / workload.adapters[0]
-        self._config = (folder / CONFIG_FILE).read_bytes()
-        self._tensors = load_file(folder / WEIGHTS_FILE)
-        self.nbytes = (folder / WEIGHTS_FILE).stat().st_size
-
-    def files(self, seed: int) -> dict[str, bytes]:
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            key: 1.0 + 0.05 * torch.randn(tensor.shape, generator=generator)
-            for key, tensor in self._tensors.items()
-        }
-        return {CONFIG_FILE: self._config, WEIGHTS_FILE: save(tensors, {"format": "pt"})}
-
-
-def name_of(number: int) -> str:
-    return f"adapter-{number:05}"
-
-
-def fill(folder: Path, template: Template, adapters: int) -> None:
-    """Register what is not there yet."""
-    store = AdapterStore(folder)
-    for number in range(adapters):
-        if name_of(number) not in store:
-            with store.staging() as staged:
-                for file, data in template.files(number).items():
-                    (staged / file).write_bytes(data)
-                store.create(name_of(number), staged)
-            if number % 1000 == 999:
-                typer.echo(f"{number + 1} adapters")
-    store.close()
 
 
 def starting(clock: Clock, few: Path, many: Path, scratch: Path, starts: int) -> None:
@@ -186,7 +149,7 @@ def lists(clock: Clock, client: httpx.Client, adapters: int, rounds: int) -> Non
             "models (all)": "/v1/models",
             "metrics": "/metrics",
         }.items():
-            after = name_of(rng.randrange(adapters - 100))
+            after = adapter_name(rng.randrange(adapters - 100))
             with clock.time(name):
                 client.get(path.format(after)).raise_for_status()
 
@@ -196,9 +159,11 @@ def first_tokens(
 ) -> None:
     """Until the first event of a stream. Every prompt is new, so that no prefix is shared."""
     rng = random.Random(1)
-    names = [name_of(number) for number in rng.sample(range(1, adapters), 2 * rounds)]
+    names = [adapter_name(number) for number in rng.sample(range(1, adapters), 2 * rounds)]
     # The first of all makes the bank's columns.
-    client.post("/v1/completions", json={"model": name_of(0), "prompt": [1000], "max_tokens": 1})
+    client.post(
+        "/v1/completions", json={"model": adapter_name(0), "prompt": [1000], "max_tokens": 1}
+    )
     for cached, uncached in zip(names[:rounds], names[rounds:], strict=True):
         for file in files_of(client, store, cached):
             file.read_bytes()

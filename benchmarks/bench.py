@@ -1,0 +1,264 @@
+"""What a run works with: how long it may take, the prompts, the adapters, and the engines."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import typer
+
+from adapters.store import AdapterStore
+from benchmarks import peers
+from benchmarks.engines import Engine, EngineFailed, Request
+from benchmarks.engines.infuse_http import InfuseHttp
+from benchmarks.engines.worker import Worker
+from benchmarks.workload import Template, make_lora_adapters, random_prompts
+from server.engine.loading import cache_dir, default_model_folder
+from server.settings import Settings
+
+WINDOW = 1024
+"""Tokens of the longest row that engines plan for, unless a section asks for more."""
+CACHE_TOKENS = 16_384
+"""Room for keys and values: more than any section fills, and several engines share the memory."""
+ROWS = 32
+PROMPT_TOKENS = 64
+LORA_ADAPTERS = 8
+"""As many as vLLM holds in one batch with settings that its users choose."""
+_SETTINGS = {"prefix_cache": False, "speculation": False}
+PLAIN_SETTINGS = {name: off for name, off in _SETTINGS.items() if name in Settings.model_fields}
+PLAIN = tuple(f"--no-{name.replace('_', '-')}" for name in PLAIN_SETTINGS)
+"""Prompts are asked again and again: no engine may remember them, or guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much of everything, so that a run ends within its time."""
+
+    pairs: int
+    """Turns of adapters beside base."""
+    peer_turns: int
+    tokens_out: int
+    """In comparisons among our own modes and with peers that are far slower."""
+    vllm_tokens_out: int
+    lora: bool
+    registered: int
+    load_seconds: float
+    """Of Poisson arrivals at one load."""
+    loads: tuple[float, ...]
+    """As parts of the saturation."""
+    repeats: int
+    """Of single measurements."""
+
+
+FULL = Plan(
+    pairs=20,
+    peer_turns=5,
+    tokens_out=32,
+    vllm_tokens_out=64,
+    lora=True,
+    registered=10_000,
+    load_seconds=45.0,
+    loads=(0.25, 0.5, 0.75, 0.9),
+    repeats=5,
+)
+QUICK = Plan(
+    pairs=3,
+    peer_turns=1,
+    tokens_out=16,
+    vllm_tokens_out=32,
+    lora=False,
+    registered=10_000,
+    load_seconds=10.0,
+    loads=(0.5,),
+    repeats=2,
+)
+
+
+def adapter_name(number: int) -> str:
+    return f"adapter-{number:05}"
+
+
+class Bench:
+    """Engines are started when they are first asked for, live as long as the block, and are asked
+    in turns. One that does not start raises EngineFailed, each time."""
+
+    def __init__(self, plan: Plan, scratch: Path) -> None:
+        self.plan = plan
+        self.model = default_model_folder()
+        self.scratch = scratch
+        self.prompts = random_prompts(self.model, ROWS, PROMPT_TOKENS)
+        self.names = [adapter_name(number) for number in range(plan.registered)]
+        """Of all registered adapters; the first few are at hand as folders too."""
+        self._running: dict[str, Engine] = {}
+        self._failed: dict[str, EngineFailed] = {}
+        self._stack = ExitStack()
+
+    @classmethod
+    @contextmanager
+    def session(cls, plan: Plan) -> Iterator["Bench"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            bench = cls(plan, Path(scratch))
+            with bench._stack:
+                yield bench
+
+    def requests(
+        self,
+        adapters: Sequence[str | None],
+        tokens_out: int | None = None,
+        at: Sequence[float] | None = None,
+    ) -> list[Request]:
+        """One request for each name (None: the base), with the prompts in order, over and over."""
+        return [
+            Request(
+                self.prompts[number % ROWS],
+                tokens_out or self.plan.tokens_out,
+                adapter,
+                0.0 if at is None else at[number],
+            )
+            for number, adapter in enumerate(adapters)
+        ]
+
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.model, self.scratch)
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The first 32 adapters, as PEFT saves them."""
+        return {
+            name: self.template.write(self.scratch / "ia3" / name, number)
+            for number, name in enumerate(self.names[:ROWS])
+        }
+
+    @cached_property
+    def store(self) -> Path:
+        """All adapters, registered once and kept."""
+        folder = cache_dir() / "benchmarks" / f"registered-{len(self.names)}"
+        register(folder, self.template, len(self.names))
+        return folder
+
+    def prepare(self) -> None:
+        """Make what a run needs and does not measure."""
+        assert self.folders
+        assert self.store.is_dir()
+
+    def engine(self, name: str, make: Callable[[], Engine]) -> Engine:
+        if name in self._failed:
+            raise self._failed[name]
+        if name not in self._running:
+            typer.echo(f"  starting {name}")
+            engine = make()
+            self._stack.callback(engine.stop)
+            try:
+                engine.start()
+            except EngineFailed as error:
+                self._failed[name] = error
+                raise
+            self._running[name] = engine
+        return self._running[name]
+
+    def stop(self, name: str) -> None:
+        """End an engine before the others, if it runs."""
+        if name in self._running:
+            self._running.pop(name).stop()
+
+    def server(
+        self, name: str = "infuse", *flags: object, plain: bool = True, all_adapters: bool = False
+    ) -> InfuseHttp:
+        """The server with all adapters; or, with `flags`, one beside it with the first 32: a store
+        has one server. `plain`: it remembers no prompt and guesses no token."""
+        if all_adapters or not flags:
+            where: tuple[object, ...] = ("--adapters-dir", self.store)
+        else:
+            folder = self.scratch / name
+            where = ("--adapters-dir", folder, "--preload-adapters", self._preloaded())
+        window = () if "--max-model-len" in flags else ("--max-model-len", WINDOW)
+        log = self.scratch / f"{name}.log"
+        every = ("--model", self.model, "--kv-cache-tokens", CACHE_TOKENS)
+        off = PLAIN if plain else ()
+        engine = self.engine(
+            name, lambda: InfuseHttp(name, log, *every, *where, *window, *flags, *off)
+        )
+        assert isinstance(engine, InfuseHttp)
+        return engine
+
+    def inprocess(self, dtype: str = "float32") -> Engine:
+        """Our engine without HTTP, with the first 32 adapters."""
+        name = "infuse-inprocess" if dtype == "float32" else f"infuse-inprocess-{dtype}"
+        settings = {
+            "model": self.model,
+            "served_model_name": "base",
+            "dtype": dtype,
+            "adapters_dir": self.scratch / name,
+            "preload_adapters": self._preloaded(),
+            "max_model_len": WINDOW,
+            "kv_cache_tokens": CACHE_TOKENS,
+            **PLAIN_SETTINGS,
+        }
+        return self.engine(name, lambda: self._worker(name, "infuse_inprocess", settings))
+
+    def peft(self) -> Engine:
+        arguments = {"adapters": self.folders, **self._precisely()}
+        return self.engine("peft", lambda: self._worker("peft", "peft_swap", arguments))
+
+    def generate(self) -> Engine:
+        return self.engine(
+            "generate",
+            lambda: self._worker("generate", "transformers_generate", self._precisely()),
+        )
+
+    def batching(self) -> Engine:
+        arguments = {**self._precisely(), "rows": ROWS, "tokens": ROWS * PROMPT_TOKENS}
+        return self.engine(
+            "batching", lambda: self._worker("batching", "transformers_batching", arguments)
+        )
+
+    def vllm(self, dtype: str = "float32", lora: bool = False) -> Engine:
+        name = "vllm" + ("-lora" if lora else "") + ("" if dtype == "float32" else f"-{dtype}")
+        arguments = {
+            "model": self.model,
+            "dtype": dtype,
+            "rows": ROWS,
+            "window": WINDOW,
+            "adapters": self.lora_folders if lora else {},
+        }
+        return self.engine(
+            name,
+            lambda: Worker(
+                name,
+                "vllm_offline",
+                arguments,
+                python=peers.vllm_folder() / "bin" / "python",
+                log=self.scratch / f"{name}.log",
+                environment=peers.vllm_environment(peers.vllm_folder()),
+            ),
+        )
+
+    @cached_property
+    def lora_folders(self) -> dict[str, Path]:
+        return make_lora_adapters(self.model, self.scratch / "lora", LORA_ADAPTERS)
+
+    def _preloaded(self) -> Path:
+        return next(iter(self.folders.values())).parent
+
+    def _precisely(self) -> dict[str, object]:
+        return {"model": self.model, "dtype": "float32"}
+
+    def _worker(self, name: str, module: str, arguments: dict[str, object]) -> Worker:
+        return Worker(name, module, arguments, log=self.scratch / f"{name}.log")
+
+
+def register(folder: Path, template: Template, adapters: int) -> None:
+    """Register what is not there yet."""
+    store = AdapterStore(folder)
+    for number in range(adapters):
+        if adapter_name(number) not in store:
+            with store.staging() as staged:
+                for file, data in template.files(number).items():
+                    (staged / file).write_bytes(data)
+                store.create(adapter_name(number), staged)
+            if number % 1000 == 999:
+                typer.echo(f"  {number + 1} adapters registered")
+    store.close()

@@ -1,0 +1,104 @@
+"""An engine behind a pipe: the outside of its process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from benchmarks.engines import Answer, EngineFailed, Request, Round
+
+_ROOT = Path(__file__).parents[2]
+_START_SECONDS = 900
+"""A first start may compile."""
+_ROUND_SECONDS = 600
+
+
+class Worker:
+    """A module of `benchmarks.engines` that ends in `lines.serve`, run by a Python of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Mapping[str, Any],
+        *,
+        log: Path,
+        python: Path = Path(sys.executable),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._command = [
+            str(python),
+            *("-m", f"benchmarks.engines.{module}", json.dumps(arguments, default=str)),
+        ]
+        self._environment = dict(environment or {})
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=_ROOT,
+                env=os.environ | {"PYTHONPATH": str(_ROOT)} | self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # vLLM's own processes outlive their parent: they end as a group.
+                start_new_session=True,
+            )
+        self._read(_START_SECONDS)
+
+    def run(self, requests: Sequence[Request], in_flight: int | None = None) -> Round:
+        assert self._process is not None, f"{self.name} has not been started"
+        assert self._process.stdin is not None
+        asked = {"requests": [asdict(each) for each in requests], "in_flight": in_flight}
+        try:
+            print(json.dumps(asked), file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise self._failed() from error
+        answer = self._read(_ROUND_SECONDS)
+        return Round(answer["seconds"], [Answer(**each) for each in answer["answers"]])
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        self._kill()
+        self._process.wait()
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        late = Timer(seconds, self._kill)
+        late.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            late.cancel()
+        if not line:
+            raise self._failed()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineFailed(f"{self.name}: {answer['error']}")
+        return answer
+
+    def _failed(self) -> EngineFailed:
+        last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+        return EngineFailed(f"{self.name} ended: {''.join(last)[:300]}")

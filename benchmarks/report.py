@@ -1,0 +1,39 @@
+"""docs/performance.md and its plots, from the committed JSON: `python -m benchmarks.report`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from benchmarks import plots, tables
+
+_ROOT = Path(__file__).parents[1]
+RESULTS = _ROOT / "benchmarks" / "results" / "benchmark.json"
+PROFILE = RESULTS.with_name("profile.json")
+PAGE = _ROOT / "docs" / "performance.md"
+PLOTS = _ROOT / "docs" / "performance"
+
+
+def results() -> dict[str, Any]:
+    """Every section, and the profile as one of them."""
+    sections: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if PROFILE.exists():
+        sections["profile"] = tables.with_share(json.loads(PROFILE.read_text()))
+    return sections
+
+
+def write_page() -> Path:
+    found = results()
+    PLOTS.mkdir(exist_ok=True)
+    plots.draw(found, PLOTS)
+    PAGE.write_text(tables.page(found))
+    return PAGE
+
+
+def main() -> None:
+    typer.echo(f"{write_page()} written")
+
+
+if __name__ == "__main__":
+    typer.run(main)

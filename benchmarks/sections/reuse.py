@@ -1,0 +1,92 @@
+"""What need not be computed again: a prompt's beginning, and answers that copy from the prompt."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import typer
+from transformers import AutoTokenizer
+
+from benchmarks.bench import Bench
+from benchmarks.engines import Request, Round
+from benchmarks.turns import Side, ratio_of, take_turns
+from benchmarks.workload import random_prompts
+
+SHARED_TOKENS = 1000
+OWN_TOKENS = 16
+"""What follows the shared prompt, another in each request."""
+LICENSE = Path(__file__).parents[2] / "LICENSE"
+COPIES = 8
+"""Paragraphs that are copied, one at a time and all at once."""
+COPIED_TOKENS = 96
+
+
+def measure_prefix(bench: Bench) -> dict[str, Any]:
+    """Alternately a prompt whose first 1,000 tokens were never seen, and one that shares them."""
+    server = bench.server("infuse-prefix", "--prefix-cache", plain=False)
+    seconds: dict[str, list[float]] = {"miss": [], "hit": []}
+    for turn in range(3 * bench.plan.repeats):
+        shared = random_prompts(bench.model, 1, SHARED_TOKENS, seed=100 + turn)[0]
+        for kind, seed in (("miss", 2 * turn), ("hit", 2 * turn + 1)):
+            own = random_prompts(bench.model, 1, OWN_TOKENS, seed=10_000 + seed)[0]
+            answer = server.run([Request(shared + own, 2)]).answers[0]
+            assert answer.first is not None
+            seconds[kind].append(answer.first - answer.arrived)
+    typer.echo(f"  miss {median(seconds['miss']):.3f} s, hit {median(seconds['hit']):.3f} s")
+    pairs = [hit / miss for hit, miss in zip(seconds["hit"], seconds["miss"], strict=True)]
+    return {
+        "shared_tokens": SHARED_TOKENS,
+        "own_tokens": OWN_TOKENS,
+        "ttft_seconds": seconds,
+        "ratios": {"hit_over_miss": ratio_of(pairs)},
+        "failed": {},
+    }
+
+
+def measure_speculation(bench: Bench) -> dict[str, Any]:
+    """Copies of paragraphs of the LICENSE, with prompt lookup and without, on the same server."""
+    server = bench.server()
+    prompts = copy_prompts(bench)
+    sides, texts = [], {}
+
+    def side(name: str, requests: list[Request], speculate: bool) -> Side:
+        def run() -> Round:
+            found = server.run(requests, speculation=speculate)
+            texts[name] = [each.text for each in found.answers]
+            return found
+
+        return Side(name, run, len(requests) * COPIED_TOKENS)
+
+    for rows in (1, COPIES):
+        requests = [Request(prompt, COPIED_TOKENS) for prompt in prompts[:rows]]
+        sides += [
+            side(f"with prompt lookup, {rows} in flight", requests, True),
+            side(f"without, {rows} in flight", requests, False),
+        ]
+    turns = take_turns(sides, bench.plan.repeats)
+    return turns.report() | {
+        "ratios": {
+            f"lookup_over_plain_at_{rows}": turns.ratio(
+                f"with prompt lookup, {rows} in flight", f"without, {rows} in flight"
+            )
+            for rows in (1, COPIES)
+        },
+        "tokens_out": COPIED_TOKENS,
+        "same_texts": texts[sides[2].name] == texts[sides[3].name],
+    }
+
+
+def copy_prompts(bench: Bench) -> list[list[int]]:
+    """A paragraph, and the order to write it again."""
+    tokenizer = AutoTokenizer.from_pretrained(bench.model)
+    paragraphs = LICENSE.read_text().split("\n\n")
+    long_ones = [each for each in paragraphs if len(tokenizer(each).input_ids) > COPIED_TOKENS + 20]
+    assert len(long_ones) >= COPIES, "the LICENSE has become short"
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Copy this text, word for word:\n\n{each}"}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for each in long_ones[:COPIES]
+    ]

@@ -1,0 +1,87 @@
+"""Against vLLM on the CPU, both in process: the base, and 32 adapters against 8 of its LoRA."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.bench import LORA_ADAPTERS, ROWS, Bench
+from benchmarks.engines import Engine
+from benchmarks.machine import has_bfloat16
+from benchmarks.turns import Side, Turns, take_turns
+from benchmarks.workload import LORA_RANK
+
+IN_FLIGHT = (32, 16, 1)
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    plan = bench.plan
+    sides = [
+        base_side(bench, "Infuse", bench.inprocess, ROWS),
+        base_side(bench, "vLLM", bench.vllm, ROWS),
+    ]
+    if plan.lora:
+        tokens = ROWS * plan.vllm_tokens_out
+        ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens_out)
+        theirs = bench.requests(
+            [f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], plan.vllm_tokens_out
+        )
+        sides += [
+            Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens),
+            Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), tokens),
+        ]
+    found = {ROWS: take_turns(sides, plan.peer_turns)}
+    found |= {
+        rows: take_turns(
+            [
+                base_side(bench, "Infuse", bench.inprocess, rows),
+                base_side(bench, "vLLM", bench.vllm, rows),
+            ],
+            plan.peer_turns,
+        )
+        for rows in IN_FLIGHT[1:]
+    }
+    return report(found) | {
+        "tokens_out": plan.vllm_tokens_out,
+        "lora_rank": LORA_RANK,
+        "lora_adapters": LORA_ADAPTERS,
+    }
+
+
+def measure_bfloat16(bench: Bench) -> dict[str, Any]:
+    """The same in bfloat16, where the processor computes it."""
+    if not has_bfloat16():
+        return {"skipped": "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"}
+    found = {
+        rows: take_turns(
+            [
+                base_side(bench, "Infuse", lambda: bench.inprocess("bfloat16"), rows),
+                base_side(bench, "vLLM", lambda: bench.vllm("bfloat16"), rows),
+            ],
+            bench.plan.peer_turns,
+        )
+        for rows in IN_FLIGHT
+    }
+    return report(found) | {"tokens_out": bench.plan.vllm_tokens_out}
+
+
+def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
+    requests = bench.requests([None] * rows, bench.plan.vllm_tokens_out)
+    tokens = rows * bench.plan.vllm_tokens_out
+    return Side(f"{name}, base, {rows} in flight", lambda: engine().run(requests), tokens)
+
+
+def report(found: dict[int, Turns]) -> dict[str, Any]:
+    """All turns as one section, by how many were in flight."""
+    speeds: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    ratios: dict[str, Any] = {}
+    for rows, turns in found.items():
+        each = turns.report()
+        speeds |= each["tokens_per_second"]
+        failed |= each["failed"]
+        ratios[f"base_over_vllm_at_{rows}"] = turns.ratio(
+            f"Infuse, base, {rows} in flight", f"vLLM, base, {rows} in flight"
+        )
+        lora = turns.ratio("Infuse, 32 adapters", "vLLM, 8 LoRA adapters")
+        if lora is not None:
+            ratios["adapters_over_lora"] = lora
+    return {"tokens_per_second": speeds, "failed": failed, "ratios": ratios}

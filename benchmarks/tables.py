@@ -1,0 +1,234 @@
+"""docs/performance.md as text, from the JSON and nothing else."""
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.plots import pictures_of
+from benchmarks.targets import Results, Verdict, verdicts
+
+_INTRODUCTION = """\
+# Performance
+
+Written by `python -m benchmarks.report` from
+[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (under half
+an hour, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
+tries everything once.
+
+All engines run on one machine in one run, each in a process of its own, and answer the same prompts
+in turns, in changing order. So a ratio means something, and a speed by itself little. Model:
+SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts of 64 tokens; IA3
+on keys, values and `down_proj` (PEFT's default), LoRA of rank 8 on the same modules. Prefix caches
+and prompt lookup are off except where they are what is measured."""
+
+_JUDGED = """\
+A target is reached where the 95% bound of the median that makes it harder keeps the limit: the
+lower bound for "at least", the upper one for "at most" (order statistics, no assumption on the
+distribution; with fewer than 5 pairs, or one measurement, the figure itself)."""
+
+_TITLES = {
+    "adapters": "Adapters beside the base",
+    "vllm": "Against vLLM on the CPU",
+    "vllm-bfloat16": "The same in bfloat16",
+    "http": "Over HTTP, and without",
+    "load": "Waiting, by load",
+    "generator": "Under a public load generator",
+    "prefix": "A prompt's beginning that was seen before",
+    "speculation": "Prompt lookup on a copying task",
+    "long-prompt": "Short prompts beside one as long as the window",
+    "memory": "Memory, by adapters in use",
+}
+
+
+def page(results: Results) -> str:
+    parts = [_INTRODUCTION, "## Targets", _JUDGED, targets(verdicts(results))]
+    if "profile" in results:
+        parts += ["## Where a step's time goes", profile(results["profile"])]
+    for name, title in _TITLES.items():
+        if name in results:
+            parts += [f"## {title}", *section(name, results[name])]
+            parts += [f"![{title}](performance/{file}.svg)" for file in pictures_of(name, results)]
+    parts += ["## Measured on", stamps(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def targets(found: Sequence[Verdict]) -> str:
+    return table(
+        ["", "target", "median", "95% bound", "pairs", "reached"],
+        [
+            [
+                f"{each.target.number}. {each.target.what}",
+                f"{'≥' if each.target.direction == 'at least' else '≤'} {each.target.limit:g}",
+                "–" if each.median is None else f"{each.median:.3f}",
+                "–" if each.judged is None or each.pairs < 5 else f"{each.judged:.3f}",
+                str(each.pairs or "–"),
+                {None: each.reason, True: "yes", False: "**no**"}[each.reached],
+            ]
+            for each in found
+        ],
+    )
+
+
+def section(name: str, found: dict[str, Any]) -> list[str]:
+    """Whatever a section has: the paragraphs of it."""
+    parts = []
+    if "skipped" in found:
+        parts.append(f"Not measured: {found['skipped']}.")
+    if found.get("tokens_per_second"):
+        parts.append(speeds(found["tokens_per_second"]))
+    if "tokens_out" in found and found.get("tokens_per_second"):
+        parts.append(f"Generated tokens in each answer: {found['tokens_out']}.")
+    special = _SPECIAL.get(name)
+    if special is not None and not (found.get("failed") and "ratios" not in found):
+        parts += special(found)
+    parts += [f"Failed: {who}: {why}" for who, why in found.get("failed", {}).items()]
+    return parts
+
+
+def speeds(found: dict[str, Any]) -> str:
+    return table(
+        ["", "tokens/s, median", "quartiles", "rounds"],
+        [
+            [
+                name,
+                f"{each['median']:.1f}",
+                f"{each['lower_quartile']:.1f} to {each['upper_quartile']:.1f}",
+                str(len(each["rounds"])),
+            ]
+            for name, each in found.items()
+        ],
+    )
+
+
+def prefix(found: dict[str, Any]) -> list[str]:
+    middle = {kind: 1e3 * median(each) for kind, each in found["ttft_seconds"].items()}
+    return [
+        f"{found['shared_tokens']} tokens in common, {found['own_tokens']} of each request's own: "
+        f"first token after {middle['miss']:.0f} ms on a miss, {middle['hit']:.0f} ms on a hit "
+        "(medians)."
+    ]
+
+
+def speculation(found: dict[str, Any]) -> list[str]:
+    same = "the same" if found["same_texts"] else "NOT the same"
+    return [f"Paragraphs of the LICENSE, to be copied. With and without, the texts are {same}."]
+
+
+def load(found: dict[str, Any]) -> list[str]:
+    rate = found["saturation_requests_per_second"]
+    return [
+        f"Saturation in a closed loop of 32: {rate:.2f} requests/s. Poisson arrivals at parts of "
+        "it, each request with an adapter drawn by Zipf from all registered ones, over HTTP; "
+        "milliseconds.",
+        waits({f"{float(part):.0%}": each for part, each in found["loads"].items()}),
+    ]
+
+
+def long_prompt(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{found['short_prompts']} prompts of 64 tokens come 50 ms after one that fills the window "
+        f"of {found['window']} tokens. Milliseconds that the short ones wait, where prompts are "
+        "computed in chunks (the default) and at once:",
+        waits(found["waits"]),
+        "And the long one:",
+        waits(found["long_waits"]),
+    ]
+
+
+def waits(found: dict[str, Any]) -> str:
+    percents = ("p50", "p95", "p99")
+    return table(
+        ["", "requests", *(f"TTFT {p}" for p in percents), *(f"TPOT {p}" for p in percents)],
+        [
+            [
+                name,
+                str(each["requests"]),
+                *(f"{each[key][p]:.0f}" for key in ("ttft_ms", "tpot_ms") for p in percents),
+            ]
+            for name, each in found.items()
+        ],
+    )
+
+
+def generator(found: dict[str, Any]) -> list[str]:
+    runs = found["runs"]
+    keys = list(next(iter(runs.values())))
+    rows = [[key, *(f"{run[key]:.4g}" for run in runs.values())] for key in keys]
+    return [f"`{found['tool']}`, unmodified, in a closed loop:", table(["", *runs], rows)]
+
+
+def memory(found: dict[str, Any]) -> list[str]:
+    parts = [name for name in found["in_use"][0] if name != "adapters"]
+    return [
+        f"{found['registered']} adapters are registered, and the server has slots for as many as "
+        "are in use in the last row. MB; `resident` is what the process holds, the plan's parts "
+        "are what it set aside.",
+        table(
+            ["in use", *parts],
+            [
+                [str(each["adapters"]), *(f"{each[part] / 1e6:.0f}" for part in parts)]
+                for each in found["in_use"]
+            ],
+        ),
+    ]
+
+
+_SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "prefix": prefix,
+    "speculation": speculation,
+    "load": load,
+    "long-prompt": long_prompt,
+    "generator": generator,
+    "memory": memory,
+}
+
+_OUTSIDE = ("sampling", "python", "waiting")
+"""Parts of a step that are not the model's forward."""
+
+
+def with_share(steps: dict[str, Any]) -> dict[str, Any]:
+    """The profile with the ratio that a target is about: of its last step."""
+    parts = list(steps.values())[-1]["parts_ms"]
+    share = sum(parts.get(part, 0.0) for part in _OUTSIDE) / sum(parts.values())
+    return {"steps": steps, "ratios": {"outside": {"median": share, "pairs": 1}}}
+
+
+def profile(found: dict[str, Any]) -> str:
+    steps = found["steps"]
+    names = list(dict.fromkeys(part for each in steps.values() for part in each["parts_ms"]))
+    rows = [
+        [part, *(f"{each['parts_ms'].get(part, 0.0):.1f}" for each in steps.values())]
+        for part in names
+    ]
+    sums = [f"{sum(each['parts_ms'].values()):.1f}" for each in steps.values()]
+    measured = [f"{each['step_ms']:.1f}" for each in steps.values()]
+    head = ["milliseconds", *(f"{name}, {each['rows']} rows" for name, each in steps.items())]
+    return table(head, [*rows, ["sum", *sums], ["the step, measured", *measured]])
+
+
+def stamps(results: Results) -> str:
+    """One line for each section: a run may be of some only."""
+    return table(
+        ["section", "processor", "cores", "vector", "torch", "vLLM", "commit", "date", "took"],
+        [
+            [
+                name,
+                stamp["cpu"],
+                str(stamp["cores"]),
+                " ".join(stamp["vector"]),
+                stamp["torch"],
+                stamp["vllm"],
+                stamp["commit"][:9] + ("+" if stamp["uncommitted_changes"] else ""),
+                stamp["date"][:16],
+                f"{results[name]['took_seconds']:.0f} s",
+            ]
+            for name in _TITLES
+            if name in results and (stamp := results[name]["machine"])
+        ],
+    )
