@@ -117,7 +117,10 @@ def prefix(found: dict[str, Any]) -> list[str]:
 
 def speculation(found: dict[str, Any]) -> list[str]:
     same = "the same" if found["same_texts"] else "NOT the same"
-    return [f"Paragraphs of the LICENSE, to be copied. With and without, the texts are {same}."]
+    return [
+        "Paragraphs of the LICENSE, to be copied, and stories, which copy nothing. With and "
+        f"without, the texts are {same}."
+    ]
 
 
 def load(found: dict[str, Any]) -> list[str]:

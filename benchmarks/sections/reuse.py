@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 import typer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.bench import Bench
 from benchmarks.engines import Request, Round
@@ -44,9 +44,10 @@ def measure_prefix(bench: Bench) -> dict[str, Any]:
 
 
 def measure_speculation(bench: Bench) -> dict[str, Any]:
-    """Copies of paragraphs of the LICENSE, with prompt lookup and without, on the same server."""
+    """Copies of paragraphs of the LICENSE, and stories, which copy nothing: with prompt lookup and
+    without, on the same server."""
     server = bench.server()
-    prompts = copy_prompts(bench)
+    copies, stories = copy_prompts(bench), story_prompts(bench)
     sides, texts = [], {}
 
     def side(name: str, requests: list[Request], speculate: bool) -> Side:
@@ -57,22 +58,23 @@ def measure_speculation(bench: Bench) -> dict[str, Any]:
 
         return Side(name, run, len(requests) * COPIED_TOKENS)
 
-    for rows in (1, COPIES):
-        requests = [Request(prompt, COPIED_TOKENS) for prompt in prompts[:rows]]
+    pairs = {}
+    for ratio, what, prompts in (
+        ("lookup_over_plain_at_1", "1 copy", copies[:1]),
+        (f"lookup_over_plain_at_{COPIES}", f"{COPIES} copies", copies),
+        ("lookup_over_plain_of_stories", f"{COPIES} stories", stories),
+    ):
+        requests = [Request(prompt, COPIED_TOKENS) for prompt in prompts]
+        pairs[ratio] = (f"{what}, with prompt lookup", f"{what}, without")
         sides += [
-            side(f"with prompt lookup, {rows} in flight", requests, True),
-            side(f"without, {rows} in flight", requests, False),
+            side(name, requests, speculate)
+            for name, speculate in zip(pairs[ratio], (True, False), strict=True)
         ]
     turns = take_turns(sides, bench.plan.repeats)
     return turns.report() | {
-        "ratios": {
-            f"lookup_over_plain_at_{rows}": turns.ratio(
-                f"with prompt lookup, {rows} in flight", f"without, {rows} in flight"
-            )
-            for rows in (1, COPIES)
-        },
+        "ratios": {ratio: turns.ratio(*pair) for ratio, pair in pairs.items()},
         "tokens_out": COPIED_TOKENS,
-        "same_texts": texts[sides[2].name] == texts[sides[3].name],
+        "same_texts": all(texts[guessed] == texts[plain] for guessed, plain in pairs.values()),
     }
 
 
@@ -82,11 +84,18 @@ def copy_prompts(bench: Bench) -> list[list[int]]:
     paragraphs = LICENSE.read_text().split("\n\n")
     long_ones = [each for each in paragraphs if len(tokenizer(each).input_ids) > COPIED_TOKENS + 20]
     assert len(long_ones) >= COPIES, "the LICENSE has become short"
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"Copy this text, word for word:\n\n{each}"}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for each in long_ones[:COPIES]
-    ]
+    texts = [f"Copy this text, word for word:\n\n{each}" for each in long_ones[:COPIES]]
+    return [_as_chat(tokenizer, text) for text in texts]
+
+
+def story_prompts(bench: Bench) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(bench.model)
+    heroes = ("dragon", "fisherman", "robot", "princess", "baker", "cat", "pilot", "giant")
+    return [_as_chat(tokenizer, f"Tell me a story about a {hero}.") for hero in heroes[:COPIES]]
+
+
+def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    return ids

@@ -12,6 +12,7 @@ from adapters.checkpoint import effective_vectors, read_checkpoint
 from adapters.merge import merge
 from server.engine.loading import default_model_folder
 from tests.engine.harness import Harness, Oracle
+from tests.engine.test_speculation import FreeTokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 ADAPTERS = {path.name: path for path in EXAMPLES.iterdir() if path.is_dir()}
@@ -71,3 +72,27 @@ def test_a_merged_export_yields_the_served_adapters_greedy_tokens(
 
     assert tokenizer.decode(served.tokens).startswith('{"customer":"Anna')
     assert served.tokens == Oracle(model).greedy(prompt, 20)
+
+
+def test_a_copied_text_takes_fewer_steps_and_stays_the_same(start: Callable[..., Harness]) -> None:
+    folder = default_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = start(base, {}, tokenizer=tokenizer, max_model_len=512, kv_cache_tokens=1024)
+    engine.engine._speculation.costs = FreeTokens()
+    text = (
+        "The harbour was built in 1812 by John Rennie. It has two piers, the older of which is "
+        "140 metres long. In the winter of 1884 a storm destroyed the lighthouse at its end."
+    )
+    asked = f"Repeat the following text exactly, word for word:\n\n{text}"
+    turns = [{"role": "user", "content": asked}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    plain = engine.ask(prompt, max_tokens=60, ignore_eos=False)
+    before = engine.engine.stats()
+    engine.submit("guessed", prompt, max_tokens=60, ignore_eos=False, speculation=True)
+    engine.wait()
+    after = engine.engine.stats()
+
+    assert engine.answers["guessed"].tokens == plain.tokens
+    assert after.accepted_tokens > len(plain.tokens) / 2
+    assert after.steps - before.steps < len(plain.tokens) / 2

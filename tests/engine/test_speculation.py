@@ -179,6 +179,25 @@ def test_choices_of_one_order_go_on_from_what_they_share(start: Callable[..., Ha
     eager.assert_idle()
 
 
+def test_what_is_kept_of_a_guessed_answer_serves_the_next_turn(
+    start: Callable[..., Harness],
+) -> None:
+    """Keys of guesses that failed are not among what the prefix cache keeps."""
+    eager, plain = begin(start)
+    turns: list[list[int]] = []
+    for engine in (eager, plain):
+        prompt = LOOP * 4
+        for turn in range(3):
+            answer = engine.ask(prompt, "default", max_tokens=37)
+            prompt = [*prompt, *answer.tokens, 30 + turn]
+        turns.append(prompt)
+    stats = eager.engine.stats()
+
+    assert turns[0] == turns[1]
+    assert stats.accepted_tokens > 0
+    assert stats.prefix_hit_tokens > len(LOOP * 4)
+
+
 def test_blocks_on_the_device_are_as_exact_as_strips(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
