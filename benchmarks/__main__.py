@@ -43,7 +43,7 @@ def main(
     with Bench.session(QUICK if quick else FULL) as bench:
         bench.prepare()
         typer.echo(f"prepared in {time.perf_counter() - began:.0f} s")
-        for name in only or SECTIONS:
+        for name in only or bench.plan.sections or SECTIONS:
             typer.echo(name)
             keep(output, name, measure(bench, name))
     typer.echo(f"{output}, in {(time.perf_counter() - began) / 60:.1f} minutes")

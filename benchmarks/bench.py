@@ -16,19 +16,17 @@ from benchmarks.engines.infuse_http import InfuseHttp
 from benchmarks.engines.worker import Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
 from server.engine.loading import cache_dir, default_model_folder
-from server.settings import Settings
 
 WINDOW = 1024
 """Tokens of the longest row that engines plan for, unless a section asks for more."""
 CACHE_TOKENS = 16_384
 """Room for keys and values: more than any section fills, and several engines share the memory."""
 ROWS = 32
-PROMPT_TOKENS = 64
+LONGEST_PROMPT = 64
+WARM_UP_TOKENS = 4
 LORA_ADAPTERS = 8
 """As many as vLLM holds in one batch with settings that its users choose."""
-_SETTINGS = {"prefix_cache": False, "speculation": False}
-PLAIN_SETTINGS = {name: off for name, off in _SETTINGS.items() if name in Settings.model_fields}
-PLAIN = tuple(f"--no-{name.replace('_', '-')}" for name in PLAIN_SETTINGS)
+PLAIN = ("--no-prefix-cache", "--no-speculation")
 """Prompts are asked again and again: no engine may remember them, or guess."""
 
 
@@ -36,12 +34,16 @@ PLAIN = tuple(f"--no-{name.replace('_', '-')}" for name in PLAIN_SETTINGS)
 class Plan:
     """How much of everything, so that a run ends within its time."""
 
+    sections: tuple[str, ...] | None
+    """None: all."""
     pairs: int
     """Turns of adapters beside base."""
     peer_turns: int
-    tokens_out: int
-    """In comparisons among our own modes and with peers that are far slower."""
-    vllm_tokens_out: int
+    tokens: int
+    """In the prompt, and as many generated: where our own modes are compared, and with peers that
+    are far slower."""
+    vllm_tokens: int
+    """The same against vLLM."""
     lora: bool
     registered: int
     load_seconds: float
@@ -53,26 +55,28 @@ class Plan:
 
 
 FULL = Plan(
+    sections=None,
     pairs=20,
     peer_turns=5,
-    tokens_out=32,
-    vllm_tokens_out=64,
+    tokens=32,
+    vllm_tokens=64,
     lora=True,
     registered=10_000,
-    load_seconds=45.0,
-    loads=(0.25, 0.5, 0.75, 0.9),
+    load_seconds=40.0,
+    loads=(0.25, 0.5, 0.8),
     repeats=5,
 )
 QUICK = Plan(
-    pairs=3,
+    sections=("adapters", "vllm", "http", "load", "prefix", "speculation"),
+    pairs=2,
     peer_turns=1,
-    tokens_out=16,
-    vllm_tokens_out=32,
+    tokens=16,
+    vllm_tokens=16,
     lora=False,
     registered=10_000,
-    load_seconds=10.0,
+    load_seconds=5.0,
     loads=(0.5,),
-    repeats=2,
+    repeats=1,
 )
 
 
@@ -88,7 +92,7 @@ class Bench:
         self.plan = plan
         self.model = default_model_folder()
         self.scratch = scratch
-        self.prompts = random_prompts(self.model, ROWS, PROMPT_TOKENS)
+        self.prompts = random_prompts(self.model, ROWS, LONGEST_PROMPT)
         self.names = [adapter_name(number) for number in range(plan.registered)]
         """Of all registered adapters; the first few are at hand as folders too."""
         self._running: dict[str, Engine] = {}
@@ -106,14 +110,18 @@ class Bench:
     def requests(
         self,
         adapters: Sequence[str | None],
-        tokens_out: int | None = None,
+        tokens: int | None = None,
         at: Sequence[float] | None = None,
     ) -> list[Request]:
-        """One request for each name (None: the base), with the prompts in order, over and over."""
+        """One request for each name (None: the base), with the prompts in order, over and over.
+
+        `tokens` in the prompt and as many generated; the plan's, if left out.
+        """
+        length = tokens or self.plan.tokens
         return [
             Request(
-                self.prompts[number % ROWS],
-                tokens_out or self.plan.tokens_out,
+                self.prompts[number % ROWS][:length],
+                length,
                 adapter,
                 0.0 if at is None else at[number],
             )
@@ -145,6 +153,7 @@ class Bench:
         assert self.store.is_dir()
 
     def engine(self, name: str, make: Callable[[], Engine]) -> Engine:
+        """The running one, or a new one that has answered a few tokens with each of its rows."""
         if name in self._failed:
             raise self._failed[name]
         if name not in self._running:
@@ -153,11 +162,17 @@ class Bench:
             self._stack.callback(engine.stop)
             try:
                 engine.start()
+                engine.run(self.requests(self._known_to(name), WARM_UP_TOKENS))
             except EngineFailed as error:
                 self._failed[name] = error
                 raise
             self._running[name] = engine
         return self._running[name]
+
+    def _known_to(self, name: str) -> list[str | None]:
+        if name.startswith("infuse"):
+            return [*self.names[:ROWS]]
+        return [self.names[0]] if name == "peft" else [None] * ROWS
 
     def stop(self, name: str) -> None:
         """End an engine before the others, if it runs."""
@@ -195,7 +210,8 @@ class Bench:
             "preload_adapters": self._preloaded(),
             "max_model_len": WINDOW,
             "kv_cache_tokens": CACHE_TOKENS,
-            **PLAIN_SETTINGS,
+            "prefix_cache": False,
+            "speculation": False,
         }
         return self.engine(name, lambda: self._worker(name, "infuse_inprocess", settings))
 
@@ -210,7 +226,7 @@ class Bench:
         )
 
     def batching(self) -> Engine:
-        arguments = {**self._precisely(), "rows": ROWS, "tokens": ROWS * PROMPT_TOKENS}
+        arguments = {**self._precisely(), "rows": ROWS, "tokens": ROWS * LONGEST_PROMPT}
         return self.engine(
             "batching", lambda: self._worker("batching", "transformers_batching", arguments)
         )

@@ -7,11 +7,14 @@ from typing import Any
 import typer
 
 from benchmarks import plots, tables
+from benchmarks.targets import verdicts
 
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "benchmarks" / "results" / "benchmark.json"
 PROFILE = RESULTS.with_name("profile.json")
 PAGE = _ROOT / "docs" / "performance.md"
+README = _ROOT / "README.md"
+_BEGIN, _END = "<!-- speed: begin -->\n", "<!-- speed: end -->\n"
 PLOTS = _ROOT / "docs" / "performance"
 
 
@@ -28,7 +31,15 @@ def write_page() -> Path:
     PLOTS.mkdir(exist_ok=True)
     plots.draw(found, PLOTS)
     PAGE.write_text(tables.page(found))
+    README.write_text(with_speeds(README.read_text(), found))
     return PAGE
+
+
+def with_speeds(readme: str, found: dict[str, Any]) -> str:
+    """The README with the ratios of now between its two marks."""
+    before, _, rest = readme.partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    return before + _BEGIN + tables.ratios(verdicts(found)) + "\n" + _END + after
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ tries everything once.
 
 All engines run on one machine in one run, each in a process of its own, and answer the same prompts
 in turns, in changing order. So a ratio means something, and a speed by itself little. Model:
-SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts of 64 tokens; IA3
+SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts; IA3
 on keys, values and `down_proj` (PEFT's default), LoRA of rank 8 on the same modules. Prefix caches
 and prompt lookup are off except where they are what is measured."""
 
@@ -75,6 +75,14 @@ def targets(found: Sequence[Verdict]) -> str:
     )
 
 
+def ratios(found: Sequence[Verdict]) -> str:
+    """What was measured of the targets, in short."""
+    return table(
+        ["", "ratio, median"],
+        [[each.target.what, f"{each.median:.2f}"] for each in found if each.median is not None],
+    )
+
+
 def section(name: str, found: dict[str, Any]) -> list[str]:
     """Whatever a section has: the paragraphs of it."""
     parts = []
@@ -82,8 +90,8 @@ def section(name: str, found: dict[str, Any]) -> list[str]:
         parts.append(f"Not measured: {found['skipped']}.")
     if found.get("tokens_per_second"):
         parts.append(speeds(found["tokens_per_second"]))
-    if "tokens_out" in found and found.get("tokens_per_second"):
-        parts.append(f"Generated tokens in each answer: {found['tokens_out']}.")
+    if "tokens" in found:
+        parts.append(f"Prompts of {found['tokens']} tokens, and as many generated.")
     special = _SPECIAL.get(name)
     if special is not None and not (found.get("failed") and "ratios" not in found):
         parts += special(found)
@@ -118,8 +126,8 @@ def prefix(found: dict[str, Any]) -> list[str]:
 def speculation(found: dict[str, Any]) -> list[str]:
     same = "the same" if found["same_texts"] else "NOT the same"
     return [
-        "Paragraphs of the LICENSE, to be copied, and stories, which copy nothing. With and "
-        f"without, the texts are {same}."
+        f"{found['copied_tokens']} tokens: paragraphs of the LICENSE, to be copied, and stories, "
+        f"which copy nothing. With and without, the texts are {same}."
     ]
 
 
@@ -135,7 +143,7 @@ def load(found: dict[str, Any]) -> list[str]:
 
 def long_prompt(found: dict[str, Any]) -> list[str]:
     return [
-        f"{found['short_prompts']} prompts of 64 tokens come 50 ms after one that fills the window "
+        f"{found['short_prompts']} prompts come 50 ms after one that fills the window "
         f"of {found['window']} tokens. Milliseconds that the short ones wait, where prompts are "
         "computed in chunks (the default) and at once:",
         waits(found["waits"]),

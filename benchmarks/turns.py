@@ -77,15 +77,10 @@ def ratio_of(pairs: Sequence[float]) -> dict[str, Any] | None:
 
 
 def take_turns(sides: Sequence[Side], turns: int) -> Turns:
-    """Every side once to warm up, then `turns` turns, in changing order.
-
-    A side that fails sits out from there on.
-    """
+    """`turns` turns in changing order. A side that fails sits out from there on."""
     result = Turns(
         rounds={side.name: [] for side in sides}, tokens={side.name: side.tokens for side in sides}
     )
-    for side in sides:
-        _attempt(side, result)
     for turn in range(turns):
         for side in sides if turn % 2 == 0 else reversed(sides):
             round_ = _attempt(side, result) if takes_part(side, turn, turns) else None

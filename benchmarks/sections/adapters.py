@@ -35,7 +35,7 @@ _SKEWS: dict[str, Popularity] = {IDENTICAL: "identical", UNIFORM: "uniform", SKE
 def measure(bench: Bench) -> dict[str, Any]:
     plan, server = bench.plan, bench.server()
     few = bench.names[:ROWS]
-    tokens = ROWS * plan.tokens_out
+    tokens = ROWS * plan.tokens
     half = [name if row % 2 else None for row, name in enumerate(few)]
 
     def side(name: str, adapters: list[str | None], turns: int | None = None) -> Side:
@@ -50,7 +50,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             side(name, [*choose(popularity, few, ROWS)], plan.peer_turns)
             for name, popularity in _SKEWS.items()
         ),
-        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens_out, plan.peer_turns),
+        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens, plan.peer_turns),
         Side(GENERATE, whole(bench, bench.generate), tokens, plan.peer_turns),
         Side(BATCHING, whole(bench, bench.batching), tokens, plan.peer_turns),
     ]
@@ -65,7 +65,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "adapters_over_peft": turns.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
-        "tokens_out": plan.tokens_out,
+        "tokens": plan.tokens,
         "registered": len(bench.names),
         "zipf_exponent_over_all": MANY_EXPONENT,
     }

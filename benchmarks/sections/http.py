@@ -7,7 +7,7 @@ import subprocess
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.bench import PROMPT_TOKENS, ROWS, Bench
+from benchmarks.bench import ROWS, Bench
 from benchmarks.turns import Side, take_turns
 
 STREAMED = "HTTP, streaming"
@@ -37,8 +37,8 @@ _KEPT = (
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     server, engine = bench.server(), bench.inprocess()
-    requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens_out)
-    tokens = ROWS * plan.vllm_tokens_out
+    requests = bench.requests([*bench.names[:ROWS]])
+    tokens = ROWS * plan.tokens
     sides = [
         Side(STREAMED, lambda: server.run(requests), tokens),
         Side(WHOLE, lambda: server.run(requests, stream=False), tokens),
@@ -51,7 +51,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "whole_over_in_process": turns.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens_out": plan.vllm_tokens_out,
+        "tokens": plan.tokens,
     }
 
 
@@ -69,7 +69,7 @@ def measure_generator(bench: Bench) -> dict[str, Any]:
             *(folder / "bin" / "python", "-c", _GENERATOR),
             *("--backend", "openai", "--base-url", server.url, "--model", "base"),
             *("--tokenizer", bench.model, "--dataset-name", "random", "--ignore-eos"),
-            *("--random-input-len", PROMPT_TOKENS, "--random-output-len", bench.plan.tokens_out),
+            *("--random-input-len", bench.plan.tokens, "--random-output-len", bench.plan.tokens),
             *("--num-prompts", 3 * ROWS, "--max-concurrency", ROWS, "--temperature", 0),
             *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95,99"),
             *("--disable-tqdm", "--save-result", "--result-filename", result),

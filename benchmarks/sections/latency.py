@@ -23,7 +23,6 @@ def measure_load(bench: Bench) -> dict[str, Any]:
     """Saturation in a closed loop, then Poisson arrivals at parts of it; Zipf over all adapters."""
     plan, server = bench.plan, bench.server()
     closed = bench.requests(adapters_of(bench, 3 * ROWS))
-    server.run(closed[:ROWS])
     saturation = len(closed) / server.run(closed, in_flight=ROWS).seconds
     typer.echo(f"  saturation: {saturation:.2f} requests/s")
     loads = {}
@@ -31,14 +30,14 @@ def measure_load(bench: Bench) -> dict[str, Any]:
         rate = part * saturation
         count = max(10, round(rate * plan.load_seconds))
         requests = bench.requests(adapters_of(bench, count), at=poisson(rate, count, seed))
-        loads[f"{part:g}"] = waits(server.run(requests).answers, plan.tokens_out)
+        loads[f"{part:g}"] = waits(server.run(requests).answers, plan.tokens)
         typer.echo(f"  at {part:.0%}: {loads[f'{part:g}']['ttft_ms']}")
     half = loads["0.5"]["ttft_ms"]
     return {
         "saturation_requests_per_second": saturation,
         "loads": loads,
         "ratios": {"ttft_p99_over_p50_at_half_load": ratio_of([half["p99"] / half["p50"]])},
-        "tokens_out": plan.tokens_out,
+        "tokens": plan.tokens,
         "failed": {},
     }
 
@@ -64,7 +63,7 @@ def waits(answers: Sequence[Answer], tokens_out: int) -> dict[str, Any]:
 
 def measure_long_prompt(bench: Bench) -> dict[str, Any]:
     """31 short prompts that come just after one as long as the window."""
-    tokens_out = bench.plan.tokens_out
+    tokens_out = bench.plan.tokens
     long = random_prompts(bench.model, 1, LONG_WINDOW - tokens_out, seed=1)[0]
     window = ("--max-model-len", LONG_WINDOW)
     servers = {

@@ -19,10 +19,10 @@ def measure(bench: Bench) -> dict[str, Any]:
         base_side(bench, "vLLM", bench.vllm, ROWS),
     ]
     if plan.lora:
-        tokens = ROWS * plan.vllm_tokens_out
-        ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens_out)
+        tokens = ROWS * plan.vllm_tokens
+        ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
         theirs = bench.requests(
-            [f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], plan.vllm_tokens_out
+            [f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], plan.vllm_tokens
         )
         sides += [
             Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens),
@@ -40,7 +40,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         for rows in IN_FLIGHT[1:]
     }
     return report(found) | {
-        "tokens_out": plan.vllm_tokens_out,
+        "tokens": plan.vllm_tokens,
         "lora_rank": LORA_RANK,
         "lora_adapters": LORA_ADAPTERS,
     }
@@ -60,12 +60,12 @@ def measure_bfloat16(bench: Bench) -> dict[str, Any]:
         )
         for rows in IN_FLIGHT
     }
-    return report(found) | {"tokens_out": bench.plan.vllm_tokens_out}
+    return report(found) | {"tokens": bench.plan.vllm_tokens}
 
 
 def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
-    requests = bench.requests([None] * rows, bench.plan.vllm_tokens_out)
-    tokens = rows * bench.plan.vllm_tokens_out
+    requests = bench.requests([None] * rows, bench.plan.vllm_tokens)
+    tokens = rows * bench.plan.vllm_tokens
     return Side(f"{name}, base, {rows} in flight", lambda: engine().run(requests), tokens)
 
 

@@ -21,6 +21,11 @@ def test_the_page_is_what_the_committed_figures_give() -> None:
     assert report.PAGE.read_text() == tables.page(found), "run python -m benchmarks.report"
 
 
+def test_the_readme_has_the_committed_ratios() -> None:
+    readme = report.README.read_text()
+    assert readme == report.with_speeds(readme, report.results()), "run python -m benchmarks.report"
+
+
 def test_every_picture_that_the_page_shows_is_there() -> None:
     found = report.results()
     shown = [name for section in found for name in plots.pictures_of(section, found)]

@@ -14,10 +14,10 @@ def side(name: str, log: list[str], seconds: float = 1.0, turns: int | None = No
     return Side(name, run, tokens=10, turns=turns)
 
 
-def test_sides_alternate_in_changing_order_after_one_round_each_to_warm_up() -> None:
+def test_sides_alternate_in_changing_order() -> None:
     log: list[str] = []
     take_turns([side("a", log), side("b", log)], turns=3)
-    assert "".join(log) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(log) == "ab" + "ba" + "ab"
 
 
 def test_a_slow_side_takes_part_in_some_turns_spread_over_all() -> None:
@@ -45,7 +45,7 @@ def test_a_side_that_fails_sits_out_and_the_others_go_on() -> None:
 
     def fail() -> Round:
         log.append("x")
-        if log.count("x") > 2:
+        if log.count("x") > 1:
             raise EngineFailed("out of memory")
         return Round(1.0)
 
@@ -53,7 +53,7 @@ def test_a_side_that_fails_sits_out_and_the_others_go_on() -> None:
     assert found.failed == {"x": "out of memory"}
     assert [each is not None for each in found.rounds["x"]] == [True, False, False, False, False]
     assert len(found.speeds("a")) == 5
-    assert log.count("x") == 3
+    assert log.count("x") == 2
 
 
 def test_a_side_that_never_starts_leaves_no_ratio() -> None:
