@@ -47,16 +47,18 @@ class _Sheet:
         for row, slot in enumerate(slots):
             occupant = (slot, self.used[slot]) if slot in self.used else (BASE_SLOT, 0)
             if self.occupants[row] != occupant:
-                self.occupants[row] = occupant
-                stale.append((row, occupant[0]))
+                stale.append((row, occupant))
         if not stale:
             return
         if self.slots.is_cuda:
-            index = torch.tensor(stale, device=self.slots.device)
+            pairs = [(row, slot) for row, (slot, _) in stale]
+            index = torch.tensor(pairs, device=self.slots.device)
             self.rows.index_copy_(0, index[:, 0], self.slots.index_select(0, index[:, 1]))
         else:
-            for row, slot in stale:
+            for row, (slot, _) in stale:
                 self.rows[row].copy_(self.slots[slot])
+        for row, occupant in stale:
+            self.occupants[row] = occupant
 
 
 class AdapterBank:

@@ -130,6 +130,7 @@ class IA3Model(nn.Module):
         kept = segments if kept is None else kept
         packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
         if packed != self._packed:
+            self._packed = None
             scales = self.bank.packed(rows, segments)
             head = self.modules_of_base.output_embedding
             if kept != segments and any(target.module == head for target in self.bank.columns):
@@ -146,6 +147,7 @@ class IA3Model(nn.Module):
         nothing while the batch stays as it is."""
         rows = (self.bank.fills, tuple(slots), None)
         if rows != self._packed:
+            self._packed = None
             self._set_scales(self.bank.by_row(slots))
             self._set_copies(slots, flat=False)
             self._packed = rows

@@ -141,6 +141,10 @@ class _Gauges(Collector):
             "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),
             "infuse_preemptions": ("Rows put back to be computed again.", engine.preemptions),
             "infuse_steps": ("Forwards of the model.", engine.steps),
+            "infuse_step_retries": (
+                "Forwards that failed and ran again in parts.",
+                engine.step_retries,
+            ),
             "infuse_drafted_tokens": ("Tokens guessed and computed.", engine.drafted_tokens),
             "infuse_accepted_tokens": ("Of those: came true.", engine.accepted_tokens),
             "infuse_prefix_cache_query_tokens": (

@@ -18,11 +18,11 @@ from server.engine.loading import LoadedModel
 from server.engine.planning import window_of
 from server.engine.quantization import weights_bytes
 from server.engine.request import FinishReason, GenerationRequest, Output
-from server.engine.runner import Logits
-from server.engine.sampler import Sampled, Sampler, score_tokens
-from server.engine.scheduler import Scheduler, Step
+from server.engine.sampler import Sampled, Sampler
+from server.engine.scheduler import CannotStart, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculation import Speculation
+from server.engine.stepping import Failed, Lost, Ran, Stepping
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class EngineStats:
     """Of the columns that adapters have used so far, for all slots."""
     preemptions: int
     steps: int
+    step_retries: int
+    """Forwards that failed and ran again in parts."""
     prompt_tokens: int
     generated_tokens: int
     drafted_tokens: int
@@ -107,7 +109,6 @@ class Engine:
         )
         self.runner_kind = execution.kind
         self._cache = execution.cache
-        self._runner = execution.runner
         log.info(
             "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",
             self._weights_bytes / 1e6,
@@ -119,6 +120,7 @@ class Engine:
             self._cache, residency, config.max_rows, chunk, config.prefix_cache
         )
         self._sampler = Sampler(self.eos_token_ids)
+        self._stepping = Stepping(execution.runner, self._sampler, self._cache)
         self._speculation = Speculation(
             self._cache, by_default=config.speculation, possible=execution.kind == "flat"
         )
@@ -202,6 +204,7 @@ class Engine:
             bank_bytes=self._bank.nbytes,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,
+            step_retries=self._stepping.retries,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             drafted_tokens=self._speculation.drafted_tokens,
@@ -265,41 +268,36 @@ class Engine:
             self._scheduler.add(sequence)
 
     def _step(self) -> None:
-        step = self._speculation.draft(self._scheduler.schedule())
+        outputs = []
+        try:
+            step = self._speculation.draft(self._scheduler.schedule())
+        except CannotStart as error:
+            log.error("A request could not be started; it ends.\n%s", error.fault.trace)
+            self._send([self._end(error.sequence, FinishReason.ERROR, error.fault.reason)])
+            return
         if not step:
             assert not self._sequences, "waiting requests with an idle model can always start"
             return
-        outputs = []
-        started = time.perf_counter()
-        try:
-            logits = self._runner.run(step)
-            self._advance(step, logits)
-            sampled = self._sampler.sample(logits.next_token, logits.sequences)
-            taken = [(s, [choice]) for s, choice in zip(logits.sequences, sampled, strict=True)]
-            if logits.drafts is not None and step.drafts:
-                verified = self._sampler.verify(logits.drafts, step.drafts)
-                taken += zip((draft.sequence for draft in step.drafts), verified, strict=True)
-            accepted = sum(len(choices) - 1 for _, choices in taken)
-            self._speculation.learn(step, time.perf_counter() - started, accepted)
-            outputs += [self._take(sequence, choices) for sequence, choices in taken]
-        except (RuntimeError, ValueError, TypeError) as error:
-            log.exception("A step failed; its requests end.")
-            told = {output.request_id for output in outputs}
-            outputs += [
-                self._end(sequence, FinishReason.ERROR, f"The model failed: {error}")
-                for sequence in step.sequences
-                if sequence.request.id not in told
-            ]
+        for part in self._stepping.run(step):
+            match part:
+                case Ran():
+                    self._advance(part)
+                    outputs += [self._take(sequence, choices) for sequence, choices in part.choices]
+                case Failed(sequence, reason):
+                    outputs.append(self._end(sequence, FinishReason.ERROR, reason))
+                case Lost(sequences):
+                    for sequence in sequences:
+                        self._scheduler.put_back(sequence)
         self._steps += 1
         self._send(outputs)
 
-    def _advance(self, step: Step, logits: Logits) -> None:
-        """The step's tokens have keys and values now; prompts that asked for it are scored."""
-        for sequence, scores in logits.prompts:
-            known = len(sequence.prompt_logprobs)
-            scored = sequence.tokens[known : known + len(scores)]
-            best = sequence.request.params.prompt_logprobs or 0
-            sequence.prompt_logprobs += score_tokens(scores, scored, best)
+    def _advance(self, ran: Ran) -> None:
+        """The tokens have keys and values now; prompts that asked for it are scored."""
+        step = ran.step
+        accepted = sum(len(choices) - 1 for _, choices in ran.choices)
+        self._speculation.learn(step, ran.seconds, accepted)
+        for sequence, scores in ran.prompts:
+            sequence.prompt_logprobs += scores
         decoding = [*step.decode, *(draft.sequence for draft in step.drafts)]
         for sequence, tokens in [*((s, 1) for s in decoding), *step.prefill]:
             sequence.computed += tokens

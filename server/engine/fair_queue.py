@@ -24,10 +24,15 @@ Eligible = Callable[[Sequence], bool]
 
 
 def cost(sequence: Sequence) -> int:
-    """Tokens of prompt and answer. As many of the answer as room is set aside for are charged when
-    it starts, or a free row's worth of requests would all go to whoever has had least so far."""
+    """Tokens that a running sequence is charged. As many of its answer as room is set aside for
+    count from the start, or all free rows would go to whoever has had least so far."""
     soon = min(sequence.request.params.max_tokens, HEADROOM)
-    return max(len(sequence.tokens), sequence.prompt_tokens + soon)
+    return max(had(sequence), had(sequence) - sequence.answer_tokens + soon)
+
+
+def had(sequence: Sequence) -> int:
+    """Tokens of prompt and answer, but for those that needed no computing."""
+    return len(sequence.tokens) - (sequence.cached_tokens or 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -85,7 +90,7 @@ class _Sharers(Generic[S]):
     def end(self, name: str, sequence: Sequence) -> None:
         share = self._shares[name]
         share.started.remove(sequence)
-        share.ended += len(sequence.tokens)
+        share.ended += had(sequence)
 
     def _sweep(self) -> None:
         """Forget those who are idle and owe nothing."""

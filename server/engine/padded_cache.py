@@ -16,11 +16,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit
+from server.engine.kv_cache import KeysLost
 
 _COLUMNS = 64
 """A group's columns are a multiple of this many, so that it seldom grows."""
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a group was before a forward."""
+
+    starts: list[int]
+    end: int
+    encoded: bool
 
 
 @dataclass(slots=True)
@@ -38,6 +48,15 @@ class Group:
     crossed: list[KeysAndValues]
     """Of an encoder-decoder, once the sources are encoded: each `[rows, heads, source, dim]`,
     aligned at the left."""
+
+    def mark(self) -> Mark:
+        return Mark(list(self.starts), self.end, bool(self.crossed))
+
+    def go_back(self, mark: Mark) -> None:
+        """What was computed since then has not been."""
+        self.starts, self.end = mark.starts, mark.end
+        if not mark.encoded:
+            self.crossed.clear()
 
     def length(self, row: int) -> int:
         """Tokens of a row that have keys and values."""
@@ -133,7 +152,7 @@ class PaddedBlocks:
 
     def leave(self, row: int) -> list[int]:
         mine = sorted((p.begin, block) for block, p in self._in_rows.items() if p.row == row)
-        while mine:
+        while mine and self._cache.holds(row):
             part = self._in_rows[mine[0][1]]
             if self._cache.room < _rounded(part.end - part.begin):
                 break
@@ -237,6 +256,10 @@ class PaddedCache:
             self._groups[row] = Group([row], [0], shared, shared, layers, [], [])
         return True
 
+    def holds(self, row: int) -> bool:
+        """Whether the row's keys and values are there; not so once they were lost."""
+        return row in self._groups
+
     def layers_of(self, row: int, crossed: bool) -> list[KeysAndValues]:
         """For each layer `[1, heads, tokens, dim]`: a row's own tokens, or those of its source."""
         group = self._groups[row]
@@ -258,11 +281,16 @@ class PaddedCache:
     def gather(self, rows: Sequence[int], tokens: int, sources: Sequence[int] = ()) -> Group:
         """The group of exactly these rows, with columns for `tokens` more.
 
-        `sources`: of an encoder-decoder, the length of each row's source.
+        `sources`: of an encoder-decoder, the length of each row's source. Raises KeysLost.
         """
         group = self._groups.get(rows[0])
         if group is None or group.rows != list(rows) or group.end + tokens > group.columns:
-            group = self._group(list(rows), tokens, list(sources))
+            try:
+                group = self._group(list(rows), tokens, list(sources))
+            except (RuntimeError, MemoryError) as error:
+                for row in rows:
+                    self._groups.pop(row, None)
+                raise KeysLost from error
             self._groups |= dict.fromkeys(rows, group)
         return group
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from adapters.model import IA3Model
-from server.engine.padded_cache import Group, PaddedCache
+from server.engine.padded_cache import Group, Mark, PaddedCache
 from server.engine.runner import Logits, slot_of
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
@@ -59,16 +59,24 @@ class PaddedRunner:
         self._accepts = inspect.signature(ia3.base.forward).parameters.keys()
         self._positions = RowPositions(ia3.base)
         self._equal_beyond = _equal_beyond(ia3.base)
+        self._begun: list[tuple[Group, Mark]] = []
+        """The groups of the running step."""
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
         work = [*((s, 1) for s in step.decode), *step.prefill]
         logits: dict[int, torch.Tensor] = {}
-        for batch in self._batches(step):
-            every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
-            pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
-            scores = self.forward(pieces, every)
-            logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
+        self._begun = []
+        try:
+            for batch in self._batches(step):
+                every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
+                pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
+                scores = self.forward(pieces, every)
+                logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
+        except BaseException:
+            for group, mark in self._begun:
+                group.go_back(mark)
+            raise
         taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
         prompts = []
         for sequence, tokens in step.prefill:
@@ -102,6 +110,7 @@ class PaddedRunner:
         tokens = max(len(piece.ids) for piece in pieces)
         sources = [len(piece.source) for piece in pieces if piece.source]
         group = self._cache.gather([piece.row for piece in pieces], tokens, sources)
+        self._begun.append((group, group.mark()))
         if all(piece.start == 0 for piece in pieces):
             # New rows of unequal length: the shorter ones begin later.
             group.starts = [group.end + tokens - len(piece.ids) for piece in pieces]

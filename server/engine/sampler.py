@@ -55,18 +55,21 @@ class Sampler:
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
         places = [_Place(sequence) for sequence in sequences]
-        if self._batch is None or not self._batch.fits(places, logits.shape[-1]):
-            self._batch = _Batch(places, logits.shape[-1], logits.device, self._batch)
+        # Not there until all is computed: where that fails, it is made anew.
+        batch, self._batch = self._batch, None
+        if batch is None or not batch.fits(places, logits.shape[-1]):
+            batch = _Batch(places, logits.shape[-1], logits.device, batch)
         constrained = [(i, s.constraint) for i, s in enumerate(sequences) if s.constraint]
-        chosen, finite = self._choose(logits.float(), self._batch, constrained)
+        chosen, finite = self._choose(logits.float(), batch, constrained)
         errors = {row: constraint.error for row, constraint in constrained}
-        if constrained:
-            self._masks.advance([(constraint, chosen[row]) for row, constraint in constrained])
-        for group in self._batch.random:
-            group.take()
         logprobs = _logprobs(
             logits, range(len(chosen)), chosen, [s.request.params.logprobs for s in sequences]
         )
+        if constrained:
+            self._masks.advance([(constraint, chosen[row]) for row, constraint in constrained])
+        for group in batch.random:
+            group.take()
+        self._batch = batch
         return [
             Sampled(*sampled, errors.get(row, ""))
             for row, sampled in enumerate(zip(chosen, logprobs, finite, strict=True))
@@ -88,12 +91,13 @@ class Sampler:
             true = next((i for i, t in enumerate(draft.tokens) if own[i] != t), len(draft.tokens))
             taken.append(list(range(start, start + true + 1)))
             start += len(own)
-            if draft.sequence.request.params.temperature > 0:
-                draft.sequence.draws.take(true + 1)
         kept = [place for mine in taken for place in mine]
         tokens = [chosen[place] for place in kept]
         wanted = [places[place].sequence.request.params.logprobs for place in kept]
         logprobs = dict(zip(kept, _logprobs(logits, kept, tokens, wanted), strict=True))
+        for draft, mine in zip(drafts, taken, strict=True):
+            if draft.sequence.request.params.temperature > 0:
+                draft.sequence.draws.take(len(mine))
         return [
             [Sampled(chosen[place], logprobs[place], finite[place]) for place in mine]
             for mine in taken

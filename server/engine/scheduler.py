@@ -3,12 +3,14 @@
 import itertools
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from adapters.bank import BASE_SLOT
 from adapters.residency import Residency
 from server.engine.fair_queue import FairQueue
+from server.engine.faults import FAULTS, Fault
 from server.engine.kv_cache import KVCache
 from server.engine.prefixes import Prefixes
 from server.engine.sequence import HEADROOM, Sequence
@@ -49,6 +51,26 @@ class Step:
         """How many the forward computes."""
         chunks = sum(tokens for _, tokens in self.prefill)
         return len(self.decode) + chunks + sum(1 + len(draft.tokens) for draft in self.drafts)
+
+
+class CannotStart(Exception):
+    """A sequence's adapter could not be brought to the device, or its row not begun."""
+
+    def __init__(self, sequence: Sequence, fault: Fault) -> None:
+        self.sequence = sequence
+        self.fault = fault
+
+
+@contextmanager
+def _starting(sequence: Sequence) -> Iterator[None]:
+    """Within, what a device may raise is the sequence's own failure."""
+    fault = None
+    try:
+        yield
+    except FAULTS as error:
+        fault = Fault.of(error)
+    if fault is not None:
+        raise CannotStart(sequence, fault)
 
 
 class _Claim:
@@ -174,7 +196,7 @@ class Scheduler:
                 grown.append(sequence)
                 continue
             victim = max(self.running, key=_RANK)
-            self._preempt(victim)
+            self.put_back(victim)
             if victim is not sequence:
                 growing.appendleft(sequence)
                 growing = deque(s for s in growing if s is not victim)
@@ -194,15 +216,13 @@ class Scheduler:
                 self._leave_queue(sequence)
                 self._expecting.append(sequence)
                 continue
-            slot = self._pin(sequence)
+            with _starting(sequence):
+                slot = self._pin(sequence)
             if slot is None:
                 slots_left = False
                 self._claim.make(sequence)
                 continue
-            left = sequence.request.params.max_tokens - sequence.answer_tokens
-            room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
-            if not self.prefixes.begin(sequence, room):
-                self._unpin(sequence)
+            if not self._begin(sequence):
                 return
             self._start(sequence, slot)
 
@@ -210,6 +230,19 @@ class Scheduler:
         lease = sequence.request.lease
         resident = lease is None or self._residency.is_resident(lease)
         return resident and self._claim.admits(sequence)
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Whether there is room for the row; else its pin is given back."""
+        left = sequence.request.params.max_tokens - sequence.answer_tokens
+        room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
+        begun = False
+        try:
+            with _starting(sequence):
+                begun = self.prefixes.begin(sequence, room)
+        finally:
+            if not begun:
+                self._unpin(sequence)
+        return begun
 
     def _start(self, sequence: Sequence, slot: int) -> None:
         self._queue.start(sequence)
@@ -223,7 +256,8 @@ class Scheduler:
         self._queue.remove(sequence)
         self._claim.drop(sequence)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def put_back(self, sequence: Sequence) -> None:
+        """A running sequence is to be computed again."""
         self._stop(sequence)
         self.prefixes.give_way(sequence)
         sequence.gave_way = True
