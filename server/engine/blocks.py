@@ -3,7 +3,7 @@
 A block is a name for what lies in the cache; the prefix cache knows which tokens it belongs to.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, groupby
 from typing import Protocol
 
@@ -84,13 +84,13 @@ class StripBlocks:
                 break
             places.append(place)
         placed = list(zip(blocks, places, strict=False))
-        if placed:
-            index = torch.tensor([place.number for place in places])
-            numbers = torch.tensor([staying[block] for block, _ in placed])
-            origin = self._place_of(row)
-            for strips, kept in self._slabs.pairs(origin.strip, self.size):
-                parts = _in_blocks(strips[origin.number], self.size)
-                kept.index_copy_(0, index, parts.index_select(0, numbers))
+        origin = self._place_of(row)
+        numbers = [staying[block] for block, _ in placed]
+        runs = list(_runs(numbers, [place.number for place in places]))
+        for strips, kept in self._slabs.pairs(origin.strip, self.size):
+            parts = _in_blocks(strips[origin.number], self.size)
+            for number, place_number, length in runs:
+                kept[place_number : place_number + length] = parts[number : number + length]
         for block, place in placed:
             self._forget_row(block)
             self._places[block] = place
@@ -119,27 +119,39 @@ class StripBlocks:
 
     def copy(self, blocks: Sequence[int], place: Place) -> None:
         """Let a strip begin with these blocks, which are the first of their rows."""
-        begin = 0
-        for row, run in groupby(blocks, key=self._rows.get):
-            part = list(run)
-            end = begin + len(part) * self.size
+        first = 0
+        for row, group in groupby(blocks, key=self._rows.get):
+            part = list(group)
+            numbers = list(range(first, first + len(part)))
             if row is None:
-                index = torch.tensor([self._places[block].number for block in part])
-                span = slice(begin // self.size, end // self.size)
+                runs = list(_runs([self._places[block].number for block in part], numbers))
                 for kept, mine in self._slabs.pairs(self.size, place.strip):
                     parts = _in_blocks(mine[place.number], self.size)
-                    parts[span].copy_(kept.index_select(0, index))
+                    for number, at, length in runs:
+                        parts[at : at + length] = kept[number : number + length]
             else:
                 origin = self._place_of(row)
+                span = slice(first * self.size, (first + len(part)) * self.size)
                 for strips, mine in self._slabs.pairs(origin.strip, place.strip):
-                    mine[place.number, :, begin:end].copy_(strips[origin.number, :, begin:end])
-            begin = end
+                    mine[place.number, :, span] = strips[origin.number, :, span]
+            first += len(part)
 
     def _forget_row(self, block: int) -> None:
         row = self._rows.pop(block)
         del self._in_row[row][block]
         if not self._in_row[row]:
             del self._in_row[row]
+
+
+def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours that go to neighbours: the first one's source and target, and how many."""
+    pairs = list(zip(sources, targets, strict=True))
+    begin = 0
+    for end in range(1, len(pairs) + 1):
+        source, target = pairs[begin]
+        if end == len(pairs) or pairs[end] != (source + end - begin, target + end - begin):
+            yield source, target, end - begin
+            begin = end
 
 
 def _in_blocks(strip: torch.Tensor, size: int) -> torch.Tensor:

@@ -122,7 +122,9 @@ class Engine:
         self._sampler = Sampler(self.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
         self._speculation = Speculation(
-            self._cache, by_default=config.speculation, possible=execution.kind == "flat"
+            self._scheduler.prefixes,
+            by_default=config.speculation,
+            possible=execution.kind == "flat",
         )
         self._max_in_flight = config.max_rows + config.max_queue
         self._rows = itertools.count()

@@ -82,9 +82,9 @@ class Prefixes:
             self._expect(sequence)
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Room for all tokens of a row. False: there is none."""
-        while not self._cache.reserve(sequence.row, len(sequence.tokens)):
+    def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
+        """Room for all tokens of a row, and so many more. False: there is none."""
+        while not self._cache.reserve(sequence.row, len(sequence.tokens) + ahead):
             if not self._known.drop():
                 return False
         return True

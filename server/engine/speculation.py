@@ -10,7 +10,7 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from server.engine.drafting import Drafter
-from server.engine.kv_cache import KVCache
+from server.engine.prefixes import Prefixes
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import Draft, Step
 from server.engine.sequence import Sequence
@@ -52,10 +52,10 @@ class StepCosts:
 
 
 class Speculation:
-    def __init__(self, cache: KVCache, *, by_default: bool, possible: bool) -> None:
+    def __init__(self, prefixes: Prefixes, *, by_default: bool, possible: bool) -> None:
         """`by_default`: for requests that do not say. `possible`: the runner takes several tokens
         of a decoding row at once."""
-        self._cache = cache
+        self._prefixes = prefixes
         self._by_default = by_default
         self._possible = possible
         self.costs = StepCosts()
@@ -89,8 +89,7 @@ class Speculation:
         drafts = [
             Draft(sequence, sequence.drafter.guess(count))
             for sequence, count in self._worthwhile(step, chances).items()
-            if sequence.drafter is not None
-            and self._cache.reserve(sequence.row, len(sequence.tokens) + count)
+            if sequence.drafter is not None and self._prefixes.grow(sequence, count)
         ]
         drafted = {draft.sequence for draft in drafts}
         decode = [sequence for sequence in step.decode if sequence not in drafted]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from server.engine.attention import LayerShape
 from server.engine.drafting import Drafter
 from server.engine.kv_cache import StripCache
+from server.engine.prefixes import Prefixes
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
@@ -151,7 +152,8 @@ def drafted(step: Step, costs: StepCosts, slabs: int = 64) -> tuple[Step, Specul
     for sequence in step.decode:
         assert cache.reserve(sequence.row, len(sequence.tokens))
         # A drafter meets its sequence at the start of its answer.
-    speculation = Speculation(cache, by_default=True, possible=True)
+    prefixes = Prefixes(cache, across_orders=True)
+    speculation = Speculation(prefixes, by_default=True, possible=True)
     speculation.costs = costs
     for sequence in step.decode:
         sequence.drafter = speculation.drafter(sequence.request)

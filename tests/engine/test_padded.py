@@ -135,6 +135,34 @@ def test_requests_that_begin_alike_are_computed_once_and_end_as_alone(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_source_that_was_read_is_read_by_whoever_does_the_same(
+    start: Callable[..., Harness], tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    folder = adapter(base, family, tmp_path / "a")
+    engine = start(base, {"a": folder, "twin": folder})
+    source = [5 + 7 * n % 250 for n in range(50)]
+    answers, read = {}, {}
+    for who in (None, "a", "twin"):
+        before = engine.engine.stats().prompt_tokens
+        answers[who] = engine.ask(source, who).tokens
+        read[who] = engine.engine.stats().prompt_tokens - before
+    other = engine.ask([*source[:-1], 9], "a").tokens
+
+    start_tokens = len(engine.engine.decoder_start or ())
+    assert read == {None: 50 + start_tokens, "a": 50 + start_tokens, "twin": start_tokens}
+    plain, adapted = FamilyOracle(tiny(family)), FamilyOracle(tiny(family), [folder])
+    for oracle, prompt, answer in (
+        (plain, source, answers[None]),
+        (adapted, source, answers["twin"]),
+        (adapted, [*source[:-1], 9], other),
+    ):
+        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist()
+    assert answers["a"] == answers["twin"]
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize(
     ("family", "modules"),
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.registry import Part
 from tests.engine.harness import Answer, Harness, Oracle
-from tests.factories import save_adapter, tiny_model
+from tests.factories import TOKENS, save_adapter, tiny_model
 
 PROMPT = [5 + (7 * n) % 200 for n in range(100)]
 SCORED = {"max_tokens": 6, "logprobs": 0}
@@ -156,6 +156,26 @@ def test_whole_modules_are_part_of_the_content(
         tokens = engine.ask(PROMPT, name).tokens
         assert computed(engine) - before == new
         assert tokens == Oracle(base, offered[name]).greedy(PROMPT, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tokens_that_adapters_add_are_those_of_each(
+    start: Callable[..., Harness], tmp_path: Path
+) -> None:
+    """Equal ids, equal vectors; what the added token means differs, or does not."""
+    larger = tiny_model("llama")
+    larger.resize_token_embeddings(TOKENS + 1, mean_resizing=False)
+    folders = {}
+    for name, seed in (("one", 4), ("other", 5), ("same", 4)):
+        both = ["embed_tokens", "lm_head"]
+        folders[name] = save_adapter(larger, tmp_path / name, seed=seed, modules_to_save=both)
+    engine = start(tiny_model("llama"), folders)
+    prompt = [TOKENS, *PROMPT]
+    for name, new in (("one", 101), ("other", 101), ("same", 1)):
+        before = computed(engine)
+        tokens = engine.ask(prompt, name).tokens
+        assert computed(engine) - before == new
+        assert tokens == Oracle(larger, folders[name]).greedy(prompt, 8)
 
 
 def test_a_salt_keeps_requests_apart(start: Callable[..., Harness]) -> None:

@@ -119,3 +119,17 @@ def test_any_order_answers_like_its_requests_alone(start: Callable[..., Harness]
     for found, (prompts, who) in zip(answers, orders.values(), strict=True):
         assert found == [engine.ask(prompt, who, max_tokens=8).tokens for prompt in prompts]
     engine.assert_idle()
+
+
+def test_samples_take_the_scores_of_their_prompt_from_the_first(
+    start: Callable[..., Harness],
+) -> None:
+    engine = start()
+    first, *others = engine.order("scored", [PROMPT] * 3, "default", prompt_logprobs=2)
+    engine.wait()
+
+    scores = engine.answers[first].prompt_logprobs
+    assert scores is not None
+    assert None not in scores[1:]
+    assert all(engine.answers[each].prompt_logprobs == scores for each in others)
+    assert engine.engine.stats().prompt_tokens == len(PROMPT) + 2

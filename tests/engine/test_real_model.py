@@ -96,3 +96,23 @@ def test_a_copied_text_takes_fewer_steps_and_stays_the_same(start: Callable[...,
     assert engine.answers["guessed"].tokens == plain.tokens
     assert after.accepted_tokens > len(plain.tokens) / 2
     assert after.steps - before.steps < len(plain.tokens) / 2
+
+
+def test_a_long_prompt_again_computes_one_token_and_answers_the_same(
+    start: Callable[..., Harness],
+) -> None:
+    """And one that ends otherwise computes what is new of it."""
+    folder = default_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = (EXAMPLES / "sentiment" / "README.md").read_text()
+    prompt = tokenizer(text).input_ids[:300]
+    engine = start(base, ADAPTERS, tokenizer=tokenizer, max_model_len=512, kv_cache_tokens=2048)
+    computed, answers = [], []
+    for asked in (prompt, prompt, [*prompt[:-8], *prompt[:8]]):
+        before = engine.engine.stats().prompt_tokens
+        answers.append(engine.ask(asked, "sentiment", max_tokens=3).tokens)
+        computed.append(engine.engine.stats().prompt_tokens - before)
+
+    assert computed == [300, 1, 8]
+    assert answers[0] == answers[1]
