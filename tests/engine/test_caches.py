@@ -154,7 +154,7 @@ def test_a_fork_attends_as_if_it_had_computed_everything_itself(
 
     begin(fork)
     run_step(cache, [], [(source, more), (fork, 1)], layer)
-    assert cache.reserve(1, shared + more + 2)
+    assert cache.reserve(1, shared + more + 3)
     run_step(cache, [source], [(fork, more)], layer)
     assert cache.blocks.leave(0) == []
     cache.release(0)
