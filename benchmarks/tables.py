@@ -203,8 +203,9 @@ _OUTSIDE = ("sampling", "python", "waiting")
 """Parts of a step that are not the model's forward."""
 
 
-def with_share(steps: dict[str, Any]) -> dict[str, Any]:
-    """The profile with the ratio that a target is about: of its last step."""
+def with_share(found: dict[str, Any]) -> dict[str, Any]:
+    """The profile's steps, by name, with the ratio that a target is about: of the last one."""
+    steps = {name: each for name, each in found.items() if "parts_ms" in each}
     parts = list(steps.values())[-1]["parts_ms"]
     share = sum(parts.get(part, 0.0) for part in _OUTSIDE) / sum(parts.values())
     return {"steps": steps, "ratios": {"outside": {"median": share, "pairs": 1}}}

@@ -69,7 +69,7 @@ def test_a_step_that_adds_up_is_shown_with_its_sum_and_the_share_outside_the_mod
         "step_ms": 20.5,
         "parts_ms": {"gemm": 15.0, "attention": 4.0, "sampling": 0.6, "python": 0.4},
     }
-    found = tables.with_share({"before": step, "after": step})
+    found = tables.with_share({"before": step, "after": step, "machine": {"cores": 2}})
     assert found["ratios"]["outside"]["median"] == pytest.approx(1.0 / 20)
     shown = tables.profile(found)
     assert "| sum | 20.0 | 20.0 |" in shown
