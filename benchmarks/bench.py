@@ -85,8 +85,8 @@ def adapter_name(number: int) -> str:
 
 
 class Bench:
-    """Engines are started when they are first asked for, live as long as the block, and are asked
-    in turns. One that does not start raises EngineFailed, each time."""
+    """Engines are started when they are first asked for and live until they are stopped, at the
+    latest at the block's end. One that does not start raises EngineFailed, each time."""
 
     def __init__(self, plan: Plan, scratch: Path) -> None:
         self.plan = plan
@@ -174,10 +174,14 @@ class Bench:
             return [*self.names[:ROWS]]
         return [self.names[0]] if name == "peft" else [None] * ROWS
 
-    def stop(self, name: str) -> None:
-        """End an engine before the others, if it runs."""
-        if name in self._running:
-            self._running.pop(name).stop()
+    def stop(self, *names: str) -> None:
+        """End engines before the others, if they run: memory is for those that are compared."""
+        for name in names:
+            if name in self._running:
+                self._running.pop(name).stop()
+
+    def keep_only(self, name: str) -> None:
+        self.stop(*(each for each in list(self._running) if each != name))
 
     def server(
         self, name: str = "infuse", *flags: object, plain: bool = True, all_adapters: bool = False
