@@ -5,11 +5,14 @@ costs a few look-ups; how often such guesses come true is learned for each seque
 """
 
 from collections.abc import Sequence as Rows
+from itertools import pairwise
 
 _NONE = -1
 """Between two texts: no token."""
-_LENGTHS = (2, 3)
+_PAIR, _TRIPLE = 2, 3
 """Tokens whose return makes a place worth expecting more from."""
+_BITS = 32
+"""Of a token, where several make one number."""
 _SURE = 6
 """Tokens in agreement from which on more of them say nothing new."""
 _RATES = (0.05, 0.3, 0.45, 0.5, 0.65, 0.75, 0.9)
@@ -36,8 +39,9 @@ class Drafter:
         self._prompt = prompt
         self._prediction = prediction
         self._text: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}
-        """Two or three tokens -> where the token after them stands, the latest time."""
+        self._places: dict[int, int] = {}
+        """Two or three tokens, as one number -> where the token after them stands, the latest
+        time. (Tuples would keep the garbage collector busy.)"""
         self._at: int | None = None
         """Below the text's length."""
         self._agreeing = 0
@@ -110,18 +114,29 @@ class Drafter:
         """Note the token, and find the place that agrees in most tokens."""
         text = self._text
         text.append(token)
-        for length in _LENGTHS[: len(text) - 1]:
-            latest = tuple(text[-length:])
-            found = self._places.get(latest)
-            if found is not None and (self._at is None or self._agreeing < length):
-                self._at, self._agreeing = found, length
-            self._places[latest] = len(text)
+        if len(text) >= _PAIR:
+            pair = _joined(text[-2], token, 1)
+            self._expect(pair, _PAIR)
+        if len(text) >= _TRIPLE:
+            self._expect(_joined(text[-3], pair, 2), _TRIPLE)
+
+    def _expect(self, latest: int, length: int) -> None:
+        """Note what the text ends with, and go where it stood before if that agrees in more."""
+        found = self._places.get(latest)
+        if found is not None and (self._at is None or self._agreeing < length):
+            self._at, self._agreeing = found, length
+        self._places[latest] = len(self._text)
 
     def _store(self, tokens: Rows[int]) -> None:
         """Note a text at once."""
-        first = len(self._text)
+        first, end = len(self._text), len(self._text) + len(tokens) + 1
         self._text += tokens
-        for length in _LENGTHS:
-            shifted = [tokens[start:] for start in range(length)]
-            ends = range(first + length, first + len(tokens) + 1)
-            self._places.update(zip(zip(*shifted, strict=False), ends, strict=True))
+        pairs = [_joined(a, b, 1) for a, b in pairwise(tokens)]
+        triples = [_joined(a, pair, 2) for a, pair in zip(tokens, pairs[1:], strict=False)]
+        self._places.update(zip(pairs, range(first + _PAIR, end), strict=False))
+        self._places.update(zip(triples, range(first + _TRIPLE, end), strict=False))
+
+
+def _joined(token: int, later: int, tokens: int) -> int:
+    """A token before others, `tokens` of them, as one number; fewer tokens never give the same."""
+    return (token - _NONE + 1) << (_BITS * tokens) | later
