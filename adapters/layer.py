@@ -86,6 +86,8 @@ class Wrapper(nn.Module):
     """A module in the place of another one, which it keeps."""
 
     base_layer: nn.Module
+    outermost = False
+    """Whether what is wrapped later comes between this one and its base layer."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -102,13 +102,12 @@ class IA3Model(nn.Module):
                 layer.drop(slot)
 
     def _wrap(self, name: str, kind: type[W]) -> W:
-        """A copy replaces all that the base does, so its layer stays the outer one."""
         parent, _, attribute = name.rpartition(".")
         owner = self.base.get_submodule(parent)
         while isinstance(owner, Wrapper):
             owner = owner.base_layer
         inner = getattr(owner, attribute)
-        if isinstance(inner, SavedLayer):
+        while isinstance(inner, Wrapper) and inner.outermost:
             owner, attribute, inner = inner, "base_layer", inner.base_layer
         layer = kind(inner)
         setattr(owner, attribute, layer)

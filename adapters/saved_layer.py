@@ -40,8 +40,10 @@ class SavedLayer(Wrapper):
 
     Rows of an adapter with a copy get what the copy makes of them, all others the base's: PEFT's
     `ModulesToSaveWrapper`. Where a copy's result is wider than the base's (an LM head with added
-    tokens), the narrower rows end in -inf.
+    tokens), the narrower rows end in -inf. A copy replaces all that the base does, rescaling too.
     """
+
+    outermost = True
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -20,6 +20,7 @@ from adapters.errors import AdapterError, UnknownAdapter
 from adapters.model import IA3Model
 from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
+from adapters.residency import Residency
 from adapters.revision import Origin
 from adapters.source_url import parse_prefixes
 from adapters.sources import Sources
@@ -131,6 +132,15 @@ def _beside(bucket: str, what: str) -> Path:
     return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
 
 
+def warm_up(settings: Settings) -> bool:
+    """Compile a model's blocks into the cache that later starts use. False: they do not compile,
+    and the log says why."""
+    loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
+    ia3 = IA3Model(loaded.model, max_adapters=1)
+    engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
+    return engine.stats().compiled
+
+
 def _engine_config(settings: Settings) -> EngineConfig:
     return EngineConfig(
         max_rows=settings.max_batch_rows,
@@ -140,6 +150,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefix_cache=settings.prefix_cache,
         pack_linears=settings.pack_linears,
+        compile_cache=cache_dir() / "compiled" if settings.compile else None,
         speculation=settings.speculation,
     )
 

@@ -99,17 +99,7 @@ def merge(
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
-    try:
-        settings = CliApp.run(Settings, cli_args=context.args)
-    except ValidationError as error:
-        for each in error.errors():
-            where = " ".join(f"--{str(part).replace('_', '-')}" for part in each["loc"])
-            said = each["msg"].removeprefix("Value error, ")
-            typer.echo(f"infuse serve: {where or 'settings'}: {said}", err=True)
-        raise typer.Exit(2) from None
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    settings = _settings("serve", context.args)
     listening = _bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
@@ -128,6 +118,42 @@ def serve(context: typer.Context) -> None:
         )
     )
     server.run(sockets=[listening])
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def warm(context: typer.Context) -> None:
+    """Compile a model's blocks ahead, so that `infuse serve --compile` starts with them.
+
+    Takes the same settings as `infuse serve`.
+    """
+    settings = _settings("warm", ["--compile", *context.args])
+    from server.app import warm_up
+    from server.engine import EngineError
+
+    try:
+        compiled = warm_up(settings)
+    except (EngineError, OSError) as error:
+        _refuse(str(error), "warm")
+    if not compiled:
+        raise typer.Exit(1)
+    typer.echo("The model's blocks are compiled")
+
+
+def _settings(command: str, arguments: list[str]) -> Settings:
+    try:
+        settings = CliApp.run(Settings, cli_args=arguments)
+    except ValidationError as error:
+        for each in error.errors():
+            where = " ".join(f"--{str(part).replace('_', '-')}" for part in each["loc"])
+            said = each["msg"].removeprefix("Value error, ")
+            typer.echo(f"infuse {command}: {where or 'settings'}: {said}", err=True)
+        raise typer.Exit(2) from None
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    return settings
 
 
 class _Server(uvicorn.Server):
@@ -153,8 +179,8 @@ def _bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _refuse(reason: str) -> NoReturn:
-    typer.echo(f"infuse serve: {reason}", err=True)
+def _refuse(reason: str, command: str = "serve") -> NoReturn:
+    typer.echo(f"infuse {command}: {reason}", err=True)
     raise typer.Exit(2) from None
 
 

@@ -160,6 +160,13 @@ class Settings(BaseSettings):
         examples=[True],
     )
 
+    compile: bool = Field(
+        False,
+        description="Compile the model's blocks on the CPU (needs a C++ compiler; `infuse warm` "
+        "does it ahead).",
+        examples=[False],
+    )
+
     @field_validator("adapters_dir", mode="before")
     @classmethod
     def _is_folder_or_bucket(cls, value: object) -> object:

@@ -39,6 +39,7 @@ VALUES = {
     "log_level": "debug",
     "pack_linears": "false",
     "speculation": "true",
+    "compile": "true",
 }
 
 

@@ -1,6 +1,7 @@
 """Tokens in, tokens out: continuous batching of rows that each use an adapter of their own."""
 
-from server.engine.engine import Engine, EngineConfig, EngineStats
+from server.engine.config import EngineConfig, EngineStats
+from server.engine.engine import Engine
 from server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,

@@ -18,6 +18,8 @@ from server.engine.errors import UnsupportedModel
 
 IMPLEMENTATION = "infuse"
 _CONTEXT = "infuse_step_context"
+PLACE = "infuse_place"
+"""A buffer of an attention module in a compiled block: its number, for the operator `attend`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,11 @@ def install(model: PreTrainedModel) -> StepContext:
     return context
 
 
+def attention_layers(module: nn.Module) -> list[nn.Module]:
+    """Those within a module that `install` routed."""
+    return [each for each in module.modules() if _CONTEXT in vars(each)]
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -106,16 +113,31 @@ def _attention(
         raise UnsupportedModel(f"{name} uses attention sinks")
     if not getattr(module, "is_causal", True) or is_causal is False:
         raise UnsupportedModel(f"{name} is not causal")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        place = getattr(module, PLACE)
+        out: torch.Tensor = torch.ops.infuse.attend(
+            query, key, value, place, scaling, sliding_window, softcap
+        )
+        return out, None
+    return attend_at(module, query, key, value, scaling, sliding_window, softcap), None
+
+
+def attend_at(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`[1, heads, tokens, dim]` each: `[1, tokens, heads, value_dim]`, by the running step."""
     context: StepContext = getattr(module, _CONTEXT)
     assert context.plan is not None, "a forward outside of a step"
-    layer = LayerAttention(
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    out = context.plan.attend(query[0], key[0], value[0], layer)
-    return out.unsqueeze(0), None
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = LayerAttention(index, scaling, window, softcap)
+    return context.plan.attend(query[0], key[0], value[0], layer).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +156,7 @@ class LayerShape:
 
 
 class _Probe:
-    """Attends one token to itself and notes what each layer would keep."""
+    """Attends each token to itself and notes what each layer would keep."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
@@ -154,17 +176,23 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
 
     Raises UnsupportedModel where a layer attends past the interface: its rows would mix.
     """
-    plan = _Probe()
-    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with context.step(plan), torch.inference_mode():
-        model(input_ids=one, position_ids=one, use_cache=False)
+    shapes = run_probe(model, context, 1)
     layers = int(model.config.get_text_config().num_hidden_layers)
-    if sorted(plan.shapes) != list(range(layers)):
+    if sorted(shapes) != list(range(layers)):
         raise UnsupportedModel(
-            f"{type(model).__name__} runs only {len(plan.shapes)} of its {layers} layers through "
+            f"{type(model).__name__} runs only {len(shapes)} of its {layers} layers through "
             "transformers' AttentionInterface; a flat batch would mix its rows"
         )
-    return [plan.shapes[layer] for layer in range(layers)]
+    return [shapes[layer] for layer in range(layers)]
+
+
+def run_probe(model: PreTrainedModel, context: StepContext, tokens: int) -> dict[int, LayerShape]:
+    """Run a flat batch of single tokens: what each attention layer would keep of one."""
+    plan = _Probe()
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    with context.step(plan), torch.inference_mode():
+        model(input_ids=ids, position_ids=ids, use_cache=False)
+    return plan.shapes
 
 
 def causal_mask(chunk: Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:

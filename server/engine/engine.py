@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
+from server.engine.config import EngineConfig, EngineStats
 from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
@@ -28,55 +28,6 @@ log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """Prompt tokens in a step: what decoding rows wait for at most, by device."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """None: planned from the model and the machine."""
-
-    max_rows: int = 32
-    """Requests in one batch."""
-    max_queue: int = 256
-    """Requests that may wait beside those that run."""
-    max_model_len: int | None = None
-    kv_cache_tokens: int | None = None
-    prefill_chunk_tokens: int | None = None
-    prefix_cache: bool = True
-    """Keep what ended requests have computed, for later ones that begin alike."""
-    pack_linears: bool = True
-    speculation: bool = False
-    """Guess tokens ahead where it pays, for requests that do not say."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    ready: bool
-    running: int
-    waiting: int
-    kv_tokens_used: int
-    kv_tokens_total: int
-    kv_tokens_cached: int
-    """Kept for requests to come, as long as no row needs the room."""
-    prefix_queried_tokens: int
-    """Of the prompts that were let in."""
-    prefix_hit_tokens: int
-    """Of those, the ones that needed no computing."""
-    weights_bytes: int
-    """Of the base model, each parameter once."""
-    kv_cache_bytes: int
-    """The planned budget."""
-    bank_bytes: int
-    """Of the columns that adapters have used so far, for all slots."""
-    preemptions: int
-    steps: int
-    step_retries: int
-    """Forwards that failed and ran again in parts."""
-    prompt_tokens: int
-    generated_tokens: int
-    drafted_tokens: int
-    """Guessed and computed beside the rows' own."""
-    accepted_tokens: int
-    """Of those: came true."""
 
 
 class Engine:
@@ -106,8 +57,10 @@ class Engine:
             max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
+            compile_cache=config.compile_cache,
         )
         self.runner_kind = execution.kind
+        self._compiled = execution.compiled
         self._cache = execution.cache
         log.info(
             "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",
@@ -203,6 +156,7 @@ class Engine:
             prefix_hit_tokens=prefixes.hit_tokens,
             weights_bytes=self._weights_bytes,
             kv_cache_bytes=self._cache.nbytes,
+            compiled=self._compiled,
             bank_bytes=self._bank.nbytes,
             preemptions=self._scheduler.preemptions,
             steps=self._steps,

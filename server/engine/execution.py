@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 from adapters.bank import BASE_SLOT
 from adapters.model import IA3Model
 from server.engine.attention import LayerShape, install, probe
+from server.engine.compiling import compile_blocks
 from server.engine.errors import UnsupportedModel
 from server.engine.kv_cache import KVCache
+from server.engine.norms import fuse_norms
 from server.engine.packing import Inputs, noting_inputs, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
@@ -33,12 +36,22 @@ class Execution:
     kind: Literal["flat", "padded"]
     cache: KVCache
     runner: Runner
+    compiled: bool = False
 
 
 def prepare(
-    ia3: IA3Model, *, max_rows: int, max_tokens: int, kv_cache_tokens: int | None, pack: bool
+    ia3: IA3Model,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    kv_cache_tokens: int | None,
+    pack: bool,
+    compile_cache: Path | None,
 ) -> Execution:
-    """Raises UnsupportedModel where neither way is exact, and DoesNotFit."""
+    """`compile_cache`: compile the blocks of a flat model, and keep them there; None: do not.
+
+    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
+    """
     base = ia3.base
     kept = base.config._attn_implementation
     try:
@@ -50,12 +63,14 @@ def prepare(
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
-    _pack(base, pack, inputs)
+    _lay_out(base, pack, inputs)
+    compiled = compile_cache is not None and compile_blocks(base, context, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens)
-    return Execution("flat", cache, FlatRunner(ia3, context, cache, max_rows, max_tokens))
+    runner = FlatRunner(ia3, context, cache, max_rows, max_tokens)
+    return Execution("flat", cache, runner, compiled)
 
 
 def _check_flat(model: PreTrainedModel) -> None:
@@ -73,7 +88,7 @@ def _prepare_padded(
 ) -> Execution:
     base = ia3.base
     shapes = _probe_padded(ia3)
-    _pack(base, pack)
+    _lay_out(base, pack)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
@@ -83,7 +98,9 @@ def _prepare_padded(
     return Execution("padded", cache, PaddedRunner(ia3, cache))
 
 
-def _pack(model: PreTrainedModel, pack: bool, inputs: Inputs | None = None) -> None:
+def _lay_out(model: PreTrainedModel, pack: bool, inputs: Inputs | None = None) -> None:
+    if model.device.type == "cpu":
+        fuse_norms(model)
     if pack:
         log.info("Packed %d linear layers for oneDNN.", pack_linears(model, inputs))
 

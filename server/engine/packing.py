@@ -36,12 +36,20 @@ class _Siblings:
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.packed = _pack(torch.cat([linear.weight.detach() for linear in linears]))
+        self.width = sum(linear.out_features for linear in linears)
         biases: list[torch.Tensor] = [each.bias for each in linears if each.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._members = len(linears)
         self._input: torch.Tensor | None = None
         self._product: torch.Tensor | None = None
         self._taken: set[int] = set()
+
+    def same_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Compiled code makes a view of their input for each of them: the first one's, again."""
+        seen = self._input
+        if seen is not None and (seen.data_ptr(), seen.shape) == (x.data_ptr(), x.shape):
+            return seen
+        return x
 
     def take(self, member: int, x: torch.Tensor, columns: slice) -> torch.Tensor:
         """A member's columns, which nobody else reads. The first to come computes those of all,

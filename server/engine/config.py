@@ -1,0 +1,57 @@
+"""What an engine is asked to be, and what it says of itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """None: planned from the model and the machine."""
+
+    max_rows: int = 32
+    """Requests in one batch."""
+    max_queue: int = 256
+    """Requests that may wait beside those that run."""
+    max_model_len: int | None = None
+    kv_cache_tokens: int | None = None
+    prefill_chunk_tokens: int | None = None
+    prefix_cache: bool = True
+    """Keep what ended requests have computed, for later ones that begin alike."""
+    pack_linears: bool = True
+    speculation: bool = False
+    """Guess tokens ahead where it pays, for requests that do not say."""
+    compile_cache: Path | None = None
+    """Compile the model's blocks and keep what was compiled there; None: run them as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    ready: bool
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    kv_tokens_cached: int
+    """Kept for requests to come, as long as no row needs the room."""
+    prefix_queried_tokens: int
+    """Of the prompts that were let in."""
+    prefix_hit_tokens: int
+    """Of those, the ones that needed no computing."""
+    weights_bytes: int
+    """Of the base model, each parameter once."""
+    kv_cache_bytes: int
+    """The planned budget."""
+    compiled: bool
+    """Whether the model's blocks are."""
+    bank_bytes: int
+    """Of the columns that adapters have used so far, for all slots."""
+    preemptions: int
+    steps: int
+    step_retries: int
+    """Forwards that failed and ran again in parts."""
+    prompt_tokens: int
+    generated_tokens: int
+    drafted_tokens: int
+    """Guessed and computed beside the rows' own."""
+    accepted_tokens: int
+    """Of those: came true."""

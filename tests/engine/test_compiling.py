@@ -1,0 +1,108 @@
+"""Compiled blocks give what plain ones give, whatever adapters come; what fails stays plain."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+from transformers import PreTrainedModel
+
+from server.engine.compiling import Seam
+from tests.engine.harness import Harness, Oracle
+from tests.factories import save_adapter, tiny_model
+
+PROMPT = [5, 9, 14, 6, 5, 9]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch.compiler.reset()
+    return tmp_path / "compiled"
+
+
+def ask_all(engine: Harness, adapters: dict[str, Path]) -> None:
+    with engine.held():
+        for name in adapters:
+            engine.submit(name, PROMPT, name, max_tokens=8)
+        engine.submit("base", PROMPT, max_tokens=8)
+    engine.wait()
+
+
+def check_all(engine: Harness, model: PreTrainedModel, adapters: dict[str, Path]) -> None:
+    for name, folder in {**adapters, "base": None}.items():
+        wanted = Oracle(model, folder).greedy(PROMPT, 8)
+        assert engine.answers[name].tokens == wanted, name
+    engine.assert_idle()
+
+
+def test_compiled_blocks_equal_peft_for_every_kind_of_adapter(
+    start: Callable[..., Harness], llama: PreTrainedModel, adapters: dict[str, Path], cache: Path
+) -> None:
+    engine = start(compile_cache=cache, prefill_chunk_tokens=4)
+
+    assert engine.engine.stats().compiled
+    assert any(isinstance(module, Seam) for module in engine.ia3.base.modules())
+    ask_all(engine, adapters)
+    check_all(engine, llama, adapters)
+
+
+@pytest.mark.parametrize("module", ["k_proj", "input_layernorm"])
+def test_an_adapter_may_bring_a_module_of_a_compiled_block(
+    start: Callable[..., Harness], tmp_path: Path, cache: Path, module: str
+) -> None:
+    model = tiny_model("llama")
+    targets = {"target_modules": ["v_proj"], "feedforward_modules": []}
+    brings = {
+        "plain": save_adapter(model, tmp_path / "plain", seed=1, **targets),
+        "brings": save_adapter(
+            model, tmp_path / "brings", seed=2, modules_to_save=[module], **targets
+        ),
+    }
+    engine = start(tiny_model("llama"), brings, compile_cache=cache)
+
+    ask_all(engine, brings)
+    check_all(engine, model, brings)
+
+
+def test_layers_of_two_kinds_are_compiled_apart(start: Callable[..., Harness], cache: Path) -> None:
+    """Gemma 2's layers see a window and everything in turns."""
+    model = tiny_model("gemma2")
+    engine = start(tiny_model("gemma2"), {}, compile_cache=cache)
+    long = [5 + n % 40 for n in range(60)]
+    engine.submit("long", long, max_tokens=8)
+    engine.wait()
+
+    assert engine.engine.stats().compiled
+    assert engine.answers["long"].tokens == Oracle(model).greedy(long, 8)
+
+
+def test_without_a_compiler_the_blocks_stay_as_they_are_with_one_warning(
+    start: Callable[..., Harness],
+    llama: PreTrainedModel,
+    adapters: dict[str, Path],
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    no_compiler = inductor.patch({"cpp.cxx": ("/does/not/exist",)})
+    with no_compiler, caplog.at_level(logging.WARNING, "server.engine.compiling"):
+        engine = start(compile_cache=cache)
+    one = dict(list(adapters.items())[:1])
+
+    assert not engine.engine.stats().compiled
+    assert len([r for r in caplog.records if "do not compile" in r.message]) == 1
+    ask_all(engine, one)
+    check_all(engine, llama, one)
+
+
+def test_a_damaged_cache_is_made_anew(start: Callable[..., Harness], cache: Path) -> None:
+    start(compile_cache=cache)
+    torch.compiler.reset()
+    for file in cache.rglob("*"):
+        if file.is_file():
+            file.unlink()  # This process may have it loaded.
+            file.write_bytes(b"damaged")
+
+    assert start(compile_cache=cache).engine.stats().compiled
