@@ -76,6 +76,8 @@ class StripBlocks:
 
     def leave(self, row: int) -> list[int]:
         staying = self._in_row.get(row, {})
+        if not staying:
+            return []  # A row that never began has no place, either.
         blocks = sorted(staying, key=staying.__getitem__)
         places: list[Place] = []
         while len(places) < len(blocks):
