@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from adapters.checkpoint import AdapterVectors
+from adapters.config import IA3Config
+from adapters.errors import InvalidAdapter
 from adapters.layer import Scale, Scratch
-from adapters.targets import BaseModules, Target
+from adapters.targets import BaseModules, Target, resolve_targets
 
 BASE_SLOT = 0
 """The slot of the base model itself: ones everywhere, so that it costs no storage."""
@@ -92,6 +94,16 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Bytes on the device."""
         return sum(sheet.slots.nbytes + sheet.rows.nbytes for sheet in self._sheets)
+
+    def planned_nbytes(self) -> int:
+        """Bytes on the device once every slot holds an adapter with PEFT's default targets for this
+        model; 0 where PEFT names none. Others may take more."""
+        try:
+            targets = resolve_targets(IA3Config(), self._modules)
+        except InvalidAdapter:
+            return 0
+        width = sum(self._modules.size(target) for target in targets)
+        return (self.capacity + 1 + self._rows) * width * torch.float32.itemsize
 
     def reserve_rows(self, rows: int) -> None:
         """Make room for batches of up to `rows` rows."""

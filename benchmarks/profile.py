@@ -1,0 +1,125 @@
+"""Where a decode step's time goes: `python -m benchmarks.profile NAME` adds a column of that name.
+
+The parts are timed by clocks around the functions that compute them, in the engine's own steps;
+what lies between products, attention and adapters inside a forward is "elementwise" (norms,
+rotary, activations, and the dispatch of all operators).
+"""
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adapters.layer import Scale
+from benchmarks.report import PROFILE
+from benchmarks.workload import Template
+from server.app import load_services
+from server.engine import GenerationRequest, SamplingParams, packing
+from server.engine.engine import Engine
+from server.engine.loading import default_model_folder
+from server.engine.strip_attention import StripPlan
+from server.settings import Settings
+
+ROWS, PROMPT, STEPS = 32, 64, 40
+
+
+class Clocks:
+    """Seconds spent in functions, by what they are called here."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def time(self, owner: Any, function: str, name: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+
+        setattr(owner, function, timed)
+
+
+def main(name: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        parts, step = measure(Path(scratch))
+    found = json.loads(PROFILE.read_text()) if PROFILE.exists() else {}
+    found[name] = {"rows": ROWS, "step_ms": step, "parts_ms": parts}
+    PROFILE.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(folder: Path) -> tuple[dict[str, float], float]:
+    """Milliseconds by part, in the mean of the steps, and of a step in the median of those that
+    were not timed within. 32 rows decode, each on an adapter of its own."""
+    model = default_model_folder()
+    names = [f"adapter-{row:02}" for row in range(ROWS)]
+    template = Template(model, folder)
+    for seed, each in enumerate(names):
+        template.write(folder / "adapters" / each, seed)
+    services = load_services(
+        Settings(
+            adapters_dir=folder / "store",
+            preload_adapters=folder / "adapters",
+            max_model_len=1024,
+            prefix_cache=False,
+        )
+    )(streams=None)
+    engine = services.engine
+    draw = random.Random(0)
+    engine._state = "running"  # The model's thread is this one.
+    engine.submit(
+        *(
+            GenerationRequest(
+                id=each,
+                prompt=tuple(draw.choices(range(1000, 40000), k=PROMPT)),
+                params=SamplingParams(temperature=0, max_tokens=500, ignore_eos=True),
+                lease=services.registry.lease(each),
+            )
+            for each in names
+        )
+    )
+    engine._accept()
+    while any(each.computed < PROMPT for each in engine._scheduler.running) or not engine._steps:
+        engine._step()
+    untimed = [_seconds(engine._step) for _ in range(STEPS)]
+    return _parts(engine), 1e3 * median(untimed)
+
+
+def _parts(engine: Engine) -> dict[str, float]:
+    clocks = Clocks()
+    clocks.time(packing, "_packed_linear", "gemm")
+    clocks.time(StripPlan, "attend", "attention")
+    clocks.time(Scale, "scale_", "adapters")
+    clocks.time(Scale, "scaled", "adapters")
+    clocks.time(engine._sampler, "sample", "sampling")
+    clocks.time(engine._stepping._runner, "run", "forward")
+    step = sum(_seconds(engine._step) for _ in range(STEPS))
+    spent = clocks.seconds
+    inside = spent["gemm"] + spent["attention"] + spent["adapters"]
+    parts = {
+        "gemm": spent["gemm"],
+        "attention": spent["attention"],
+        "elementwise": spent["forward"] - inside,
+        "adapters": spent["adapters"],
+        "sampling": spent["sampling"],
+        "python": step - spent["forward"] - spent["sampling"],
+    }
+    return {part: 1e3 * seconds / STEPS for part, seconds in parts.items()}
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
