@@ -287,6 +287,14 @@ def test_a_slabs_blocks_go_together_before_a_row_wastes_a_longer_strip() -> None
     assert cache.reserve(2, SMALLEST_STRIP)
 
 
+@CACHES
+def test_a_row_that_never_had_room_can_go(make: Callable[[], FlatCache]) -> None:
+    cache = make()
+
+    assert cache.blocks.leave(0) == []
+    cache.release(0)
+
+
 def test_blocks_of_a_row_that_goes_stay_as_far_as_there_is_room() -> None:
     cache = strips(2 * LONGEST)
     cache.reserve(0, LONGEST)
