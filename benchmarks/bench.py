@@ -44,7 +44,8 @@ class Plan:
     are far slower."""
     vllm_tokens: int
     """The same against vLLM."""
-    lora: bool
+    slow_peers: bool
+    """Also those that take half a minute a round: LoRA in vLLM, and transformers."""
     registered: int
     load_seconds: float
     """Of Poisson arrivals at one load."""
@@ -58,21 +59,21 @@ FULL = Plan(
     sections=None,
     pairs=20,
     peer_turns=5,
-    tokens=32,
+    tokens=24,
     vllm_tokens=64,
-    lora=True,
+    slow_peers=True,
     registered=10_000,
-    load_seconds=40.0,
+    load_seconds=30.0,
     loads=(0.25, 0.5, 0.8),
     repeats=5,
 )
 QUICK = Plan(
-    sections=("adapters", "vllm", "http", "load", "prefix", "speculation"),
+    sections=("adapters", "peers", "load", "prefix"),
     pairs=2,
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
-    lora=False,
+    slow_peers=False,
     registered=10_000,
     load_seconds=5.0,
     loads=(0.5,),

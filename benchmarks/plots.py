@@ -45,7 +45,7 @@ def drawable(results: Results, section: str) -> bool:
 
 
 def by_batch(axes: list[Axes], results: Results) -> None:
-    found = results["vllm"]["tokens_per_second"]
+    found = results["peers"]["tokens_per_second"]
     for engine in ("Infuse", "vLLM"):
         points = [
             (rows, found[name]["median"])
@@ -60,7 +60,7 @@ def by_batch(axes: list[Axes], results: Results) -> None:
 def by_adapters(axes: list[Axes], results: Results) -> None:
     """Each engine against its own base."""
     ours = results["adapters"]["tokens_per_second"]
-    theirs = results["vllm"]["tokens_per_second"]
+    theirs = results["peers"]["tokens_per_second"]
     base = ours[adapters.BASE]["median"]
     numbers = {1: adapters.IDENTICAL, 6: adapters.UNIFORM, 32: adapters.DISTINCT}
     shares = [1.0, *(ours[name]["median"] / base for name in numbers.values())]
@@ -102,8 +102,8 @@ def memory(axes: list[Axes], results: Results) -> None:
 
 
 _PICTURES: dict[str, tuple[tuple[str, ...], int, Callable[[list[Axes], Results], None]]] = {
-    "by-batch": (("vllm",), 1, by_batch),
-    "by-adapters": (("adapters", "vllm"), 1, by_adapters),
+    "by-batch": (("peers",), 1, by_batch),
+    "by-adapters": (("adapters", "peers"), 1, by_adapters),
     "by-skew": (("adapters",), 1, by_skew),
     "by-load": (("load",), 2, by_load),
     "memory": (("memory",), 1, memory),

@@ -24,12 +24,14 @@ and prompt lookup are off except where they are what is measured."""
 _JUDGED = """\
 A target is reached where the 95% bound of the median that makes it harder keeps the limit: the
 lower bound for "at least", the upper one for "at most" (order statistics, no assumption on the
-distribution; with fewer than 5 pairs, or one measurement, the figure itself)."""
+distribution; with fewer than 5 pairs, or one measurement, the figure itself). Continuous batching
+in transformers has a cache of the size that the batch needs: by default it takes most of the
+memory, and was half as fast."""
 
 _TITLES = {
     "adapters": "Adapters beside the base",
-    "vllm": "Against vLLM on the CPU",
-    "vllm-bfloat16": "The same in bfloat16",
+    "peers": "Against vLLM on the CPU, and transformers",
+    "bfloat16": "Against vLLM in bfloat16",
     "http": "Over HTTP, and without",
     "load": "Waiting, by load",
     "generator": "Under a public load generator",

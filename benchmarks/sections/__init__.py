@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.sections import adapters, http, latency, memory, reuse, vllm
+from benchmarks.sections import adapters, http, latency, memory, peers, reuse
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "adapters": adapters.measure,
-    "vllm": vllm.measure,
-    "vllm-bfloat16": vllm.measure_bfloat16,
+    "peers": peers.measure,
+    "bfloat16": peers.measure_bfloat16,
     "http": http.measure,
     "load": latency.measure_load,
     "generator": http.measure_generator,

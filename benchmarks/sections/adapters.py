@@ -1,4 +1,4 @@
-"""What adapters cost beside the base, by their popularity, and against whoever else has IA3 or not.
+"""What adapters cost beside the base, by their popularity, and against PEFT.
 
 Over HTTP, streaming, on one server that has all adapters registered.
 """
@@ -27,8 +27,6 @@ MANY = "Zipf over all registered"
 BY_SKEW = (IDENTICAL, UNIFORM, SKEWED, DISTINCT, MANY)
 BESIDE = "16 base rows beside 16 adapters"
 PEFT = "PEFT, one adapter after the other"
-GENERATE = "transformers generate, static batch"
-BATCHING = "transformers continuous batching"
 _SKEWS: dict[str, Popularity] = {IDENTICAL: "identical", UNIFORM: "uniform", SKEWED: "zipf"}
 
 
@@ -51,8 +49,6 @@ def measure(bench: Bench) -> dict[str, Any]:
             for name, popularity in _SKEWS.items()
         ),
         Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens, plan.peer_turns),
-        Side(GENERATE, whole(bench, bench.generate), tokens, plan.peer_turns),
-        Side(BATCHING, whole(bench, bench.batching), tokens, plan.peer_turns),
     ]
     turns = take_turns(sides, plan.pairs)
     return turns.report() | {
@@ -60,8 +56,6 @@ def measure(bench: Bench) -> dict[str, Any]:
             "adapters_over_base": turns.ratio(DISTINCT, BASE),
             "many_over_base": turns.ratio(MANY, BASE),
             "base_beside_adapters_over_alone": turns.ratio(BESIDE, BASE, of_base_rows),
-            "base_over_generate": turns.ratio(BASE, GENERATE),
-            "base_over_batching": turns.ratio(BASE, BATCHING),
             "adapters_over_peft": turns.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
@@ -80,11 +74,6 @@ def draws(bench: Bench, server: Engine) -> Callable[[], Round]:
         return server.run(bench.requests([*chosen]))
 
     return run
-
-
-def whole(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:
-    """All 32 requests on the base."""
-    return lambda: engine().run(bench.requests([None] * ROWS))
 
 
 def some(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:

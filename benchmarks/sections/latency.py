@@ -1,5 +1,6 @@
 """How long users wait: by load, and beside a prompt as long as the window."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -75,7 +76,7 @@ def measure_long_prompt(bench: Bench) -> dict[str, Any]:
     requests = [Request(long, tokens_out), *short]
     answers: dict[str, list[Answer]] = {name: [] for name in servers}
     long_waits: dict[str, list[Answer]] = {name: [] for name in servers}
-    for turn in range(bench.plan.repeats):
+    for turn in range(math.ceil(bench.plan.repeats / 2)):
         for name in list(servers)[:: 1 if turn % 2 == 0 else -1]:
             found = servers[name].run(requests).answers
             long_waits[name].append(found[0])

@@ -7,7 +7,7 @@ import typer
 from benchmarks.bench import ROWS, Bench
 from benchmarks.engines import Request
 
-RESIDENT = (0, 1, 8, 32, 128, 512, 1024)
+RESIDENT = (0, 1, 8, 32, 128, 512)
 """Adapters in use, on a server with slots for all of them."""
 
 

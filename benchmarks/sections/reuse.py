@@ -1,5 +1,6 @@
 """What need not be computed again: a prompt's beginning, and answers that copy from the prompt."""
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,7 +57,8 @@ def measure_speculation(bench: Bench) -> dict[str, Any]:
             texts[name] = [each.text for each in found.answers]
             return found
 
-        return Side(name, run, len(requests) * COPIED_TOKENS)
+        turns = None if len(requests) == 1 else math.ceil(bench.plan.repeats / 2)
+        return Side(name, run, len(requests) * COPIED_TOKENS, turns)
 
     pairs = {}
     for ratio, what, prompts in (
@@ -70,8 +72,7 @@ def measure_speculation(bench: Bench) -> dict[str, Any]:
             side(name, requests, speculate)
             for name, speculate in zip(pairs[ratio], (True, False), strict=True)
         ]
-    for each in sides:  # What a guess costs is learnt while it runs.
-        each.run()
+    sides[0].run()  # What a guess costs is learnt while it runs.
     turns = take_turns(sides, bench.plan.repeats)
     return turns.report() | {
         "ratios": {ratio: turns.ratio(*pair) for ratio, pair in pairs.items()},

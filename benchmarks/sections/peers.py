@@ -1,4 +1,5 @@
-"""Against vLLM on the CPU, both in process: the base, and 32 adapters against 8 of its LoRA."""
+"""Against what users would pick instead, all in process: vLLM on the CPU (the base, and 8 of its
+LoRA adapters against 32 of ours), and transformers, static batch and continuous batching."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from benchmarks.machine import has_bfloat16
 from benchmarks.turns import Side, Turns, take_turns
 from benchmarks.workload import LORA_RANK
 
+GENERATE = "transformers generate (one static batch)"
+BATCHING = "transformers continuous batching"
 IN_FLIGHT = (32, 16, 1)
 
 
@@ -18,7 +21,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         base_side(bench, "Infuse", bench.inprocess, ROWS),
         base_side(bench, "vLLM", bench.vllm, ROWS),
     ]
-    if plan.lora:
+    if plan.slow_peers:
         tokens = ROWS * plan.vllm_tokens
         ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
         theirs = bench.requests(
@@ -27,6 +30,8 @@ def measure(bench: Bench) -> dict[str, Any]:
         sides += [
             Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens),
             Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), tokens),
+            base_side(bench, GENERATE, bench.generate, ROWS),
+            base_side(bench, BATCHING, bench.batching, ROWS),
         ]
     found = {ROWS: take_turns(sides, plan.peer_turns)}
     found |= {
@@ -81,7 +86,13 @@ def report(found: dict[int, Turns]) -> dict[str, Any]:
         ratios[f"base_over_vllm_at_{rows}"] = turns.ratio(
             f"Infuse, base, {rows} in flight", f"vLLM, base, {rows} in flight"
         )
-        lora = turns.ratio("Infuse, 32 adapters", "vLLM, 8 LoRA adapters")
-        if lora is not None:
-            ratios["adapters_over_lora"] = lora
+        ours = f"Infuse, base, {rows} in flight"
+        for name, pair in {
+            "adapters_over_lora": ("Infuse, 32 adapters", "vLLM, 8 LoRA adapters"),
+            "base_over_generate": (ours, f"{GENERATE}, base, {rows} in flight"),
+            "base_over_batching": (ours, f"{BATCHING}, base, {rows} in flight"),
+        }.items():
+            ratio = turns.ratio(*pair)
+            if ratio is not None:
+                ratios[name] = ratio
     return {"tokens_per_second": speeds, "failed": failed, "ratios": ratios}
