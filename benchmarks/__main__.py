@@ -6,6 +6,8 @@ commit that they are of, and docs/performance.md is written from it.
 """
 
 import json
+import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -34,6 +36,8 @@ def main(
 ) -> None:
     if unknown := set(only or ()) - set(SECTIONS):
         raise typer.BadParameter(f"no section {', '.join(sorted(unknown))}")
+    # A run that is ended from outside ends its engines too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     output = QUICK_RESULTS if quick else RESULTS
     try:
         peers.install_vllm()
