@@ -336,7 +336,14 @@ class ChatAnswer(BaseModel):
     usage: Usage | None = Field(
         None,
         description="Tokens taken; in a stream only in the last chunk, and only if asked for.",
-        examples=[{"prompt_tokens": 12, "completion_tokens": 30, "total_tokens": 42}],
+        examples=[
+            {
+                "prompt_tokens": 12,
+                "completion_tokens": 30,
+                "total_tokens": 42,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            }
+        ],
     )
 
 

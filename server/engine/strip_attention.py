@@ -159,9 +159,10 @@ def _scores(
     query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, layer: LayerAttention
 ) -> torch.Tensor:
     """`[batch, group, dim]` times `[batch, dim, time]`: `[batch, group, time]`, masked."""
+    query = query * layer.scaling
     if layer.softcap is None and mask is not None:
-        return torch.baddbmm(mask, query, keys, alpha=layer.scaling)
-    scores = torch.bmm(query * layer.scaling, keys)
+        return torch.baddbmm(mask, query, keys)
+    scores = torch.bmm(query, keys)
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     return scores if mask is None else scores.add_(mask)
