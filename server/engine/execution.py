@@ -1,6 +1,7 @@
 """How a base model is run: flat where that is exact, else padded."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from server.engine.compiling import compile_blocks
 from server.engine.errors import UnsupportedModel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Inputs, noting_inputs, pack_linears
+from server.engine.packing import noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
@@ -57,13 +58,13 @@ def prepare(
     try:
         _check_flat(base)
         context = install(base)
-        with noting_inputs(base) as inputs:
+        with noting_siblings(base) as siblings:
             shapes = probe(base, context)
     except UnsupportedModel as error:
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
-    _lay_out(base, pack, inputs)
+    _lay_out(base, pack, siblings)
     compiled = compile_cache is not None and compile_blocks(base, context, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
@@ -98,11 +99,11 @@ def _prepare_padded(
     return Execution("padded", cache, PaddedRunner(ia3, cache))
 
 
-def _lay_out(model: PreTrainedModel, pack: bool, inputs: Inputs | None = None) -> None:
+def _lay_out(model: PreTrainedModel, pack: bool, siblings: Sequence[Sequence[str]] = ()) -> None:
     if model.device.type == "cpu":
         fuse_norms(model)
     if pack:
-        log.info("Packed %d linear layers for oneDNN.", pack_linears(model, inputs))
+        log.info("Packed %d linear layers for oneDNN.", pack_linears(model, siblings))
 
 
 @torch.inference_mode()

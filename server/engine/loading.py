@@ -87,11 +87,11 @@ def load_model(
         raise UnsupportedModel("device cuda was asked for, but torch sees no GPU here")
     source = str(default_model_folder()) if model is None else model
     try:
+        config = AutoConfig.from_pretrained(source)
         if dtype == "auto" and device == "cpu":
-            dtype = _dtype_on_cpu(source)
+            dtype = _dtype_on_cpu(config.dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         how = loading_arguments(source, quantization, device, dtype)
         base = auto.from_pretrained(source, dtype=dtype, **how)
     except OSError as error:
@@ -114,8 +114,7 @@ def load_model(
     return LoadedModel(base, tokenizer, name, base.generation_config)
 
 
-def _dtype_on_cpu(source: str) -> str:
-    saved = AutoConfig.from_pretrained(source).dtype
+def _dtype_on_cpu(saved: torch.dtype | None) -> str:
     faster = saved == torch.bfloat16 and speed_of(torch.bfloat16) >= _WORTH_ROUNDING
     return "bfloat16" if faster else "float32"
 

@@ -7,7 +7,6 @@ kind is tried on a small example first, and what fails that stays as it is.
 import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,17 +16,24 @@ from torch import nn
 from server.engine.quantization import is_quantized
 
 
-class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, its weight in oneDNN's blocked layout for any batch size."""
+class _Packed(nn.Module):
+    """What stands for an `nn.Linear` whose weight lies elsewhere."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self.packed = _pack(linear.weight.detach())
         self.weight = torch.empty_like(linear.weight, device="meta")
         """Only its dtype and shape: some models ask for them."""
+
+
+class PackedLinear(_Packed):
+    """`nn.Linear` for inference, its weight in oneDNN's blocked layout for any batch size."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.packed = _pack(linear.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _packed_linear(x, self.packed, self.bias)
@@ -66,17 +72,12 @@ class _Siblings:
         return y
 
 
-class PackedSibling(nn.Module):
+class PackedSibling(_Packed):
     """One of several `nn.Linear` that read the same input: a view of what they give together."""
 
     def __init__(self, linear: nn.Linear, siblings: _Siblings, member: int, columns: slice) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
+        super().__init__(linear)
         self.siblings = siblings
-        self.weight = torch.empty_like(linear.weight, device="meta")
-        """Only its dtype and shape: some models ask for them."""
         self._member = member
         self._columns = columns
 
@@ -124,25 +125,19 @@ def speed_of(dtype: torch.dtype) -> float:
     return seconds[torch.float32] / seconds[dtype]
 
 
-@dataclass(slots=True)
-class Inputs:
-    """Which linear layers read the same tensor in one forward: groups of names, in order."""
-
-    groups: list[list[str]] = field(default_factory=list)
-
-
 @contextmanager
-def noting_inputs(model: nn.Module) -> Iterator[Inputs]:
-    """Within, a forward of the model tells which of a module's linear layers are siblings."""
-    found = Inputs()
+def noting_siblings(model: nn.Module) -> Iterator[list[list[str]]]:
+    """Within, a forward of the model tells which of a module's linear layers read the same tensor:
+    groups of names, in order, most of them of one."""
+    groups: list[list[str]] = []
     last: list[tuple[torch.Tensor, str]] = []
 
     def note(name: str, x: torch.Tensor) -> None:
         parent = name.rpartition(".")[0]
         if last and last[0][0] is x and last[0][1] == parent:
-            found.groups[-1].append(name)
+            groups[-1].append(name)
         else:
-            found.groups.append([name])
+            groups.append([name])
         last[:] = [(x, parent)]
 
     hooks = [
@@ -151,15 +146,15 @@ def noting_inputs(model: nn.Module) -> Iterator[Inputs]:
         if type(module) is nn.Linear
     ]
     try:
-        yield found
+        yield groups
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def pack_linears(model: nn.Module, inputs: Inputs | None = None) -> int:
-    """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; those
-    that `inputs` says read the same tensor become one product.
+def pack_linears(model: nn.Module, siblings: Sequence[Sequence[str]] = ()) -> int:
+    """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; groups of
+    `siblings`, which read the same tensor, become one product.
 
     A weight that another module also uses (a tied LM head's) stays for that module. Returns how
     many layers were packed.
@@ -178,10 +173,9 @@ def pack_linears(model: nn.Module, inputs: Inputs | None = None) -> int:
         return works[dtype]
 
     names = [name for name, _ in model.named_modules() if packable(name)]
-    siblings = [group for group in (inputs or Inputs()).groups if _are_siblings(model, group)]
     alone = set(names)
     for group in siblings:
-        if alone.issuperset(group):
+        if alone.issuperset(group) and _fit_together(model, group):
             alone.difference_update(group)
             _pack_siblings(model, group)
     for name in alone:
@@ -196,7 +190,7 @@ def pack_linears(model: nn.Module, inputs: Inputs | None = None) -> int:
     return len(names)
 
 
-def _are_siblings(model: nn.Module, group: Sequence[str]) -> bool:
+def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:
     """Whether a group's weights and biases can stand in one matrix."""
     modules = [model.get_submodule(name) for name in group]
     kinds = {(m.weight.dtype, m.bias is None) for m in modules if isinstance(m, nn.Linear)}

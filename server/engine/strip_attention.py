@@ -58,7 +58,7 @@ class StripPlan:
         self._prefill = prefill
         self._decoding = len(decode)
         self._chunks = [(chunk, *strips.place(chunk.row)) for chunk in [*decode, *prefill]]
-        self._runs = list(_find_runs(self._chunks[: len(decode)]))
+        self._runs = _find_runs(self._chunks[: len(decode)])
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
 
@@ -168,7 +168,7 @@ def _scores(
     return scores if mask is None else scores.add_(mask)
 
 
-def _find_runs(decode: Sequence[tuple[Chunk, int, int]]) -> "Sequence[_Run]":
+def _find_runs(decode: Sequence[tuple[Chunk, int, int]]) -> list[_Run]:
     """`decode`: each row's one token, the length of its strip and the strip's number."""
     groups: list[list[int]] = []
     for index, (_, length, number) in enumerate(decode):

@@ -10,7 +10,7 @@ from server.engine import packing
 from server.engine.packing import (
     PackedLinear,
     PackedSibling,
-    noting_inputs,
+    noting_siblings,
     pack_linears,
     packing_works,
     speed_of,
@@ -92,9 +92,9 @@ def test_layers_that_are_no_plain_linear_are_left_alone() -> None:
 def packed_with_siblings(kind: str, **config: object) -> tuple[PreTrainedModel, torch.Tensor]:
     """A packed model, and the logits that it gave before."""
     model = tiny_model(kind, **config)
-    with noting_inputs(model) as inputs:
+    with noting_siblings(model) as siblings:
         wanted = logits(model)
-    pack_linears(model, inputs)
+    pack_linears(model, siblings)
     return model, wanted
 
 
@@ -125,10 +125,9 @@ def test_a_sibling_gives_its_own_part_whoever_was_asked_before(
     model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 4), "v": nn.Linear(8, 4)})
     plain = list(model.values())
     inputs = [torch.randn(1, 3, 8) for _ in range(3)]
-    with torch.inference_mode(), noting_inputs(model) as noted:
+    with torch.inference_mode():
         wanted = [[layer(x) for x in inputs] for layer in plain]
-    noted.groups = [list("qkv")]
-    pack_linears(model, noted)
+    pack_linears(model, ["qkv"])
     with torch.inference_mode():
         for member, which in order:
             found = model["qkv"[member]](inputs[which])
