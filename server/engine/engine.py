@@ -14,6 +14,7 @@ from server.engine.config import EngineConfig, EngineStats
 from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
+from server.engine.faults import FAULTS, Fault
 from server.engine.loading import LoadedModel
 from server.engine.planning import memory_table, window_of
 from server.engine.quantization import weights_bytes
@@ -245,7 +246,7 @@ class Engine:
             match part:
                 case Ran():
                     self._advance(part)
-                    outputs += [self._take(sequence, choices) for sequence, choices in part.choices]
+                    outputs += [self._take_safely(*each) for each in part.choices]
                 case Failed(sequence, reason):
                     outputs.append(self._end(sequence, FinishReason.ERROR, reason))
                 case Lost(sequences):
@@ -267,6 +268,14 @@ class Engine:
             self._prompt_tokens += min(
                 tokens, max(0, sequence.prompt_tokens + tokens - sequence.computed)
             )
+
+    def _take_safely(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
+        """What a tokenizer or a stop string may raise is the request's own failure."""
+        try:
+            return self._take(sequence, choices)
+        except FAULTS as error:
+            log.exception("A token could not be taken; its request ends.")
+            return self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
 
     def _take(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
         """Append a sequence's next tokens, until one ends it, and say what that brought."""

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.engine import FinishReason, sampler, stepping
+from server.engine.detokenizer import Detokenizer
 from server.engine.padded_cache import PaddedCache
 from tests.engine.harness import Answer, Harness
 from tests.factories import tiny_model
@@ -295,4 +296,27 @@ def test_a_lost_device_ends_the_engine_rather_than_every_request_one_by_one(
 
     assert engine.answers["runs"].finish is FinishReason.ERROR
     assert not engine.engine.stats().ready
+    engine.assert_idle()
+
+
+def test_a_tokenizer_that_fails_ends_only_the_request_whose_token_it_was(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = start_engine(start, "llama")
+    push = Detokenizer.push
+    broken: list[Detokenizer] = []
+
+    def fails_for_the_first(self: Detokenizer, token: int) -> tuple[str, bool]:
+        broken.append(self)
+        if self is broken[0]:
+            raise ValueError("no such token")
+        return push(self, token)
+
+    with engine.held():
+        engine.submit("fails", [5], max_tokens=3)
+        engine.submit("runs", [5], max_tokens=3)
+        monkeypatch.setattr(Detokenizer, "push", fails_for_the_first)
+    engine.wait()
+
+    assert sorted(engine.answers[name].finish for name in ("fails", "runs")) == ["error", "length"]
     engine.assert_idle()
