@@ -2,7 +2,8 @@
 
 The parts are timed by clocks around the functions that compute them, in the engine's own steps;
 what lies between products, attention and adapters inside a forward is "elementwise" (norms,
-rotary, activations, and the dispatch of all operators).
+rotary, activations, and the dispatch of all operators), and "cache" is rows that outgrow their
+strips.
 """
 
 import json
@@ -22,6 +23,7 @@ from benchmarks.workload import Template
 from server.app import load_services
 from server.engine import GenerationRequest, SamplingParams, packing
 from server.engine.engine import Engine
+from server.engine.kv_cache import StripCache
 from server.engine.loading import default_model_folder
 from server.engine.strip_attention import StripPlan
 from server.settings import Settings
@@ -99,6 +101,7 @@ def _parts(engine: Engine) -> dict[str, float]:
     clocks.time(StripPlan, "attend", "attention")
     clocks.time(Scale, "scale_", "adapters")
     clocks.time(Scale, "scaled", "adapters")
+    clocks.time(StripCache, "reserve", "cache")
     clocks.time(engine._sampler, "sample", "sampling")
     clocks.time(engine._stepping._runner, "run", "forward")
     step = sum(_seconds(engine._step) for _ in range(STEPS))
@@ -110,7 +113,8 @@ def _parts(engine: Engine) -> dict[str, float]:
         "elementwise": spent["forward"] - inside,
         "adapters": spent["adapters"],
         "sampling": spent["sampling"],
-        "python": step - spent["forward"] - spent["sampling"],
+        "cache": spent["cache"],
+        "python": step - spent["forward"] - spent["sampling"] - spent["cache"],
     }
     return {part: 1e3 * seconds / STEPS for part, seconds in parts.items()}
 

@@ -11,7 +11,7 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m benchmarks.report` from
-[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (under half
+[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (about half
 an hour, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
 tries everything once.
 
@@ -201,7 +201,7 @@ _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory": memory,
 }
 
-_OUTSIDE = ("sampling", "python", "waiting")
+_OUTSIDE = ("sampling", "cache", "python", "waiting")
 """Parts of a step that are not the model's forward."""
 
 
