@@ -31,6 +31,7 @@ from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, load_model
 from server.engine.loading import cache_dir
+from server.engine.threads import on_passing_thread
 from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
 from server.jobs import MergeJobs
 from server.metrics import Metrics
@@ -79,6 +80,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 def load_services(settings: Settings) -> "partial[Services]":
     """Everything but the streams, which belong to an event loop that does not run yet."""
+    return on_passing_thread(partial(_load_services, settings))
+
+
+def _load_services(settings: Settings) -> "partial[Services]":
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
         loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)

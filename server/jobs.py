@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from adapters.journal import sync
 from adapters.merge import UNFINISHED, check_room, merge
 from server.engine import EngineError
 from server.engine.loading import model_folder
+from server.engine.threads import on_passing_thread
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +211,11 @@ class MergeJobs:
                 )
             output = self._folder / task.id
             try:
-                merge(task.base, task.vectors, output, _told(job), self._watch(task))
+                on_passing_thread(
+                    partial(
+                        merge, task.base, task.vectors, output, _told(job), self._watch(task)
+                    )
+                )
             except _Interrupted:
                 if task.cancelled.is_set():
                     self._end(job, "cancelled")
