@@ -15,6 +15,9 @@ from torch import nn
 
 from server.engine.quantization import is_quantized
 
+_USUAL_TOKENS = 128
+"""oneDNN chooses the layout for products of so many rows; it serves all numbers, one row too."""
+
 
 class _Packed(nn.Module):
     """What stands for an `nn.Linear` whose weight lies elsewhere."""
@@ -86,7 +89,7 @@ class PackedSibling(_Packed):
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_TOKENS)
     return packed
 
 

@@ -9,7 +9,7 @@ from server.engine.norms import FusedRMSNorm, fuse_norms
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
-def test_a_norm_is_torchs_operator_where_that_gives_the_same(kind: type[nn.Module]) -> None:
+def test_a_norm_takes_fewer_operators_where_that_gives_the_same(kind: type[nn.Module]) -> None:
     norm = kind(24)
     nn.init.normal_(norm.weight)
     model = nn.ModuleDict({"norm": norm})
