@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int | None = Field(
         None,
         ge=1,
-        description="Prompt tokens in one step. Default: 256 on the CPU, 2048 on a GPU.",
+        description="Prompt tokens in one step. Default: 512 on the CPU, 2048 on a GPU.",
         examples=[512],
     )
     prefix_cache: bool = Field(

@@ -27,7 +27,7 @@ from server.engine.stepping import Failed, Lost, Ran, Stepping
 
 log = logging.getLogger(__name__)
 
-_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 """Prompt tokens in a step: what decoding rows wait for at most, by device."""
 
 
