@@ -58,12 +58,12 @@ class Plan:
 FULL = Plan(
     sections=None,
     pairs=20,
-    peer_turns=5,
+    peer_turns=6,
     tokens=24,
     vllm_tokens=64,
     slow_peers=True,
     registered=10_000,
-    load_seconds=30.0,
+    load_seconds=20.0,
     loads=(0.25, 0.5, 0.8),
     repeats=5,
 )

@@ -1,6 +1,7 @@
 """Against what users would pick instead, all in process: vLLM on the CPU (the base, and 8 of its
 LoRA adapters against 32 of ours), and transformers, static batch and continuous batching."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +24,16 @@ def measure(bench: Bench) -> dict[str, Any]:
     ]
     if plan.slow_peers:
         tokens = ROWS * plan.vllm_tokens
+        turns = math.ceil(plan.peer_turns / 2)
         ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
         theirs = bench.requests(
             [f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], plan.vllm_tokens
         )
         sides += [
-            Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens),
-            Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), tokens),
-            base_side(bench, GENERATE, bench.generate, ROWS),
-            base_side(bench, BATCHING, bench.batching, ROWS),
+            Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens, turns),
+            Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), tokens, turns),
+            base_side(bench, GENERATE, bench.generate, ROWS, turns),
+            base_side(bench, BATCHING, bench.batching, ROWS, turns),
         ]
     found = {ROWS: take_turns(sides, plan.peer_turns)}
     found |= {
@@ -68,10 +70,12 @@ def measure_bfloat16(bench: Bench) -> dict[str, Any]:
     return report(found) | {"tokens": bench.plan.vllm_tokens}
 
 
-def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
+def base_side(
+    bench: Bench, name: str, engine: Callable[[], Engine], rows: int, turns: int | None = None
+) -> Side:
     requests = bench.requests([None] * rows, bench.plan.vllm_tokens)
     tokens = rows * bench.plan.vllm_tokens
-    return Side(f"{name}, base, {rows} in flight", lambda: engine().run(requests), tokens)
+    return Side(f"{name}, base, {rows} in flight", lambda: engine().run(requests), tokens, turns)
 
 
 def report(found: dict[int, Turns]) -> dict[str, Any]:
