@@ -212,9 +212,7 @@ class MergeJobs:
             output = self._folder / task.id
             try:
                 on_passing_thread(
-                    partial(
-                        merge, task.base, task.vectors, output, _told(job), self._watch(task)
-                    )
+                    partial(merge, task.base, task.vectors, output, _told(job), self._watch(task))
                 )
             except _Interrupted:
                 if task.cancelled.is_set():

@@ -2,7 +2,7 @@
 LoRA adapters against 32 of ours), and transformers, static batch and continuous batching."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.bench import LORA_ADAPTERS, ROWS, Bench
@@ -17,26 +17,9 @@ IN_FLIGHT = (32, 16, 1)
 
 
 def measure(bench: Bench) -> dict[str, Any]:
+    """Two engines at a time beside ours: those that wait for their turn wake up now and then."""
     plan = bench.plan
-    sides = [
-        base_side(bench, "Infuse", bench.inprocess, ROWS),
-        base_side(bench, "vLLM", bench.vllm, ROWS),
-    ]
-    if plan.slow_peers:
-        tokens = ROWS * plan.vllm_tokens
-        turns = math.ceil(plan.peer_turns / 2)
-        ours = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
-        theirs = bench.requests(
-            [f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], plan.vllm_tokens
-        )
-        sides += [
-            Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), tokens, turns),
-            Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), tokens, turns),
-            base_side(bench, GENERATE, bench.generate, ROWS, turns),
-            base_side(bench, BATCHING, bench.batching, ROWS, turns),
-        ]
-    found = {ROWS: take_turns(sides, plan.peer_turns)}
-    found |= {
+    found = {
         rows: take_turns(
             [
                 base_side(bench, "Infuse", bench.inprocess, rows),
@@ -44,13 +27,37 @@ def measure(bench: Bench) -> dict[str, Any]:
             ],
             plan.peer_turns,
         )
-        for rows in IN_FLIGHT[1:]
+        for rows in IN_FLIGHT
     }
-    return report(found) | {
+    bench.stop("vllm")
+    slow = [_lora(bench), _transformers(bench)] if plan.slow_peers else []
+    return report(found, slow) | {
         "tokens": plan.vllm_tokens,
         "lora_rank": LORA_RANK,
         "lora_adapters": LORA_ADAPTERS,
     }
+
+
+def _lora(bench: Bench) -> Turns:
+    tokens = bench.plan.vllm_tokens
+    ours = bench.requests([*bench.names[:ROWS]], tokens)
+    theirs = bench.requests([f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], tokens)
+    sides = [
+        Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), ROWS * tokens),
+        Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), ROWS * tokens),
+    ]
+    turns = take_turns(sides, math.ceil(bench.plan.peer_turns / 2))
+    bench.stop("vllm-lora")
+    return turns
+
+
+def _transformers(bench: Bench) -> Turns:
+    sides = [
+        base_side(bench, "Infuse", bench.inprocess, ROWS),
+        base_side(bench, GENERATE, bench.generate, ROWS),
+        base_side(bench, BATCHING, bench.batching, ROWS),
+    ]
+    return take_turns(sides, math.ceil(bench.plan.peer_turns / 2))
 
 
 def measure_bfloat16(bench: Bench) -> dict[str, Any]:
@@ -70,31 +77,34 @@ def measure_bfloat16(bench: Bench) -> dict[str, Any]:
     return report(found) | {"tokens": bench.plan.vllm_tokens}
 
 
-def base_side(
-    bench: Bench, name: str, engine: Callable[[], Engine], rows: int, turns: int | None = None
-) -> Side:
+def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
     requests = bench.requests([None] * rows, bench.plan.vllm_tokens)
     tokens = rows * bench.plan.vllm_tokens
-    return Side(f"{name}, base, {rows} in flight", lambda: engine().run(requests), tokens, turns)
+    return Side(_base(name, rows), lambda: engine().run(requests), tokens)
 
 
-def report(found: dict[int, Turns]) -> dict[str, Any]:
-    """All turns as one section, by how many were in flight."""
+def _base(name: str, rows: int) -> str:
+    return f"{name}, base, {rows} in flight"
+
+
+def report(by_rows: dict[int, Turns], slow: Sequence[Turns] = ()) -> dict[str, Any]:
+    """All turns as one section: beside vLLM, by how many were in flight, and beside the slow."""
     speeds: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    ratios: dict[str, Any] = {}
-    for rows, turns in found.items():
+    for turns in [*by_rows.values(), *slow]:
         each = turns.report()
-        speeds |= each["tokens_per_second"]
+        speeds = each["tokens_per_second"] | speeds
         failed |= each["failed"]
-        ratios[f"base_over_vllm_at_{rows}"] = turns.ratio(
-            f"Infuse, base, {rows} in flight", f"vLLM, base, {rows} in flight"
-        )
-        ours = f"Infuse, base, {rows} in flight"
+    ratios = {
+        f"base_over_vllm_at_{rows}": turns.ratio(_base("Infuse", rows), _base("vLLM", rows))
+        for rows, turns in by_rows.items()
+    }
+    ours = _base("Infuse", ROWS)
+    for turns in slow:
         for name, pair in {
             "adapters_over_lora": ("Infuse, 32 adapters", "vLLM, 8 LoRA adapters"),
-            "base_over_generate": (ours, f"{GENERATE}, base, {rows} in flight"),
-            "base_over_batching": (ours, f"{BATCHING}, base, {rows} in flight"),
+            "base_over_generate": (ours, _base(GENERATE, ROWS)),
+            "base_over_batching": (ours, _base(BATCHING, ROWS)),
         }.items():
             ratio = turns.ratio(*pair)
             if ratio is not None:

@@ -16,6 +16,7 @@ from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
 from server.engine.faults import FAULTS, Fault
 from server.engine.loading import LoadedModel
+from server.engine.places import Places
 from server.engine.planning import memory_table, window_of
 from server.engine.quantization import weights_bytes
 from server.engine.request import FinishReason, GenerationRequest, Output
@@ -87,19 +88,22 @@ class Engine:
             by_default=config.speculation,
             possible=execution.kind == "flat",
         )
-        self._max_in_flight = config.max_rows + config.max_queue
+        self._places = Places(config.max_rows + config.max_queue)
         self._rows = itertools.count()
         self._changed = threading.Condition()
-        """Guards the four below, which other threads touch."""
+        """Guards the places and the three below, which other threads touch."""
         self._inbox: deque[GenerationRequest] = deque()
         self._cancelled: set[str] = set()
-        self._in_flight = 0
         self._state = "new"
         self._sequences: dict[str, Sequence] = {}
+        self._ended: list[GenerationRequest] = []
+        """Whose last output is not delivered yet."""
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._seconds_per_finish = 1.0
+        self._unsettled = ""
+        """Why the adapters that are kept are not all on the device."""
         self._last_finish = time.monotonic()
 
     # Any thread.
@@ -125,10 +129,9 @@ class Engine:
                 raise EngineDead
             if self._state != "running":
                 raise EngineStopping
-            if self._in_flight + len(requests) > self._max_in_flight:
+            if not self._places.take(requests):
                 retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
-                raise QueueFull(self._in_flight - len(self._scheduler.running), retry_after)
-            self._in_flight += len(requests)
+                raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
             self._inbox.extend(requests)
             self._changed.notify()
 
@@ -156,7 +159,7 @@ class Engine:
         return EngineStats(
             ready=self._state == "running",
             running=running,
-            waiting=max(0, self._in_flight - running),
+            waiting=max(0, self._places.taken - running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
             kv_tokens_cached=prefixes.kept_tokens,
@@ -182,7 +185,7 @@ class Engine:
             if self._state == "running":
                 self._state = "draining"
             self._changed.notify()
-            self._changed.wait_for(lambda: self._in_flight == 0 or self._state == "dead", timeout)
+            self._changed.wait_for(lambda: not self._places.taken or self._state == "dead", timeout)
             if self._state == "draining":
                 self._state = "stopping"
             self._changed.notify()
@@ -208,18 +211,29 @@ class Engine:
     def _receive(self) -> bool:
         """Take in what other threads have asked; wait while there is nothing to do."""
         with self._changed:
-            self._residency.settle()
+            self._settle()
             while not (self._sequences or self._inbox) and self._state in ("running", "draining"):
                 assert self._cache.used_tokens == 0, "an idle engine holds no rows"
                 self._cancelled.clear()
                 self._changed.wait()
-                self._residency.settle()
+                self._settle()
             self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")
         ended = [self._sequences[each] for each in cancelled if each in self._sequences]
         self._send([self._end(sequence, FinishReason.CANCELLED) for sequence in ended])
         return going
+
+    def _settle(self) -> None:
+        """Bring kept adapters to the device; those that find no memory are tried again."""
+        problem = ""
+        try:
+            self._residency.settle()
+        except FAULTS as error:
+            problem = Fault.of(error).message
+            if problem != self._unsettled:
+                log.error("An adapter cannot be kept on the device for now: %s", problem)
+        self._unsettled = problem
 
     def _accept(self) -> None:
         while self._inbox:
@@ -336,6 +350,7 @@ class Engine:
         if sequence.request.lease is not None:
             sequence.request.lease.release()
         del self._sequences[sequence.request.id]
+        self._ended.append(sequence.request)
         now = time.monotonic()
         self._seconds_per_finish += 0.1 * (now - self._last_finish - self._seconds_per_finish)
         self._last_finish = now
@@ -354,9 +369,10 @@ class Engine:
         outputs = list(outputs)
         if not outputs:
             return
-        ended = sum(output.finish_reason is not None for output in outputs)
         self._deliver(outputs)
-        if ended:
+        if self._ended:
             with self._changed:
-                self._in_flight -= ended
+                for request in self._ended:
+                    self._places.leave(request)
                 self._changed.notify_all()
+            self._ended = []

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit
+from server.engine.faults import FAULTS, Fault
 from server.engine.kv_cache import KeysLost
 
 _COLUMNS = 64
@@ -156,10 +157,15 @@ class PaddedBlocks:
             part = self._in_rows[mine[0][1]]
             if self._cache.room < _rounded(part.end - part.begin):
                 break
-            block = mine.pop(0)[1]
-            self._copies[block] = [
-                (keys.clone(), values.clone()) for keys, values in self._layers(block)
-            ]
+            block = mine[0][1]
+            try:
+                copies = [(keys.clone(), values.clone()) for keys, values in self._layers(block)]
+            except FAULTS as error:
+                if not Fault.of(error).no_memory:
+                    raise
+                break
+            mine.pop(0)
+            self._copies[block] = copies
             del self._in_rows[block]
             self.tokens += _taken(self._copies[block])
         return [block for _, block in mine]

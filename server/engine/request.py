@@ -95,6 +95,11 @@ class GenerationRequest:
     prediction: tuple[int, ...] = ()
     """What the answer is expected to be, for the guesses."""
 
+    @property
+    def adapter(self) -> str:
+        """What its lease is called; "" for the base."""
+        return "" if self.lease is None else self.lease.label
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:

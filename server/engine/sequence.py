@@ -91,8 +91,7 @@ class Sequence:
 
     @property
     def adapter(self) -> str:
-        """What its lease is called; "" for the base."""
-        return "" if self.request.lease is None else self.request.lease.label
+        return self.request.adapter
 
     @property
     def has_started(self) -> bool:

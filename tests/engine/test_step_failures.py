@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from server.engine import FinishReason, sampler, stepping
 from server.engine.detokenizer import Detokenizer
-from server.engine.padded_cache import PaddedCache
+from server.engine.padded_cache import PaddedBlocks, PaddedCache
 from tests.engine.harness import Answer, Harness
 from tests.factories import tiny_model
 from tests.families import tiny
@@ -277,6 +277,44 @@ def test_an_adapter_that_finds_no_memory_on_the_device_fails_its_own_request(
     assert engine.answers["runs"].finish is FinishReason.LENGTH
     monkeypatch.undo()
     assert engine.ask([5], "mlp-inward").finish is FinishReason.LENGTH
+    engine.assert_idle()
+
+
+def test_keys_that_find_no_memory_to_be_kept_are_given_up(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = start_engine(start, "bloom", prefix_cache=True)
+    prompt = list(range(5, 65))
+
+    def none_left(*_: object) -> None:
+        raise gpu_memory()
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(PaddedBlocks, "_layers", none_left)
+        assert engine.ask(prompt).finish is FinishReason.LENGTH
+        assert engine.engine.stats().kv_tokens_cached == 0
+    assert engine.ask(prompt).finish is FinishReason.LENGTH
+    assert engine.engine.stats().kv_tokens_cached > 0
+
+
+def test_a_kept_adapter_that_finds_no_memory_comes_to_the_device_later(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = start_engine(start, "llama")
+
+    def none_left(*_: object) -> None:
+        raise gpu_memory()
+
+    monkeypatch.setattr(engine.ia3, "fill_slot", none_left)
+    with engine.registry.lease("default") as lease:
+        engine.registry.residency.keep("default", lease.vectors)
+        engine.engine.wake()
+        assert engine.ask([5]).finish is FinishReason.LENGTH
+        assert not engine.registry.residency.is_resident(lease)
+        monkeypatch.undo()
+        assert engine.ask([5]).finish is FinishReason.LENGTH
+        assert engine.registry.residency.is_resident(lease)
+        engine.registry.residency.stop_keeping(lease.vectors)
     engine.assert_idle()
 
 
