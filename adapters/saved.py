@@ -27,11 +27,12 @@ def saved_modules(config: IA3Config, modules: BaseModules, keys: Collection[str]
     PEFT also saves both embeddings, unasked, where the vocabulary has grown.
     """
     ends = tuple(config.modules_to_save or ())
+    embeddings = modules.embeddings
     return [
         name
         for name in modules.names
         if (name.endswith(ends) and modules.state_of(name))
-        or (name in modules.embeddings and f"{PREFIX}{name}.weight" in keys)
+        or (name in embeddings and f"{PREFIX}{name}.weight" in keys)
     ]
 
 
