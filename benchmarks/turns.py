@@ -1,13 +1,19 @@
 """Engines that answer in turns, so that whatever disturbs the machine meets all of them alike."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import typer
 
 from benchmarks.engines import EngineFailed, Round
 from benchmarks.statistics import Bounds, bounds_of_median, summary
+
+_AT_REST_PERCENT = 10.0
+"""Of all cores."""
+_SETTLING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +106,17 @@ def takes_part(side: Side, turn: int, turns: int) -> bool:
 def _attempt(side: Side, result: Turns) -> Round | None:
     if side.name in result.failed:
         return None
+    _settle()
     try:
         return side.run()
     except EngineFailed as error:
         typer.echo(f"  {side.name} failed: {error}")
         result.failed[side.name] = str(error)
         return None
+
+
+def _settle() -> None:
+    """Wait until the engine whose turn it was is at rest: vLLM's workers poll for seconds more."""
+    late = time.perf_counter() + _SETTLING_SECONDS
+    while psutil.cpu_percent(interval=0.25) > _AT_REST_PERCENT and time.perf_counter() < late:
+        pass

@@ -3,6 +3,7 @@
 Over HTTP, streaming, on one server that has all adapters registered.
 """
 
+import math
 from collections.abc import Callable
 from itertools import count
 from statistics import fmean
@@ -45,7 +46,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         Side(MANY, draws(bench, server), tokens),
         side(BESIDE, half, max(plan.peer_turns, plan.pairs // 2)),
         *(
-            side(name, [*choose(popularity, few, ROWS)], plan.peer_turns)
+            side(name, [*choose(popularity, few, ROWS)], math.ceil(plan.peer_turns / 2))
             for name, popularity in _SKEWS.items()
         ),
         Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens, plan.peer_turns),
