@@ -2,8 +2,15 @@
 
 import pytest
 
+from benchmarks import turns as module
 from benchmarks.engines import EngineFailed, Round
 from benchmarks.turns import Side, Turns, take_turns
+
+
+@pytest.fixture(autouse=True)
+def at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These engines leave the machine at rest; other tests may not."""
+    monkeypatch.setattr(module, "_settle", lambda: None)
 
 
 def side(name: str, log: list[str], seconds: float = 1.0, turns: int | None = None) -> Side:
