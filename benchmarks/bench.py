@@ -44,8 +44,8 @@ class Plan:
     are far slower."""
     vllm_tokens: int
     """The same against vLLM."""
-    slow_peers: bool
-    """Also those that take half a minute a round: LoRA in vLLM, and transformers."""
+    slow_peer_turns: int
+    """Of those that take half a minute a round: LoRA in vLLM, and transformers."""
     registered: int
     load_seconds: float
     """Of Poisson arrivals at one load."""
@@ -61,7 +61,7 @@ FULL = Plan(
     peer_turns=6,
     tokens=24,
     vllm_tokens=64,
-    slow_peers=True,
+    slow_peer_turns=2,
     registered=10_000,
     load_seconds=20.0,
     loads=(0.25, 0.5, 0.8),
@@ -73,7 +73,7 @@ QUICK = Plan(
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
-    slow_peers=False,
+    slow_peer_turns=0,
     registered=10_000,
     load_seconds=5.0,
     loads=(0.5,),

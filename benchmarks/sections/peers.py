@@ -1,7 +1,6 @@
 """Against what users would pick instead, all in process: vLLM on the CPU (the base, and 8 of its
 LoRA adapters against 32 of ours), and transformers, static batch and continuous batching."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         for rows in IN_FLIGHT
     }
     bench.stop("vllm")
-    slow = [_lora(bench), _transformers(bench)] if plan.slow_peers else []
+    slow = [_lora(bench), _transformers(bench)] if plan.slow_peer_turns else []
     return report(found, slow) | {
         "tokens": plan.vllm_tokens,
         "lora_rank": LORA_RANK,
@@ -46,7 +45,7 @@ def _lora(bench: Bench) -> Turns:
         Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), ROWS * tokens),
         Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), ROWS * tokens),
     ]
-    turns = take_turns(sides, math.ceil(bench.plan.peer_turns / 2))
+    turns = take_turns(sides, bench.plan.slow_peer_turns)
     bench.stop("vllm-lora")
     return turns
 
@@ -57,7 +56,7 @@ def _transformers(bench: Bench) -> Turns:
         base_side(bench, GENERATE, bench.generate, ROWS),
         base_side(bench, BATCHING, bench.batching, ROWS),
     ]
-    return take_turns(sides, math.ceil(bench.plan.peer_turns / 2))
+    return take_turns(sides, bench.plan.slow_peer_turns)
 
 
 def measure_bfloat16(bench: Bench) -> dict[str, Any]:
