@@ -15,10 +15,11 @@ Written by `python -m benchmarks.report` from
 an hour, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
 tries everything once.
 
-All engines run on one machine in one run, each in a process of its own, and answer the same prompts
-in turns, in changing order. So a ratio means something, and a speed by itself little. Model:
-SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts; IA3
-on keys, values and `down_proj` (PEFT's default), LoRA of rank 8 on the same modules. Prefix caches
+All engines of a section run on one machine in one run, each in a process of its own, and answer the
+same prompts in turns, in changing order; "Measured on" says which commit a section is of. So a
+ratio means something, and a speed by itself little. Model: SmolLM2-135M-Instruct in float32,
+greedy, end tokens passed over, random prompts; IA3 on keys, values and `down_proj` (PEFT's
+default), LoRA of rank 8 on the same modules. Prefix caches
 and prompt lookup are off except where they are what is measured."""
 
 _JUDGED = """\

@@ -16,18 +16,9 @@ IN_FLIGHT = (32, 16, 1)
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Two engines at a time beside ours: those that wait for their turn wake up now and then."""
+    """No engine stays that is not compared: those that wait for their turn wake up now and then."""
     plan = bench.plan
-    found = {
-        rows: take_turns(
-            [
-                base_side(bench, "Infuse", bench.inprocess, rows),
-                base_side(bench, "vLLM", bench.vllm, rows),
-            ],
-            plan.peer_turns,
-        )
-        for rows in IN_FLIGHT
-    }
+    found = _beside_vllm(bench, "float32")
     bench.stop("vllm")
     slow = [_lora(bench), _transformers(bench)] if plan.slow_peer_turns else []
     return report(found, slow) | {
@@ -63,17 +54,21 @@ def measure_bfloat16(bench: Bench) -> dict[str, Any]:
     """The same in bfloat16, where the processor computes it."""
     if not has_bfloat16():
         return {"skipped": "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"}
-    found = {
+    return report(_beside_vllm(bench, "bfloat16")) | {"tokens": bench.plan.vllm_tokens}
+
+
+def _beside_vllm(bench: Bench, dtype: str) -> dict[int, Turns]:
+    """By how many are in flight."""
+    return {
         rows: take_turns(
             [
-                base_side(bench, "Infuse", lambda: bench.inprocess("bfloat16"), rows),
-                base_side(bench, "vLLM", lambda: bench.vllm("bfloat16"), rows),
+                base_side(bench, "Infuse", lambda: bench.inprocess(dtype), rows),
+                base_side(bench, "vLLM", lambda: bench.vllm(dtype), rows),
             ],
             bench.plan.peer_turns,
         )
         for rows in IN_FLIGHT
     }
-    return report(found) | {"tokens": bench.plan.vllm_tokens}
 
 
 def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
