@@ -29,7 +29,7 @@ from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
-from server.engine import Engine, EngineConfig, load_model
+from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
 from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
@@ -86,7 +86,7 @@ def load_services(settings: Settings) -> "partial[Services]":
 def _load_services(settings: Settings) -> "partial[Services]":
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
-        loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
+        loaded = _load_model(settings)
         name = settings.served_model_name or loaded.name
         ia3 = IA3Model(
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
@@ -140,10 +140,14 @@ def _beside(bucket: str, what: str) -> Path:
 def warm_up(settings: Settings) -> bool:
     """Compile a model's blocks into the cache that later starts use. False: they do not compile,
     and the log says why."""
-    loaded = load_model(settings.model, settings.device, settings.dtype, settings.quantization)
+    loaded = _load_model(settings)
     ia3 = IA3Model(loaded.model, max_adapters=1)
     engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
     return engine.stats().compiled
+
+
+def _load_model(settings: Settings) -> LoadedModel:
+    return load_model(settings.model, settings.device, settings.dtype, settings.quantization)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

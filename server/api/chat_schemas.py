@@ -14,6 +14,7 @@ from pydantic import (
 from server.api.constraint_schemas import ResponseFormat
 from server.api.schemas import (
     MAX_LOGPROBS,
+    USAGE_EXAMPLE,
     FinishedBecause,
     GenerationBody,
     NotYet,
@@ -336,14 +337,7 @@ class ChatAnswer(BaseModel):
     usage: Usage | None = Field(
         None,
         description="Tokens taken; in a stream only in the last chunk, and only if asked for.",
-        examples=[
-            {
-                "prompt_tokens": 12,
-                "completion_tokens": 30,
-                "total_tokens": 42,
-                "prompt_tokens_details": {"cached_tokens": 0},
-            }
-        ],
+        examples=[USAGE_EXAMPLE],
     )
 
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_val
 
 from server.api.schemas import (
     MAX_LOGPROBS,
+    USAGE_EXAMPLE,
     FinishedBecause,
     GenerationBody,
     NotYet,
@@ -160,12 +161,5 @@ class Completion(BaseModel):
     usage: Usage | None = Field(
         None,
         description="Tokens taken; in a stream only in the last chunk, and only if asked for.",
-        examples=[
-            {
-                "prompt_tokens": 12,
-                "completion_tokens": 30,
-                "total_tokens": 42,
-                "prompt_tokens_details": {"cached_tokens": 0},
-            }
-        ],
+        examples=[USAGE_EXAMPLE],
     )

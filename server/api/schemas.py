@@ -341,6 +341,14 @@ class PromptTokensDetails(BaseModel):
     )
 
 
+USAGE_EXAMPLE = {
+    "prompt_tokens": 12,
+    "completion_tokens": 30,
+    "total_tokens": 42,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+
 class Usage(BaseModel):
     """How many tokens a request took."""
 
