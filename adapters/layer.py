@@ -1,5 +1,6 @@
 """The layer around a target module: scales what goes in, calls the base, scales what comes out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,7 +115,13 @@ class IA3Layer(Wrapper):
         self.output_scale: Scale | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.around(self.base_layer, x, *args, **kwargs)
+
+    def around(
+        self, base: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The rescaling alone, around whatever stands for the base layer."""
         if self.input_scale is not None:
             x = self.input_scale.scaled(x)
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        y = base(x, *args, **kwargs)
         return y if self.output_scale is None else self.output_scale.scale_(y)

@@ -53,6 +53,8 @@ class IA3Model(nn.Module):
         self._saved: dict[str, SavedLayer] = {}
         self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
         """Whose attribute was replaced, which one, and what it was; the last one last."""
+        self.changes = 0
+        """How often a module of the base was wrapped, or all of them unwrapped."""
         self._with_copies: set[int] = set()
         """Slots whose adapter has modules of its own."""
         self._scaled: dict[Target, Scale] = {}
@@ -112,6 +114,7 @@ class IA3Model(nn.Module):
         layer = kind(inner)
         setattr(owner, attribute, layer)
         self._wrapped.append((owner, attribute, inner))
+        self.changes += 1
         return layer
 
     def set_packed(
@@ -242,6 +245,7 @@ class IA3Model(nn.Module):
         for owner, attribute, module in reversed(self._wrapped):
             setattr(owner, attribute, module)
         self._wrapped.clear()
+        self.changes += 1
         self._layers.clear()
         self._saved.clear()
         self._with_copies.clear()

@@ -95,6 +95,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def run_by_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose forward an engine does not trace: hooks set later still count."""
+    model.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
 def tiny_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """Every byte is a token; three special tokens, a chat template."""
     alphabet = sorted(ByteLevel.alphabet())

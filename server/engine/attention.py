@@ -18,8 +18,6 @@ from server.engine.errors import UnsupportedModel
 
 IMPLEMENTATION = "infuse"
 _CONTEXT = "infuse_step_context"
-PLACE = "infuse_place"
-"""A buffer of an attention module in a compiled block: its number, for the operator `attend`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +85,6 @@ def install(model: PreTrainedModel) -> StepContext:
     return context
 
 
-def attention_layers(module: nn.Module) -> list[nn.Module]:
-    """Those within a module that `install` routed."""
-    return [each for each in module.modules() if _CONTEXT in vars(each)]
-
-
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -114,30 +107,11 @@ def _attention(
     if not getattr(module, "is_causal", True) or is_causal is False:
         raise UnsupportedModel(f"{name} is not causal")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_compiling():
-        place = getattr(module, PLACE)
-        out: torch.Tensor = torch.ops.infuse.attend(
-            query, key, value, place, scaling, sliding_window, softcap
-        )
-        return out, None
-    return attend_at(module, query, key, value, scaling, sliding_window, softcap), None
-
-
-def attend_at(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """`[1, heads, tokens, dim]` each: `[1, tokens, heads, value_dim]`, by the running step."""
     context: StepContext = getattr(module, _CONTEXT)
     assert context.plan is not None, "a forward outside of a step"
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    layer = LayerAttention(index, scaling, window, softcap)
-    return context.plan.attend(query[0], key[0], value[0], layer).unsqueeze(0)
+    layer = LayerAttention(index, scaling, sliding_window, softcap)
+    return context.plan.attend(query[0], key[0], value[0], layer).unsqueeze(0), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +129,7 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-class _Probe:
+class Probe:
     """Attends each token to itself and notes what each layer would keep."""
 
     def __init__(self) -> None:
@@ -188,7 +162,7 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
 
 def run_probe(model: PreTrainedModel, context: StepContext, tokens: int) -> dict[int, LayerShape]:
     """Run a flat batch of single tokens: what each attention layer would keep of one."""
-    plan = _Probe()
+    plan = Probe()
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     with context.step(plan), torch.inference_mode():
         model(input_ids=ids, position_ids=ids, use_cache=False)

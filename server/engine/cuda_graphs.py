@@ -7,6 +7,7 @@ import torch
 from adapters.model import IA3Model
 from server.engine.attention import Chunk, StepContext
 from server.engine.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
+from server.engine.tracing import Forward
 
 
 class DecodeGraphs:
@@ -22,12 +23,14 @@ class DecodeGraphs:
         ia3: IA3Model,
         context: StepContext,
         cache: PagedCache,
+        forward: Forward,
         max_rows: int,
         max_tokens: int,
     ) -> None:
         self._ia3 = ia3
         self._context = context
         self._cache = cache
+        self._forward_flat = forward
         self._max_tokens = max_tokens
         self._sizes: list[int] = [
             size for size in (1, 2, 4, 8, *range(16, max_rows, 8)) if size < max_rows
@@ -39,6 +42,7 @@ class DecodeGraphs:
         self._ids = torch.zeros(1, max_rows, dtype=torch.long, device=device)
         self._positions = torch.zeros(1, max_rows, dtype=torch.long, device=device)
         self._tables = torch.zeros(max_rows, cache.table_width, dtype=torch.int32, device=device)
+        self._every = torch.arange(max_rows, device=device)
         self._cumulative = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._columns = -1
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -94,10 +98,6 @@ class DecodeGraphs:
             longest_row=self._max_tokens,
         )
         with self._context.step(PagedPlan(self._cache, index, [], decoding=size)):
-            out = self._ia3.base(
-                input_ids=self._ids[:, :size],
-                position_ids=self._positions[:, :size],
-                use_cache=False,
+            return self._forward_flat(
+                self._ids[:, :size], self._positions[:, :size], self._every[:size]
             )
-        logits: torch.Tensor = out.logits[0]
-        return logits

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,8 @@ from transformers import PreTrainedModel
 
 from adapters.bank import BASE_SLOT
 from adapters.model import IA3Model
-from server.engine.attention import LayerShape, install, probe
-from server.engine.compiling import compile_blocks
+from server.engine.attention import LayerShape, StepContext, install, probe
+from server.engine.compiling import compile_pieces
 from server.engine.errors import UnsupportedModel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
@@ -20,7 +21,8 @@ from server.engine.packing import noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
-from server.engine.runner import FlatRunner, Runner
+from server.engine.runner import FlatRunner, Modules, Runner
+from server.engine.tracing import Forward, NotTraced, trace
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +67,31 @@ def prepare(
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
     _lay_out(base, pack, siblings)
-    compiled = compile_cache is not None and compile_blocks(base, context, compile_cache)
+    modules = Modules(base)
+    compiled, traced = _trace(ia3, context, modules, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens)
-    runner = FlatRunner(ia3, context, cache, max_rows, max_tokens)
+    runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
     return Execution("flat", cache, runner, compiled)
+
+
+def _trace(
+    ia3: IA3Model, context: StepContext, modules: Forward, compile_cache: Path | None
+) -> tuple[bool, Forward | None]:
+    """Whether it is compiled, and the model's forward without its modules, if it has such."""
+    if compile_cache is not None:
+        try:
+            return True, trace(ia3, context, modules, partial(compile_pieces, cache=compile_cache))
+        except NotTraced as error:
+            log.warning("The model does not compile and runs uncompiled: %s", error)
+    if ia3.base.device.type == "cpu":
+        try:
+            return False, trace(ia3, context, modules)
+        except NotTraced as error:
+            log.info("%s runs by its modules: %s", type(ia3.base).__name__, error)
+    return False, None
 
 
 def _check_flat(model: PreTrainedModel) -> None:

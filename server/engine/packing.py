@@ -42,35 +42,31 @@ class PackedLinear(_Packed):
         return _packed_linear(x, self.packed, self.bias)
 
 
-class _Siblings:
+class Siblings:
     """Layers that read the same input, packed as one: a product instead of several small ones."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.packed = _pack(torch.cat([linear.weight.detach() for linear in linears]))
-        self.width = sum(linear.out_features for linear in linears)
+        self.widths = [linear.out_features for linear in linears]
         biases: list[torch.Tensor] = [each.bias for each in linears if each.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self._members = len(linears)
         self._input: torch.Tensor | None = None
         self._product: torch.Tensor | None = None
         self._taken: set[int] = set()
 
-    def same_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Compiled code makes a view of their input for each of them: the first one's, again."""
-        seen = self._input
-        if seen is not None and (seen.data_ptr(), seen.shape) == (x.data_ptr(), x.shape):
-            return seen
-        return x
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., sum of the widths]`: what all of them give, side by side."""
+        return _packed_linear(x, self.packed, self.bias)
 
     def take(self, member: int, x: torch.Tensor, columns: slice) -> torch.Tensor:
         """A member's columns, which nobody else reads. The first to come computes those of all,
         and so does one whose input is another (an adapter has rescaled it)."""
         if self._product is None or x is not self._input or member in self._taken:
             self._input, self._taken = x, set()
-            self._product = _packed_linear(x, self.packed, self.bias)
+            self._product = self.product(x)
         y = self._product[..., columns]
         self._taken.add(member)
-        if len(self._taken) == self._members:
+        if len(self._taken) == len(self.widths):
             self._input = self._product = None
         return y
 
@@ -78,14 +74,14 @@ class _Siblings:
 class PackedSibling(_Packed):
     """One of several `nn.Linear` that read the same input: a view of what they give together."""
 
-    def __init__(self, linear: nn.Linear, siblings: _Siblings, member: int, columns: slice) -> None:
+    def __init__(self, linear: nn.Linear, siblings: Siblings, member: int, columns: slice) -> None:
         super().__init__(linear)
         self.siblings = siblings
-        self._member = member
+        self.member = member
         self._columns = columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.siblings.take(self._member, x, self._columns)
+        return self.siblings.take(self.member, x, self._columns)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -96,7 +92,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 def _packed_linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
     return y
 
 
@@ -203,7 +199,7 @@ def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:
 def _pack_siblings(model: nn.Module, group: Sequence[str]) -> None:
     modules = [model.get_submodule(name) for name in group]
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    siblings = _Siblings(linears)
+    siblings = Siblings(linears)
     start = 0
     for member, (name, linear) in enumerate(zip(group, linears, strict=True)):
         columns = slice(start, start + linear.out_features)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from adapters.bank import Segment
 from adapters.model import IA3Model
@@ -15,6 +16,7 @@ from server.engine.kv_cache import FlatCache
 from server.engine.paged_cache import PagedCache
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
+from server.engine.tracing import Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,28 @@ class FlatRunner:
     """All rows' tokens as one `[1, tokens]` batch, on the engine's own keys and values."""
 
     def __init__(
-        self, ia3: IA3Model, context: StepContext, cache: FlatCache, max_rows: int, max_tokens: int
+        self,
+        ia3: IA3Model,
+        context: StepContext,
+        cache: FlatCache,
+        modules: "Modules",
+        traced: Forward | None,
+        max_rows: int,
+        max_tokens: int,
     ) -> None:
+        """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
         self._ia3 = ia3
         self._context = context
         self._cache = cache
         self._device = ia3.base.device
-        self._keeps_logits = "logits_to_keep" in inspect.signature(ia3.base.forward).parameters
+        self._modules = modules
+        self._traced = traced
         ia3.bank.reserve_rows(max_rows)
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and isinstance(cache, PagedCache):
-            self._graphs = DecodeGraphs(ia3, context, cache, max_rows, max_tokens)
+            self._graphs = DecodeGraphs(
+                ia3, context, cache, traced or modules, max_rows, max_tokens
+            )
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -66,31 +79,44 @@ class FlatRunner:
             return Logits(step.decode, self._graphs.run(last, decode, slots), [])
         wanted = _Wanted.of(step)
         segments = [Segment(slot_of(s), len(tokens)) for s, tokens in pieces]
-        self._ia3.set_packed(slots, segments, wanted.kept if self._keeps_logits else None)
+        kept = wanted.kept if self._modules.keeps_logits else None
+        self._ia3.set_packed(slots, segments, kept)
         ids = [sequence.tokens[-1] for sequence in step.decode]
         positions = [sequence.computed for sequence in step.decode]
         for sequence, tokens in pieces:
             ids += tokens
             positions += range(sequence.computed, sequence.computed + len(tokens))
         with self._context.step(self._cache.plan(decode, chunks)):
-            logits = self._forward(ids, positions, wanted.index)
+            logits = self._forward(slots, segments)(
+                torch.tensor([ids], device=self._device),
+                torch.tensor([positions], device=self._device),
+                torch.tensor(wanted.index, dtype=torch.long, device=self._device),
+            )
         taking, drafted = len(wanted.taking), len(logits) - wanted.drafted
         scored = torch.split(logits[taking:drafted], [tokens for _, tokens in wanted.scoring])
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
         return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
 
-    def _forward(self, ids: Rows[int], positions: Rows[int], index: Rows[int]) -> torch.Tensor:
-        """`[index, vocab]`: the logits after the tokens at `index` of the flat batch."""
-        keep = torch.tensor(index, dtype=torch.long, device=self._device)
-        arguments = {"logits_to_keep": keep} if self._keeps_logits else {}
-        out = self._ia3.base(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            **arguments,
-        )
+    def _forward(self, rows: Rows[int], segments: Rows[Segment]) -> Forward:
+        if self._traced is None or self._ia3.has_copies([*rows, *(s.slot for s in segments)]):
+            return self._modules
+        return self._traced
+
+
+class Modules:
+    """The forward by transformers' modules: `[index, vocab]`, logits after the tokens at `keep`."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        arguments = {"logits_to_keep": keep} if self.keeps_logits else {}
+        out = self._base(input_ids=ids, position_ids=positions, use_cache=False, **arguments)
         logits: torch.Tensor = out.logits[0]
-        return logits if self._keeps_logits else logits[keep]
+        return logits if self.keeps_logits else logits[keep]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ class Slabs:
     def __init__(self, shapes: Sequence[LayerShape], slabs: int, slab_tokens: int) -> None:
         self._shapes = list(shapes)
         self._slab_tokens = slab_tokens
-        self._keys = [
-            torch.empty(slabs, slab_tokens * s.kv_heads * s.key_dim, dtype=s.dtype) for s in shapes
+        tokens = slabs * slab_tokens
+        self.key_memory = [
+            torch.empty(tokens * s.kv_heads, s.key_dim, dtype=s.dtype) for s in shapes
         ]
-        self._values = [
-            torch.empty(slabs, slab_tokens * s.kv_heads * s.value_dim, dtype=s.dtype)
-            for s in shapes
+        """Each layer's."""
+        self.value_memory = [
+            torch.empty(tokens * s.kv_heads, s.value_dim, dtype=s.dtype) for s in shapes
         ]
         self._empty = list(reversed(range(slabs)))
         self._slabs: dict[int, tuple[int, list[bool]]] = {}
@@ -69,12 +70,12 @@ class Slabs:
     def keys(self, layer: int, length: int) -> torch.Tensor:
         """All memory as strips of this length: `[strips, kv_heads, length, key_dim]`."""
         shape = self._shapes[layer]
-        return self._keys[layer].view(-1, shape.kv_heads, length, shape.key_dim)
+        return self.key_memory[layer].view(-1, shape.kv_heads, length, shape.key_dim)
 
     def values(self, layer: int, length: int) -> torch.Tensor:
         """`[strips, kv_heads, length, value_dim]`."""
         shape = self._shapes[layer]
-        return self._values[layer].view(-1, shape.kv_heads, length, shape.value_dim)
+        return self.value_memory[layer].view(-1, shape.kv_heads, length, shape.value_dim)
 
     def pairs(self, length: int, other: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's keys and values, as strips of one length and of another."""

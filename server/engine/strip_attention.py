@@ -4,7 +4,7 @@ A layer's memory, cut into strips of one length, is one tensor; so decoding rows
 near each other are computed as one batched product, and one operation writes all new keys.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,13 +24,14 @@ class Strips(Protocol):
         """The length of the row's strip, and its number among all strips of that length."""
         ...
 
-    def keys(self, layer: int, length: int) -> torch.Tensor:
-        """The layer's memory as strips of one length: `[strips, kv_heads, length, key_dim]`."""
+    @property
+    def key_memory(self) -> Sequence[torch.Tensor]:
+        """Each layer's: `[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
+        `[strips, kv_heads, length, key_dim]`."""
         ...
 
-    def values(self, layer: int, length: int) -> torch.Tensor:
-        """`[strips, kv_heads, length, value_dim]`."""
-        ...
+    @property
+    def value_memory(self) -> Sequence[torch.Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class _Run:
     strips: slice
     longest: int
     """Keys of the longest row, the new one included."""
-    lengths: torch.Tensor
-    """`[strips]`: keys that each strip's row sees; all of them in a strip between."""
+    lengths: list[int]
+    """Keys that each strip's row sees; all of them in a strip between."""
     inside: torch.Tensor | None
     """`[rows]`: which of the strips are the rows'; None: all of them."""
 
@@ -65,68 +66,70 @@ class StripPlan:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
-        self._write(self._strips.keys, key, layer.layer)
-        self._write(self._strips.values, value, layer.layer)
+        keys, values = self._strips.key_memory[layer.layer], self._strips.value_memory[layer.layer]
+        target = self._target(len(key))
+        keys.index_put_((target,), key)
+        values.index_put_((target,), value)
         if len(self._runs) == 1 and not self._prefill:
-            return self._decode(self._runs[0], query, layer)
+            return self._decode(self._runs[0], query, keys, values, len(key), layer)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         for run in self._runs:
             span = slice(run.first, run.first + run.rows)
-            out[span] = self._decode(run, query[:, span], layer)
+            out[span] = self._decode(run, query[:, span], keys, values, len(key), layer)
         start = self._decoding
         for chunk, length, number in self._chunks[self._decoding :]:
             span = slice(start, start + chunk.tokens)
             end = chunk.start + chunk.tokens
+            strip = slice(number, number + 1)
             out[span] = attend_chunk(
                 query[:, span],
-                self._strips.keys(layer.layer, length)[number, :, :end],
-                self._strips.values(layer.layer, length)[number, :, :end],
+                _strips(keys, strip, len(key), length, end),
+                _strips(values, strip, len(key), length, end),
                 self._chunk_mask(chunk, layer.window),
                 layer,
             ).transpose(0, 1)
             start += chunk.tokens
         return out
 
-    def _write(
-        self, strips: Callable[[int, int], torch.Tensor], new: torch.Tensor, layer: int
-    ) -> None:
-        """Store every token's `[kv_heads, tokens, dim]` in one operation."""
-        dim = new.shape[-1]
-        memory = strips(layer, self._chunks[0][1]).view(-1, dim)
-        memory.index_copy_(0, self._target(new.shape[0]), new.transpose(0, 1).reshape(-1, dim))
-
     def _target(self, kv_heads: int) -> torch.Tensor:
-        """`[tokens * kv_heads]`: where each token's heads go, counted in heads of one token."""
+        """`[kv_heads, tokens]`: where in a layer's memory each token's heads go."""
         if kv_heads not in self._targets:
-            starts: list[int] = []
-            lengths: list[int] = []
+            places: list[list[int]] = [[] for _ in range(kv_heads)]
             for chunk, length, number in self._chunks:
-                first = number * kv_heads * length + chunk.start
-                starts += range(first, first + chunk.tokens)
-                lengths += [length] * chunk.tokens
-            heads = torch.arange(kv_heads) * torch.tensor(lengths)[:, None]
-            self._targets[kv_heads] = (torch.tensor(starts)[:, None] + heads).flatten()
+                start = number * kv_heads * length + chunk.start
+                for head in range(kv_heads):
+                    places[head] += range(start, start + chunk.tokens)
+                    start += length
+            self._targets[kv_heads] = torch.tensor(places)
         return self._targets[kv_heads]
 
-    def _decode(self, run: _Run, query: torch.Tensor, layer: LayerAttention) -> torch.Tensor:
-        """One token for each row of a run: `[heads, rows, dim]` to `[rows, heads, value_dim]`."""
-        keys = self._strips.keys(layer.layer, run.length)[run.strips]
-        values = self._strips.values(layer.layer, run.length)[run.strips]
-        heads, kv_heads, strips = query.shape[0], keys.shape[1], keys.shape[0]
+    def _decode(
+        self,
+        run: _Run,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kv_heads: int,
+        layer: LayerAttention,
+    ) -> torch.Tensor:
+        """One token for each row of a run: `[heads, rows, dim]` to `[rows, heads, value_dim]`.
+        `keys` and `values` are all of the layer's."""
+        heads, strips = len(query), run.strips.stop - run.strips.start
         query = query.transpose(0, 1)
         if run.inside is not None:
             query = query.new_zeros(strips, *query.shape[1:]).index_copy_(0, run.inside, query)
         # Query heads that share a key head form one small matrix.
-        grouped = query.reshape(strips * kv_heads, heads // kv_heads, query.shape[-1])
         scores = _scores(
-            grouped,
-            keys.flatten(0, 1)[:, : run.longest].transpose(1, 2),
+            query.reshape(strips * kv_heads, heads // kv_heads, -1),
+            _strips(keys, run.strips, kv_heads, run.length, run.longest).transpose(1, 2),
             self._decode_mask(run, layer.window, kv_heads, keys.dtype),
             layer,
         )
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        out = torch.bmm(weights, values.flatten(0, 1)[:, : run.longest])
-        out = out.view(strips, heads, values.shape[-1])
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        if weights.dtype != values.dtype:
+            weights = weights.to(values.dtype)
+        out = torch.bmm(weights, _strips(values, run.strips, kv_heads, run.length, run.longest))
+        out = out.view(strips, heads, -1)
         return out if run.inside is None else out[run.inside]
 
     def _decode_mask(
@@ -135,17 +138,16 @@ class StripPlan:
         """`[strips * kv_heads, 1, longest]`, 0 or -inf; None where every row sees every key."""
         key = (run.first, window, kv_heads)
         if key not in self._masks:
-            lengths = run.lengths[:, None]
-            times = torch.arange(run.longest)
-            hidden = times >= lengths
-            if window is not None:
-                hidden |= times < lengths - window
-            mask = None
-            if bool(hidden.any()):
-                mask = torch.zeros(len(hidden), 1, run.longest, dtype=dtype)
-                mask.masked_fill_(hidden[:, None], -torch.inf)
-                mask = mask.repeat_interleave(kv_heads, dim=0)
-            self._masks[key] = mask
+            self._masks[key] = None
+            if min(run.lengths) < run.longest or (window is not None and window < run.longest):
+                times = torch.arange(run.longest)
+                lengths = torch.tensor([[[n]] for n in run.lengths for _ in range(kv_heads)])
+                seen = times < lengths
+                if window is not None:
+                    seen &= times >= lengths - window
+                self._masks[key] = torch.zeros(seen.shape, dtype=dtype).masked_fill_(
+                    ~seen, -torch.inf
+                )
         return self._masks[key]
 
     def _chunk_mask(self, chunk: Chunk, window: int | None) -> torch.Tensor | None:
@@ -155,14 +157,25 @@ class StripPlan:
         return self._masks[key]
 
 
+def _strips(
+    memory: torch.Tensor, strips: slice, kv_heads: int, length: int, tokens: int
+) -> torch.Tensor:
+    """The first tokens of neighbouring strips of one length: `[strips * kv_heads, tokens, dim]`."""
+    dim = memory.shape[1]
+    return memory.as_strided(
+        ((strips.stop - strips.start) * kv_heads, tokens, dim),
+        (length * dim, dim, 1),
+        strips.start * kv_heads * length * dim,
+    )
+
+
 def _scores(
     query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, layer: LayerAttention
 ) -> torch.Tensor:
     """`[batch, group, dim]` times `[batch, dim, time]`: `[batch, group, time]`, masked."""
-    query = query * layer.scaling
     if layer.softcap is None and mask is not None:
-        return torch.baddbmm(mask, query, keys)
-    scores = torch.bmm(query, keys)
+        return torch.baddbmm(mask, query * layer.scaling, keys)
+    scores = torch.bmm(query * layer.scaling, keys)
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     return scores if mask is None else scores.add_(mask)
@@ -185,8 +198,10 @@ def _make_run(first: int, rows: Sequence[tuple[Chunk, int, int]]) -> _Run:
     numbers = [number for _, _, number in rows]
     strips = slice(numbers[0], numbers[-1] + 1)
     longest = max(chunk.start + 1 for chunk, _, _ in rows)
-    lengths = torch.full((strips.stop - strips.start,), longest)
-    inside = torch.tensor(numbers) - strips.start
-    lengths[inside] = torch.tensor([chunk.start + 1 for chunk, _, _ in rows])
-    whole = len(numbers) == len(lengths)
-    return _Run(first, len(rows), rows[0][1], strips, longest, lengths, None if whole else inside)
+    lengths = [longest] * (strips.stop - strips.start)
+    for chunk, _, number in rows:
+        lengths[number - strips.start] = chunk.start + 1
+    inside = None
+    if len(numbers) < len(lengths):
+        inside = torch.tensor([number - strips.start for number in numbers])
+    return _Run(first, len(rows), rows[0][1], strips, longest, lengths, inside)

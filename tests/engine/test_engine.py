@@ -9,7 +9,7 @@ from peft import IA3Config, get_peft_model
 
 from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull
 from tests.engine.harness import Harness, Oracle
-from tests.factories import TOKENS, tiny_model
+from tests.factories import TOKENS, run_by_modules, tiny_model
 
 
 def test_a_cancelled_request_ends_at_once_and_the_others_go_on(
@@ -100,7 +100,7 @@ def test_stop_cancels_what_does_not_end_in_time(start: Callable[..., Harness]) -
 def test_a_failing_step_ends_its_own_requests_and_no_others(
     start: Callable[..., Harness],
 ) -> None:
-    base = tiny_model("llama")
+    base = run_by_modules(tiny_model("llama"))
     engine = start(base)
     with engine.held():
         engine.submit("fails", [5], "default", max_tokens=50)
@@ -121,7 +121,7 @@ def _out_of_memory(*_: object) -> None:
 def test_a_dead_model_thread_fails_every_request_and_says_so(
     start: Callable[..., Harness],
 ) -> None:
-    base = tiny_model("llama")
+    base = run_by_modules(tiny_model("llama"))
     engine = start(base)
     with engine.held():
         engine.submit("fails", [5], "default", max_tokens=50)

@@ -14,7 +14,7 @@ from server.engine import FinishReason, sampler, stepping
 from server.engine.detokenizer import Detokenizer
 from server.engine.padded_cache import PaddedBlocks, PaddedCache
 from tests.engine.harness import Answer, Harness
-from tests.factories import tiny_model
+from tests.factories import run_by_modules, tiny_model
 from tests.families import tiny
 
 BAD = 200
@@ -73,7 +73,7 @@ def start_engine(
     start: Callable[..., Harness], family: str, prefix_cache: bool = False
 ) -> tuple[PreTrainedModel, Harness]:
     """Without a prefix cache, or the second time would compute little of the prompts."""
-    base = tiny_model("llama") if family == "llama" else tiny(family)
+    base = run_by_modules(tiny_model("llama") if family == "llama" else tiny(family))
     offered = None if family == "llama" else {}
     return base, start(base, offered, prefix_cache=prefix_cache)
 

@@ -1,0 +1,119 @@
+"""A traced forward gives, to the bit, what the model's modules give; or there is none."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from adapters.bank import Segment
+from adapters.checkpoint import AdapterVectors
+from adapters.model import IA3Model
+from adapters.targets import Side, Target
+from server.engine.attention import Probe, StepContext, install, run_probe
+from server.engine.norms import fuse_norms
+from server.engine.packing import noting_siblings, pack_linears
+from server.engine.runner import Modules
+from server.engine.tracing import Forward, NotTraced, trace
+from tests.factories import run_by_modules, tiny_model
+
+FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]
+
+
+def prepared(base: PreTrainedModel, pack: bool) -> tuple[IA3Model, StepContext, Modules]:
+    ia3 = IA3Model(base, 4)
+    context = install(base)
+    with noting_siblings(base) as siblings:
+        run_probe(base, context, 1)
+    fuse_norms(base)
+    if pack:
+        pack_linears(base, siblings)
+    return ia3, context, Modules(base)
+
+
+@torch.inference_mode()
+def run(forward: Forward, context: StepContext, tokens: int, keep: list[int]) -> torch.Tensor:
+    ids = 5 + torch.arange(tokens)[None] * 3 % 50
+    positions = torch.arange(tokens)[None] % 40
+    with context.step(Probe()):
+        return forward(ids, positions, torch.tensor(keep, dtype=torch.long))
+
+
+def vectors(ia3: IA3Model, endings: dict[str, Side]) -> AdapterVectors:
+    """Random ones for the linear layers whose names end so."""
+    targets = [
+        Target(module, side)
+        for module in ia3.modules_of_base.sizes
+        for ending, side in endings.items()
+        if module.endswith(ending)
+    ]
+    return AdapterVectors({t: torch.rand(ia3.modules_of_base.size(t)) + 0.5 for t in targets})
+
+
+def assert_equal(context: StepContext, one: Forward, other: Forward) -> None:
+    for tokens, keep in ((1, [0]), (2, []), (5, [0, 4]), (40, [0, 1, 2, 39])):
+        found, wanted = (run(each, context, tokens, keep) for each in (one, other))
+        assert torch.equal(found, wanted), tokens
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("family", FLAT)
+def test_flat_families_are_traced_to_the_bit(family: str, pack: bool) -> None:
+    ia3, context, modules = prepared(tiny_model(family), pack)
+
+    assert_equal(context, trace(ia3, context, modules), modules)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    "endings",
+    [
+        {"k_proj": Side.OUTPUT, "v_proj": Side.OUTPUT, "down_proj": Side.INPUT},
+        {"q_proj": Side.INPUT, "up_proj": Side.OUTPUT, "lm_head": Side.OUTPUT},
+    ],
+)
+def test_adapters_that_come_after_the_trace_count(pack: bool, endings: dict[str, Side]) -> None:
+    """Also where they rescale what only some of the layers that are packed as one read."""
+    ia3, context, modules = prepared(tiny_model("llama"), pack)
+    traced = trace(ia3, context, modules)
+    base = run(traced, context, 5, [0, 4])
+    ia3.fill_slot(1, vectors(ia3, endings))
+    ia3.fill_slot(2, vectors(ia3, endings))
+
+    ia3.bank.reserve_rows(2)
+    ia3.set_packed([1, 2], [Segment(1, 3)], [Segment(1, 0)])
+    found = run(traced, context, 5, [0, 1])
+    assert torch.equal(found, run(modules, context, 5, [0, 1]))
+    assert not torch.equal(found[0], base[0])
+
+    ia3.clear_slot(1)
+    ia3.clear_slot(2)
+    ia3.set_packed([0, 0], [Segment(0, 3)])
+    assert torch.equal(run(traced, context, 5, [0, 4]), base)
+
+
+def test_a_model_whose_code_asks_for_values_is_not_traced() -> None:
+    base = tiny_model("llama")
+    ia3, context, modules = prepared(base, pack=False)
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        longer = bool(positions.max() > 30)
+        return modules(ids, positions, keep) * (2 if longer else 1)
+
+    with pytest.raises(NotTraced):
+        trace(ia3, context, forward)
+
+
+def test_a_model_that_depends_on_the_number_of_tokens_is_not_traced() -> None:
+    ia3, context, modules = prepared(tiny_model("llama"), pack=False)
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return modules(ids, positions, keep) * (2 if ids.shape[1] > 30 else 1)
+
+    with pytest.raises(NotTraced, match="depends on"):
+        trace(ia3, context, forward)
+
+
+def test_a_model_with_hooks_runs_by_its_modules() -> None:
+    ia3, context, modules = prepared(run_by_modules(tiny_model("llama")), pack=False)
+
+    with pytest.raises(NotTraced, match="hooks"):
+        trace(ia3, context, modules)
