@@ -187,7 +187,7 @@ class AdapterBank:
                 start += segment.tokens
             if spans:
                 for target, column in sheet.columns.items():
-                    pieces = tuple((a, b, vectors[..., column]) for a, b, vectors in spans)
+                    pieces = [(a, b, vectors[..., column]) for a, b, vectors in spans]
                     scales[target] = Scale(pieces=pieces, scratch=self._scratch)
         return scales
 

@@ -1,6 +1,6 @@
 """The layer around a target module: scales what goes in, calls the base, scales what comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,40 +20,45 @@ class Scale:
     rounded once.
     """
 
-    __slots__ = ("factor", "pieces", "scratch")
+    __slots__ = ("_end", "_mine", "_sizes", "_vectors", "factor", "scratch")
 
     def __init__(
         self,
         factor: torch.Tensor | None = None,
-        pieces: tuple[Piece, ...] = (),
+        pieces: Sequence[Piece] = (),
         scratch: "Scratch | None" = None,
     ) -> None:
         self.factor = factor
-        self.pieces = pieces
         self.scratch = scratch
+        self._vectors = [vector for *_, vector in pieces]
+        self._sizes: list[int] = []
+        """Of all parts that the pieces cut the first `_end` tokens into."""
+        self._mine: list[int] = []
+        """Which parts the pieces are."""
+        self._end = 0
+        for start, stop, _ in pieces:
+            if start > self._end:
+                self._sizes.append(start - self._end)
+            self._mine.append(len(self._sizes))
+            self._sizes.append(stop - start)
+            self._end = stop
 
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale `x` in place: for a tensor that nobody else reads."""
         if self.factor is not None:
             self._by_row(x).mul_(self.factor)
-        for start, stop, vector in self.pieces:
-            x[..., start:stop, :].mul_(vector)
+        elif self._vectors:
+            parts = torch.split(x, [*self._sizes, x.shape[-2] - self._end], -2)
+            # One call for all pieces: a long prompt batch has dozens, in each of its layers.
+            torch._foreach_mul_([parts[part] for part in self._mine], self._vectors)
         return x
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """A rescaled copy of `x`, in its dtype; in the scratch memory, where there is some."""
         y = torch.empty_like(x) if self.scratch is None else self.scratch.like(x)
-        if self.factor is not None:
-            torch.mul(self._by_row(x), self.factor, out=self._by_row(y))
-            return y
-        done, end = 0, x.shape[-2]
-        for start, stop, vector in self.pieces:
-            if done < start:
-                y[..., done:start, :] = x[..., done:start, :]
-            torch.mul(x[..., start:stop, :], vector, out=y[..., start:stop, :])
-            done = stop
-        if done < end:
-            y[..., done:, :] = x[..., done:, :]
+        if self.factor is None:
+            return self.scale_(y.copy_(x))
+        torch.mul(self._by_row(x), self.factor, out=self._by_row(y))
         return y
 
     def _by_row(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,10 +123,16 @@ class IA3Layer(Wrapper):
         return self.around(self.base_layer, x, *args, **kwargs)
 
     def around(
-        self, base: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        base: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        *args: Any,
+        in_place: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """The rescaling alone, around whatever stands for the base layer."""
+        """The rescaling alone, around whatever stands for the base layer. `in_place`: nobody else
+        reads `x`."""
         if self.input_scale is not None:
-            x = self.input_scale.scaled(x)
+            x = self.input_scale.scale_(x) if in_place else self.input_scale.scaled(x)
         y = base(x, *args, **kwargs)
         return y if self.output_scale is None else self.output_scale.scale_(y)

@@ -196,7 +196,7 @@ class Bench:
             where = ("--adapters-dir", folder, "--preload-adapters", self._preloaded())
         window = () if "--max-model-len" in flags else ("--max-model-len", WINDOW)
         log = self.scratch / f"{name}.log"
-        every = ("--model", self.model, "--kv-cache-tokens", CACHE_TOKENS)
+        every = ("--model", self.model, "--kv-cache-tokens", CACHE_TOKENS, "--compile")
         off = PLAIN if plain else ()
         engine = self.engine(
             name, lambda: InfuseHttp(name, log, *every, *where, *window, *flags, *off)
@@ -217,6 +217,7 @@ class Bench:
             "kv_cache_tokens": CACHE_TOKENS,
             "prefix_cache": False,
             "speculation": False,
+            "compile": True,
         }
         return self.engine(name, lambda: self._worker(name, "infuse_inprocess", settings))
 

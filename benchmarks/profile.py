@@ -74,6 +74,7 @@ def measure(folder: Path) -> tuple[dict[str, float], float]:
             preload_adapters=folder / "adapters",
             max_model_len=1024,
             prefix_cache=False,
+            compile=True,
         )
     )(streams=None)
     engine = services.engine

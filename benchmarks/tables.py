@@ -19,8 +19,8 @@ All engines of a section run on one machine in one run, each in a process of its
 same prompts in turns, in changing order; "Measured on" says which commit a section is of. So a
 ratio means something, and a speed by itself little. Model: SmolLM2-135M-Instruct in float32,
 greedy, end tokens passed over, random prompts; IA3 on keys, values and `down_proj` (PEFT's
-default), LoRA of rank 8 on the same modules. Prefix caches
-and prompt lookup are off except where they are what is measured."""
+default), LoRA of rank 8 on the same modules. Infuse runs with `--compile`, as vLLM compiles by
+default. Prefix caches and prompt lookup are off except where they are what is measured."""
 
 _JUDGED = """\
 A target is reached where the 95% bound of the median that makes it harder keeps the limit: the

@@ -138,8 +138,8 @@ def _beside(bucket: str, what: str) -> Path:
 
 
 def warm_up(settings: Settings) -> bool:
-    """Compile a model's blocks into the cache that later starts use. False: they do not compile,
-    and the log says why."""
+    """Compile a model into the cache that later starts use. False: it does not compile, and the log
+    says why."""
     loaded = _load_model(settings)
     ia3 = IA3Model(loaded.model, max_adapters=1)
     engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))

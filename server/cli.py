@@ -124,7 +124,7 @@ def serve(context: typer.Context) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def warm(context: typer.Context) -> None:
-    """Compile a model's blocks ahead, so that `infuse serve --compile` starts with them.
+    """Compile a model ahead, so that `infuse serve --compile` starts with them.
 
     Takes the same settings as `infuse serve`.
     """
@@ -138,7 +138,7 @@ def warm(context: typer.Context) -> None:
         _refuse(str(error), "warm")
     if not compiled:
         raise typer.Exit(1)
-    typer.echo("The model's blocks are compiled")
+    typer.echo("The model is compiled")
 
 
 def _settings(command: str, arguments: list[str]) -> Settings:

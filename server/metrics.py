@@ -114,7 +114,7 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, registry = self._engine(), self._registry()
         gauges = {
-            "infuse_compiled": ("1 where the model's blocks are compiled.", int(engine.compiled)),
+            "infuse_compiled": ("1 where the model is compiled.", int(engine.compiled)),
             "infuse_requests_running": ("Rows in the batch.", engine.running),
             "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
             "infuse_kv_tokens_used": ("Tokens of cache set aside for rows.", engine.kv_tokens_used),

@@ -162,8 +162,8 @@ class Settings(BaseSettings):
 
     compile: bool = Field(
         False,
-        description="Compile the model's blocks on the CPU (needs a C++ compiler; `infuse warm` "
-        "does it ahead).",
+        description="Compile what lies between the model's products and attention (needs a C++ "
+        "compiler; `infuse warm` does it ahead).",
         examples=[False],
     )
 

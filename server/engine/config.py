@@ -21,7 +21,7 @@ class EngineConfig:
     speculation: bool = False
     """Guess tokens ahead where it pays, for requests that do not say."""
     compile_cache: Path | None = None
-    """Compile the model's blocks and keep what was compiled there; None: run them as they are."""
+    """Compile what can be, and keep it there; None: run the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class EngineStats:
     kv_cache_bytes: int
     """The planned budget."""
     compiled: bool
-    """Whether the model's blocks are."""
+    """Whether the model is."""
     bank_bytes: int
     """Of the columns that adapters have used so far, for all slots."""
     preemptions: int

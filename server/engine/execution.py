@@ -51,7 +51,7 @@ def prepare(
     pack: bool,
     compile_cache: Path | None,
 ) -> Execution:
-    """`compile_cache`: compile the blocks of a flat model, and keep them there; None: do not.
+    """`compile_cache`: compile a flat model, and keep what was made there; None: do not.
 
     Raises UnsupportedModel where neither way is exact, and DoesNotFit.
     """

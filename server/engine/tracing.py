@@ -33,6 +33,8 @@ _TRACED = (7, 5)
 _TRIED = ((1, 1), (2, 0), (9, 4))
 """The same of each example on which a trace must give what the modules give."""
 
+_FRESH = (torch.ops.aten.mul.Tensor, torch.ops.aten.gelu.default, torch.ops.aten.relu.default)
+"""What comes before a feed-forward's last layer. None of them gives a view."""
 _COMPILED_ERROR = 1e-3
 """Of logits: kernels add up in another order."""
 
@@ -82,8 +84,10 @@ class _Product:
 
     __name__ = "product"
 
-    def __init__(self, seams: Sequence[_Seam]) -> None:
+    def __init__(self, seams: Sequence[_Seam], owns_input: bool = False) -> None:
+        """`owns_input`: nobody else reads it."""
         self._seams = seams
+        self._owns_input = owns_input
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.bind()(x)
@@ -92,7 +96,7 @@ class _Product:
         """Itself, for as long as no adapter wraps another layer."""
         layers = [seam.layer for seam in self._seams]
         if len(layers) == 1:
-            return _forward_of(layers[0])
+            return _forward_of(layers[0], self._owns_input)
         siblings = _siblings_of(layers[0])
         assert siblings is not None
         rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
@@ -109,9 +113,10 @@ class _Product:
         return product
 
 
-def _forward_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward_of(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     if isinstance(layer, IA3Layer):
-        return partial(layer.around, _forward_of(layer.base_layer))
+        inner = _forward_of(layer.base_layer, owns_input)
+        return partial(layer.around, inner, in_place=owns_input)
     return layer.forward if isinstance(layer, PackedLinear) else layer
 
 
@@ -290,7 +295,9 @@ def _open(
             x, number = node.args[:2]
             siblings = _siblings_of(seams[number].layer)
             if siblings is None:
-                node.target, node.args = _Product([seams[number]]), (x,)
+                # What an operator of arithmetic makes is new, and may be rescaled as it is.
+                owns = len(x.users) == 1 and x.target in _FRESH
+                node.target, node.args = _Product([seams[number]], owns), (x,)
             else:
                 groups.setdefault((x, siblings), []).append(node)
     for (x, siblings), nodes in groups.items():

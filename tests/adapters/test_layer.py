@@ -77,6 +77,7 @@ def test_the_input_is_left_as_it_was(scale: Scale) -> None:
     assert torch.equal(x, before)
 
 
+@torch.inference_mode()
 def test_tokens_in_no_piece_keep_their_value() -> None:
     layer = IA3Layer(LAYERS["biased"])
     x, plain = torch.randn(1, 6, SIZE), torch.randn(SIZE)
