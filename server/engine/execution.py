@@ -1,7 +1,8 @@
 """How a base model is run: flat where that is exact, else padded."""
 
 import logging
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from adapters.bank import BASE_SLOT
 from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
+from server.engine.decode_kernel import DecodeKernel, Dims, build_kernels
 from server.engine.errors import UnsupportedModel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
@@ -69,10 +71,11 @@ def prepare(
     _lay_out(base, pack, siblings)
     modules = Modules(base)
     compiled, traced = _trace(ia3, context, modules, compile_cache)
+    kernels = _kernels(shapes, base.device, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
-    cache = make_flat_cache(shapes, base.device, max_tokens, tokens)
+    cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels)
     runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
     return Execution("flat", cache, runner, compiled)
 
@@ -92,6 +95,18 @@ def _trace(
         except NotTraced as error:
             log.info("%s runs by its modules: %s", type(ia3.base).__name__, error)
     return False, None
+
+
+def _kernels(
+    shapes: Sequence[LayerShape], device: torch.device, compile_cache: Path | None
+) -> Mapping[Dims, DecodeKernel]:
+    if compile_cache is None or device.type != "cpu":
+        return {}
+    try:
+        return build_kernels(shapes, compile_cache.with_name("kernels"))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        log.warning("Attention runs uncompiled: %s", error)
+        return {}
 
 
 def _check_flat(model: PreTrainedModel) -> None:

@@ -5,11 +5,12 @@ side by side, so that their attention is one batched matrix product. `PagedCache
 (`paged_cache.py`) is for CUDA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from server.engine.attention import AttentionPlan, Chunk, LayerShape
 from server.engine.blocks import Blocks, StripBlocks
+from server.engine.decode_kernel import DecodeKernel, Dims
 from server.engine.errors import DoesNotFit
 from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
@@ -72,8 +73,16 @@ class StripCache:
     lie: they go before a row takes a longer strip than it needs.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape], total_tokens: int, max_tokens: int) -> None:
-        """`max_tokens` is the longest row. Raises DoesNotFit where two such do not fit."""
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        total_tokens: int,
+        max_tokens: int,
+        kernels: Mapping[Dims, DecodeKernel] | None = None,
+    ) -> None:
+        """`max_tokens` is the longest row; `kernels` attend for decoding rows, in the sizes that
+        there are. Raises DoesNotFit where two such rows do not fit."""
+        self._kernels = kernels or {}
         self.slab_tokens = SMALLEST_STRIP
         while self.slab_tokens < max_tokens:
             self.slab_tokens *= 2
@@ -134,7 +143,7 @@ class StripCache:
         return sorted(rows, key=self.place)
 
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
-        return StripPlan(self, decode, prefill)
+        return StripPlan(self, decode, prefill, self._kernels)
 
     def place(self, row: int) -> tuple[int, int]:
         place = self._places[row]

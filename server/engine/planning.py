@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.attention import LayerShape
+from server.engine.decode_kernel import DecodeKernel, Dims
 from server.engine.errors import DoesNotFit, UnsupportedModel
 from server.engine.kv_cache import FlatCache, StripCache
 from server.engine.paged_cache import PagedCache
@@ -73,12 +74,17 @@ def cache_tokens(
 
 
 def make_flat_cache(
-    shapes: Sequence[LayerShape], device: torch.device, max_tokens: int, tokens: int
+    shapes: Sequence[LayerShape],
+    device: torch.device,
+    max_tokens: int,
+    tokens: int,
+    kernels: Mapping[Dims, DecodeKernel],
 ) -> FlatCache:
-    """Raises DoesNotFit where `tokens` are too few for `max_tokens`, the longest row."""
+    """`kernels` are for the CPU. Raises DoesNotFit where `tokens` are too few for `max_tokens`, the
+    longest row."""
     if device.type == "cuda":
         return PagedCache(shapes, tokens, max_tokens, device)
-    return StripCache(shapes, tokens, max_tokens)
+    return StripCache(shapes, tokens, max_tokens, kernels)
 
 
 def memory_table(parts: Mapping[str, int], device: torch.device) -> str:

@@ -4,13 +4,14 @@ A layer's memory, cut into strips of one length, is one tensor; so decoding rows
 near each other are computed as one batched product, and one operation writes all new keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
+from server.engine.decode_kernel import DecodeKernel, Dims
 
 _GAP_TOKENS = 512
 """Keys of rows that do not decode, which a product computes along rather than be cut in two: about
@@ -54,14 +55,22 @@ class _Run:
 class StripPlan:
     """One step's attention. Decoding rows come in the order of their places."""
 
-    def __init__(self, strips: Strips, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> None:
+    def __init__(
+        self,
+        strips: Strips,
+        decode: Sequence[Chunk],
+        prefill: Sequence[Chunk],
+        kernels: Mapping[Dims, DecodeKernel],
+    ) -> None:
         self._strips = strips
+        self._kernels = kernels
         self._prefill = prefill
         self._decoding = len(decode)
         self._chunks = [(chunk, *strips.place(chunk.row)) for chunk in [*decode, *prefill]]
         self._runs = _find_runs(self._chunks[: len(decode)])
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
+        self._seen: dict[int, torch.Tensor] = {}
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
@@ -70,13 +79,12 @@ class StripPlan:
         target = self._target(len(key))
         keys.index_put_((target,), key)
         values.index_put_((target,), value)
-        if len(self._runs) == 1 and not self._prefill:
-            return self._decode(self._runs[0], query, keys, values, len(key), layer)
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-        for run in self._runs:
-            span = slice(run.first, run.first + run.rows)
-            out[span] = self._decode(run, query[:, span], keys, values, len(key), layer)
         start = self._decoding
+        if not self._prefill:
+            return self._attend_decoding(query, keys, values, len(key), layer)
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        if start:
+            out[:start] = self._attend_decoding(query[:, :start], keys, values, len(key), layer)
         for chunk, length, number in self._chunks[self._decoding :]:
             span = slice(start, start + chunk.tokens)
             end = chunk.start + chunk.tokens
@@ -103,6 +111,40 @@ class StripPlan:
             self._targets[kv_heads] = torch.tensor(places)
         return self._targets[kv_heads]
 
+    def _attend_decoding(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kv_heads: int,
+        layer: LayerAttention,
+    ) -> torch.Tensor:
+        """One token for each decoding row: `[heads, rows, dim]` to `[rows, heads, value_dim]`.
+        `keys` and `values` are all of the layer's."""
+        kernel = self._kernels.get((keys.shape[1], values.shape[1]))
+        if kernel is not None and layer.softcap is None and keys.dtype == torch.float32:
+            return kernel(query, keys, values, self._rows(kv_heads), kv_heads, layer)
+        if len(self._runs) == 1:
+            return self._decode(self._runs[0], query, keys, values, kv_heads, layer)
+        parts = [
+            self._decode(
+                run, query[:, run.first : run.first + run.rows], keys, values, kv_heads, layer
+            )
+            for run in self._runs
+        ]
+        return torch.cat(parts)
+
+    def _rows(self, kv_heads: int) -> torch.Tensor:
+        """`[decoding rows, 3]`, as the kernel takes them."""
+        if kv_heads not in self._seen:
+            self._seen[kv_heads] = torch.tensor(
+                [
+                    (number * kv_heads * length, length, chunk.start + 1)
+                    for chunk, length, number in self._chunks[: self._decoding]
+                ]
+            )
+        return self._seen[kv_heads]
+
     def _decode(
         self,
         run: _Run,
@@ -112,8 +154,7 @@ class StripPlan:
         kv_heads: int,
         layer: LayerAttention,
     ) -> torch.Tensor:
-        """One token for each row of a run: `[heads, rows, dim]` to `[rows, heads, value_dim]`.
-        `keys` and `values` are all of the layer's."""
+        """The same for the rows of a run, by torch's batched products."""
         heads, strips = len(query), run.strips.stop - run.strips.start
         query = query.transpose(0, 1)
         if run.inside is not None:

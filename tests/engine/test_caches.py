@@ -1,7 +1,10 @@
-"""Both caches give the attention of whole rows, however rows come, grow and go."""
+"""Both caches, and the kernel, give the attention of whole rows, however rows come, grow and go."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from server.engine.attention import Chunk, LayerAttention, LayerShape
+from server.engine.decode_kernel import DecodeKernel, Dims, build_kernels
 from server.engine.errors import DoesNotFit
 from server.engine.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
@@ -26,11 +30,21 @@ def strips(tokens: int = 4 * LONGEST) -> FlatCache:
     return StripCache(SHAPES, tokens, LONGEST)
 
 
+@cache
+def kernels() -> Mapping[Dims, DecodeKernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        return build_kernels(SHAPES, Path(folder))
+
+
+def strips_by_kernel(tokens: int = 4 * LONGEST) -> FlatCache:
+    return StripCache(SHAPES, tokens, LONGEST, kernels())
+
+
 def blocks(tokens: int = 4 * LONGEST) -> FlatCache:
     return PagedCache(SHAPES, tokens, LONGEST, torch.device("cpu"))
 
 
-CACHES = pytest.mark.parametrize("make", [strips, blocks])
+CACHES = pytest.mark.parametrize("make", [strips, strips_by_kernel, blocks])
 
 
 @dataclass

@@ -215,7 +215,7 @@ def test_blocks_on_the_device_are_as_exact_as_strips(
 
 
 def _make_paged(
-    shapes: list[LayerShape], device: torch.device, max_tokens: int, tokens: int
+    shapes: list[LayerShape], device: torch.device, max_tokens: int, tokens: int, _: object
 ) -> PagedCache:
     return PagedCache(shapes, tokens, max_tokens, device)
 
