@@ -16,6 +16,7 @@ from torch import fx
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
@@ -28,7 +29,10 @@ Piece = Callable[..., Any]
 def compile_pieces(trace: fx.GraphModule, cache: Path) -> None:
     """Replace runs of torch's operators by compiled ones, now. What is compiled is kept in `cache`,
     for the next start. Raises whatever the compiler does."""
-    ours = os.environ.setdefault(_CACHE, str(cache)) == str(cache)
+    # Importing the compiler sets the default, so that it cannot be told from a user's wish.
+    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
+        os.environ[_CACHE] = str(cache)
+    ours = os.environ[_CACHE] == str(cache)
     fuse_by_partitions(trace, [dict.fromkeys(run) for run in _runs(trace.graph)], _PREFIX)
     try:
         compiled = _compile_all(trace)

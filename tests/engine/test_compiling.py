@@ -1,6 +1,9 @@
 """Compiled pieces give what operators give, whatever adapters come; what fails stays as it is."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
 from tests.engine.harness import Harness, Oracle
-from tests.factories import save_adapter, tiny_model
+from tests.factories import save_adapter, save_tiny_model, tiny_model
 
 PROMPT = [5, 9, 14, 6, 5, 9]
 
@@ -104,3 +107,17 @@ def test_a_damaged_cache_is_made_anew(start: Callable[..., Harness], cache: Path
             file.write_bytes(b"damaged")
 
     assert start(compile_cache=cache).engine.stats().compiled
+
+
+def test_warm_compiles_a_model_into_the_cache_that_later_starts_use(
+    tmp_path: Path,
+) -> None:
+    environment = os.environ | {"INFUSE_CACHE_DIR": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    infuse = Path(sys.executable).with_name("infuse")
+    command = [infuse, "warm", "--model", save_tiny_model(tmp_path / "tiny")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert "compiled" in done.stdout
+    assert any((tmp_path / "compiled").rglob("*.so"))
