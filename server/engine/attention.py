@@ -150,7 +150,7 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
 
     Raises UnsupportedModel where a layer attends past the interface: its rows would mix.
     """
-    shapes = run_probe(model, context, 1)
+    shapes = run_probe(model, context)
     layers = int(model.config.get_text_config().num_hidden_layers)
     if sorted(shapes) != list(range(layers)):
         raise UnsupportedModel(
@@ -160,10 +160,10 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
     return [shapes[layer] for layer in range(layers)]
 
 
-def run_probe(model: PreTrainedModel, context: StepContext, tokens: int) -> dict[int, LayerShape]:
-    """Run a flat batch of single tokens: what each attention layer would keep of one."""
+def run_probe(model: PreTrainedModel, context: StepContext) -> dict[int, LayerShape]:
+    """Run one token: what each attention layer would keep of it."""
     plan = Probe()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with context.step(plan), torch.inference_mode():
         model(input_ids=ids, position_ids=ids, use_cache=False)
     return plan.shapes

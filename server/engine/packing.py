@@ -77,11 +77,11 @@ class PackedSibling(_Packed):
     def __init__(self, linear: nn.Linear, siblings: Siblings, member: int, columns: slice) -> None:
         super().__init__(linear)
         self.siblings = siblings
-        self.member = member
+        self._member = member
         self._columns = columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.siblings.take(self.member, x, self._columns)
+        return self.siblings.take(self._member, x, self._columns)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
 _TRACED = (7, 5)
-"""Tokens and logits of the trace. Unequal, and no other size of a model's: each is a symbol."""
+"""Tokens and logits of the trace: unequal, so that they are two symbols."""
 _TRIED = ((1, 1), (2, 0), (9, 4))
 """The same of each example on which a trace must give what the modules give."""
 

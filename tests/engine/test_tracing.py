@@ -22,7 +22,7 @@ def prepared(base: PreTrainedModel, pack: bool) -> tuple[IA3Model, StepContext, 
     ia3 = IA3Model(base, 4)
     context = install(base)
     with noting_siblings(base) as siblings:
-        run_probe(base, context, 1)
+        run_probe(base, context)
     fuse_norms(base)
     if pack:
         pack_linears(base, siblings)
