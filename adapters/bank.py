@@ -8,7 +8,7 @@ import torch
 from adapters.checkpoint import AdapterVectors
 from adapters.config import IA3Config
 from adapters.errors import InvalidAdapter
-from adapters.layer import Scale, Scratch
+from adapters.layer import ByToken, Scale, Scratch
 from adapters.targets import BaseModules, Target, resolve_targets
 
 BASE_SLOT = 0
@@ -79,6 +79,8 @@ class AdapterBank:
         self._scratch = Scratch() if device.type == "cpu" else None
         self.fills = 0
         """How many times a slot was filled: the bank's content changes only with it."""
+        self.by_token = False
+        """A batch's scales name each token's slot, for products that read the vectors there."""
         self.keep_active = False
         """Scale by ones rather than skip: a captured CUDA graph must hold every column."""
 
@@ -168,14 +170,14 @@ class AdapterBank:
 
     def packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
         """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments."""
+        if self.by_token or (segments and self.device.type == "cuda"):
+            return self._packed_by_token(rows, segments)
         if not segments:
             return {
                 target: Scale(sheet.rows[: len(rows), column], scratch=self._scratch)
                 for sheet in self._written(rows)
                 for target, column in sheet.columns.items()
             }
-        if self.device.type == "cuda":
-            return self._packed_by_token(rows, segments)
         scales: dict[Target, Scale] = {}
         writing = list(self._written(rows))
         for sheet in self._sheets:
@@ -195,16 +197,17 @@ class AdapterBank:
         self, rows: Sequence[int], segments: Sequence[Segment]
     ) -> dict[Target, Scale]:
         """On a GPU one gather for all tokens costs less than a kernel for each segment."""
-        slots = torch.tensor([*rows, *(s.slot for s in segments)], device=self.device)
-        tokens = torch.tensor([*(1 for _ in rows), *(s.tokens for s in segments)])
-        by_token = slots.repeat_interleave(tokens.to(self.device), output_size=int(tokens.sum()))
-        everyone = {*rows, *(segment.slot for segment in segments)}
+        slots = [*rows, *(segment.slot for segment in segments)]
+        tokens = torch.tensor([*(1 for _ in rows), *(segment.tokens for segment in segments)])
         scales = {}
         for sheet in self._sheets:
-            if everyone.isdisjoint(sheet.used):
+            if sheet.used.keys().isdisjoint(slots):
                 continue
+            used = torch.tensor([slot if slot in sheet.used else BASE_SLOT for slot in slots])
+            by_token = used.repeat_interleave(tokens).to(self.device)
             for target, column in sheet.columns.items():
-                scales[target] = Scale(sheet.slots[:, column].index_select(0, by_token))
+                vectors = ByToken(sheet.slots[:, column], by_token)
+                scales[target] = Scale(by_token=vectors, scratch=self._scratch)
         return scales
 
     def _written(self, slots: Sequence[int]) -> Iterable[_Sheet]:

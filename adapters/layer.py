@@ -1,7 +1,7 @@
 """The layer around a target module: scales what goes in, calls the base, scales what comes out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,25 +10,36 @@ Piece = tuple[int, int, torch.Tensor]
 """Tokens `start:stop` of the flat axis, and their vector: `[size]` or `[stop - start, size]`."""
 
 
+class ByToken(NamedTuple):
+    """Token i has the vector `vectors[slots[i]]`."""
+
+    vectors: torch.Tensor
+    """`[slots, size]`."""
+    slots: torch.Tensor
+    """`[tokens]`, int64."""
+
+
 class Scale:
     """How the rows of one tensor `[batch, tokens, size]` are rescaled.
 
-    Either one factor for the whole tensor, any shape that broadcasts against it, or pieces of the
-    token axis, in its order; a token in no piece keeps its value. Some models (OPT) flatten batch
-    and tokens into one axis on the way: `[batch * tokens, size]` is scaled alike. Factors are
-    float32, and as in PEFT's `ia3.layer.Linear.forward` the product is taken in the wider type and
-    rounded once.
+    One factor for the whole tensor, any shape that broadcasts against it; or a vector for each
+    token; or pieces of the token axis, in its order, where a token in no piece keeps its value.
+    Some models (OPT) flatten batch and tokens into one axis on the way: `[batch * tokens, size]` is
+    scaled alike. Factors are float32, and as in PEFT's `ia3.layer.Linear.forward` the product is
+    taken in the wider type and rounded once.
     """
 
-    __slots__ = ("_end", "_mine", "_sizes", "_vectors", "factor", "scratch")
+    __slots__ = ("_end", "_factor", "_mine", "_sizes", "_vectors", "by_token", "scratch")
 
     def __init__(
         self,
         factor: torch.Tensor | None = None,
         pieces: Sequence[Piece] = (),
+        by_token: ByToken | None = None,
         scratch: "Scratch | None" = None,
     ) -> None:
-        self.factor = factor
+        self._factor = factor
+        self.by_token = by_token
         self.scratch = scratch
         self._vectors = [vector for *_, vector in pieces]
         self._sizes: list[int] = []
@@ -43,10 +54,17 @@ class Scale:
             self._sizes.append(stop - start)
             self._end = stop
 
+    @property
+    def factor(self) -> torch.Tensor | None:
+        if self._factor is None and self.by_token is not None:
+            self._factor = self.by_token.vectors.index_select(0, self.by_token.slots)
+        return self._factor
+
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale `x` in place: for a tensor that nobody else reads."""
-        if self.factor is not None:
-            self._by_row(x).mul_(self.factor)
+        factor = self.factor
+        if factor is not None:
+            _by_row(x, factor).mul_(factor)
         elif self._vectors:
             parts = torch.split(x, [*self._sizes, x.shape[-2] - self._end], -2)
             # One call for all pieces: a long prompt batch has dozens, in each of its layers.
@@ -56,17 +74,18 @@ class Scale:
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """A rescaled copy of `x`, in its dtype; in the scratch memory, where there is some."""
         y = torch.empty_like(x) if self.scratch is None else self.scratch.like(x)
-        if self.factor is None:
+        factor = self.factor
+        if factor is None:
             return self.scale_(y.copy_(x))
-        torch.mul(self._by_row(x), self.factor, out=self._by_row(y))
+        torch.mul(_by_row(x, factor), factor, out=_by_row(y, factor))
         return y
 
-    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` with a batch axis, where the factor has one."""
-        assert self.factor is not None
-        if x.dim() == 2 and self.factor.dim() == 3:
-            return x.view(len(self.factor), -1, x.shape[-1])
-        return x
+
+def _by_row(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`x` with a batch axis, where the factor has one."""
+    if x.dim() == 2 and factor.dim() == 3:
+        return x.view(len(factor), -1, x.shape[-1])
+    return x
 
 
 class Scratch:

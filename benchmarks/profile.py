@@ -23,6 +23,7 @@ from benchmarks.workload import Template
 from server.app import load_services
 from server.engine import GenerationRequest, SamplingParams, packing
 from server.engine.engine import Engine
+from server.engine.kernels.product import KernelProduct
 from server.engine.kv_cache import StripCache
 from server.engine.loading import default_model_folder
 from server.engine.strip_attention import StripPlan
@@ -110,6 +111,7 @@ def _ask(services: Services, names: list[str]) -> None:
 def _parts(engine: Engine) -> dict[str, float]:
     clocks = Clocks()
     clocks.time(packing, "_packed_linear", "gemm")
+    clocks.time(KernelProduct, "__call__", "gemm")  # The adapters' vectors are in it.
     clocks.time(StripPlan, "attend", "attention")
     clocks.time(Scale, "scale_", "adapters")
     clocks.time(Scale, "scaled", "adapters")

@@ -2,11 +2,11 @@
 
 import logging
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +15,9 @@ from adapters.bank import BASE_SLOT
 from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
-from server.engine.decode_kernel import DecodeKernel, Dims, build_kernels
 from server.engine.errors import UnsupportedModel
+from server.engine.kernels.attention import decode_kernels
+from server.engine.kernels.product import product_kernels, runs_by_kernel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
 from server.engine.packing import noting_siblings, pack_linears
@@ -27,6 +28,9 @@ from server.engine.runner import FlatRunner, Modules, Runner
 from server.engine.tracing import Forward, NotTraced, trace
 
 log = logging.getLogger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose attention depends on nothing but the row's own keys."""
@@ -67,11 +71,12 @@ def prepare(
     except UnsupportedModel as error:
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
-        return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack)
-    _lay_out(base, pack, siblings)
+        return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
+    _lay_out(base, pack, compile_cache, siblings)
+    ia3.bank.by_token = runs_by_kernel(base)
     modules = Modules(base)
     compiled, traced = _trace(ia3, context, modules, compile_cache)
-    kernels = _kernels(shapes, base.device, compile_cache)
+    kernels = _kernels(partial(decode_kernels, shapes), base.device, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
@@ -98,14 +103,15 @@ def _trace(
 
 
 def _kernels(
-    shapes: Sequence[LayerShape], device: torch.device, compile_cache: Path | None
-) -> Mapping[Dims, DecodeKernel]:
+    build: Callable[[Path], Mapping[K, V]], device: torch.device, compile_cache: Path | None
+) -> Mapping[K, V]:
+    """None of them where they cannot or shall not be built."""
     if compile_cache is None or device.type != "cpu":
         return {}
     try:
-        return build_kernels(shapes, compile_cache.with_name("kernels"))
+        return build(compile_cache.with_name("kernels"))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        log.warning("Attention runs uncompiled: %s", error)
+        log.warning("The model runs without kernels of our own: %s", error)
         return {}
 
 
@@ -120,11 +126,16 @@ def _check_flat(model: PreTrainedModel) -> None:
 
 
 def _prepare_padded(
-    ia3: IA3Model, max_tokens: int, max_rows: int, kv_cache_tokens: int | None, pack: bool
+    ia3: IA3Model,
+    max_tokens: int,
+    max_rows: int,
+    kv_cache_tokens: int | None,
+    pack: bool,
+    compile_cache: Path | None,
 ) -> Execution:
     base = ia3.base
     shapes = _probe_padded(ia3)
-    _lay_out(base, pack)
+    _lay_out(base, pack, compile_cache)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
@@ -134,11 +145,17 @@ def _prepare_padded(
     return Execution("padded", cache, PaddedRunner(ia3, cache))
 
 
-def _lay_out(model: PreTrainedModel, pack: bool, siblings: Sequence[Sequence[str]] = ()) -> None:
+def _lay_out(
+    model: PreTrainedModel,
+    pack: bool,
+    compile_cache: Path | None,
+    siblings: Sequence[Sequence[str]] = (),
+) -> None:
     if model.device.type == "cpu":
         fuse_norms(model)
     if pack:
-        log.info("Packed %d linear layers for oneDNN.", pack_linears(model, siblings))
+        kernels = _kernels(product_kernels, model.device, compile_cache)
+        log.info("Packed %d linear layers.", pack_linears(model, siblings, kernels))
 
 
 @torch.inference_mode()

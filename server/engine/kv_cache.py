@@ -10,8 +10,8 @@ from typing import Protocol
 
 from server.engine.attention import AttentionPlan, Chunk, LayerShape
 from server.engine.blocks import Blocks, StripBlocks
-from server.engine.decode_kernel import DecodeKernel, Dims
 from server.engine.errors import DoesNotFit
+from server.engine.kernels.attention import DecodeKernel, Dims
 from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
 

@@ -1,13 +1,16 @@
-"""Linear layers packed once for oneDNN: 1.2 to 2.7 times as fast as `F.linear` on CPUs.
+"""Linear layers packed once, for oneDNN or our own kernel: faster than `F.linear` on CPUs.
 
-The two operators are torch's own (its Inductor backend uses them) but not public, so each layer's
-kind is tried on a small example first, and what fails that stays as it is.
+oneDNN's two operators are torch's own (its Inductor backend uses them) but not public, so each
+dtype is tried on a small example first, and layers of one that fails stay as they are.
 """
 
+import math
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,19 @@ from server.engine.quantization import is_quantized
 
 _USUAL_TOKENS = 128
 """oneDNN chooses the layout for products of so many rows; it serves all numbers, one row too."""
+_MEASURED_ROWS = (1, 32, 512)
+"""One decoding row, many of them, a prompt's chunk."""
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""`[..., inputs]` to `[..., outputs]`: a linear layer's weight and bias, in their own layout."""
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
+"""From a weight `[outputs, inputs]` and a bias."""
+
+
+def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    packed = _pack(weight)
+    return lambda x: _packed_linear(x, packed, bias)
 
 
 class _Packed(nn.Module):
@@ -32,39 +48,42 @@ class _Packed(nn.Module):
 
 
 class PackedLinear(_Packed):
-    """`nn.Linear` for inference, its weight in oneDNN's blocked layout for any batch size."""
+    """`nn.Linear` for inference, packed for any batch size."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, pack: Pack = pack_for_onednn) -> None:
         super().__init__(linear)
-        self.packed = _pack(linear.weight.detach())
+        self.product = pack(linear.weight.detach(), linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _packed_linear(x, self.packed, self.bias)
+        return self.product(x)
 
 
 class Siblings:
     """Layers that read the same input, packed as one: a product instead of several small ones."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.packed = _pack(torch.cat([linear.weight.detach() for linear in linears]))
+    def __init__(self, linears: Sequence[nn.Linear], pack: Pack) -> None:
         self.widths = [linear.out_features for linear in linears]
         biases: list[torch.Tensor] = [each.bias for each in linears if each.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        self.product = pack(
+            torch.cat([linear.weight.detach() for linear in linears]),
+            torch.cat(biases) if biases else None,
+        )
+        """Of all of them, side by side."""
+        ends = list(accumulate(self.widths))
+        self.columns = [
+            slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)
+        ]
         self._input: torch.Tensor | None = None
         self._product: torch.Tensor | None = None
         self._taken: set[int] = set()
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., sum of the widths]`: what all of them give, side by side."""
-        return _packed_linear(x, self.packed, self.bias)
-
-    def take(self, member: int, x: torch.Tensor, columns: slice) -> torch.Tensor:
+    def take(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """A member's columns, which nobody else reads. The first to come computes those of all,
         and so does one whose input is another (an adapter has rescaled it)."""
         if self._product is None or x is not self._input or member in self._taken:
             self._input, self._taken = x, set()
             self._product = self.product(x)
-        y = self._product[..., columns]
+        y = self._product[..., self.columns[member]]
         self._taken.add(member)
         if len(self._taken) == len(self.widths):
             self._input = self._product = None
@@ -74,14 +93,13 @@ class Siblings:
 class PackedSibling(_Packed):
     """One of several `nn.Linear` that read the same input: a view of what they give together."""
 
-    def __init__(self, linear: nn.Linear, siblings: Siblings, member: int, columns: slice) -> None:
+    def __init__(self, linear: nn.Linear, siblings: Siblings, member: int) -> None:
         super().__init__(linear)
         self.siblings = siblings
         self._member = member
-        self._columns = columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.siblings.take(self._member, x, self._columns)
+        return self.siblings.take(self._member, x)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -96,14 +114,14 @@ def _packed_linear(
     return y
 
 
-def packing_works(dtype: torch.dtype) -> bool:
+def packing_works(dtype: torch.dtype, pack: Pack = pack_for_onednn) -> bool:
     """Whether this build and this processor compute a packed layer in `dtype`, rightly."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 32, generator=generator).to(dtype)
     x = torch.randn(1, 5, 32, generator=generator).to(dtype)
     bias = torch.randn(48, generator=generator).to(dtype)
     try:
-        found = _packed_linear(x, _pack(weight), bias)
+        found = pack(weight, bias)(x)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     tolerance = 16 * torch.finfo(dtype).eps
@@ -111,17 +129,31 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 
 def speed_of(dtype: torch.dtype) -> float:
-    """How many times as fast as in float32 a packed layer computes 32 rows in `dtype`, by a short
+    """How many times as fast as in float32 oneDNN computes 32 rows in `dtype`, by a short
     measurement; 0 where it does not compute rightly."""
     if not packing_works(dtype):
         return 0.0
-    weight, x = torch.randn(1024, 1024), torch.randn(1, 32, 1024)
-    seconds = {}
-    with torch.inference_mode():
-        for each in (torch.float32, dtype):
-            product = partial(_packed_linear, x.to(each), _pack(weight.to(each)), None)
-            seconds[each] = min(timeit.repeat(product, repeat=9, number=3))
-    return seconds[torch.float32] / seconds[dtype]
+    usual, other = (_seconds(pack_for_onednn, each, 32) for each in (torch.float32, dtype))
+    return usual / other
+
+
+def fastest(packs: Sequence[Pack], dtype: torch.dtype) -> Pack | None:
+    """Of those that compute rightly, the one that is fastest over small and large batches, by a
+    short measurement; None where none is right."""
+    right = [pack for pack in packs if packing_works(dtype, pack)]
+
+    def seconds(pack: Pack) -> float:
+        return math.prod(_seconds(pack, dtype, rows) for rows in _MEASURED_ROWS)
+
+    return min(right, key=seconds) if len(right) > 1 else next(iter(right), None)
+
+
+@torch.inference_mode()
+def _seconds(pack: Pack, dtype: torch.dtype, rows: int) -> float:
+    """What a product takes."""
+    product = pack(torch.randn(1024, 1024).to(dtype), None)
+    x = torch.randn(1, rows, 1024).to(dtype)
+    return min(timeit.repeat(partial(product, x), repeat=9, number=3))
 
 
 @contextmanager
@@ -151,42 +183,43 @@ def noting_siblings(model: nn.Module) -> Iterator[list[list[str]]]:
             hook.remove()
 
 
-def pack_linears(model: nn.Module, siblings: Sequence[Sequence[str]] = ()) -> int:
+def pack_linears(
+    model: nn.Module,
+    siblings: Sequence[Sequence[str]] = (),
+    kernels: Mapping[torch.dtype, Pack] = MappingProxyType({}),
+) -> int:
     """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; groups of
     `siblings`, which read the same tensor, become one product.
 
-    A weight that another module also uses (a tied LM head's) stays for that module. Returns how
-    many layers were packed.
+    `kernels`: what else than oneDNN may compute a dtype's products. A weight that another module
+    also uses (a tied LM head's) stays for that module. Returns how many layers were packed.
     """
-    works: dict[torch.dtype, bool] = {}
-
-    def packable(name: str) -> bool:
-        module = model.get_submodule(name)
-        if type(module) is not nn.Linear or is_quantized(module):
-            return False
-        if module.weight.device.type != "cpu":
-            return False
-        dtype = module.weight.dtype
-        if dtype not in works:
-            works[dtype] = packing_works(dtype)
-        return works[dtype]
-
-    names = [name for name, _ in model.named_modules() if packable(name)]
-    alone = set(names)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and not is_quantized(module)
+        and module.weight.device.type == "cpu"
+    }
+    packs: dict[torch.dtype, Pack] = {}
+    for dtype in {linear.weight.dtype for linear in linears.values()}:
+        candidates = [pack_for_onednn, *(kernels[each] for each in kernels if each == dtype)]
+        if (pack := fastest(candidates, dtype)) is not None:
+            packs[dtype] = pack
+    linears = {name: each for name, each in linears.items() if each.weight.dtype in packs}
+    alone = dict(linears)
     for group in siblings:
-        if alone.issuperset(group) and _fit_together(model, group):
-            alone.difference_update(group)
-            _pack_siblings(model, group)
-    for name in alone:
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        model.set_submodule(name, PackedLinear(module))
-    if names:
+        if alone.keys() >= set(group) and _fit_together(model, group):
+            members = [alone.pop(name) for name in group]
+            _pack_siblings(model, group, members, packs[members[0].weight.dtype])
+    for name, linear in alone.items():
+        model.set_submodule(name, PackedLinear(linear, packs[linear.weight.dtype]))
+    if linears:
         # A checkpoint's file stays mapped in memory as long as one tensor of it lives.
         for tensor in [*model.parameters(), *model.buffers()]:
             if type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
                 tensor.data = tensor.data.clone()
-    return len(names)
+    return len(linears)
 
 
 def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:
@@ -196,12 +229,9 @@ def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:
     return 1 < len(modules) == len(set(group)) and len(kinds) == 1
 
 
-def _pack_siblings(model: nn.Module, group: Sequence[str]) -> None:
-    modules = [model.get_submodule(name) for name in group]
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    siblings = Siblings(linears)
-    start = 0
+def _pack_siblings(
+    model: nn.Module, group: Sequence[str], linears: Sequence[nn.Linear], pack: Pack
+) -> None:
+    siblings = Siblings(linears, pack)
     for member, (name, linear) in enumerate(zip(group, linears, strict=True)):
-        columns = slice(start, start + linear.out_features)
-        model.set_submodule(name, PackedSibling(linear, siblings, member, columns))
-        start = columns.stop
+        model.set_submodule(name, PackedSibling(linear, siblings, member))

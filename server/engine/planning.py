@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine.attention import LayerShape
-from server.engine.decode_kernel import DecodeKernel, Dims
 from server.engine.errors import DoesNotFit, UnsupportedModel
+from server.engine.kernels.attention import DecodeKernel, Dims
 from server.engine.kv_cache import FlatCache, StripCache
 from server.engine.paged_cache import PagedCache
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
-from server.engine.decode_kernel import DecodeKernel, Dims
+from server.engine.kernels.attention import DecodeKernel, Dims
 
 _GAP_TOKENS = 512
 """Keys of rows that do not decode, which a product computes along rather than be cut in two: about

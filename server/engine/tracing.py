@@ -18,9 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import IA3Layer, Wrapper
+from adapters.layer import IA3Layer, Scale, Wrapper
 from adapters.model import IA3Model
 from server.engine.attention import LayerAttention, Probe, StepContext
+from server.engine.kernels.product import KernelProduct
 from server.engine.packing import PackedLinear, PackedSibling, Siblings
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,25 +100,42 @@ class _Product:
             return _forward_of(layers[0], self._owns_input)
         siblings = _siblings_of(layers[0])
         assert siblings is not None
-        rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
+        return partial(_product_of_siblings, layers, siblings)
 
-        def product(x: torch.Tensor) -> Sequence[torch.Tensor]:
-            if any(layer.input_scale is not None for _, layer in rescaled):
+
+def _product_of_siblings(
+    layers: Sequence[nn.Module], siblings: Siblings, x: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    scales: list[tuple[int, Scale]] = []
+    for n, layer in enumerate(layers):
+        if isinstance(layer, IA3Layer):
+            if layer.input_scale is not None:
                 return [layer(x) for layer in layers]
-            parts = torch.split(siblings.product(x), siblings.widths, -1)
-            for n, layer in rescaled:
-                if layer.output_scale is not None:
-                    layer.output_scale.scale_(parts[n])
-            return parts
-
-        return product
+            if layer.output_scale is not None:
+                scales.append((n, layer.output_scale))
+    if isinstance(siblings.product, KernelProduct):
+        taken = [(siblings.columns[n], scale) for n, scale in scales]
+        return torch.split(siblings.product(x, taken=taken), siblings.widths, -1)
+    parts = torch.split(siblings.product(x), siblings.widths, -1)
+    for n, scale in scales:
+        scale.scale_(parts[n])
+    return parts
 
 
 def _forward_of(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     if isinstance(layer, IA3Layer):
-        inner = _forward_of(layer.base_layer, owns_input)
+        base = layer.base_layer
+        if isinstance(base, PackedLinear) and isinstance(base.product, KernelProduct):
+            return partial(_rescaled_product, layer, base.product)
+        inner = _forward_of(base, owns_input)
         return partial(layer.around, inner, in_place=owns_input)
-    return layer.forward if isinstance(layer, PackedLinear) else layer
+    return layer.product if isinstance(layer, PackedLinear) else layer
+
+
+def _rescaled_product(layer: IA3Layer, product: KernelProduct, x: torch.Tensor) -> torch.Tensor:
+    output = layer.output_scale
+    taken = () if output is None else ((slice(0, product.outputs), output),)
+    return product(x, layer.input_scale, taken)
 
 
 def _innermost(module: nn.Module) -> nn.Module:

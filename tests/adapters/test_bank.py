@@ -177,18 +177,23 @@ def test_a_sheet_that_no_row_uses_is_passed_over_unless_kept_active(known: Known
         assert torch.equal(scale.scaled(x), x)
 
 
-def test_a_gathered_vector_per_token_does_what_the_segments_do(known: Known) -> None:
-    """The way of a GPU against the way of the CPU."""
+@pytest.mark.parametrize("segments", [[], [Segment(3, 4), Segment(0, 2), Segment(1, 3)]])
+def test_a_vector_for_each_token_does_what_rows_and_segments_do(
+    known: Known, segments: list[Segment]
+) -> None:
+    """The way of a GPU, and of products by a kernel, against the way of the CPU."""
     bank = AdapterBank(MODULES, capacity=3, device=torch.device("cpu"))
     bank.reserve_rows(2)
     for slot, kind in enumerate(KINDS, start=1):
         bank.fill(slot, known.vectors[kind])
-    rows, segments = [1, 0], [Segment(3, 4), Segment(0, 2), Segment(1, 3)]
-    by_segment, by_token = bank.packed(rows, segments), bank._packed_by_token(rows, segments)
+    rows = [1, 0]
+    by_segment = bank.packed(rows, segments)
+    bank.by_token = True
+    by_token = bank.packed(rows, segments)
     assert by_segment.keys() == by_token.keys()
     assert not any(t.module.endswith("q_proj") for t in by_token)
     for target, scale in by_segment.items():
-        x = torch.randn(1, 11, MODULES.size(target))
+        x = torch.randn(1, 2 + sum(s.tokens for s in segments), MODULES.size(target))
         assert torch.equal(scale.scaled(x), by_token[target].scaled(x))
 
 

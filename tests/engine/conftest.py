@@ -3,8 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from server.engine.kernels.product import product_kernels
+from server.engine.packing import Pack
 from tests.engine.harness import Harness
 from tests.factories import save_adapter, tiny_model
 
@@ -40,6 +43,12 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """What packs a float32 layer for our own kernel."""
+    return product_kernels(tmp_path_factory.mktemp("kernels"))[torch.float32]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from server.engine.attention import Chunk, LayerAttention, LayerShape
-from server.engine.decode_kernel import DecodeKernel, Dims, build_kernels
 from server.engine.errors import DoesNotFit
+from server.engine.kernels.attention import DecodeKernel, Dims, decode_kernels
 from server.engine.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
 
@@ -33,7 +33,7 @@ def strips(tokens: int = 4 * LONGEST) -> FlatCache:
 @cache
 def kernels() -> Mapping[Dims, DecodeKernel]:
     with tempfile.TemporaryDirectory() as folder:
-        return build_kernels(SHAPES, Path(folder))
+        return decode_kernels(SHAPES, Path(folder))
 
 
 def strips_by_kernel(tokens: int = 4 * LONGEST) -> FlatCache:

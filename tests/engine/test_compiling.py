@@ -12,6 +12,7 @@ import torch
 from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
+from server.engine import packing
 from tests.engine.harness import Harness, Oracle
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 
@@ -40,12 +41,22 @@ def check_all(engine: Harness, model: PreTrainedModel, adapters: dict[str, Path]
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("fastest", ["onednn", "kernel"])
 def test_compiled_blocks_equal_peft_for_every_kind_of_adapter(
-    start: Callable[..., Harness], llama: PreTrainedModel, adapters: dict[str, Path], cache: Path
+    start: Callable[..., Harness],
+    llama: PreTrainedModel,
+    adapters: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastest: str,
 ) -> None:
+    monkeypatch.setattr(
+        packing, "fastest", lambda packs, _: packs[0] if fastest == "onednn" else packs[-1]
+    )
     engine = start(compile_cache=cache, prefill_chunk_tokens=4)
 
     assert engine.engine.stats().compiled
+    assert engine.ia3.bank.by_token == (fastest == "kernel")
     ask_all(engine, adapters)
     check_all(engine, llama, adapters)
 

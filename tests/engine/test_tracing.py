@@ -8,9 +8,11 @@ from adapters.bank import Segment
 from adapters.checkpoint import AdapterVectors
 from adapters.model import IA3Model
 from adapters.targets import Side, Target
+from server.engine import packing
 from server.engine.attention import Probe, StepContext, install, run_probe
+from server.engine.kernels.product import runs_by_kernel
 from server.engine.norms import fuse_norms
-from server.engine.packing import noting_siblings, pack_linears
+from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.runner import Modules
 from server.engine.tracing import Forward, NotTraced, trace
 from tests.factories import run_by_modules, tiny_model
@@ -18,14 +20,17 @@ from tests.factories import run_by_modules, tiny_model
 FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]
 
 
-def prepared(base: PreTrainedModel, pack: bool) -> tuple[IA3Model, StepContext, Modules]:
+def prepared(
+    base: PreTrainedModel, pack: bool, kernel: Pack | None = None
+) -> tuple[IA3Model, StepContext, Modules]:
     ia3 = IA3Model(base, 4)
     context = install(base)
     with noting_siblings(base) as siblings:
         run_probe(base, context)
     fuse_norms(base)
     if pack:
-        pack_linears(base, siblings)
+        pack_linears(base, siblings, {} if kernel is None else {torch.float32: kernel})
+    ia3.bank.by_token = kernel is not None
     return ia3, context, Modules(base)
 
 
@@ -62,7 +67,14 @@ def test_flat_families_are_traced_to_the_bit(family: str, pack: bool) -> None:
     assert_equal(context, trace(ia3, context, modules), modules)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.fixture
+def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is the fastest is not measured."""
+    monkeypatch.setattr(packing, "fastest", lambda packs, _: packs[-1])
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("pack", [False, True, "by kernel"])
 @pytest.mark.parametrize(
     "endings",
     [
@@ -70,9 +82,13 @@ def test_flat_families_are_traced_to_the_bit(family: str, pack: bool) -> None:
         {"q_proj": Side.INPUT, "up_proj": Side.OUTPUT, "lm_head": Side.OUTPUT},
     ],
 )
-def test_adapters_that_come_after_the_trace_count(pack: bool, endings: dict[str, Side]) -> None:
+def test_adapters_that_come_after_the_trace_count(
+    pack: bool | str, endings: dict[str, Side], kernel: Pack
+) -> None:
     """Also where they rescale what only some of the layers that are packed as one read."""
-    ia3, context, modules = prepared(tiny_model("llama"), pack)
+    ours = kernel if pack == "by kernel" else None
+    ia3, context, modules = prepared(tiny_model("llama"), bool(pack), ours)
+    assert runs_by_kernel(ia3.base) == (ours is not None)
     traced = trace(ia3, context, modules)
     base = run(traced, context, 5, [0, 4])
     ia3.fill_slot(1, vectors(ia3, endings))

@@ -1,40 +1,41 @@
-"""The compiled kernel's life; what it computes is in `test_caches.py`."""
+"""A kernel's life; what they compute is in `test_caches.py` and `test_product_kernel.py`."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch._inductor.exc import InvalidCxxCompiler
 
 from server.engine.attention import LayerShape
-from server.engine.decode_kernel import build_kernels
+from server.engine.kernels.attention import decode_kernels
 
 SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.bfloat16)]
 
 
 def test_only_float32_has_a_kernel(tmp_path: Path) -> None:
-    assert build_kernels(SHAPES, tmp_path).keys() == {(8, 8)}
+    assert decode_kernels(SHAPES, tmp_path).keys() == {(8, 8)}
 
 
 def test_subnormal_numbers_stay_what_they_are(tmp_path: Path) -> None:
     """A library that is linked with -ffast-math makes them zero in all of its process."""
-    build_kernels(SHAPES, tmp_path)
+    decode_kernels(SHAPES, tmp_path)
 
     assert (torch.tensor([1e-40]) * 1).item() > 0
 
 
 def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    build_kernels(SHAPES, whole)
+    decode_kernels(SHAPES, whole)
     [library] = whole.iterdir()
     damaged.mkdir()
     (damaged / library.name).write_bytes(b"damaged")
 
-    assert build_kernels(SHAPES, damaged)
+    assert decode_kernels(SHAPES, damaged)
     assert (damaged / library.name).stat().st_size > 1000
 
 
 def test_without_a_compiler_there_is_an_error_that_says_so(tmp_path: Path) -> None:
     no_compiler = inductor.patch({"cpp.cxx": ("/does/not/exist",)})
-    with no_compiler, pytest.raises((OSError, RuntimeError)):
-        build_kernels(SHAPES, tmp_path)
+    with no_compiler, pytest.raises(InvalidCxxCompiler):
+        decode_kernels(SHAPES, tmp_path)

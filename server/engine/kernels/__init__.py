@@ -1,0 +1,1 @@
+"""Kernels in C++, which a server that may compile builds at its start, for its own processor."""

@@ -1,0 +1,118 @@
+"""Products of linear layers as a kernel in C++, with each token's IA3 vectors in them.
+
+For a batch of decoding rows oneDNN reaches half of what two cores can compute in float32, and the
+vectors took operators of their own. No library multiplies a batch whose rows have vectors of their
+own.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adapters.layer import Scale
+from server.engine.kernels.build import load_kernel
+from server.engine.packing import Pack, PackedLinear
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+Rescaled = tuple[slice, Scale]
+"""Columns of a product, and how they are rescaled."""
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+    )
+
+
+class _Rescaling(ctypes.Structure):
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, columns: slice, scale: Scale) -> Self:
+        assert scale.by_token is not None, "the bank is to give scales by token"
+        vectors, slots = scale.by_token
+        where = (vectors.data_ptr(), vectors.stride(0), slots.data_ptr())
+        return cls(*where, columns.start, columns.stop)
+
+
+class KernelProduct:
+    """`(x * input) @ weight.T + bias`, of which some columns are rescaled, in float32.
+
+    What a token gets depends neither on its batch nor on the number of threads.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self.outputs, self.inputs = weight.shape
+        width = int(library.panel_width())
+        padded = F.pad(weight, (0, 0, 0, -self.outputs % width))
+        self._panels = padded.view(-1, width, self.inputs).transpose(1, 2).contiguous()
+        self._bias = None if bias is None else bias.detach().contiguous()
+        bias_at = None if self._bias is None else self._bias.data_ptr()
+        self._weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
+        self._function = library.product
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._function.argtypes = [
+            *(ctypes.POINTER(_Weight), pointer, number, pointer),
+            *(pointer, pointer, number, ctypes.c_int),
+        ]
+        self._function.restype = None
+        self._scales: tuple[Scale | None, tuple[Rescaled, ...]] = (None, ())
+        self._rescalings: tuple[ctypes.Array[_Rescaling], ctypes.Array[_Rescaling]]
+        self._set_scales(None, ())
+
+    def __call__(
+        self, x: torch.Tensor, given: Scale | None = None, taken: Sequence[Rescaled] = ()
+    ) -> torch.Tensor:
+        """`given` rescales the input, `taken` parts of the product: scales by token."""
+        scales = (given, tuple(taken))
+        if scales != self._scales:
+            self._set_scales(*scales)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        inputs, outputs = self._rescalings
+        self._function(
+            *(self._weight, x.data_ptr(), x.numel() // self.inputs, y.data_ptr()),
+            *(inputs or None, outputs, len(outputs), torch.get_num_threads()),
+        )
+        return y
+
+    def _set_scales(self, given: Scale | None, taken: tuple[Rescaled, ...]) -> None:
+        inputs = [] if given is None else [_Rescaling.of(slice(0, self.inputs), given)]
+        outputs = [_Rescaling.of(*each) for each in taken]
+        self._rescalings = (
+            (_Rescaling * len(inputs))(*inputs),
+            (_Rescaling * len(outputs))(*outputs),
+        )
+        self._scales = (given, taken)
+
+
+def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
+    """What packs a layer for a kernel. Raises what `load_kernel` does."""
+    return {torch.float32: partial(KernelProduct, load_kernel(_SOURCE, (), cache))}
+
+
+def runs_by_kernel(model: nn.Module) -> bool:
+    """Whether some linear layer of a packed model does."""
+    return any(
+        isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct)
+        for module in model.modules()
+    )
