@@ -105,7 +105,7 @@ def _compile(module: fx.GraphModule) -> Piece:
         return (out,) if single else out
 
     # Kernels that bring threads of their own would fight oneDNN's for the cores.
-    with inductor.patch({"cpp.threads": 1}):
+    with inductor.patch({"cpp.threads": torch.get_num_threads()}):
         functional = make_fx(
             torch.func.functionalize(run), select_decomp_table(), tracing_mode="symbolic"
         )(*inputs)

@@ -98,7 +98,7 @@ class StripCache:
         self._places: dict[int, Place] = {}
         self.blocks = StripBlocks(self._slabs, self._places.__getitem__)
         self.keys, self.values = self._slabs.keys, self._slabs.values
-        self.key_memory, self.value_memory = self._slabs.key_memory, self._slabs.value_memory
+        self.memory = self._slabs.memory
 
     @property
     def used_tokens(self) -> int:

@@ -5,6 +5,7 @@ A slab takes another length once it is empty. Memory is touched only as it is wr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -19,18 +20,31 @@ class Place:
     """Of the strip, if all memory were cut into strips of its length."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """All keys and values of one layer, whatever strips they are cut into."""
+
+    keys: torch.Tensor
+    """`[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
+    `[strips, kv_heads, length, key_dim]`."""
+    values: torch.Tensor
+    kv_heads: int
+
+    @classmethod
+    def empty(cls, tokens: int, shape: LayerShape) -> Self:
+        heads = tokens * shape.kv_heads
+        return cls(
+            torch.empty(heads, shape.key_dim, dtype=shape.dtype),
+            torch.empty(heads, shape.value_dim, dtype=shape.dtype),
+            shape.kv_heads,
+        )
+
+
 class Slabs:
     def __init__(self, shapes: Sequence[LayerShape], slabs: int, slab_tokens: int) -> None:
-        self._shapes = list(shapes)
         self._slab_tokens = slab_tokens
-        tokens = slabs * slab_tokens
-        self.key_memory = [
-            torch.empty(tokens * s.kv_heads, s.key_dim, dtype=s.dtype) for s in shapes
-        ]
+        self.memory = [LayerMemory.empty(slabs * slab_tokens, shape) for shape in shapes]
         """Each layer's."""
-        self.value_memory = [
-            torch.empty(tokens * s.kv_heads, s.value_dim, dtype=s.dtype) for s in shapes
-        ]
         self._empty = list(reversed(range(slabs)))
         self._slabs: dict[int, tuple[int, list[bool]]] = {}
         """Slab -> the length of its strips, and which of them are taken."""
@@ -69,18 +83,18 @@ class Slabs:
 
     def keys(self, layer: int, length: int) -> torch.Tensor:
         """All memory as strips of this length: `[strips, kv_heads, length, key_dim]`."""
-        shape = self._shapes[layer]
-        return self.key_memory[layer].view(-1, shape.kv_heads, length, shape.key_dim)
+        memory = self.memory[layer]
+        return memory.keys.view(-1, memory.kv_heads, length, memory.keys.shape[1])
 
     def values(self, layer: int, length: int) -> torch.Tensor:
         """`[strips, kv_heads, length, value_dim]`."""
-        shape = self._shapes[layer]
-        return self.value_memory[layer].view(-1, shape.kv_heads, length, shape.value_dim)
+        memory = self.memory[layer]
+        return memory.values.view(-1, memory.kv_heads, length, memory.values.shape[1])
 
     def pairs(self, length: int, other: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's keys and values, as strips of one length and of another."""
         return [
             (strips(layer, length), strips(layer, other))
-            for layer in range(len(self._shapes))
+            for layer in range(len(self.memory))
             for strips in (self.keys, self.values)
         ]

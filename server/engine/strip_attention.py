@@ -12,6 +12,7 @@ import torch
 
 from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
 from server.engine.kernels.attention import DecodeKernel, Dims
+from server.engine.slabs import LayerMemory
 
 _GAP_TOKENS = 512
 """Keys of rows that do not decode, which a product computes along rather than be cut in two: about
@@ -26,13 +27,29 @@ class Strips(Protocol):
         ...
 
     @property
-    def key_memory(self) -> Sequence[torch.Tensor]:
-        """Each layer's: `[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
-        `[strips, kv_heads, length, key_dim]`."""
-        ...
+    def memory(self) -> Sequence[LayerMemory]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Strips:
+    """The first tokens of neighbouring strips of one length."""
+
+    numbers: slice
+    length: int
+    tokens: int
 
     @property
-    def value_memory(self) -> Sequence[torch.Tensor]: ...
+    def count(self) -> int:
+        return int(self.numbers.stop - self.numbers.start)
+
+    def of(self, memory: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """`[strips * kv_heads, tokens, dim]`."""
+        dim = memory.shape[1]
+        return memory.as_strided(
+            (self.count * kv_heads, self.tokens, dim),
+            (self.length * dim, dim, 1),
+            self.numbers.start * kv_heads * self.length * dim,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +58,8 @@ class _Run:
 
     first: int
     rows: int
-    length: int
-    """Of the strips."""
-    strips: slice
-    longest: int
-    """Keys of the longest row, the new one included."""
+    strips: _Strips
+    """With as many tokens as the longest row has, the new one included."""
     lengths: list[int]
     """Keys that each strip's row sees; all of them in a strip between."""
     inside: torch.Tensor | None
@@ -75,29 +89,41 @@ class StripPlan:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
-        keys, values = self._strips.key_memory[layer.layer], self._strips.value_memory[layer.layer]
-        target = self._target(len(key))
-        keys.index_put_((target,), key)
-        values.index_put_((target,), value)
-        start = self._decoding
+        memory = self._strips.memory[layer.layer]
+        kernel = self._kernel(memory, layer)
+        if kernel is not None and not self._prefill:
+            return kernel(query, (key, value), memory, self._rows(memory.kv_heads), layer)
+        target = self._target(memory.kv_heads)
+        memory.keys.index_put_((target,), key)
+        memory.values.index_put_((target,), value)
         if not self._prefill:
-            return self._attend_decoding(query, keys, values, len(key), layer)
+            return self._attend_decoding(query, memory, layer)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        start = self._decoding
         if start:
-            out[:start] = self._attend_decoding(query[:, :start], keys, values, len(key), layer)
+            rows = query[:, :start]
+            out[:start] = (
+                self._attend_decoding(rows, memory, layer)
+                if kernel is None
+                else kernel(rows, None, memory, self._rows(memory.kv_heads), layer)
+            )
         for chunk, length, number in self._chunks[self._decoding :]:
             span = slice(start, start + chunk.tokens)
-            end = chunk.start + chunk.tokens
-            strip = slice(number, number + 1)
+            strip = _Strips(slice(number, number + 1), length, chunk.start + chunk.tokens)
             out[span] = attend_chunk(
                 query[:, span],
-                _strips(keys, strip, len(key), length, end),
-                _strips(values, strip, len(key), length, end),
+                strip.of(memory.keys, memory.kv_heads),
+                strip.of(memory.values, memory.kv_heads),
                 self._chunk_mask(chunk, layer.window),
                 layer,
             ).transpose(0, 1)
             start += chunk.tokens
         return out
+
+    def _kernel(self, memory: LayerMemory, layer: LayerAttention) -> DecodeKernel | None:
+        if layer.softcap is not None or memory.keys.dtype != torch.float32:
+            return None
+        return self._kernels.get((memory.keys.shape[1], memory.values.shape[1]))
 
     def _target(self, kv_heads: int) -> torch.Tensor:
         """`[kv_heads, tokens]`: where in a layer's memory each token's heads go."""
@@ -112,24 +138,13 @@ class StripPlan:
         return self._targets[kv_heads]
 
     def _attend_decoding(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kv_heads: int,
-        layer: LayerAttention,
+        self, query: torch.Tensor, memory: LayerMemory, layer: LayerAttention
     ) -> torch.Tensor:
-        """One token for each decoding row: `[heads, rows, dim]` to `[rows, heads, value_dim]`.
-        `keys` and `values` are all of the layer's."""
-        kernel = self._kernels.get((keys.shape[1], values.shape[1]))
-        if kernel is not None and layer.softcap is None and keys.dtype == torch.float32:
-            return kernel(query, keys, values, self._rows(kv_heads), kv_heads, layer)
+        """One token for each decoding row: `[heads, rows, dim]` to `[rows, heads, value_dim]`."""
         if len(self._runs) == 1:
-            return self._decode(self._runs[0], query, keys, values, kv_heads, layer)
+            return self._decode(self._runs[0], query, memory, layer)
         parts = [
-            self._decode(
-                run, query[:, run.first : run.first + run.rows], keys, values, kv_heads, layer
-            )
+            self._decode(run, query[:, run.first : run.first + run.rows], memory, layer)
             for run in self._runs
         ]
         return torch.cat(parts)
@@ -146,31 +161,27 @@ class StripPlan:
         return self._seen[kv_heads]
 
     def _decode(
-        self,
-        run: _Run,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kv_heads: int,
-        layer: LayerAttention,
+        self, run: _Run, query: torch.Tensor, memory: LayerMemory, layer: LayerAttention
     ) -> torch.Tensor:
         """The same for the rows of a run, by torch's batched products."""
-        heads, strips = len(query), run.strips.stop - run.strips.start
+        heads, kv_heads = len(query), memory.kv_heads
         query = query.transpose(0, 1)
         if run.inside is not None:
-            query = query.new_zeros(strips, *query.shape[1:]).index_copy_(0, run.inside, query)
+            query = query.new_zeros(run.strips.count, *query.shape[1:]).index_copy_(
+                0, run.inside, query
+            )
         # Query heads that share a key head form one small matrix.
         scores = _scores(
-            query.reshape(strips * kv_heads, heads // kv_heads, -1),
-            _strips(keys, run.strips, kv_heads, run.length, run.longest).transpose(1, 2),
-            self._decode_mask(run, layer.window, kv_heads, keys.dtype),
+            query.reshape(run.strips.count * kv_heads, heads // kv_heads, -1),
+            run.strips.of(memory.keys, kv_heads).transpose(1, 2),
+            self._decode_mask(run, layer.window, kv_heads, memory.keys.dtype),
             layer,
         )
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        if weights.dtype != values.dtype:
-            weights = weights.to(values.dtype)
-        out = torch.bmm(weights, _strips(values, run.strips, kv_heads, run.length, run.longest))
-        out = out.view(strips, heads, -1)
+        if weights.dtype != memory.values.dtype:
+            weights = weights.to(memory.values.dtype)
+        out = torch.bmm(weights, run.strips.of(memory.values, kv_heads))
+        out = out.view(run.strips.count, heads, -1)
         return out if run.inside is None else out[run.inside]
 
     def _decode_mask(
@@ -180,8 +191,9 @@ class StripPlan:
         key = (run.first, window, kv_heads)
         if key not in self._masks:
             self._masks[key] = None
-            if min(run.lengths) < run.longest or (window is not None and window < run.longest):
-                times = torch.arange(run.longest)
+            longest = run.strips.tokens
+            if min(run.lengths) < longest or (window is not None and window < longest):
+                times = torch.arange(longest)
                 lengths = torch.tensor([[[n]] for n in run.lengths for _ in range(kv_heads)])
                 seen = times < lengths
                 if window is not None:
@@ -196,18 +208,6 @@ class StripPlan:
         if key not in self._masks:
             self._masks[key] = causal_mask(chunk, window, torch.device("cpu"))
         return self._masks[key]
-
-
-def _strips(
-    memory: torch.Tensor, strips: slice, kv_heads: int, length: int, tokens: int
-) -> torch.Tensor:
-    """The first tokens of neighbouring strips of one length: `[strips * kv_heads, tokens, dim]`."""
-    dim = memory.shape[1]
-    return memory.as_strided(
-        ((strips.stop - strips.start) * kv_heads, tokens, dim),
-        (length * dim, dim, 1),
-        strips.start * kv_heads * length * dim,
-    )
 
 
 def _scores(
@@ -237,12 +237,12 @@ def _find_runs(decode: Sequence[tuple[Chunk, int, int]]) -> list[_Run]:
 
 def _make_run(first: int, rows: Sequence[tuple[Chunk, int, int]]) -> _Run:
     numbers = [number for _, _, number in rows]
-    strips = slice(numbers[0], numbers[-1] + 1)
     longest = max(chunk.start + 1 for chunk, _, _ in rows)
-    lengths = [longest] * (strips.stop - strips.start)
+    strips = _Strips(slice(numbers[0], numbers[-1] + 1), rows[0][1], longest)
+    lengths = [longest] * strips.count
     for chunk, _, number in rows:
-        lengths[number - strips.start] = chunk.start + 1
+        lengths[number - numbers[0]] = chunk.start + 1
     inside = None
     if len(numbers) < len(lengths):
-        inside = torch.tensor([number - strips.start for number in numbers])
-    return _Run(first, len(rows), rows[0][1], strips, longest, lengths, inside)
+        inside = torch.tensor([number - numbers[0] for number in numbers])
+    return _Run(first, len(rows), strips, lengths, inside)

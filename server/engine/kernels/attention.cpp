@@ -45,14 +45,23 @@ void attend(const float* query, const float* keys, const float* values, float* o
   for (int d = 0; d < VALUE_DIM; ++d) out[d] = sum[d] * share;
 }
 
+// [heads, rows, dim], each head of one token without gaps.
+struct Heads {
+  const float* first;
+  int64_t head_stride, row_stride;
+
+  const float* at(int64_t head, int64_t row) const {
+    return first + head * head_stride + row * row_stride;
+  }
+};
+
 }  // namespace
 
-// query: [heads, rows, KEY_DIM] with these strides; keys and values: a layer's memory;
-// out: [rows, heads, VALUE_DIM]. window: a row sees so many keys at most; 0: all.
-extern "C" void decode(const float* query, int64_t head_stride, int64_t row_stride,
-                       const float* keys, const float* values, const Row* rows, float* out,
-                       int64_t count, int64_t heads, int64_t kv_heads, float scaling,
-                       int64_t window, int threads) {
+// keys and values: a layer's memory, into which each row's new key and value go first, where they
+// are given; out: [rows, heads, VALUE_DIM]. window: a row sees so many keys at most; 0: all.
+extern "C" void decode(const Heads* query, const Heads* new_key, const Heads* new_value, float* keys,
+                       float* values, const Row* rows, float* out, int64_t count, int64_t heads,
+                       int64_t kv_heads, float scaling, int64_t window, int threads) {
   const int64_t group = heads / kv_heads;
   int64_t longest = 0;
   for (int64_t r = 0; r < count; ++r) longest = std::max(longest, rows[r].seen);
@@ -63,12 +72,16 @@ extern "C" void decode(const float* query, int64_t head_stride, int64_t row_stri
     for (int64_t each = 0; each < count * kv_heads; ++each) {
       const int64_t r = each / kv_heads, kv_head = each % kv_heads;
       const Row row = rows[r];
+      const int64_t strip = row.start + kv_head * row.length, last = strip + row.seen - 1;
+      if (new_key != nullptr) {
+        std::copy_n(new_key->at(kv_head, r), KEY_DIM, keys + last * KEY_DIM);
+        std::copy_n(new_value->at(kv_head, r), VALUE_DIM, values + last * VALUE_DIM);
+      }
       const int64_t first = window > 0 ? std::max<int64_t>(0, row.seen - window) : 0;
-      const int64_t start = row.start + kv_head * row.length + first;
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        attend(query + head * head_stride + r * row_stride, keys + start * KEY_DIM,
-               values + start * VALUE_DIM, out + (r * heads + head) * VALUE_DIM, scores.data(),
-               row.seen - first, scaling);
+        attend(query->at(head, r), keys + (strip + first) * KEY_DIM,
+               values + (strip + first) * VALUE_DIM, out + (r * heads + head) * VALUE_DIM,
+               scores.data(), row.seen - first, scaling);
     }
   }
 }
