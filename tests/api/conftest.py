@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters.base_checkpoint import BaseCheckpoint
 from server.app import create_app
+from server.engine.tracing import NotTraced
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 from tests.factories import save_adapter, save_tiny_model
@@ -115,9 +117,14 @@ def client(server: RunningServer) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def start_server(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., tuple[str, Services]]]:
-    """Start a server with other settings; it stops with the test."""
+    """Start a server with other settings; it stops with the test.
+
+    It runs its model by the modules: tracing them would take most of so many starts.
+    """
+    not_traced = Mock(side_effect=NotTraced("a test of the API"))
+    monkeypatch.setattr("server.engine.execution.trace", not_traced)
     with contextlib.ExitStack() as servers:
 
         def start(**overrides: Any) -> tuple[str, Services]:
