@@ -57,7 +57,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=20,
+    pairs=36,
     peer_turns=6,
     tokens=24,
     vllm_tokens=64,

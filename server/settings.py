@@ -150,9 +150,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="How much to log.", examples=["info"]
     )
-    pack_linears: bool = Field(
-        True, description="Pack linear layers for oneDNN on the CPU.", examples=[True]
-    )
+    pack_linears: bool = Field(True, description="Pack linear layers on the CPU.", examples=[True])
     speculation: bool = Field(
         False,
         description="Guess tokens from the text before and compute them at once, where that pays; "
@@ -162,8 +160,8 @@ class Settings(BaseSettings):
 
     compile: bool = Field(
         False,
-        description="Compile what lies between the model's products and attention (needs a C++ "
-        "compiler; `infuse warm` does it ahead).",
+        description="Compile the step: on the CPU kernels for products and attention, and what "
+        "lies between them (needs a C++ compiler; `infuse warm` does it ahead).",
         examples=[False],
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedModel
 
 from adapters.bank import BASE_SLOT
@@ -110,7 +111,7 @@ def _kernels(
         return {}
     try:
         return build(compile_cache.with_name("kernels"))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
         return {}
 

@@ -36,6 +36,7 @@ from adapters.residency import Lease
 from server.engine import FinishReason
 from tests.engine.harness import Harness, Oracle
 from tests.engine.life import BASE, KINDS, Effect, Life, World
+from tests.factories import run_by_modules
 
 PROMPTS = ([7, 8, 9], [40, 30, 20, 10, 40], list(range(100, 112)))
 KEEP, SLOTS, ROWS = 3, 3, 4
@@ -93,7 +94,7 @@ class LifeMachine(RuleBasedStateMachine):
     def open(self) -> None:
         self.paused = False
         self.server = Harness(
-            copy.deepcopy(self.world.base),
+            run_by_modules(copy.deepcopy(self.world.base)),
             self.folder / "store",
             {},
             max_resident=SLOTS,

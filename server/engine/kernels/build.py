@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
@@ -21,11 +20,13 @@ _LINK = ("-shared", "-fopenmp")
 def load_kernel(source: Path, flags: Sequence[str], cache: Path) -> ctypes.CDLL:
     """Compiled into `cache`, or found there.
 
-    Raises OSError, RuntimeError and subprocess.CalledProcessError where nothing compiles here.
+    Raises OSError, InvalidCxxCompiler or CalledProcessError where nothing compiles here.
     """
     command = [get_cpp_compiler(), *_FLAGS, *flags, str(source)]
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    named = f"{command}{_LINK}{capabilities}".encode() + source.read_bytes()
+    # Unlike processors may share a cache: the macros say what is native to this one.
+    macros = [get_cpp_compiler(), "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
+    target = subprocess.run(macros, check=True, capture_output=True).stdout
+    named = f"{command}{_LINK}".encode() + target + source.read_bytes()
     library = cache / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(library))
