@@ -40,10 +40,10 @@ class Plan:
     """Turns of adapters beside base."""
     peer_turns: int
     tokens: int
-    """In the prompt, and as many generated: where our own modes are compared, and with peers that
-    are far slower."""
+    """In the prompt, and as many generated: where adapters are compared, and with peers that are far
+    slower."""
     vllm_tokens: int
-    """The same against vLLM."""
+    """The same against vLLM, and with HTTP against without."""
     slow_peer_turns: int
     """Of those that take half a minute a round: LoRA in vLLM, and transformers."""
     registered: int
@@ -57,7 +57,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=36,
+    pairs=30,
     peer_turns=6,
     tokens=24,
     vllm_tokens=64,

@@ -37,8 +37,8 @@ _KEPT = (
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     server, engine = bench.server(), bench.inprocess()
-    requests = bench.requests([*bench.names[:ROWS]])
-    tokens = ROWS * plan.tokens
+    requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
+    tokens = ROWS * plan.vllm_tokens
     sides = [
         Side(STREAMED, lambda: server.run(requests), tokens),
         Side(WHOLE, lambda: server.run(requests, stream=False), tokens),
@@ -51,7 +51,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "whole_over_in_process": turns.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens": plan.tokens,
+        "tokens": plan.vllm_tokens,
     }
 
 
