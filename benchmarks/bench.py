@@ -40,8 +40,7 @@ class Plan:
     """Turns of adapters beside base."""
     peer_turns: int
     tokens: int
-    """In the prompt, and as many generated: where adapters are compared, and with peers that are far
-    slower."""
+    """In the prompt, and as many generated: where adapters are compared."""
     vllm_tokens: int
     """The same against vLLM, and with HTTP against without."""
     slow_peer_turns: int
@@ -57,7 +56,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=30,
+    pairs=26,
     peer_turns=6,
     tokens=24,
     vllm_tokens=64,
