@@ -196,7 +196,8 @@ class AdapterBank:
     def _packed_by_token(
         self, rows: Sequence[int], segments: Sequence[Segment]
     ) -> dict[Target, Scale]:
-        """On a GPU one gather for all tokens costs less than a kernel for each segment."""
+        """Scales that name each token's slot: one gather for all tokens costs a GPU less than a
+        kernel for each segment, and our products need none."""
         slots = [*rows, *(segment.slot for segment in segments)]
         tokens = torch.tensor([*(1 for _ in rows), *(segment.tokens for segment in segments)])
         scales = {}

@@ -104,7 +104,7 @@ def _compile(module: fx.GraphModule) -> Piece:
         out = module(*args)
         return (out,) if single else out
 
-    # Kernels that bring threads of their own would fight oneDNN's for the cores.
+    # Named, for what is kept of a piece holds for so many threads.
     with inductor.patch({"cpp.threads": torch.get_num_threads()}):
         functional = make_fx(
             torch.func.functionalize(run), select_decomp_table(), tracing_mode="symbolic"

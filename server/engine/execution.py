@@ -2,11 +2,11 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
@@ -17,11 +17,11 @@ from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
 from server.engine.errors import UnsupportedModel
-from server.engine.kernels.attention import decode_kernels
+from server.engine.kernels.attention import DecodeKernel, Dims, decode_kernels
 from server.engine.kernels.product import product_kernels, runs_by_kernel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import noting_siblings, pack_linears
+from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
@@ -29,9 +29,6 @@ from server.engine.runner import FlatRunner, Modules, Runner
 from server.engine.tracing import Forward, NotTraced, trace
 
 log = logging.getLogger(__name__)
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose attention depends on nothing but the row's own keys."""
@@ -73,15 +70,15 @@ def prepare(
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
-    _lay_out(base, pack, compile_cache, siblings)
+    kernels = _kernels(base.device, compile_cache, shapes)
+    _lay_out(base, pack, kernels.products, siblings)
     ia3.bank.by_token = runs_by_kernel(base)
     modules = Modules(base)
     compiled, traced = _trace(ia3, context, modules, compile_cache)
-    kernels = _kernels(partial(decode_kernels, shapes), base.device, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
-    cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels)
+    cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
     return Execution("flat", cache, runner, compiled)
 
@@ -103,17 +100,26 @@ def _trace(
     return False, None
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """None where they cannot or shall not be built."""
+
+    products: Mapping[torch.dtype, Pack] = field(default_factory=dict)
+    attention: Mapping[Dims, DecodeKernel] = field(default_factory=dict)
+
+
 def _kernels(
-    build: Callable[[Path], Mapping[K, V]], device: torch.device, compile_cache: Path | None
-) -> Mapping[K, V]:
-    """None of them where they cannot or shall not be built."""
+    device: torch.device, compile_cache: Path | None, shapes: Sequence[LayerShape] = ()
+) -> _Kernels:
+    """`shapes`: the layers whose attention shall have kernels."""
     if compile_cache is None or device.type != "cpu":
-        return {}
+        return _Kernels()
+    cache = compile_cache.with_name("kernels")
     try:
-        return build(compile_cache.with_name("kernels"))
+        return _Kernels(product_kernels(cache), decode_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
-        return {}
+        return _Kernels()
 
 
 def _check_flat(model: PreTrainedModel) -> None:
@@ -136,7 +142,7 @@ def _prepare_padded(
 ) -> Execution:
     base = ia3.base
     shapes = _probe_padded(ia3)
-    _lay_out(base, pack, compile_cache)
+    _lay_out(base, pack, _kernels(base.device, compile_cache).products)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
@@ -149,14 +155,13 @@ def _prepare_padded(
 def _lay_out(
     model: PreTrainedModel,
     pack: bool,
-    compile_cache: Path | None,
+    products: Mapping[torch.dtype, Pack],
     siblings: Sequence[Sequence[str]] = (),
 ) -> None:
     if model.device.type == "cpu":
         fuse_norms(model)
     if pack:
-        kernels = _kernels(product_kernels, model.device, compile_cache)
-        log.info("Packed %d linear layers.", pack_linears(model, siblings, kernels))
+        log.info("Packed %d linear layers.", pack_linears(model, siblings, products))
 
 
 @torch.inference_mode()

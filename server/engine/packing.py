@@ -9,7 +9,7 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 
 import torch
@@ -69,10 +69,8 @@ class Siblings:
             torch.cat(biases) if biases else None,
         )
         """Of all of them, side by side."""
-        ends = list(accumulate(self.widths))
-        self.columns = [
-            slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)
-        ]
+        edges = pairwise(accumulate(self.widths, initial=0))
+        self.columns = [slice(start, stop) for start, stop in edges]
         self._input: torch.Tensor | None = None
         self._product: torch.Tensor | None = None
         self._taken: set[int] = set()
@@ -203,7 +201,9 @@ def pack_linears(
     }
     packs: dict[torch.dtype, Pack] = {}
     for dtype in {linear.weight.dtype for linear in linears.values()}:
-        candidates = [pack_for_onednn, *(kernels[each] for each in kernels if each == dtype)]
+        candidates: list[Pack] = [pack_for_onednn]
+        if dtype in kernels:
+            candidates.append(kernels[dtype])
         if (pack := fastest(candidates, dtype)) is not None:
             packs[dtype] = pack
     linears = {name: each for name, each in linears.items() if each.weight.dtype in packs}

@@ -6,6 +6,7 @@ near each other are computed as one batched product, and one operation writes al
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,7 +28,9 @@ class Strips(Protocol):
         ...
 
     @property
-    def memory(self) -> Sequence[LayerMemory]: ...
+    def memory(self) -> Sequence[LayerMemory]:
+        """Each layer's."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,14 @@ class StripPlan:
         self._prefill = prefill
         self._decoding = len(decode)
         self._chunks = [(chunk, *strips.place(chunk.row)) for chunk in [*decode, *prefill]]
-        self._runs = _find_runs(self._chunks[: len(decode)])
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._seen: dict[int, torch.Tensor] = {}
+
+    @cached_property
+    def _runs(self) -> list[_Run]:
+        """For torch's products; a kernel asks for none."""
+        return _find_runs(self._chunks[: self._decoding])
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import IA3Layer, Scale, Wrapper
+from adapters.layer import IA3Layer, Wrapper
 from adapters.model import IA3Model
 from server.engine.attention import LayerAttention, Probe, StepContext
 from server.engine.kernels.product import KernelProduct
@@ -100,19 +100,19 @@ class _Product:
             return _forward_of(layers[0], self._owns_input)
         siblings = _siblings_of(layers[0])
         assert siblings is not None
-        return partial(_product_of_siblings, layers, siblings)
+        rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
+        return partial(_product_of_siblings, layers, rescaled, siblings)
 
 
 def _product_of_siblings(
-    layers: Sequence[nn.Module], siblings: Siblings, x: torch.Tensor
+    layers: Sequence[nn.Module],
+    rescaled: Sequence[tuple[int, IA3Layer]],
+    siblings: Siblings,
+    x: torch.Tensor,
 ) -> Sequence[torch.Tensor]:
-    scales: list[tuple[int, Scale]] = []
-    for n, layer in enumerate(layers):
-        if isinstance(layer, IA3Layer):
-            if layer.input_scale is not None:
-                return [layer(x) for layer in layers]
-            if layer.output_scale is not None:
-                scales.append((n, layer.output_scale))
+    if any(layer.input_scale is not None for _, layer in rescaled):
+        return [layer(x) for layer in layers]
+    scales = [(n, each.output_scale) for n, each in rescaled if each.output_scale is not None]
     if isinstance(siblings.product, KernelProduct):
         taken = [(siblings.columns[n], scale) for n, scale in scales]
         return torch.split(siblings.product(x, taken=taken), siblings.widths, -1)

@@ -68,12 +68,6 @@ class KernelProduct:
         bias_at = None if self._bias is None else self._bias.data_ptr()
         self._weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
         self._function = library.product
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._function.argtypes = [
-            *(ctypes.POINTER(_Weight), pointer, number, pointer),
-            *(pointer, pointer, number, ctypes.c_int),
-        ]
-        self._function.restype = None
         self._scales: tuple[Scale | None, tuple[Rescaled, ...]] = (None, ())
         self._rescalings: tuple[ctypes.Array[_Rescaling], ctypes.Array[_Rescaling]]
         self._set_scales(None, ())
@@ -107,7 +101,15 @@ class KernelProduct:
 
 def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     """What packs a layer for a kernel. Raises what `load_kernel` does."""
-    return {torch.float32: partial(KernelProduct, load_kernel(_SOURCE, (), cache))}
+    library = load_kernel(_SOURCE, (), cache)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.product.argtypes = [
+        *(ctypes.POINTER(_Weight), pointer, number, pointer),
+        *(pointer, pointer, number, ctypes.c_int),
+    ]
+    library.product.restype = None
+    library.panel_width.restype = number
+    return {torch.float32: partial(KernelProduct, library)}
 
 
 def runs_by_kernel(model: nn.Module) -> bool:
