@@ -17,7 +17,7 @@ from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
 from server.engine.errors import UnsupportedModel
-from server.engine.kernels.attention import DecodeKernel, Dims, decode_kernels
+from server.engine.kernels.attention import AttentionKernel, Dims, attention_kernels
 from server.engine.kernels.product import product_kernels, runs_by_kernel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
@@ -105,7 +105,7 @@ class _Kernels:
     """None where they cannot or shall not be built."""
 
     products: Mapping[torch.dtype, Pack] = field(default_factory=dict)
-    attention: Mapping[Dims, DecodeKernel] = field(default_factory=dict)
+    attention: Mapping[Dims, AttentionKernel] = field(default_factory=dict)
 
 
 def _kernels(
@@ -116,7 +116,7 @@ def _kernels(
         return _Kernels()
     cache = compile_cache.with_name("kernels")
     try:
-        return _Kernels(product_kernels(cache), decode_kernels(shapes, cache))
+        return _Kernels(product_kernels(cache), attention_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
         return _Kernels()

@@ -11,7 +11,7 @@ from typing import Protocol
 from server.engine.attention import AttentionPlan, Chunk, LayerShape
 from server.engine.blocks import Blocks, StripBlocks
 from server.engine.errors import DoesNotFit
-from server.engine.kernels.attention import DecodeKernel, Dims
+from server.engine.kernels.attention import AttentionKernel, Dims
 from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
 
@@ -78,7 +78,7 @@ class StripCache:
         shapes: Sequence[LayerShape],
         total_tokens: int,
         max_tokens: int,
-        kernels: Mapping[Dims, DecodeKernel] | None = None,
+        kernels: Mapping[Dims, AttentionKernel] | None = None,
     ) -> None:
         """`max_tokens` is the longest row; `kernels` attend for decoding rows, in the sizes that
         there are. Raises DoesNotFit where two such rows do not fit."""

@@ -7,12 +7,13 @@ near each other are computed as one batched product, and one operation writes al
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 
 from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
-from server.engine.kernels.attention import DecodeKernel, Dims
+from server.engine.kernels.attention import AttentionKernel, Dims
 from server.engine.slabs import LayerMemory
 
 _GAP_TOKENS = 512
@@ -77,7 +78,7 @@ class StripPlan:
         strips: Strips,
         decode: Sequence[Chunk],
         prefill: Sequence[Chunk],
-        kernels: Mapping[Dims, DecodeKernel],
+        kernels: Mapping[Dims, AttentionKernel],
     ) -> None:
         self._strips = strips
         self._kernels = kernels
@@ -86,7 +87,7 @@ class StripPlan:
         self._chunks = [(chunk, *strips.place(chunk.row)) for chunk in [*decode, *prefill]]
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
-        self._seen: dict[int, torch.Tensor] = {}
+        self._given: dict[int, torch.Tensor] = {}
 
     @cached_property
     def _runs(self) -> list[_Run]:
@@ -98,8 +99,9 @@ class StripPlan:
     ) -> torch.Tensor:
         memory = self._strips.memory[layer.layer]
         kernel = self._kernel(memory, layer)
-        if kernel is not None and not self._prefill:
-            return kernel(query, (key, value), memory, self._rows(memory.kv_heads), layer)
+        if kernel is not None:
+            chunks = self._for_kernel(memory.kv_heads)
+            return kernel(query, key, value, memory, chunks, layer)
         target = self._target(memory.kv_heads)
         memory.keys.index_put_((target,), key)
         memory.values.index_put_((target,), value)
@@ -108,12 +110,7 @@ class StripPlan:
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         start = self._decoding
         if start:
-            rows = query[:, :start]
-            out[:start] = (
-                self._attend_decoding(rows, memory, layer)
-                if kernel is None
-                else kernel(rows, None, memory, self._rows(memory.kv_heads), layer)
-            )
+            out[:start] = self._attend_decoding(query[:, :start], memory, layer)
         for chunk, length, number in self._chunks[self._decoding :]:
             span = slice(start, start + chunk.tokens)
             strip = _Strips(slice(number, number + 1), length, chunk.start + chunk.tokens)
@@ -127,10 +124,22 @@ class StripPlan:
             start += chunk.tokens
         return out
 
-    def _kernel(self, memory: LayerMemory, layer: LayerAttention) -> DecodeKernel | None:
+    def _kernel(self, memory: LayerMemory, layer: LayerAttention) -> AttentionKernel | None:
         if layer.softcap is not None or memory.keys.dtype != torch.float32:
             return None
         return self._kernels.get((memory.keys.shape[1], memory.values.shape[1]))
+
+    def _for_kernel(self, kv_heads: int) -> torch.Tensor:
+        """`[chunks, 5]`, as `AttentionKernel` takes them."""
+        if kv_heads not in self._given:
+            firsts = accumulate((chunk.tokens for chunk, _, _ in self._chunks), initial=0)
+            self._given[kv_heads] = torch.tensor(
+                [
+                    (number * kv_heads * length, length, chunk.start, chunk.tokens, first)
+                    for (chunk, length, number), first in zip(self._chunks, firsts, strict=False)
+                ]
+            )
+        return self._given[kv_heads]
 
     def _target(self, kv_heads: int) -> torch.Tensor:
         """`[kv_heads, tokens]`: where in a layer's memory each token's heads go."""
@@ -155,17 +164,6 @@ class StripPlan:
             for run in self._runs
         ]
         return torch.cat(parts)
-
-    def _rows(self, kv_heads: int) -> torch.Tensor:
-        """`[decoding rows, 3]`, as the kernel takes them."""
-        if kv_heads not in self._seen:
-            self._seen[kv_heads] = torch.tensor(
-                [
-                    (number * kv_heads * length, length, chunk.start + 1)
-                    for chunk, length, number in self._chunks[: self._decoding]
-                ]
-            )
-        return self._seen[kv_heads]
 
     def _decode(
         self, run: _Run, query: torch.Tensor, memory: LayerMemory, layer: LayerAttention

@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from server.engine.attention import Chunk, LayerAttention, LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.kernels.attention import DecodeKernel, Dims, decode_kernels
+from server.engine.kernels.attention import AttentionKernel, Dims, attention_kernels
 from server.engine.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
 
@@ -31,9 +31,9 @@ def strips(tokens: int = 4 * LONGEST) -> FlatCache:
 
 
 @cache
-def kernels() -> Mapping[Dims, DecodeKernel]:
+def kernels() -> Mapping[Dims, AttentionKernel]:
     with tempfile.TemporaryDirectory() as folder:
-        return decode_kernels(SHAPES, Path(folder))
+        return attention_kernels(SHAPES, Path(folder))
 
 
 def strips_by_kernel(tokens: int = 4 * LONGEST) -> FlatCache:

@@ -8,34 +8,34 @@ from torch._inductor import config as inductor
 from torch._inductor.exc import InvalidCxxCompiler
 
 from server.engine.attention import LayerShape
-from server.engine.kernels.attention import decode_kernels
+from server.engine.kernels.attention import attention_kernels
 
 SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.bfloat16)]
 
 
 def test_only_float32_has_a_kernel(tmp_path: Path) -> None:
-    assert decode_kernels(SHAPES, tmp_path).keys() == {(8, 8)}
+    assert attention_kernels(SHAPES, tmp_path).keys() == {(8, 8)}
 
 
 def test_subnormal_numbers_stay_what_they_are(tmp_path: Path) -> None:
     """A library that is linked with -ffast-math makes them zero in all of its process."""
-    decode_kernels(SHAPES, tmp_path)
+    attention_kernels(SHAPES, tmp_path)
 
     assert (torch.tensor([1e-40]) * 1).item() > 0
 
 
 def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    decode_kernels(SHAPES, whole)
+    attention_kernels(SHAPES, whole)
     [library] = whole.iterdir()
     damaged.mkdir()
     (damaged / library.name).write_bytes(b"damaged")
 
-    assert decode_kernels(SHAPES, damaged)
+    assert attention_kernels(SHAPES, damaged)
     assert (damaged / library.name).stat().st_size > 1000
 
 
 def test_without_a_compiler_there_is_an_error_that_says_so(tmp_path: Path) -> None:
     no_compiler = inductor.patch({"cpp.cxx": ("/does/not/exist",)})
     with no_compiler, pytest.raises(InvalidCxxCompiler):
-        decode_kernels(SHAPES, tmp_path)
+        attention_kernels(SHAPES, tmp_path)

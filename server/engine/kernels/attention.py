@@ -1,7 +1,7 @@
-"""Attention of decoding rows as a kernel in C++, for a server that may compile.
+"""Attention as a kernel in C++, for a server that may compile.
 
 torch's batched products read keys and values at half of the memory's speed: for one token a row
-they are too small.
+they are too small. And they take prompts one by one, at a third of the processor's speed.
 """
 
 import ctypes
@@ -25,18 +25,18 @@ class _Heads(ctypes.Structure):
     _fields_ = (
         ("first", ctypes.c_void_p),
         ("head_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
     )
 
     @classmethod
     def of(cls, heads: torch.Tensor) -> Self:
-        """`[heads, rows, dim]`, the numbers of a head side by side."""
+        """`[heads, tokens, dim]`, the numbers of a head side by side."""
         return cls(heads.data_ptr(), heads.stride(0), heads.stride(1))
 
 
-class DecodeKernel:
+class AttentionKernel:
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.decode
+        self._function = library.attend
         pointer, number, heads = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Heads)
         self._function.argtypes = [
             *(heads, heads, heads, pointer, pointer, pointer, pointer),
@@ -47,39 +47,37 @@ class DecodeKernel:
     def __call__(
         self,
         query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor] | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
         memory: LayerMemory,
-        rows: torch.Tensor,
+        chunks: torch.Tensor,
         layer: LayerAttention,
     ) -> torch.Tensor:
-        """`[heads, rows, key_dim]` over a layer's memory: `[rows, heads, value_dim]`.
+        """As `AttentionPlan.attend`, with keys and values in a layer's memory.
 
-        `new`: each row's last key and value, `[kv_heads, rows, dim]`, if they are still to be
-        written. `rows` is `[rows, 3]`: where a row's strip begins, counted in heads of one token,
-        how many tokens it holds, and how many of them the row sees.
+        `chunks` is `[chunks, 5]`: where a row's strip begins, counted in heads of one token; how
+        many tokens the strip holds; the chunk's first place in the row; its tokens; and the place
+        of the first of them in the batch.
         """
-        heads, count = query.shape[:2]
-        out = query.new_empty(count, heads, memory.values.shape[-1])
+        heads, tokens = query.shape[:2]
+        out = query.new_empty(tokens, heads, memory.values.shape[-1])
         # They must outlive the call.
-        given = [
-            each if each.stride(2) == 1 else each.contiguous() for each in (query, *(new or ()))
-        ]
-        where = [_Heads.of(each) for each in given]
+        given = [each if each.stride(2) == 1 else each.contiguous() for each in (query, key, value)]
         self._function(
-            *(where if new else (*where, None, None)),
-            *(memory.keys.data_ptr(), memory.values.data_ptr(), rows.data_ptr(), out.data_ptr()),
-            *(count, heads, memory.kv_heads),
+            *map(_Heads.of, given),
+            *(memory.keys.data_ptr(), memory.values.data_ptr(), chunks.data_ptr(), out.data_ptr()),
+            *(len(chunks), heads, memory.kv_heads),
             *(layer.scaling, layer.window or 0, torch.get_num_threads()),
         )
         return out
 
 
-def decode_kernels(shapes: Sequence[LayerShape], cache: Path) -> Mapping[Dims, DecodeKernel]:
+def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Mapping[Dims, AttentionKernel]:
     """One for each size of float32 heads. Raises what `load_kernel` does."""
     found = {(shape.key_dim, shape.value_dim) for shape in shapes if shape.dtype == torch.float32}
     return {dims: _kernel(dims, cache) for dims in sorted(found)}
 
 
-def _kernel(dims: Dims, cache: Path) -> DecodeKernel:
+def _kernel(dims: Dims, cache: Path) -> AttentionKernel:
     flags = ("-ffast-math", f"-DKEY_DIM={dims[0]}", f"-DVALUE_DIM={dims[1]}")
-    return DecodeKernel(load_kernel(_SOURCE, flags, cache))
+    return AttentionKernel(load_kernel(_SOURCE, flags, cache))

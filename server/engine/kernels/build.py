@@ -26,7 +26,8 @@ def load_kernel(source: Path, flags: Sequence[str], cache: Path) -> ctypes.CDLL:
     # Unlike processors may share a cache: the macros say what is native to this one.
     macros = [get_cpp_compiler(), "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
     target = subprocess.run(macros, check=True, capture_output=True).stdout
-    named = f"{command}{_LINK}".encode() + target + source.read_bytes()
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    named = f"{command}{_LINK}".encode() + target + b"".join(each.read_bytes() for each in sources)
     library = cache / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(library))

@@ -11,22 +11,13 @@
 #include <cstring>
 #include <vector>
 
+#include "tile.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TALL = 12;
-#elif defined(__AVX__)
-constexpr int LANES = 8, TALL = 6;
-#else
-constexpr int LANES = 4, TALL = 6;
-#endif
-constexpr int WIDTH = 2 * LANES;
 constexpr int64_t INPUTS = 768;  // Of a panel at a time; more would not stay in the nearest cache.
 constexpr int64_t TOKENS = 48;   // At a time, likewise.
 constexpr int64_t FEW = 1 << 15; // Multiplications that are not worth a second thread.
-
-typedef float Lanes __attribute__((vector_size(LANES * 4)));
-typedef float AnyLanes __attribute__((vector_size(LANES * 4), aligned(4)));
 
 struct Weight {
   const float* panels;
@@ -44,43 +35,6 @@ struct Rescaling {
   const float* of(int64_t token) const { return vectors + slots[token] * stride; }
 };
 
-// Adds inputs * panel to a tile of y. Meanwhile it asks for a part of what comes next.
-template <int ROWS>
-void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, float* y,
-          int64_t y_stride, bool first, const char* next, int64_t step) {
-  Lanes sums[ROWS][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r) {
-    sums[r][0] = first ? Lanes{} : (Lanes) * (const AnyLanes*)(y + r * y_stride);
-    sums[r][1] = first ? Lanes{} : (Lanes) * (const AnyLanes*)(y + r * y_stride + LANES);
-  }
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < inputs; ++i, panel += WIDTH, next += step) {
-    __builtin_prefetch(next, 0, 2);
-    const Lanes left = *(const Lanes*)panel, right = *(const Lanes*)(panel + LANES);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      const Lanes value = x[r * x_stride + i] - Lanes{};
-      sums[r][0] += value * left;
-      sums[r][1] += value * right;
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r) {
-    *(AnyLanes*)(y + r * y_stride) = sums[r][0];
-    *(AnyLanes*)(y + r * y_stride + LANES) = sums[r][1];
-  }
-}
-
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool,
-                      const char*, int64_t);
-constexpr Tile TILES[] = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
-#if defined(__AVX512F__)
-    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
-#endif
-};
-
 // y[tokens, WIDTH] = x[tokens, inputs] * panel.
 void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs, float* y,
               int64_t y_stride) {
@@ -95,7 +49,7 @@ void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs
     for (int64_t n = 0; n < tiles; ++n) {
       const int64_t from = tokens * n / tiles, to = tokens * (n + 1) / tiles;
       TILES[to - from](x + from * inputs + i, inputs, part, some, y + from * y_stride, y_stride,
-                       i == 0, next + some * step * n, step);
+                       i == 0, {next + some * step * n, step});
     }
   }
 }
