@@ -121,13 +121,16 @@ class AdapterBank:
         self.fills += 1
         for sheet in self._sheets:
             sheet.used.pop(slot, None)
-            mine = [target for target in sheet.columns if target in vectors.vectors]
-            if not mine:
+            if vectors.vectors.keys().isdisjoint(sheet.columns):
                 continue
-            host = torch.ones(sheet.width, pin_memory=self.device.type == "cuda")
-            for target in mine:
-                host[sheet.columns[target]] = vectors.vectors[target]
-            sheet.slots[slot].copy_(host, non_blocking=True)
+            parts = [
+                vectors.vectors[target]
+                if target in vectors.vectors
+                else torch.ones(self._modules.size(target))
+                for target in sheet.columns
+            ]
+            host = torch.empty(sheet.width, pin_memory=self.device.type == "cuda")
+            sheet.slots[slot].copy_(torch.cat(parts, out=host), non_blocking=True)
             sheet.used[slot] = self.fills
 
     def clear(self, slot: int) -> None:

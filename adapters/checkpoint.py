@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -63,9 +65,9 @@ class AdapterVectors:
     def digest(self) -> str:
         """Equal for adapters that do the same, whatever their names and files."""
         sha = hashlib.sha256()
-        for target in sorted(self.vectors):
-            sha.update(f"{target.module}\0{target.side}\0".encode())
-            sha.update(self.vectors[target].numpy().tobytes())
+        targets = sorted(self.vectors)
+        sha.update("".join(f"{module}\0{side}\0" for module, side in targets).encode())
+        sha.update(b"".join(self.vectors[target].numpy().data for target in targets))
         for module in sorted(self.saved):
             for key, tensor in sorted(self.saved[module].items()):
                 sha.update(f"{module}\0{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -82,7 +84,7 @@ class AdapterVectors:
         """Of the saved modules, on the device or off it."""
         return sum(tensor.nbytes for state in self.saved.values() for tensor in state.values())
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(vector.nbytes for vector in self.vectors.values()) + self.saved_bytes
 
@@ -123,17 +125,8 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     names = saved_modules(config, modules, tensors.keys())
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
     faults = [*cannot_serve(names, targets, modules), *_unknown_keys(tensors, known)]
-    vectors = {}
-    for key, target in expected.items():
-        if key not in tensors:
-            fix = f"target_modules names {target.module}; save the adapter again with PEFT"
-            faults.append(Fault(key, f"is missing in {WEIGHTS_FILE}", fix))
-            continue
-        fault = _tensor_fault(key, tensors[key], target, modules.size(target))
-        if fault is None:
-            vectors[target] = tensors[key].detach().to(torch.float32).flatten().contiguous()
-        else:
-            faults.append(fault)
+    vectors, found = _vectors_of(expected, tensors, modules)
+    faults += found
     saved = {}
     for name in names:
         saved[name], found = read_state(name, modules, tensors)
@@ -146,6 +139,39 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     if faults:
         raise InvalidAdapter(faults)
     return AdapterVectors(vectors, saved)
+
+
+def _vectors_of(
+    expected: Mapping[str, Target], tensors: Mapping[str, torch.Tensor], modules: BaseModules
+) -> tuple[dict[Target, torch.Tensor], list[Fault]]:
+    """Views of one tensor, and what is wrong with those that are expected.
+
+    A cold adapter's request waits here: what can be done for all vectors at once is.
+    """
+    faults = []
+    usable: dict[str, Target] = {}
+    for key, target in expected.items():
+        if key not in tensors:
+            fix = f"target_modules names {target.module}; save the adapter again with PEFT"
+            faults.append(Fault(key, f"is missing in {WEIGHTS_FILE}", fix))
+        elif fault := _tensor_fault(key, tensors[key], target, modules.size(target)):
+            faults.append(fault)
+        else:
+            usable[key] = target
+    if not usable:
+        return {}, faults
+    # By numpy: torch would compute on several cores, and take them from the model.
+    together = numpy.concatenate([_flat(tensors[key]) for key in usable])
+    sizes = [tensors[key].numel() for key in usable]
+    parts = torch.split(torch.from_numpy(together), sizes)
+    vectors = dict(zip(usable.values(), parts, strict=True))
+    # A finite sum says in one pass that every value is finite.
+    if not math.isfinite(together.sum()):
+        for key, target in usable.items():
+            if bad := int((~torch.isfinite(vectors[target])).sum()):
+                problem = f"{bad} of {modules.size(target)} values are NaN or infinite"
+                faults.append(Fault(key, problem, "train again with a lower learning rate"))
+    return vectors, faults
 
 
 def _keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
@@ -277,6 +303,10 @@ def _unknown_key(key: str, expected: Collection[str]) -> Fault:
     return Fault(shown, "belongs to no module that the config targets in this base model", fix)
 
 
+def _flat(tensor: torch.Tensor) -> "numpy.ndarray[Any, numpy.dtype[numpy.float32]]":
+    return tensor.detach().to(torch.float32).numpy().ravel()
+
+
 def _tensor_fault(key: str, tensor: torch.Tensor, target: Target, size: int) -> Fault | None:
     shape = (1, size) if target.side is Side.INPUT else (size, 1)
     if tuple(tensor.shape) != shape:
@@ -284,11 +314,4 @@ def _tensor_fault(key: str, tensor: torch.Tensor, target: Target, size: int) -> 
         return Fault(key, problem, "train the adapter on the base model that is served here")
     if not tensor.is_floating_point():
         return Fault(key, f"has dtype {tensor.dtype}", "save the vectors as float32")
-    # A finite sum says in one pass that every value is finite: a cold adapter's request waits here.
-    if math.isfinite(tensor.float().sum()):
-        return None
-    bad = int((~torch.isfinite(tensor.float())).sum())
-    if bad:
-        problem = f"{bad} of {size} values are NaN or infinite"
-        return Fault(key, problem, "train again with a lower learning rate")
     return None

@@ -64,14 +64,16 @@ class AdapterRegistry:
         slots: SlotHolder,
         reserved: Collection[str] = (),
         tokenizer: PreTrainedTokenizerFast | None = None,
+        host_bytes: int = 0,
     ) -> None:
         """`reserved`: names that no adapter may take, the base's; the first of them is the one
-        that is served. `tokenizer`: the base's; without one, adapters' own are passed over."""
+        that is served. `tokenizer`: the base's; without one, adapters' own are passed over.
+        `host_bytes`: see `Residency`."""
         self._store = store
         self._modules = modules
         self._reserved = tuple(reserved)
         self._vocabularies = None if tokenizer is None else Vocabularies(tokenizer, modules)
-        self.residency = Residency(slots)
+        self.residency = Residency(slots, host_bytes)
         self._changing = threading.RLock()
         """Held while an operator's change goes through store and residency."""
         self._kept: dict[str, AdapterVectors] = {}
@@ -273,6 +275,7 @@ class AdapterRegistry:
             leases=residency.leases,
             swaps=residency.swaps,
             saved_bytes=residency.saved_bytes,
+            host_bytes=residency.host_bytes,
         )
 
     def _moved(self, old: Revision) -> None:

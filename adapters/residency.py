@@ -101,6 +101,8 @@ class ResidencyStats:
     """How many times a slot was filled."""
     saved_bytes: int
     """Of the whole modules of resident adapters."""
+    host_bytes: int
+    """Of vectors in host memory that nothing uses."""
 
 
 class Residency:
@@ -108,11 +110,14 @@ class Residency:
 
     Any thread may lease; only the model thread pins, unpins and settles. Nothing here reads the
     disk. Resident vectors without a lease stay for the next request and are evicted, least recently
-    used first, when a slot is needed.
+    used first, when a slot is needed. They stay in host memory even then, within a budget: what is
+    asked for again is not read again.
     """
 
-    def __init__(self, slots: SlotHolder) -> None:
+    def __init__(self, slots: SlotHolder, host_bytes: int = 0) -> None:
+        """`host_bytes`: for vectors that nothing uses."""
         self._slots = slots
+        self._host_bytes = host_bytes
         self._mutex = threading.Lock()
         self._contents: dict[str, _Content] = {}
         """By the digest of the vectors."""
@@ -120,6 +125,9 @@ class Residency:
         """Key of a leased thing -> digest of its vectors, while they are in memory."""
         self._resident: OrderedDict[str, int] = OrderedDict()
         """Digest -> slot, least recently used first."""
+        self._unused: OrderedDict[str, None] = OrderedDict()
+        """Digests of what is in host memory only, without a lease: least recently used first."""
+        self._unused_bytes = 0
         self._free = list(range(slots.capacity, BASE_SLOT, -1))
         self._to_clear: list[int] = []
         """Free slots that still hold whole modules, until the model thread comes by."""
@@ -136,6 +144,11 @@ class Residency:
     @property
     def saved_capacity(self) -> int:
         return self._slots.saved_capacity
+
+    @property
+    def host_capacity(self) -> int:
+        """Bytes of host memory for vectors that nothing uses."""
+        return self._host_bytes
 
     def find(self, key: str) -> AdapterVectors | None:
         """The vectors of a key, where they are in memory."""
@@ -234,10 +247,12 @@ class Residency:
                 leases=self._leases,
                 swaps=self._swaps,
                 saved_bytes=self._saved_bytes,
+                host_bytes=self._unused_bytes,
             )
 
     def _enter(self, key: str | None, vectors: AdapterVectors) -> _Content:
         content = self._contents.setdefault(vectors.digest, _Content(vectors))
+        self._take_out(content)
         if key is not None:
             content.keys.add(key)
             self._by_key[key] = vectors.digest
@@ -285,7 +300,7 @@ class Residency:
             return False
         for content in leaving:
             self._evict(content)
-            self._forget_unused(content)
+            self._rest(content)
         return True
 
     def _idle(self) -> Iterator[_Content]:
@@ -311,11 +326,28 @@ class Residency:
     def _let_go(self, content: _Content) -> None:
         if content.retired and not content.leases and not content.kept:
             self._evict(content)
-        self._forget_unused(content)
+        self._rest(content)
 
-    def _forget_unused(self, content: _Content) -> None:
-        """Host copies live as long as a lease or a slot."""
-        if not content.leases and not content.kept and content.slot is None:
-            self._contents.pop(content.vectors.digest, None)
-            for key in content.keys:
-                self._by_key.pop(key, None)
+    def _rest(self, content: _Content) -> None:
+        """What nothing uses stays within the budget for host memory, but for what is retired."""
+        if content.leases or content.kept or content.slot is not None:
+            return
+        self._take_out(content)
+        self._unused[content.vectors.digest] = None
+        self._unused_bytes += content.vectors.nbytes
+        if content.retired:
+            self._forget(content)
+        while self._unused_bytes > self._host_bytes:
+            self._forget(self._contents[next(iter(self._unused))])
+
+    def _take_out(self, content: _Content) -> None:
+        """Something uses it again, or nothing ever will."""
+        if content.vectors.digest in self._unused:
+            del self._unused[content.vectors.digest]
+            self._unused_bytes -= content.vectors.nbytes
+
+    def _forget(self, content: _Content) -> None:
+        self._take_out(content)
+        del self._contents[content.vectors.digest]
+        for key in content.keys:
+            self._by_key.pop(key, None)

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from math import prod
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import regex
 import torch
@@ -27,6 +28,11 @@ _MAX_REPEAT = 100
 """Product of the counts in one: they are written out, and `((a{999}){999}){999}` fills memory."""
 _MATCH_SECONDS = 1.0
 """For all regular expressions of one config together."""
+_REMEMBERED = 128
+"""Choices of modules whose targets are remembered."""
+
+_Names = tuple[str, ...] | str | None
+"""`config.Names`, hashable."""
 
 
 class Side(StrEnum):
@@ -36,8 +42,7 @@ class Side(StrEnum):
     """Keys, values: the vector scales what comes out."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Target:
+class Target(NamedTuple):
     module: str
     side: Side
 
@@ -74,6 +79,9 @@ class BaseModules:
                 output = name
         kind = model.config.model_type
         return cls(kind, tuple(names), sizes, read, output, _without_weights(model))
+
+    def __hash__(self) -> int:
+        return hash((self.model_type, self.names))
 
     def size(self, target: Target) -> int:
         """The length of a target's vector."""
@@ -115,16 +123,38 @@ def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ..
     Raises InvalidAdapter: nothing matches, a match is no linear layer, a regular expression is
     malformed or takes too long.
     """
-    targets = _names_or_default("target_modules", config.target_modules, TARGET_MODULES, modules)
+    return _resolve(
+        _hashable(config.target_modules),
+        _hashable(config.feedforward_modules),
+        _hashable(config.exclude_modules),
+        tuple(config.modules_to_save or ()),
+        modules,
+    )
+
+
+def _hashable(names: list[str] | str | None) -> tuple[str, ...] | str | None:
+    return tuple(names) if isinstance(names, list) else names
+
+
+@lru_cache(_REMEMBERED)
+def _resolve(
+    targets: _Names,
+    feedforward: _Names,
+    excluded: _Names,
+    saved: tuple[str, ...],
+    modules: BaseModules,
+) -> tuple[Target, ...]:
+    """A fleet's adapters have few configs, and a cold one's request waits here."""
+    targets = _names_or_default("target_modules", targets, TARGET_MODULES, modules)
     feedforward = _names_or_default(
-        "feedforward_modules", config.feedforward_modules, FEEDFORWARD_MODULES, modules
+        "feedforward_modules", feedforward, FEEDFORWARD_MODULES, modules
     )
     clock = _Clock()
     if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
-        targets = [name for name in modules.sizes if name != modules.output_embedding]
+        targets = tuple(name for name in modules.sizes if name != modules.output_embedding)
     is_target = _NameMatcher("target_modules", targets, clock)
-    is_excluded = _NameMatcher("exclude_modules", config.exclude_modules or [], clock)
-    is_saved = _SavedMatcher(config.modules_to_save or [], clock)
+    is_excluded = _NameMatcher("exclude_modules", excluded or (), clock)
+    is_saved = _SavedMatcher(saved, clock)
     matched = [
         name
         for name in modules.names
@@ -147,16 +177,16 @@ def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ..
 
 def _names_or_default(
     field: str,
-    names: list[str] | str | None,
+    names: _Names,
     defaults: dict[str, list[str]],
     modules: BaseModules,
-) -> list[str] | str:
+) -> tuple[str, ...] | str:
     if names is not None:
         return names
     if modules.model_type not in defaults:
         problem = f"PEFT has no default for the model type '{modules.model_type}'"
         raise InvalidAdapter([Fault(field, problem, f"set {field} in the config and train again")])
-    return defaults[modules.model_type]
+    return tuple(defaults[modules.model_type])
 
 
 class _Clock:
@@ -235,10 +265,10 @@ class _NameMatcher:
 class _FeedforwardMatcher:
     """`feedforward_modules`: bare `endswith`, so that `proj` catches `down_proj` (PEFT's quirk)."""
 
-    def __init__(self, names: list[str] | str, clock: _Clock) -> None:
+    def __init__(self, names: tuple[str, ...] | str, clock: _Clock) -> None:
         field = "feedforward_modules"
         self._pattern = _Pattern(field, names, clock) if isinstance(names, str) else None
-        self._ends = tuple(names)
+        self._ends = names if isinstance(names, tuple) else ()
 
     def __call__(self, name: str) -> bool:
         if self._pattern is not None:
@@ -249,7 +279,7 @@ class _FeedforwardMatcher:
 class _SavedMatcher:
     """`modules_to_save` are never targets: each is a regular expression for a part of the path."""
 
-    def __init__(self, names: list[str], clock: _Clock) -> None:
+    def __init__(self, names: tuple[str, ...], clock: _Clock) -> None:
         self._patterns = [
             _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", clock, whole=False)
             for name in names

@@ -92,7 +92,12 @@ def _load_services(settings: Settings) -> "partial[Services]":
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
         )
         registry = AdapterRegistry(
-            store, ia3.modules_of_base, ia3, reserved=(name,), tokenizer=loaded.tokenizer
+            store,
+            ia3.modules_of_base,
+            ia3,
+            reserved=(name,),
+            tokenizer=loaded.tokenizer,
+            host_bytes=settings.max_host_adapter_bytes,
         )
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:

@@ -126,6 +126,10 @@ class _Gauges(Collector):
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
             "infuse_adapters_pinned": ("Adapters that a running row uses.", registry.pinned),
+            "infuse_adapter_host_bytes": (
+                "Of adapters in host memory that nothing uses now.",
+                registry.host_bytes,
+            ),
             "infuse_adapter_leases": ("Requests that hold a revision.", registry.leases),
         }
         for name, (text, value) in gauges.items():

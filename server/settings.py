@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     max_resident_adapters: int = Field(
         256, ge=1, le=1_000_000, description="Adapters on the device at once.", examples=[256]
     )
+    max_host_adapter_bytes: int = Field(
+        512 * MEBIBYTE,
+        ge=0,
+        description="Host memory for adapters that left the device, so that none is read twice.",
+        examples=[536870912],
+    )
     max_saved_module_bytes: int = Field(
         512 * MEBIBYTE,
         ge=0,

@@ -24,6 +24,7 @@ VALUES = {
     "max_model_len": "512",
     "max_batch_rows": "4",
     "max_resident_adapters": "7",
+    "max_host_adapter_bytes": "0",
     "max_saved_module_bytes": "0",
     "kv_cache_tokens": "4096",
     "prefill_chunk_tokens": "64",

@@ -73,6 +73,7 @@ class Engine:
                     f"keys and values of {tokens:,} tokens": self._cache.nbytes,
                     f"{slots:,} adapters of the default kind": ia3.bank.planned_nbytes(),
                     "whole modules of adapters, at most": ia3.saved_capacity,
+                    "adapters off the device, at most": residency.host_capacity,
                 },
                 base.device,
             ),

@@ -7,6 +7,7 @@ import torch
 
 from adapters.store import AdapterStore
 from tests.adapters.buckets import OpenStore, open_bucket
+from tests.adapters.house import House
 from tests.adapters.kinds import Known
 
 
@@ -40,3 +41,10 @@ def store(open_store: OpenStore) -> Iterator[AdapterStore]:
     store = open_store()
     yield store
     store.close()
+
+
+@pytest.fixture
+def house(tmp_path: Path, known: Known) -> Iterator[House]:
+    house = House(tmp_path, known)
+    yield house
+    house.store.close()

@@ -1,14 +1,11 @@
 """Leases, pins and slots."""
 
 import json
-import shutil
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from adapters.bank import Segment
 from adapters.checkpoint import WEIGHTS_FILE, AdapterVectors
 from adapters.config import CONFIG_FILE
 from adapters.errors import (
@@ -20,55 +17,11 @@ from adapters.errors import (
 )
 from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
-from adapters.residency import Lease
 from adapters.revision import Revision
 from adapters.store import AdapterStore
-from tests.adapters.kinds import Known, packed_logits
+from tests.adapters.house import CAPACITY, House
 from tests.adapters.oracle import vectors_of
 from tests.factories import save_adapter, tiny_llama
-
-CAPACITY = 2
-
-
-class House:
-    """A registry over a real store and a real model with two slots."""
-
-    def __init__(self, folder: Path, known: Known) -> None:
-        self.known = known
-        self.store = AdapterStore(folder)
-        self.model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
-        self.registry = AdapterRegistry(
-            self.store, self.model.modules_of_base, self.model, reserved=("tiny", "tiny-alias")
-        )
-
-    def upload(self, use: Callable[[Path], object], kind: str) -> None:
-        with self.store.staging() as staged:
-            shutil.copytree(self.known.folders[kind], staged, dirs_exist_ok=True)
-            use(staged)
-
-    def add(self, name: str, kind: str) -> None:
-        self.upload(lambda staged: self.registry.add(name, staged), kind)
-
-    def replace(self, name: str, kind: str) -> None:
-        self.upload(lambda staged: self.registry.replace(name, staged), kind)
-
-    def pin(self, lease: Lease) -> int:
-        slot = self.registry.residency.pin(lease)
-        assert slot is not None
-        return slot
-
-    def computes(self, slot: int, kind: str) -> bool:
-        """The slot does what PEFT does with an adapter of that kind."""
-        step = packed_logits(self.model, [], [Segment(slot, 6)])
-        return bool(step.allclose(self.known.by_peft[kind], atol=1e-5))
-
-
-@pytest.fixture
-def house(tmp_path: Path, known: Known) -> Iterator[House]:
-    house = House(tmp_path, known)
-    yield house
-    house.store.close()
-
 
 # Uploads
 

@@ -35,7 +35,10 @@ class RegistryMachine(RuleBasedStateMachine):
         self.store = AdapterStore(self.folder)
         self.model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
         self.model.bank.reserve_rows(16)
-        self.registry = AdapterRegistry(self.store, self.model.modules_of_base, self.model)
+        self.host_bytes = self.known.vectors["default"].nbytes
+        self.registry = AdapterRegistry(
+            self.store, self.model.modules_of_base, self.model, host_bytes=self.host_bytes
+        )
         self.alive: dict[str, dict[int, str]] = {}
         """Name -> revision number -> kind."""
         self.waiting: list[tuple[Lease, str]] = []
@@ -145,6 +148,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert stats.leases == len(self.waiting) + len(self.running)
         assert stats.pinned == len({kind for _, kind, _ in self.running})
         assert stats.pinned <= stats.resident <= CAPACITY
+        assert 0 <= stats.host_bytes <= self.host_bytes
 
 
 def test_any_sequence_of_uploads_requests_and_steps(known: Known) -> None:
