@@ -7,7 +7,7 @@ Adapters come and go without another compilation.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,24 @@ def compile_pieces(trace: fx.GraphModule, cache: Path) -> None:
 
 
 def _runs(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Torch's operators that stand next to each other."""
+    """Torch's operators that stand next to each other, where any of them computes."""
     run: list[fx.Node] = []
     for node in graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and operator.namespace == "aten":
             if operator is not torch.ops.aten.sym_size.int:
                 run.append(node)
-        elif run and node.op == "call_function":
-            yield run
+        elif node.op == "call_function":
+            if _computes(run):
+                yield run
             run = []
-    if run:
+    if _computes(run):
         yield run
+
+
+def _computes(run: Sequence[fx.Node]) -> bool:
+    """A view costs less than a call of what is compiled."""
+    return not all(node.target.is_view for node in run)  # type: ignore[union-attr]
 
 
 def _compile_all(trace: fx.GraphModule) -> dict[fx.Node, Piece]:

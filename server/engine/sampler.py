@@ -109,8 +109,8 @@ class Sampler:
         """A token for each row of `logits`, and whether the row is finite."""
         adjusted = _apply_masks(batch.adjust(logits), constrained)
         adjusted = self._ban_ends(adjusted, batch.places)
-        best, tokens = adjusted.max(dim=-1)
-        finite = torch.isfinite(best).tolist()
+        tokens = _greatest(adjusted)
+        finite = torch.isfinite(adjusted.gather(1, tokens[:, None])[:, 0]).tolist()
         for group in batch.random:
             tokens[group.rows] = group.draw(adjusted[group.rows])
         batch.count(tokens)
@@ -140,6 +140,14 @@ class Sampler:
         if params.ignore_eos and place.sequence.constraint is not None:
             return self._eos
         return frozenset()
+
+
+def _greatest(logits: torch.Tensor) -> torch.Tensor:
+    """`[rows]`: the first of each row's greatest, or of its NaN. On a CPU numpy takes a sixth of
+    torch's time."""
+    if logits.is_cuda:
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
 def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]) -> torch.Tensor:

@@ -115,8 +115,8 @@ def _product_of_siblings(
     scales = [(n, each.output_scale) for n, each in rescaled if each.output_scale is not None]
     if isinstance(siblings.product, KernelProduct):
         taken = [(siblings.columns[n], scale) for n, scale in scales]
-        return torch.split(siblings.product(x, taken=taken), siblings.widths, -1)
-    parts = torch.split(siblings.product(x), siblings.widths, -1)
+        return siblings.product(x, taken=taken).split_with_sizes(siblings.widths, -1)
+    parts = siblings.product(x).split_with_sizes(siblings.widths, -1)
     for n, scale in scales:
         scale.scale_(parts[n])
     return parts
