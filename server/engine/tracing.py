@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
@@ -85,41 +86,48 @@ class _Product:
 
     __name__ = "product"
 
-    def __init__(self, seams: Sequence[_Seam], owns_input: bool = False) -> None:
-        """`owns_input`: nobody else reads it."""
-        self._seams = seams
+    def __init__(
+        self, seams: Sequence[_Seam], *, owns_input: bool = False, gated: bool = False
+    ) -> None:
+        """`owns_input`: nobody else reads it. `gated`: `silu(first) * second` of two layers."""
+        self.seams = seams
         self._owns_input = owns_input
+        self._gated = gated
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.bind()(x)
 
     def bind(self) -> Callable[[torch.Tensor], Any]:
         """Itself, for as long as no adapter wraps another layer."""
-        layers = [seam.layer for seam in self._seams]
+        layers = [seam.layer for seam in self.seams]
         if len(layers) == 1:
             return _forward_of(layers[0], self._owns_input)
         siblings = _siblings_of(layers[0])
         assert siblings is not None
         rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
-        return partial(_product_of_siblings, layers, rescaled, siblings)
+        return partial(_product_of_siblings, layers, rescaled, siblings, self._gated)
 
 
 def _product_of_siblings(
     layers: Sequence[nn.Module],
     rescaled: Sequence[tuple[int, IA3Layer]],
     siblings: Siblings,
+    gated: bool,
     x: torch.Tensor,
-) -> Sequence[torch.Tensor]:
-    if any(layer.input_scale is not None for _, layer in rescaled):
-        return [layer(x) for layer in layers]
+) -> Sequence[torch.Tensor] | torch.Tensor:
+    parts: Sequence[torch.Tensor]
     scales = [(n, each.output_scale) for n, each in rescaled if each.output_scale is not None]
-    if isinstance(siblings.product, KernelProduct):
+    if any(layer.input_scale is not None for _, layer in rescaled):
+        parts = [layer(x) for layer in layers]
+    elif isinstance(siblings.product, KernelProduct):
         taken = [(siblings.columns[n], scale) for n, scale in scales]
-        return siblings.product(x, taken=taken).split_with_sizes(siblings.widths, -1)
-    parts = siblings.product(x).split_with_sizes(siblings.widths, -1)
-    for n, scale in scales:
-        scale.scale_(parts[n])
-    return parts
+        product = siblings.product(x, taken=taken, gated=gated)
+        return product if gated else product.split_with_sizes(siblings.widths, -1)
+    else:
+        parts = siblings.product(x).split_with_sizes(siblings.widths, -1)
+        for n, scale in scales:
+            scale.scale_(parts[n])
+    return F.silu(parts[0]) * parts[1] if gated else parts
 
 
 def _forward_of(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -192,7 +200,7 @@ def trace(
         layers: list[LayerAttention] = []
         graph_module = _traced(ia3.base, context, forward, seams, layers)
         constants = _lift_constants(graph_module)
-        _open(graph_module.graph, seams, layers, context)
+        _open(graph_module.graph, seams, layers, context, gates=compile_between is not None)
         if compile_between is not None:
             compile_between(graph_module)
         _use_bindings(graph_module.graph)
@@ -302,8 +310,10 @@ def _open(
     seams: Sequence[_Seam],
     layers: Sequence[LayerAttention],
     context: StepContext,
+    gates: bool,
 ) -> None:
-    """Put calls into our own code where the trace has operators for them."""
+    """Put calls into our own code where the trace has operators for them; with `gates`, for
+    activations too."""
     groups: dict[tuple[fx.Node, Siblings], list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is torch.ops.infuse.attend.default:
@@ -315,7 +325,8 @@ def _open(
             if siblings is None:
                 # What an operator of arithmetic makes is new, and may be rescaled as it is.
                 owns = len(x.users) == 1 and x.target in _FRESH
-                node.target, node.args = _Product([seams[number]], owns), (x,)
+                node.target = _Product([seams[number]], owns_input=owns)
+                node.args = (x,)
             else:
                 groups.setdefault((x, siblings), []).append(node)
     for (x, siblings), nodes in groups.items():
@@ -329,6 +340,26 @@ def _open(
             part.meta = node.meta
             node.replace_all_uses_with(part)
             graph.erase_node(node)
+        if gates and isinstance(siblings.product, KernelProduct) and siblings.product.can_gate:
+            _gate(graph, product, parts)
+
+
+def _gate(graph: fx.Graph, product: fx.Node, parts: Sequence[fx.Node]) -> None:
+    """Where all that is made of a product is `silu(first) * second`, let it make that."""
+    if len(parts) != 2 or any(len(part.users) != 1 for part in parts):
+        return
+    gate, up = parts
+    [activated], [result] = gate.users, up.users
+    is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
+    is_product = result.target is torch.ops.aten.mul.Tensor
+    if not is_silu or not is_product or set(result.args) != {activated, up}:
+        return
+    assert isinstance(product.target, _Product)
+    product.target = _Product(product.target.seams, gated=True)
+    product.meta = result.meta
+    result.replace_all_uses_with(product)
+    for node in (result, activated, gate, up):
+        graph.erase_node(node)
 
 
 def _attend(context: StepContext, layer: LayerAttention) -> Callable[..., torch.Tensor]:

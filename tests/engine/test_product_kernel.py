@@ -55,6 +55,25 @@ def test_a_product_equals_torchs_for_any_shape(
     assert_near(product(x), exact(product, x))
 
 
+@given(tokens=st.integers(1, 130), inputs=st.integers(1, 70), bias=st.booleans())
+def test_one_half_of_a_product_is_the_others_gate(
+    kernel: Pack, tokens: int, inputs: int, bias: bool
+) -> None:
+    product = layer(kernel, inputs, 128, bias)
+    assert product.can_gate
+    x = 3 * torch.randn(1, tokens, inputs)
+    taken = [(slice(20, 100), by_token(80, torch.randint(0, SLOTS, (tokens,))))]
+    wanted = exact(product, x)
+    taken[0][1].scale_(wanted[..., 20:100])
+    gate, up = wanted.chunk(2, dim=-1)
+
+    assert_near(product(x, None, taken, gated=True), F.silu(gate) * up)
+
+
+def test_halves_that_share_a_panel_have_no_gate(kernel: Pack) -> None:
+    assert not layer(kernel, 8, 72, False).can_gate
+
+
 @given(
     tokens=st.integers(1, 100),
     inputs=st.integers(1, 70),

@@ -7,11 +7,17 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "tile.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+// glibc has it for several numbers at once, but says so with -ffast-math only.
+#pragma omp declare simd notinbranch
+extern "C" float expf(float) noexcept;
+#endif
 
 namespace {
 
@@ -33,6 +39,11 @@ struct Rescaling {
   int64_t start, stop;
 
   const float* of(int64_t token) const { return vectors + slots[token] * stride; }
+};
+
+struct Outputs {
+  const Rescaling* rescaled;
+  int64_t count;
 };
 
 // y[tokens, WIDTH] = x[tokens, inputs] * panel.
@@ -67,42 +78,54 @@ const float* rescaled(const float* x, int64_t from, int64_t to, int64_t inputs,
   return kept.data();
 }
 
-// What comes after the sums, for some tokens and outputs `left` to `right`.
-void finish(float* y, int64_t from, int64_t to, int64_t left, int64_t right, const Weight& weight,
-            const Rescaling* by, int64_t count) {
-  for (int64_t token = from; token < to; ++token) {
-    float* out = y + token * weight.outputs;
+// What comes after the sums, for some tokens and outputs `left` to `right`: y begins with the first.
+void finish(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
+            const Weight& weight, const Outputs& outputs) {
+  for (int64_t token = from; token < to; ++token, y += y_stride) {
     if (weight.bias != nullptr)
-      for (int64_t o = left; o < right; ++o) out[o] += weight.bias[o];
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t start = std::max(left, by[n].start), stop = std::min(right, by[n].stop);
-      const float* vector = by[n].of(token) - by[n].start;
-      for (int64_t o = start; o < stop; ++o) out[o] *= vector[o];
+      for (int64_t o = left; o < right; ++o) y[o - left] += weight.bias[o];
+    for (int64_t n = 0; n < outputs.count; ++n) {
+      const Rescaling& by = outputs.rescaled[n];
+      const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+      const float* vector = by.of(token) - by.start;
+      for (int64_t o = start; o < stop; ++o) y[o - left] *= vector[o];
     }
   }
 }
 
-// Some tokens, panels `first` to `last`.
-void compute(const Weight& weight, const float* x, float* y, int64_t from, int64_t to,
-             int64_t first, int64_t last, const Rescaling* input, const Rescaling* outputs,
-             int64_t count) {
-  const float* in = input == nullptr ? x + from * weight.inputs
-                                     : rescaled(x, from, to, weight.inputs, *input);
-  for (int64_t p = first; p < last; ++p) {
-    const float* panel = weight.panels + p * WIDTH * weight.inputs;
-    float* out = y + from * weight.outputs + p * WIDTH;
-    const int64_t width = std::min<int64_t>(WIDTH, weight.outputs - p * WIDTH);
-    if (width == WIDTH) {
-      multiply(in, to - from, panel, weight.inputs, out, weight.outputs);
-      continue;
-    }
+// Panel p for some tokens.
+void compute(const Weight& weight, const float* in, float* y, int64_t from, int64_t to, int64_t p,
+             const Outputs& outputs) {
+  const float* panel = weight.panels + p * WIDTH * weight.inputs;
+  const int64_t left = p * WIDTH, right = std::min(left + WIDTH, weight.outputs);
+  float* out = y + from * weight.outputs + left;
+  if (right - left == WIDTH) {
+    multiply(in, to - from, panel, weight.inputs, out, weight.outputs);
+  } else {
     float whole[TOKENS * WIDTH];
     multiply(in, to - from, panel, weight.inputs, whole, WIDTH);
     for (int64_t token = 0; token < to - from; ++token)
-      std::memcpy(out + token * weight.outputs, whole + token * WIDTH, width * sizeof(float));
+      std::copy_n(whole + token * WIDTH, right - left, out + token * weight.outputs);
   }
-  finish(y, from, to, first * WIDTH, std::min(last * WIDTH, weight.outputs), weight, outputs,
-         count);
+  finish(out, weight.outputs, from, to, left, right, weight, outputs);
+}
+
+// Panel p of the first half of the outputs, as a gate for the same panel of the second half.
+void compute_gated(const Weight& weight, const float* in, float* y, int64_t from, int64_t to,
+                   int64_t p, const Outputs& outputs) {
+  const int64_t half = weight.outputs / 2;
+  float halves[2][TOKENS * WIDTH];
+  for (int64_t h = 0; h < 2; ++h) {
+    const int64_t left = h * half + p * WIDTH;
+    multiply(in, to - from, weight.panels + left * weight.inputs, weight.inputs, halves[h], WIDTH);
+    finish(halves[h], WIDTH, from, to, left, left + WIDTH, weight, outputs);
+  }
+  for (int64_t token = 0; token < to - from; ++token) {
+    const float *gate = halves[0] + token * WIDTH, *up = halves[1] + token * WIDTH;
+    float* out = y + (from + token) * half + p * WIDTH;
+#pragma omp simd
+    for (int64_t o = 0; o < WIDTH; ++o) out[o] = gate[o] / (1 + expf(-gate[o])) * up[o];
+  }
 }
 
 }  // namespace
@@ -110,10 +133,11 @@ void compute(const Weight& weight, const float* x, float* y, int64_t from, int64
 extern "C" int64_t panel_width() { return WIDTH; }
 
 // y[tokens, outputs] = (x * input) * weight + bias, `count` spans of it rescaled by `outputs`.
+// `gated`: silu(the first half of the outputs) * the second half, y[tokens, outputs / 2].
 extern "C" void product(const Weight* weight, const float* x, int64_t tokens, float* y,
-                        const Rescaling* input, const Rescaling* outputs, int64_t count,
+                        const Rescaling* input, const Rescaling* outputs, int64_t count, int gated,
                         int threads) {
-  const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH;
+  const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gated ? 2 : 1);
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
   if (tokens * weight->outputs * weight->inputs < FEW) threads = 1;
   // Threads share the panels, and the tokens too once there are few panels for each.
@@ -122,8 +146,12 @@ extern "C" void product(const Weight* weight, const float* x, int64_t tokens, fl
   {
     const int64_t column = omp_get_thread_num() % across, row = omp_get_thread_num() / across;
     if (row < down)
-      for (int64_t b = blocks * row / down; b < blocks * (row + 1) / down; ++b)
-        compute(*weight, x, y, tokens * b / blocks, tokens * (b + 1) / blocks,
-                panels * column / across, panels * (column + 1) / across, input, outputs, count);
+      for (int64_t b = blocks * row / down; b < blocks * (row + 1) / down; ++b) {
+        const int64_t from = tokens * b / blocks, to = tokens * (b + 1) / blocks;
+        const float* in = input == nullptr ? x + from * weight->inputs
+                                           : rescaled(x, from, to, weight->inputs, *input);
+        for (int64_t p = panels * column / across; p < panels * (column + 1) / across; ++p)
+          (gated ? compute_gated : compute)(*weight, in, y, from, to, p, {outputs, count});
+      }
   }
 }

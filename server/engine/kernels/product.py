@@ -63,6 +63,7 @@ class KernelProduct:
         self.outputs, self.inputs = weight.shape
         width = int(library.panel_width())
         padded = F.pad(weight, (0, 0, 0, -self.outputs % width))
+        self._panel_width = width
         self._panels = padded.view(-1, width, self.inputs).transpose(1, 2).contiguous()
         self._bias = None if bias is None else bias.detach().contiguous()
         bias_at = None if self._bias is None else self._bias.data_ptr()
@@ -72,20 +73,32 @@ class KernelProduct:
         self._rescalings: tuple[ctypes.Array[_Rescaling], ctypes.Array[_Rescaling]]
         self._set_scales(None, ())
 
+    @property
+    def can_gate(self) -> bool:
+        """Whether it has panels for two equal halves."""
+        return self.outputs % (2 * self._panel_width) == 0
+
     def __call__(
-        self, x: torch.Tensor, given: Scale | None = None, taken: Sequence[Rescaled] = ()
+        self,
+        x: torch.Tensor,
+        given: Scale | None = None,
+        taken: Sequence[Rescaled] = (),
+        gated: bool = False,
     ) -> torch.Tensor:
-        """`given` rescales the input, `taken` parts of the product: scales by token."""
+        """`given` rescales the input, `taken` parts of the product: scales by token.
+
+        `gated`: `silu(first half) * second half` of the product, by columns; see `can_gate`.
+        """
         scales = (given, tuple(taken))
         if scales != self._scales:
             self._set_scales(*scales)
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.outputs)
+        y = x.new_empty(*x.shape[:-1], self.outputs // 2 if gated else self.outputs)
         inputs, outputs = self._rescalings
         self._function(
             *(self._weight, x.data_ptr(), x.numel() // self.inputs, y.data_ptr()),
-            *(inputs or None, outputs, len(outputs), torch.get_num_threads()),
+            *(inputs or None, outputs, len(outputs), gated, torch.get_num_threads()),
         )
         return y
 
@@ -105,7 +118,7 @@ def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.product.argtypes = [
         *(ctypes.POINTER(_Weight), pointer, number, pointer),
-        *(pointer, pointer, number, ctypes.c_int),
+        *(pointer, pointer, number, ctypes.c_int, ctypes.c_int),
     ]
     library.product.restype = None
     library.panel_width.restype = number
