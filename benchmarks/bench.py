@@ -1,7 +1,7 @@
 """What a run works with: how long it may take, the prompts, the adapters, and the engines."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,10 +46,9 @@ class Plan:
     slow_peer_turns: int
     """Of those that take half a minute a round: LoRA in vLLM, and transformers."""
     registered: int
-    load_seconds: float
-    """Of Poisson arrivals at one load."""
-    loads: tuple[float, ...]
-    """As parts of the saturation."""
+    http_turns: int
+    loads: Mapping[float, float]
+    """Part of the saturation -> seconds of Poisson arrivals. A p99 takes hundreds of them."""
     repeats: int
     """Of single measurements."""
 
@@ -62,8 +61,8 @@ FULL = Plan(
     vllm_tokens=64,
     slow_peer_turns=2,
     registered=10_000,
-    load_seconds=20.0,
-    loads=(0.25, 0.5, 0.8),
+    http_turns=10,
+    loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
     repeats=5,
 )
 QUICK = Plan(
@@ -74,8 +73,8 @@ QUICK = Plan(
     vllm_tokens=16,
     slow_peer_turns=0,
     registered=10_000,
-    load_seconds=5.0,
-    loads=(0.5,),
+    http_turns=1,
+    loads={0.5: 5.0},
     repeats=1,
 )
 

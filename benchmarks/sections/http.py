@@ -2,6 +2,7 @@
 server under a public load generator that knows nothing of it."""
 
 import json
+import math
 import os
 import subprocess
 from typing import Any
@@ -41,10 +42,15 @@ def measure(bench: Bench) -> dict[str, Any]:
     tokens = ROWS * plan.vllm_tokens
     sides = [
         Side(STREAMED, lambda: server.run(requests), tokens),
-        Side(WHOLE, lambda: server.run(requests, stream=False), tokens),
         Side(INPROCESS, lambda: engine.run(requests), tokens),
+        Side(
+            WHOLE,
+            lambda: server.run(requests, stream=False),
+            tokens,
+            math.ceil(plan.http_turns / 2),
+        ),
     ]
-    turns = take_turns(sides, plan.peer_turns)
+    turns = take_turns(sides, plan.http_turns)
     return turns.report() | {
         "ratios": {
             "streaming_over_in_process": turns.ratio(STREAMED, INPROCESS),

@@ -27,9 +27,9 @@ def measure_load(bench: Bench) -> dict[str, Any]:
     saturation = len(closed) / server.run(closed, in_flight=ROWS).seconds
     typer.echo(f"  saturation: {saturation:.2f} requests/s")
     loads = {}
-    for seed, part in enumerate(plan.loads):
+    for seed, (part, seconds) in enumerate(plan.loads.items()):
         rate = part * saturation
-        count = max(10, round(rate * plan.load_seconds))
+        count = max(10, round(rate * seconds))
         requests = bench.requests(adapters_of(bench, count), at=poisson(rate, count, seed))
         loads[f"{part:g}"] = waits(server.run(requests).answers, plan.tokens)
         typer.echo(f"  at {part:.0%}: {loads[f'{part:g}']['ttft_ms']}")
