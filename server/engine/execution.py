@@ -17,7 +17,7 @@ from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
 from server.engine.errors import UnsupportedModel
-from server.engine.kernels.attention import AttentionKernel, Dims, attention_kernels
+from server.engine.kernels.attention import Kernels, attention_kernels
 from server.engine.kernels.product import product_kernels, runs_by_kernel
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
@@ -105,7 +105,7 @@ class _Kernels:
     """None where they cannot or shall not be built."""
 
     products: Mapping[torch.dtype, Pack] = field(default_factory=dict)
-    attention: Mapping[Dims, AttentionKernel] = field(default_factory=dict)
+    attention: Kernels = field(default_factory=dict)
 
 
 def _kernels(

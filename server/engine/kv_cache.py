@@ -5,13 +5,13 @@ side by side, so that their attention is one batched matrix product. `PagedCache
 (`paged_cache.py`) is for CUDA.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from server.engine.attention import AttentionPlan, Chunk, LayerShape
 from server.engine.blocks import Blocks, StripBlocks
 from server.engine.errors import DoesNotFit
-from server.engine.kernels.attention import AttentionKernel, Dims
+from server.engine.kernels.attention import Kernels
 from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
 
@@ -78,11 +78,14 @@ class StripCache:
         shapes: Sequence[LayerShape],
         total_tokens: int,
         max_tokens: int,
-        kernels: Mapping[Dims, AttentionKernel] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`max_tokens` is the longest row; `kernels` attend for decoding rows, in the sizes that
-        there are. Raises DoesNotFit where two such rows do not fit."""
+        """`max_tokens` is the longest row; `kernels` attend for the layers that have one. Raises
+        DoesNotFit where two such rows do not fit."""
         self._kernels = kernels or {}
+        self._reads_unwritten = not self._kernels.keys() >= set(shapes)
+        """What another row left is masked by torch, but NaN times a weight of 0 is NaN; kernels do
+        not read it."""
         self.slab_tokens = SMALLEST_STRIP
         while self.slab_tokens < max_tokens:
             self.slab_tokens *= 2
@@ -111,16 +114,12 @@ class StripCache:
         place = self._find_place(tokens)
         if place is None:
             return False
-        kept = 0 if old is None else old.strip
-        for strips, others in self._slabs.pairs(place.strip, (old or place).strip):
-            strip = strips[place.number]
-            if old is not None:
-                strip[:, :kept].copy_(others[old.number])
-            # What another row left there is masked, but NaN times a weight of 0 is NaN.
-            strip[:, kept:].zero_()
-        self._places[row] = place
         if old is not None:
+            for strips, others in self._slabs.pairs(place.strip, old.strip):
+                strips[place.number][:, : old.strip].copy_(others[old.number])
             self._slabs.free(old)
+        self._clean(place, 0 if old is None else old.strip)
+        self._places[row] = place
         return True
 
     def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
@@ -129,8 +128,7 @@ class StripCache:
         if place is None:
             return False
         self.blocks.copy(blocks, place)
-        for strips, _ in self._slabs.pairs(place.strip, place.strip):
-            strips[place.number][:, shared:].zero_()
+        self._clean(place, shared)
         self._places[row] = place
         return True
 
@@ -148,6 +146,12 @@ class StripCache:
     def place(self, row: int) -> tuple[int, int]:
         place = self._places[row]
         return place.strip, place.number
+
+    def _clean(self, place: Place, start: int) -> None:
+        """A strip from its token `start` on."""
+        if self._reads_unwritten:
+            for strips, _ in self._slabs.pairs(place.strip, place.strip):
+                strips[place.number][:, start:].zero_()
 
     def _find_place(self, tokens: int) -> Place | None:
         """The shortest free strip that is long enough; an empty slab is opened for the fitting

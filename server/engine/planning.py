@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit, UnsupportedModel
-from server.engine.kernels.attention import AttentionKernel, Dims
+from server.engine.kernels.attention import Kernels
 from server.engine.kv_cache import FlatCache, StripCache
 from server.engine.paged_cache import PagedCache
 
@@ -78,7 +78,7 @@ def make_flat_cache(
     device: torch.device,
     max_tokens: int,
     tokens: int,
-    kernels: Mapping[Dims, AttentionKernel],
+    kernels: Kernels,
 ) -> FlatCache:
     """`kernels` are for the CPU. Raises DoesNotFit where `tokens` are too few for `max_tokens`, the
     longest row."""

@@ -105,7 +105,7 @@ class Prefixes:
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended, whether it ran or not: its row goes, what it computed stays."""
         content = self._content(sequence)
-        if self._across_orders or self._members[content] > 1:
+        if self._across_orders or (self._shares(sequence) and self._members[content] > 1):
             self._keep(sequence)
         self._forget_expected(sequence)
         self._awaited.pop(sequence, None)

@@ -28,7 +28,11 @@ class LayerMemory:
     """`[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
     `[strips, kv_heads, length, key_dim]`."""
     values: torch.Tensor
-    kv_heads: int
+    shape: LayerShape
+
+    @property
+    def kv_heads(self) -> int:
+        return self.shape.kv_heads
 
     @classmethod
     def empty(cls, tokens: int, shape: LayerShape) -> Self:
@@ -36,7 +40,7 @@ class LayerMemory:
         return cls(
             torch.empty(heads, shape.key_dim, dtype=shape.dtype),
             torch.empty(heads, shape.value_dim, dtype=shape.dtype),
-            shape.kv_heads,
+            shape,
         )
 
 

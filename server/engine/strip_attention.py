@@ -4,7 +4,7 @@ A layer's memory, cut into strips of one length, is one tensor; so decoding rows
 near each other are computed as one batched product, and one operation writes all new keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
-from server.engine.kernels.attention import AttentionKernel, Dims
+from server.engine.kernels.attention import Kernels
 from server.engine.slabs import LayerMemory
 
 _GAP_TOKENS = 512
@@ -78,7 +78,7 @@ class StripPlan:
         strips: Strips,
         decode: Sequence[Chunk],
         prefill: Sequence[Chunk],
-        kernels: Mapping[Dims, AttentionKernel],
+        kernels: Kernels,
     ) -> None:
         self._strips = strips
         self._kernels = kernels
@@ -98,7 +98,7 @@ class StripPlan:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
         memory = self._strips.memory[layer.layer]
-        kernel = self._kernel(memory, layer)
+        kernel = self._kernels.get(memory.shape)
         if kernel is not None:
             chunks = self._for_kernel(memory.kv_heads)
             return kernel(query, key, value, memory, chunks, layer)
@@ -123,11 +123,6 @@ class StripPlan:
             ).transpose(0, 1)
             start += chunk.tokens
         return out
-
-    def _kernel(self, memory: LayerMemory, layer: LayerAttention) -> AttentionKernel | None:
-        if layer.softcap is not None or memory.keys.dtype != torch.float32:
-            return None
-        return self._kernels.get((memory.keys.shape[1], memory.values.shape[1]))
 
     def _for_kernel(self, kv_heads: int) -> torch.Tensor:
         """`[chunks, 5]`, as `AttentionKernel` takes them."""

@@ -1,7 +1,7 @@
 """Both caches, and the kernel, give the attention of whole rows, however rows come, grow and go."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from server.engine.attention import Chunk, LayerAttention, LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.kernels.attention import AttentionKernel, Dims, attention_kernels
+from server.engine.kernels.attention import Kernels, attention_kernels
 from server.engine.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
 from server.engine.paged_cache import BLOCK, PagedCache
 
@@ -31,7 +31,7 @@ def strips(tokens: int = 4 * LONGEST) -> FlatCache:
 
 
 @cache
-def kernels() -> Mapping[Dims, AttentionKernel]:
+def kernels() -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         return attention_kernels(SHAPES, Path(folder))
 

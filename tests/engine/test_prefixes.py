@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from server.engine import FinishReason
+from server.engine.blocks import StripBlocks
 from tests.engine.harness import Answer, Harness, Oracle
 from tests.factories import tiny_model
 
@@ -88,6 +89,25 @@ def test_a_prompt_is_computed_once_however_many_samples_it_has(
     engine.wait()
 
     assert engine.engine.stats().prompt_tokens == len(PROMPT) + 7
+
+
+def test_requests_that_share_nothing_leave_nothing(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def keep(_: StripBlocks, row: int, *__: int) -> list[int]:
+        kept.append(row)
+        return []
+
+    monkeypatch.setattr(StripBlocks, "keep", keep)
+    engine = start(tiny_model("llama"), prefix_cache=False)
+    with engine.held():
+        for tokens in (2, 5):
+            engine.submit(f"{tokens}", PROMPT, max_tokens=tokens)
+    engine.wait()
+
+    assert not kept
 
 
 def test_samples_go_on_when_the_first_is_cancelled(start: Callable[..., Harness]) -> None:

@@ -41,6 +41,7 @@ struct Attention {
   int64_t heads, kv_heads;
   float scaling;
   int64_t window;  // A token sees so many keys at most; 0: all.
+  float softcap;   // Scores lie between it and its opposite; 0: anywhere.
 
   int64_t group() const { return heads / kv_heads; }
   // The first key that the token at a row's `place` sees.
@@ -70,7 +71,9 @@ struct Scratch {
 };
 
 // Turns scores into weights that add up to the sum that is returned.
-float exponentials(float* scores, int64_t count) {
+float exponentials(float* scores, int64_t count, float softcap) {
+  if (softcap > 0)
+    for (int64_t t = 0; t < count; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
   float most = scores[0];
   for (int64_t t = 1; t < count; ++t) most = std::max(most, scores[t]);
   float sum = 0;
@@ -83,7 +86,7 @@ float exponentials(float* scores, int64_t count) {
 
 // One query over `count` keys.
 void attend_one(const float* query, const float* keys, const float* values, float* out,
-                float* scores, int64_t count, float scaling) {
+                float* scores, int64_t count, float scaling, float softcap) {
   float q[KEY_DIM];
   for (int d = 0; d < KEY_DIM; ++d) q[d] = query[d] * scaling;
   for (int64_t t = 0; t < count; ++t) {
@@ -92,7 +95,7 @@ void attend_one(const float* query, const float* keys, const float* values, floa
     for (int d = 0; d < KEY_DIM; ++d) score += q[d] * key[d];
     scores[t] = score;
   }
-  const float share = 1 / exponentials(scores, count);
+  const float share = 1 / exponentials(scores, count, softcap);
   float sum[VALUE_DIM] = {};
   for (int64_t t = 0; t < count; ++t) {
     const float* value = values + t * VALUE_DIM;
@@ -109,7 +112,8 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
   for (int64_t head = kv_head * a.group(); head < (kv_head + 1) * a.group(); ++head)
     attend_one(a.query.at(head, chunk.first), a.keys + (strip + first) * KEY_DIM,
                a.values + (strip + first) * VALUE_DIM,
-               a.out + (chunk.first * a.heads + head) * VALUE_DIM, scores, count, a.scaling);
+               a.out + (chunk.first * a.heads + head) * VALUE_DIM, scores, count, a.scaling,
+               a.softcap);
 }
 
 // Keys `first` to `first + count` as [panel, KEY_DIM, WIDTH keys]; none: zeros.
@@ -167,7 +171,7 @@ void prefill(const Attention& a, const Chunk& chunk, int64_t kv_head, int64_t fr
       const int64_t place = chunk.start + token(r);
       const int64_t left = a.first_seen(place) - first, right = place + 1 - first;
       float* row = scores + r * padded;
-      shares[r] = 1 / exponentials(row + left, right - left);
+      shares[r] = 1 / exponentials(row + left, right - left, a.softcap);
       std::fill(row, row + left, 0.0f);
       std::fill(row + right, row + seen, 0.0f);
     }
@@ -204,8 +208,8 @@ std::vector<Work> divide(const Chunk* chunks, int64_t count, int64_t kv_heads) {
 extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* new_values,
                        float* keys, float* values, const Chunk* chunks, float* out, int64_t count,
                        int64_t heads, int64_t kv_heads, float scaling, int64_t window,
-                       int threads) {
-  const Attention a{*query, keys, values, out, heads, kv_heads, scaling, window};
+                       float softcap, int threads) {
+  const Attention a{*query, keys, values, out, heads, kv_heads, scaling, window, softcap};
   const std::vector<Work> all = divide(chunks, count, kv_heads);
 #pragma omp parallel num_threads(threads)
   {

@@ -17,8 +17,8 @@ from server.engine.slabs import LayerMemory
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
-Dims = tuple[int, int]
-"""Of keys and of values."""
+Kernels = Mapping[LayerShape, "AttentionKernel"]
+"""For layers of a shape."""
 
 
 class _Heads(ctypes.Structure):
@@ -40,7 +40,7 @@ class AttentionKernel:
         pointer, number, heads = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Heads)
         self._function.argtypes = [
             *(heads, heads, heads, pointer, pointer, pointer, pointer),
-            *(number, number, number, ctypes.c_float, number, ctypes.c_int),
+            *(number, number, number, ctypes.c_float, number, ctypes.c_float, ctypes.c_int),
         ]
         self._function.restype = None
 
@@ -67,17 +67,17 @@ class AttentionKernel:
             *map(_Heads.of, given),
             *(memory.keys.data_ptr(), memory.values.data_ptr(), chunks.data_ptr(), out.data_ptr()),
             *(len(chunks), heads, memory.kv_heads),
-            *(layer.scaling, layer.window or 0, torch.get_num_threads()),
+            *(layer.scaling, layer.window or 0, layer.softcap or 0.0, torch.get_num_threads()),
         )
         return out
 
 
-def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Mapping[Dims, AttentionKernel]:
-    """One for each size of float32 heads. Raises what `load_kernel` does."""
-    found = {(shape.key_dim, shape.value_dim) for shape in shapes if shape.dtype == torch.float32}
-    return {dims: _kernel(dims, cache) for dims in sorted(found)}
+def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Kernels:
+    """For all that are float32. Raises what `load_kernel` does."""
+    found = dict.fromkeys(shape for shape in shapes if shape.dtype == torch.float32)
+    return {shape: _kernel(shape, cache) for shape in found}
 
 
-def _kernel(dims: Dims, cache: Path) -> AttentionKernel:
-    flags = ("-ffast-math", f"-DKEY_DIM={dims[0]}", f"-DVALUE_DIM={dims[1]}")
+def _kernel(shape: LayerShape, cache: Path) -> AttentionKernel:
+    flags = ("-ffast-math", f"-DKEY_DIM={shape.key_dim}", f"-DVALUE_DIM={shape.value_dim}")
     return AttentionKernel(load_kernel(_SOURCE, flags, cache))
