@@ -1,0 +1,73 @@
+"""Attention by our kernel, for heads of any size; the rest of what it does is in test_caches.py."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.attention import Chunk, LayerAttention, LayerShape
+from server.engine.kernels.attention import attention_kernels
+from server.engine.kv_cache import StripCache
+
+HEADS, KV_HEADS, LONGEST = 6, 2, 512
+SHAPES = [
+    LayerShape(KV_HEADS, *dims, torch.float32) for dims in ((16, 16), (24, 40), (64, 64), (128, 96))
+]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[StripCache, StripCache]:
+    """One that attends by kernels, and one by torch."""
+    kernels = attention_kernels(SHAPES, tmp_path_factory.mktemp("kernels"))
+    size = (SHAPES, 8 * LONGEST, LONGEST)
+    return StripCache(*size, kernels), StripCache(*size)
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=[str(s) for s in SHAPES])
+@settings(max_examples=15)
+@given(
+    starts=st.lists(st.integers(1, 300), max_size=3),
+    prompts=st.lists(st.tuples(st.integers(0, 200), st.integers(2, 150)), max_size=3),
+    window=st.one_of(st.none(), st.integers(1, 100)),
+    softcap=st.one_of(st.none(), st.floats(0.5, 30)),
+)
+def test_it_gives_what_torch_does(
+    caches: tuple[StripCache, StripCache],
+    number: int,
+    starts: list[int],
+    prompts: list[tuple[int, int]],
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    torch.manual_seed(0)
+    chunks = [(start, 1) for start in starts] + prompts
+    if not chunks:
+        return
+    shape = SHAPES[number]
+    layer = LayerAttention(number, 0.2, window, softcap)
+    past = [Chunk(row, 0, start) for row, (start, _) in enumerate(chunks) if start]
+    found = []
+    for each in caches:
+        for row, (start, tokens) in enumerate(chunks):
+            assert each.reserve(row, start + tokens)
+        order = each.order(list(range(len(starts))))
+        decode = [Chunk(row, *chunks[row]) for row in order]
+        prefill = [Chunk(row, *chunks[row]) for row in range(len(starts), len(chunks))]
+        generator = torch.Generator().manual_seed(1)
+        for step in ((), past), (decode, prefill):
+            tokens = sum(chunk.tokens for part in step for chunk in part)
+            heads = [
+                torch.randn(count, tokens, dim, generator=generator)
+                for count, dim in (
+                    (HEADS, shape.key_dim),
+                    (KV_HEADS, shape.key_dim),
+                    (KV_HEADS, shape.value_dim),
+                )
+            ]
+            if tokens:
+                found.append(each.plan(*step).attend(*heads, layer))
+        for row in range(len(chunks)):
+            each.release(row)
+    by_kernel, by_torch = found[: len(found) // 2], found[len(found) // 2 :]
+    for mine, wanted in zip(by_kernel, by_torch, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=2e-5, rtol=1e-4)
