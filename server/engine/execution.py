@@ -70,7 +70,7 @@ def prepare(
         log.info("Running %s padded: %s", type(base).__name__, error)
         base.set_attn_implementation(kept)
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
-    kernels = _kernels(base.device, compile_cache, shapes)
+    kernels = _kernels(base.device, pack, compile_cache, shapes)
     _lay_out(base, pack, kernels.products, siblings)
     ia3.bank.by_token = runs_by_kernel(base)
     modules = Modules(base)
@@ -109,14 +109,18 @@ class _Kernels:
 
 
 def _kernels(
-    device: torch.device, compile_cache: Path | None, shapes: Sequence[LayerShape] = ()
+    device: torch.device,
+    pack: bool,
+    compile_cache: Path | None,
+    shapes: Sequence[LayerShape] = (),
 ) -> _Kernels:
     """`shapes`: the layers whose attention shall have kernels."""
     if compile_cache is None or device.type != "cpu":
         return _Kernels()
     cache = compile_cache.with_name("kernels")
     try:
-        return _Kernels(product_kernels(cache), attention_kernels(shapes, cache))
+        products = product_kernels(cache) if pack else {}
+        return _Kernels(products, attention_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
         return _Kernels()
@@ -142,7 +146,7 @@ def _prepare_padded(
 ) -> Execution:
     base = ia3.base
     shapes = _probe_padded(ia3)
-    _lay_out(base, pack, _kernels(base.device, compile_cache).products)
+    _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
@@ -161,7 +165,9 @@ def _lay_out(
     if model.device.type == "cpu":
         fuse_norms(model)
     if pack:
-        log.info("Packed %d linear layers.", pack_linears(model, siblings, products))
+        layers = pack_linears(model, siblings, products)
+        which = "our kernel" if runs_by_kernel(model) else "oneDNN"
+        log.info("Packed %d linear layers for %s.", layers, which)
 
 
 @torch.inference_mode()
