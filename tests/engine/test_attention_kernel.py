@@ -9,7 +9,7 @@ from server.engine.attention import Chunk, LayerAttention, LayerShape
 from server.engine.kernels.attention import attention_kernels
 from server.engine.kv_cache import StripCache
 
-HEADS, KV_HEADS, LONGEST = 6, 2, 512
+HEADS, KV_HEADS, LONGEST = 6, 2, 2048
 SHAPES = [
     LayerShape(KV_HEADS, *dims, torch.float32) for dims in ((16, 16), (24, 40), (64, 64), (128, 96))
 ]
@@ -26,9 +26,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[StripCache, StripC
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=[str(s) for s in SHAPES])
 @settings(max_examples=15)
 @given(
-    starts=st.lists(st.integers(1, 300), max_size=3),
-    prompts=st.lists(st.tuples(st.integers(0, 200), st.integers(2, 150)), max_size=3),
-    window=st.one_of(st.none(), st.integers(1, 100)),
+    starts=st.lists(st.integers(1, 1500), max_size=3),
+    prompts=st.lists(st.tuples(st.integers(0, 1500), st.integers(2, 150)), max_size=3),
+    window=st.one_of(st.none(), st.integers(1, 700)),
     softcap=st.one_of(st.none(), st.floats(0.5, 30)),
 )
 def test_it_gives_what_torch_does(

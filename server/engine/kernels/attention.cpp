@@ -2,6 +2,7 @@
 // KEY_DIM and VALUE_DIM are given by the command line.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,8 +13,10 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 64;  // Tokens of a chunk at a time.
+constexpr int64_t QUERIES = 64;  // Tokens of a chunk at a time,
+constexpr int64_t KEYS = 512;    // over so many keys at a time.
 constexpr int64_t VALUE_PANELS = (VALUE_DIM + WIDTH - 1) / WIDTH;
+constexpr int64_t VALUE_WIDTH = VALUE_PANELS * WIDTH;
 
 // Tokens of a row that are computed together.
 struct Chunk {
@@ -67,22 +70,29 @@ class Buffer {
 };
 
 struct Scratch {
-  Buffer scores, keys, values;
+  Buffer scores, keys, values, out;
 };
 
-// Turns scores into weights that add up to the sum that is returned.
-float exponentials(float* scores, int64_t count, float softcap) {
-  if (softcap > 0)
-    for (int64_t t = 0; t < count; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
-  float most = scores[0];
-  for (int64_t t = 1; t < count; ++t) most = std::max(most, scores[t]);
-  float sum = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    scores[t] = std::exp(scores[t] - most);
-    sum += scores[t];
+// The softmax of a row whose scores come in parts.
+struct Softmax {
+  float most = -FLT_MAX, sum = 0;
+
+  // Turns the next scores into weights, and says what the earlier ones are to be multiplied by.
+  float take(float* scores, int64_t count, float softcap) {
+    if (softcap > 0)
+      for (int64_t t = 0; t < count; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
+    const float before = most;
+    for (int64_t t = 0; t < count; ++t) most = std::max(most, scores[t]);
+    const float factor = std::exp(before - most);
+    float added = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      scores[t] = std::exp(scores[t] - most);
+      added += scores[t];
+    }
+    sum = sum * factor + added;
+    return factor;
   }
-  return sum;
-}
+};
 
 // One query over `count` keys.
 void attend_one(const float* query, const float* keys, const float* values, float* out,
@@ -95,7 +105,9 @@ void attend_one(const float* query, const float* keys, const float* values, floa
     for (int d = 0; d < KEY_DIM; ++d) score += q[d] * key[d];
     scores[t] = score;
   }
-  const float share = 1 / exponentials(scores, count, softcap);
+  Softmax softmax;
+  softmax.take(scores, count, softcap);
+  const float share = 1 / softmax.sum;
   float sum[VALUE_DIM] = {};
   for (int64_t t = 0; t < count; ++t) {
     const float* value = values + t * VALUE_DIM;
@@ -116,72 +128,94 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
                a.softcap);
 }
 
-// Keys `first` to `first + count` as [panel, KEY_DIM, WIDTH keys]; none: zeros.
-void turn_keys(const float* keys, int64_t first, int64_t count, float* panels) {
+// Keys as [panel, KEY_DIM, WIDTH keys], the last panel filled with zeros.
+void turn_keys(const float* keys, int64_t count, float* panels) {
   for (int64_t t = 0; t < count; t += WIDTH) {
     const int64_t some = std::min<int64_t>(WIDTH, count - t);
     float* panel = panels + t * KEY_DIM;
     for (int64_t k = 0; k < WIDTH; ++k)
       for (int d = 0; d < KEY_DIM; ++d)
-        panel[d * WIDTH + k] = k < some ? keys[(first + t + k) * KEY_DIM + d] : 0;
+        panel[d * WIDTH + k] = k < some ? keys[(t + k) * KEY_DIM + d] : 0;
   }
 }
 
-// Values `first` to `first + count` as [panel, count, WIDTH numbers]; none: zeros.
-void gather_values(const float* values, int64_t first, int64_t count, float* panels) {
+// Values as [panel, KEYS, WIDTH numbers], the last panel filled with zeros.
+void part_values(const float* values, int64_t count, float* panels) {
   for (int64_t p = 0; p < VALUE_PANELS; ++p) {
     const int64_t some = std::min<int64_t>(WIDTH, VALUE_DIM - p * WIDTH);
     for (int64_t t = 0; t < count; ++t) {
-      const float* value = values + (first + t) * VALUE_DIM + p * WIDTH;
-      float* panel = panels + (p * count + t) * WIDTH;
+      const float* value = values + t * VALUE_DIM + p * WIDTH;
+      float* panel = panels + (p * KEYS + t) * WIDTH;
       for (int64_t d = 0; d < WIDTH; ++d) panel[d] = d < some ? value[d] : 0;
     }
   }
 }
 
-// The heads that share a key head, of a chunk's tokens `from` to `to`: rows of small products.
-void prefill(const Attention& a, const Chunk& chunk, int64_t kv_head, int64_t from, int64_t to,
-             Scratch& scratch) {
-  const int64_t strip = chunk.strip + kv_head * chunk.length;
-  // Keys are counted from the first that any of the tokens sees.
-  const int64_t first = a.first_seen(chunk.start + from), count = chunk.start + to - first;
-  const int64_t padded = (count + WIDTH - 1) / WIDTH * WIDTH;
-  float* keys = scratch.keys.at_least(padded * KEY_DIM);
-  float* values = scratch.values.at_least(count * VALUE_PANELS * WIDTH);
-  float* scores = scratch.scores.at_least(padded * TALL);
-  turn_keys(a.keys + strip * KEY_DIM, first, count, keys);
-  gather_values(a.values + strip * VALUE_DIM, first, count, values);
+// The heads that share a key head, of a chunk's tokens `from` to `to`: each is a row.
+struct Rows {
+  const Attention& a;
+  const Chunk& chunk;
+  int64_t kv_head, from, to;
 
-  const int64_t group = a.group(), rows = (to - from) * group;
-  for (int64_t begin = 0; begin < rows; begin += TALL) {
-    const int some = int(std::min<int64_t>(TALL, rows - begin));
-    const auto token = [&](int r) { return from + (begin + r) / group; };
-    const auto head = [&](int r) { return kv_head * group + (begin + r) % group; };
-    float query[TALL][KEY_DIM], out[TALL][VALUE_PANELS * WIDTH], shares[TALL];
-    for (int r = 0; r < some; ++r) {
-      const float* given = a.query.at(head(r), chunk.first + token(r));
-      for (int d = 0; d < KEY_DIM; ++d) query[r][d] = given[d] * a.scaling;
-    }
-    const int64_t seen = chunk.start + token(some - 1) + 1 - first;
-    const Ahead nothing{(const char*)query, 0};
-    for (int64_t t = 0; t < seen; t += WIDTH)
-      TILES[some](query[0], KEY_DIM, keys + t * KEY_DIM, KEY_DIM, scores + t, padded, true,
-                  nothing);
-    for (int r = 0; r < some; ++r) {
-      const int64_t place = chunk.start + token(r);
-      const int64_t left = a.first_seen(place) - first, right = place + 1 - first;
-      float* row = scores + r * padded;
-      shares[r] = 1 / exponentials(row + left, right - left, a.softcap);
-      std::fill(row, row + left, 0.0f);
-      std::fill(row + right, row + seen, 0.0f);
-    }
-    for (int64_t p = 0; p < VALUE_PANELS; ++p)
-      TILES[some](scores, padded, values + p * count * WIDTH, seen, out[0] + p * WIDTH,
-                  VALUE_PANELS * WIDTH, true, nothing);
-    for (int r = 0; r < some; ++r) {
-      float* taken = a.out + ((chunk.first + token(r)) * a.heads + head(r)) * VALUE_DIM;
-      for (int d = 0; d < VALUE_DIM; ++d) taken[d] = out[r][d] * shares[r];
-    }
+  int64_t count() const { return (to - from) * a.group(); }
+  int64_t token(int64_t row) const { return from + row / a.group(); }
+  int64_t place(int64_t row) const { return chunk.start + token(row); }
+  int64_t head(int64_t row) const { return kv_head * a.group() + row % a.group(); }
+};
+
+// Rows `begin` to `begin + some` over keys `block` to `block + count`, adding to what they have.
+void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int64_t count,
+                  const float* keys, const float* values, Softmax* softmax, float* out) {
+  const Attention& a = rows.a;
+  const int64_t seen = std::min(count, rows.place(begin + some - 1) + 1 - block);
+  if (seen <= 0 || a.first_seen(rows.place(begin)) >= block + count) return;
+  float query[TALL][KEY_DIM], scores[TALL][KEYS];
+  for (int r = 0; r < some; ++r) {
+    const float* given = a.query.at(rows.head(begin + r), rows.chunk.first + rows.token(begin + r));
+    for (int d = 0; d < KEY_DIM; ++d) query[r][d] = given[d] * a.scaling;
+  }
+  const Ahead nothing{(const char*)query, 0};
+  for (int64_t t = 0; t < seen; t += WIDTH)
+    TILES[some](query[0], KEY_DIM, keys + t * KEY_DIM, KEY_DIM, scores[0] + t, KEYS, true, nothing);
+  for (int r = 0; r < some; ++r) {
+    const int64_t place = rows.place(begin + r);
+    const int64_t right = std::clamp<int64_t>(place + 1 - block, 0, seen);
+    const int64_t left = std::clamp<int64_t>(a.first_seen(place) - block, 0, right);
+    std::fill(scores[r], scores[r] + left, 0.0f);
+    std::fill(scores[r] + right, scores[r] + seen, 0.0f);
+    if (left == right) continue;
+    const float factor = softmax[begin + r].take(scores[r] + left, right - left, a.softcap);
+    for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[(begin + r) * VALUE_WIDTH + d] *= factor;
+  }
+  for (int64_t p = 0; p < VALUE_PANELS; ++p)
+    TILES[some](scores[0], KEYS, values + p * KEYS * WIDTH, seen,
+                out + begin * VALUE_WIDTH + p * WIDTH, VALUE_WIDTH, false, nothing);
+}
+
+void prefill(const Rows& rows, Scratch& scratch) {
+  const Attention& a = rows.a;
+  const int64_t strip = rows.chunk.strip + rows.kv_head * rows.chunk.length;
+  const int64_t end = rows.chunk.start + rows.to;
+  float* keys = scratch.keys.at_least(KEYS * KEY_DIM);
+  float* values = scratch.values.at_least(KEYS * VALUE_WIDTH);
+  float* out = scratch.out.at_least(rows.count() * VALUE_WIDTH);
+  std::fill_n(out, rows.count() * VALUE_WIDTH, 0.0f);
+  std::vector<Softmax> softmax(rows.count());
+  // Blocks of keys lie where they lie for any chunk.
+  int64_t block = a.first_seen(rows.chunk.start + rows.from) / KEYS * KEYS;
+  for (; block < end; block += KEYS) {
+    const int64_t count = std::min(KEYS, end - block);
+    turn_keys(a.keys + (strip + block) * KEY_DIM, count, keys);
+    part_values(a.values + (strip + block) * VALUE_DIM, count, values);
+    for (int64_t begin = 0; begin < rows.count(); begin += TALL)
+      attend_block(rows, begin, int(std::min<int64_t>(TALL, rows.count() - begin)), block, count,
+                   keys, values, softmax.data(), out);
+  }
+  for (int64_t row = 0; row < rows.count(); ++row) {
+    const int64_t place = (rows.chunk.first + rows.token(row)) * a.heads + rows.head(row);
+    const float share = 1 / softmax[row].sum;
+    for (int d = 0; d < VALUE_DIM; ++d)
+      a.out[place * VALUE_DIM + d] = out[row * VALUE_WIDTH + d] * share;
   }
 }
 
@@ -230,7 +264,7 @@ extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* n
       if (work.chunk->tokens == 1)
         decode(a, *work.chunk, work.kv_head, scratch);
       else
-        prefill(a, *work.chunk, work.kv_head, work.from, work.to, scratch);
+        prefill({a, *work.chunk, work.kv_head, work.from, work.to}, scratch);
     }
   }
 }
