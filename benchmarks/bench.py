@@ -61,7 +61,7 @@ FULL = Plan(
     vllm_tokens=64,
     slow_peer_turns=2,
     registered=10_000,
-    http_turns=10,
+    http_turns=8,
     loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
     repeats=5,
 )
