@@ -26,7 +26,7 @@ test: install
 	$(BIN)/python -m pytest $(or $(ARGS),$(PROCESSES) --cov --cov-report=term:skip-covered --cov-fail-under=90)
 
 test-full: .venv/.installed-full
-	$(BIN)/python -m pytest $(PROCESSES) --full --report docs/test-report.md $(ARGS)
+	$(BIN)/python -m pytest $(PROCESSES) --full --report=docs/test-report.md $(ARGS)
 
 .venv/.installed-full: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,full]'
