@@ -81,14 +81,18 @@ const float* rescaled(const float* x, int64_t from, int64_t to, int64_t inputs,
 // What comes after the sums, for some tokens and outputs `left` to `right`: y begins with the first.
 void finish(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
             const Weight& weight, const Outputs& outputs) {
-  for (int64_t token = from; token < to; ++token, y += y_stride) {
-    if (weight.bias != nullptr)
-      for (int64_t o = left; o < right; ++o) y[o - left] += weight.bias[o];
-    for (int64_t n = 0; n < outputs.count; ++n) {
-      const Rescaling& by = outputs.rescaled[n];
-      const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+  if (weight.bias != nullptr)
+    for (int64_t token = from; token < to; ++token) {
+      float* out = y + (token - from) * y_stride - left;
+      for (int64_t o = left; o < right; ++o) out[o] += weight.bias[o];
+    }
+  for (int64_t n = 0; n < outputs.count; ++n) {
+    const Rescaling& by = outputs.rescaled[n];
+    const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+    for (int64_t token = from; token < to && start < stop; ++token) {
+      float* out = y + (token - from) * y_stride - left;
       const float* vector = by.of(token) - by.start;
-      for (int64_t o = start; o < stop; ++o) y[o - left] *= vector[o];
+      for (int64_t o = start; o < stop; ++o) out[o] *= vector[o];
     }
   }
 }
