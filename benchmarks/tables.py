@@ -225,8 +225,8 @@ def profile(found: dict[str, Any]) -> str:
     measured = [f"{each['step_ms']:.1f}" for each in steps.values()]
     head = ["milliseconds", *(f"{name}, {each['rows']} rows" for name, each in steps.items())]
     told = (
-        "\n\nProducts by our own kernel have the adapters' vectors and the feed-forward's activation "
-        "in them: both count as gemm there."
+        "\n\nProducts by our own kernel have the adapters' vectors and the feed-forward's "
+        "activation in them: both count as gemm there."
     )
     return table(head, [*rows, ["sum", *sums], ["the step, measured", *measured]]) + told
 
