@@ -332,11 +332,12 @@ class Residency:
         """What nothing uses stays within the budget for host memory, but for what is retired."""
         if content.leases or content.kept or content.slot is not None:
             return
+        if content.retired:
+            self._forget(content)
+            return
         self._take_out(content)
         self._unused[content.vectors.digest] = None
         self._unused_bytes += content.vectors.nbytes
-        if content.retired:
-            self._forget(content)
         while self._unused_bytes > self._host_bytes:
             self._forget(self._contents[next(iter(self._unused))])
 
