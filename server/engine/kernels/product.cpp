@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -132,6 +133,40 @@ void compute_gated(const Weight& weight, const float* in, float* y, int64_t from
   }
 }
 
+// A panel for a block of tokens.
+struct Piece {
+  int64_t block, panel;
+};
+
+// A thread's pieces, next to each other in memory. A thread that has none left takes others': the
+// system may have given their core to somebody else.
+struct alignas(64) Share {
+  int64_t first_block, last_block, first_panel, last_panel;
+  std::atomic<int64_t> taken{0};
+
+  bool take(Piece& piece) {
+    const int64_t wide = last_panel - first_panel;
+    const int64_t next = taken.fetch_add(1, std::memory_order_relaxed);
+    if (next >= (last_block - first_block) * wide) return false;
+    piece = {first_block + next / wide, first_panel + next % wide};
+    return true;
+  }
+};
+
+// Threads divide the panels among them, and the tokens too once there are few panels for each.
+std::vector<Share> divide(int64_t blocks, int64_t panels, int64_t threads) {
+  const int64_t across = std::clamp<int64_t>(panels / 4, 1, threads), down = threads / across;
+  std::vector<Share> shares(across * down);
+  for (int64_t n = 0; n < across * down; ++n) {
+    const int64_t row = n / across, column = n % across;
+    shares[n].first_block = blocks * row / down;
+    shares[n].last_block = blocks * (row + 1) / down;
+    shares[n].first_panel = panels * column / across;
+    shares[n].last_panel = panels * (column + 1) / across;
+  }
+  return shares;
+}
+
 }  // namespace
 
 extern "C" int64_t panel_width() { return WIDTH; }
@@ -144,18 +179,22 @@ extern "C" void product(const Weight* weight, const float* x, int64_t tokens, fl
   const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gated ? 2 : 1);
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
   if (tokens * weight->outputs * weight->inputs < FEW) threads = 1;
-  // Threads share the panels, and the tokens too once there are few panels for each.
-  const int64_t across = std::clamp<int64_t>(panels / 4, 1, threads), down = threads / across;
+  std::vector<Share> shares = divide(blocks, panels, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t column = omp_get_thread_num() % across, row = omp_get_thread_num() / across;
-    if (row < down)
-      for (int64_t b = blocks * row / down; b < blocks * (row + 1) / down; ++b) {
+    const float* in = nullptr;
+    int64_t held = -1;  // The block whose inputs `in` has.
+    for (size_t n = 0; n < shares.size(); ++n) {
+      Share& share = shares[(omp_get_thread_num() + n) % shares.size()];
+      for (Piece piece; share.take(piece);) {
+        const int64_t b = piece.block;
         const int64_t from = tokens * b / blocks, to = tokens * (b + 1) / blocks;
-        const float* in = input == nullptr ? x + from * weight->inputs
-                                           : rescaled(x, from, to, weight->inputs, *input);
-        for (int64_t p = panels * column / across; p < panels * (column + 1) / across; ++p)
-          (gated ? compute_gated : compute)(*weight, in, y, from, to, p, {outputs, count});
+        if (b != held)
+          in = input == nullptr ? x + from * weight->inputs
+                                : rescaled(x, from, to, weight->inputs, *input);
+        held = b;
+        (gated ? compute_gated : compute)(*weight, in, y, from, to, piece.panel, {outputs, count});
       }
+    }
   }
 }
