@@ -110,8 +110,11 @@ def _role(path: str) -> Role | None:
     return "admin" if path.startswith(_ADMIN) else "generate"
 
 
-def get_caller(request: Request) -> str | None:
-    """FastAPI dependency: the name of the key that a request came with; None without keys."""
+async def get_caller(request: Request) -> str | None:
+    """FastAPI dependency: the name of the key that a request came with; None without keys.
+
+    Async, as FastAPI runs others in a thread.
+    """
     name: str | None = request.scope.get(_CALLER)
     return name
 

@@ -33,7 +33,7 @@ class Services:
     """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
 
 
-def get_services(request: Request) -> Services:
-    """FastAPI dependency."""
+async def get_services(request: Request) -> Services:
+    """FastAPI dependency. Async, as FastAPI runs others in a thread."""
     services: Services = request.app.state.services
     return services

@@ -1,7 +1,7 @@
 """Infuse as a user runs it: `infuse serve` in a process of its own, asked over HTTP.
 
-The client parses no more than it must, on plain asyncio: it computes on the server's own cores, and
-what it takes there would count as the server's.
+The client computes on the server's own cores, and what it takes there would count as the server's:
+it notes what it reads and when, and parses it once the round has ended.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
+import uvloop
 
 from benchmarks.engines import Answer, EngineFailed, Request, Round
 
@@ -107,7 +108,7 @@ class InfuseHttp(ServerProcess):
         """`fields` are added to every request's body."""
         streaming = self.stream if stream is None else stream
         bodies = [_request(self.url, each, streaming, fields) for each in requests]
-        return asyncio.run(self._run(requests, bodies, in_flight))
+        return uvloop.run(self._run(requests, bodies, in_flight))
 
     async def _run(
         self, requests: Sequence[Request], bodies: list[bytes], in_flight: int | None
@@ -115,21 +116,63 @@ class InfuseHttp(ServerProcess):
         places = nullcontext() if in_flight is None else asyncio.Semaphore(in_flight)
         began = time.perf_counter()
 
-        async def answer(request: Request, body: bytes) -> Answer:
+        async def exchange(request: Request, body: bytes) -> _Exchange:
             await asyncio.sleep(max(0.0, began + request.at - time.perf_counter()))
             async with places:
-                arrived = time.perf_counter()
-                lines, times = await _exchange(self.url, body)
-            return _answer(lines, times, request, arrived - began, began)
+                made = _Exchange(body)
+                await made.on(self.url)
+            return made
 
         try:
             async with asyncio.timeout(_ROUND_SECONDS):
-                answers = await asyncio.gather(
-                    *(answer(each, body) for each, body in zip(requests, bodies, strict=True))
+                exchanges = await asyncio.gather(
+                    *(exchange(each, body) for each, body in zip(requests, bodies, strict=True))
                 )
         except (OSError, TimeoutError) as error:
             raise EngineFailed(f"{self.name}: {type(error).__name__}: {error}") from error
+        answers = [
+            _answer(each, request, began) for each, request in zip(exchanges, requests, strict=True)
+        ]
         return Round(max(each.last for each in answers), answers)
+
+
+class _Exchange(asyncio.Protocol):
+    """A request on a connection of its own, and what came back: until the server ends it."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._ended = asyncio.get_running_loop().create_future()
+        self._received: list[tuple[bytes, float]] = []
+        self.arrived = time.perf_counter()
+
+    async def on(self, url: str) -> None:
+        """Raises OSError."""
+        address = urlsplit(url)
+        transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: self, address.hostname, address.port
+        )
+        transport.write(self._request)
+        await self._ended
+
+    def data_received(self, data: bytes) -> None:
+        self._received.append((data, time.perf_counter()))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._ended.done():  # The round has taken too long.
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+    def lines(self) -> Iterator[tuple[bytes, float]]:
+        """Each, and when its end was read."""
+        begun = b""
+        for data, at in self._received:
+            *whole, begun = (begun + data).split(b"\n")
+            yield from ((line, at) for line in whole)
+        if begun:
+            yield begun, at
 
 
 def _request(url: str, request: Request, stream: bool, fields: dict[str, Any]) -> bytes:
@@ -151,38 +194,22 @@ def _request(url: str, request: Request, stream: bool, fields: dict[str, Any]) -
     return head.encode() + body
 
 
-async def _exchange(url: str, request: bytes) -> tuple[list[bytes], list[float]]:
-    """The answer's lines, and when each was read."""
-    address = urlsplit(url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(request)
-    lines, times = [], []
-    while line := await reader.readline():
-        lines.append(line)
-        times.append(time.perf_counter())
-    writer.close()
-    return lines, times
-
-
-def _answer(
-    lines: list[bytes], times: list[float], request: Request, arrived: float, began: float
-) -> Answer:
+def _answer(exchange: _Exchange, request: Request, began: float) -> Answer:
     """Raises EngineFailed for anything but the whole answer that was asked for."""
-    status = lines[0].split()[1] if lines else b"nothing"
+    arrived = exchange.arrived - began
+    lines = list(exchange.lines())
+    status = lines[0][0].split()[1] if lines else b"nothing"
     if status != b"200":
         raise EngineFailed(f"the server answered {status.decode()}: {lines[-1:]}")
-    events = [
-        (json.loads(line[6:]), at)
-        for line, at in zip(lines, times, strict=True)
-        if line.startswith(b"data: {")
-    ]
+    events = [(json.loads(line[6:]), at) for line, at in lines if line.startswith(b"data: {")]
     if events:
         choices = [(choice, at) for event, at in events for choice in event["choices"]]
         text = "".join(choice["text"] for choice, _ in choices)
         if "error" in events[-1][0] or choices[-1][0]["finish_reason"] != "length":
             raise EngineFailed(f"a stream ended early: {events[-1][0]}")
         return Answer(text, arrived, choices[-1][1] - began, choices[0][1] - began)
-    whole = json.loads(next(line for line in lines if line.startswith(b"{")))
+    text, last = next((line, at) for line, at in lines if line.startswith(b"{"))
+    whole = json.loads(text)
     if whole["usage"]["completion_tokens"] != request.tokens_out:
         raise EngineFailed(f"an answer ended early: {whole}")
-    return Answer(whole["choices"][0]["text"], arrived, times[-1] - began)
+    return Answer(whole["choices"][0]["text"], arrived, last - began)
