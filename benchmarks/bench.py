@@ -32,7 +32,11 @@ PLAIN = ("--no-prefix-cache", "--no-speculation")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything, so that a run ends within its time."""
+    """How much of everything, so that a run ends within its time.
+
+    What disturbs a shared machine changes from one second to the next: many short rounds say more
+    than a few long ones.
+    """
 
     sections: tuple[str, ...] | None
     """None: all."""
@@ -42,7 +46,9 @@ class Plan:
     tokens: int
     """In the prompt, and as many generated: where adapters are compared."""
     vllm_tokens: int
-    """The same against vLLM, and with HTTP against without."""
+    """The same against vLLM."""
+    http_tokens: int
+    """The same with HTTP against without."""
     slow_peer_turns: int
     """Of those that take half a minute a round: LoRA in vLLM, and transformers."""
     registered: int
@@ -55,13 +61,14 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=26,
+    pairs=44,
     peer_turns=6,
-    tokens=24,
+    tokens=16,
     vllm_tokens=64,
+    http_tokens=32,
     slow_peer_turns=2,
     registered=10_000,
-    http_turns=8,
+    http_turns=16,
     loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
     repeats=5,
 )
@@ -71,6 +78,7 @@ QUICK = Plan(
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
+    http_tokens=16,
     slow_peer_turns=0,
     registered=10_000,
     http_turns=1,

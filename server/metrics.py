@@ -126,10 +126,6 @@ class _Gauges(Collector):
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
             "infuse_adapters_pinned": ("Adapters that a running row uses.", registry.pinned),
-            "infuse_adapter_host_bytes": (
-                "Of adapters in host memory that nothing uses now.",
-                registry.host_bytes,
-            ),
             "infuse_adapter_leases": ("Requests that hold a revision.", registry.leases),
         }
         for name, (text, value) in gauges.items():
@@ -141,6 +137,7 @@ class _Gauges(Collector):
         memory.add_metric(["kv_cache"], engine.kv_cache_bytes)
         memory.add_metric(["bank"], engine.bank_bytes)
         memory.add_metric(["saved_modules"], registry.saved_bytes)
+        memory.add_metric(["unused_adapters"], registry.host_bytes)
         yield memory
         counters = {
             "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),

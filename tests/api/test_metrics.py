@@ -179,6 +179,8 @@ def test_the_gauges_say_what_runs_and_what_is_there(
     for part in ("weights", "kv_cache", "bank"):
         expected = getattr(stats, f"{part}_bytes")
         assert idle[series("infuse_memory_bytes", part=part)] == expected > 0
+    unused = idle[series("infuse_memory_bytes", part="unused_adapters")]
+    assert unused == alone[1].registry.stats().host_bytes
 
 
 def test_adapters_are_counted_as_they_come_and_go(
