@@ -43,6 +43,9 @@ _MAX_SHOWN = 200
 """Characters of a key."""
 
 
+Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What PEFT saved: its config, and its tensors by PEFT's own keys, shapes and dtypes."""
@@ -55,11 +58,13 @@ class Checkpoint:
 class AdapterVectors:
     """What an adapter does to a base model: a float32 `[size]` for each target.
 
-    `saved`: the modules that it brings a copy of its own of, in the base's dtype.
+    `saved`: the modules that it brings a copy of its own of, in the base's dtype. `together`: the
+    vectors in the order of their targets, where they lie so in memory.
     """
 
     vectors: Mapping[Target, torch.Tensor]
     saved: Mapping[str, State] = field(default_factory=dict)
+    together: Float32s | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -67,7 +72,10 @@ class AdapterVectors:
         sha = hashlib.sha256()
         targets = sorted(self.vectors)
         sha.update("".join(f"{module}\0{side}\0" for module, side in targets).encode())
-        sha.update(b"".join(self.vectors[target].numpy().data for target in targets))
+        if self.together is None:
+            sha.update(b"".join(self.vectors[target].numpy().data for target in targets))
+        else:
+            sha.update(self.together.data)
         for module in sorted(self.saved):
             for key, tensor in sorted(self.saved[module].items()):
                 sha.update(f"{module}\0{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -121,7 +129,7 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     targets = resolve_targets(config, modules)
-    expected = _keys_of_vectors(config, targets)
+    expected = keys_of_vectors(config, modules)
     names = saved_modules(config, modules, tensors.keys())
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
     faults = [*cannot_serve(names, targets, modules), *_unknown_keys(tensors, known)]
@@ -174,7 +182,9 @@ def _vectors_of(
     return vectors, faults
 
 
-def _keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
+def keys_of_vectors(config: IA3Config, modules: BaseModules) -> dict[str, Target]:
+    """The tensors that a file must have. Raises InvalidAdapter."""
+    targets = resolve_targets(config, modules)
     keys = {f"{PREFIX}{target.module}{_SUFFIX}": target for target in targets}
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     return keys | {
@@ -303,7 +313,7 @@ def _unknown_key(key: str, expected: Collection[str]) -> Fault:
     return Fault(shown, "belongs to no module that the config targets in this base model", fix)
 
 
-def _flat(tensor: torch.Tensor) -> "numpy.ndarray[Any, numpy.dtype[numpy.float32]]":
+def _flat(tensor: torch.Tensor) -> Float32s:
     return tensor.detach().to(torch.float32).numpy().ravel()
 
 

@@ -27,6 +27,7 @@ from adapters.errors import (
     TooManyPinned,
     UnknownAdapter,
 )
+from adapters.layouts import Layouts
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.revision import Details, Origin, Revision
 from adapters.store import UPLOADED, AdapterStore, check_name
@@ -71,6 +72,7 @@ class AdapterRegistry:
         `host_bytes`: see `Residency`."""
         self._store = store
         self._modules = modules
+        self._layouts = Layouts(modules)
         self._reserved = tuple(reserved)
         self._vocabularies = None if tokenizer is None else Vocabularies(tokenizer, modules)
         self.residency = Residency(slots, host_bytes)
@@ -242,12 +244,11 @@ class AdapterRegistry:
         if found is not None:
             return found
         try:
-            checkpoint = read_checkpoint(self._store.files(revision))
+            return self._layouts.read(self._store.files(revision))
         except (OSError, InvalidAdapter, StoreDamaged):
             # Deleted since its name was looked up: say what a request one moment later hears.
             self._store.revision(revision.name, revision.number)
             raise
-        return effective_vectors(checkpoint, self._modules)
 
     def _vocabulary(self, revision: Revision, vectors: AdapterVectors) -> Vocabulary | None:
         """The adapter's own, or None. Raises InvalidAdapter where it no longer fits the base."""

@@ -164,8 +164,10 @@ class Residency:
         vocabulary: Vocabulary | None = None,
     ) -> Lease:
         """`key` names the vectors for `find` as long as they are in memory."""
+        # Not under the mutex: a new digest takes a while, and the model's thread would wait for it.
+        digest = vectors.digest
         with self._mutex:
-            content = self._enter(key, vectors)
+            content = self._enter(key, digest, vectors)
             content.leases += 1
             content.retired = False
             self._leases += 1
@@ -191,7 +193,7 @@ class Residency:
     def keep(self, key: str, vectors: AdapterVectors) -> None:
         """Hold vectors in a slot from the next step on, whether they are used or not."""
         with self._mutex:
-            self._enter(key, vectors).kept += 1
+            self._enter(key, vectors.digest, vectors).kept += 1
             self._unsettled = True
 
     def stop_keeping(self, vectors: AdapterVectors) -> None:
@@ -250,12 +252,12 @@ class Residency:
                 host_bytes=self._unused_bytes,
             )
 
-    def _enter(self, key: str | None, vectors: AdapterVectors) -> _Content:
-        content = self._contents.setdefault(vectors.digest, _Content(vectors))
+    def _enter(self, key: str | None, digest: str, vectors: AdapterVectors) -> _Content:
+        content = self._contents.setdefault(digest, _Content(vectors))
         self._take_out(content)
         if key is not None:
             content.keys.add(key)
-            self._by_key[key] = vectors.digest
+            self._by_key[key] = digest
         return content
 
     def _fill(self, content: _Content, evict_kept: bool) -> bool:

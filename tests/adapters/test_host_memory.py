@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import adapters.registry as registry_module
-from adapters.checkpoint import Checkpoint, read_checkpoint
+from adapters.checkpoint import AdapterVectors
+from adapters.layouts import Layouts
 from tests.adapters.house import House
 from tests.adapters.kinds import Known
 
@@ -16,11 +16,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that adapters are read from."""
     folders: list[Path] = []
 
-    def read(folder: Path) -> Checkpoint:
-        folders.append(folder)
-        return read_checkpoint(folder)
+    read = Layouts.read
 
-    monkeypatch.setattr(registry_module, "read_checkpoint", read)
+    def noting(layouts: Layouts, folder: Path) -> AdapterVectors:
+        folders.append(folder)
+        return read(layouts, folder)
+
+    monkeypatch.setattr(Layouts, "read", noting)
     return folders
 
 

@@ -1,0 +1,97 @@
+"""Adapters laid out like one that was checked before are read in one pass.
+
+Most adapters of a server have one config and one list of tensors. What these mean for the base is
+found, and checked, once; all that the next one brings is numbers. A cold adapter's request waits
+for this, and the model's thread for the interpreter's lock meanwhile.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, deserialize
+
+from adapters.checkpoint import (
+    AdapterVectors,
+    Checkpoint,
+    Float32s,
+    effective_vectors,
+    keys_of_vectors,
+    read_checkpoint,
+)
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.targets import BaseModules, Target
+
+_KEPT = 64
+"""Layouts that are remembered."""
+
+_Tensors = frozenset[tuple[str, str, tuple[int, ...]]]
+"""Key, dtype and shape of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Of a file with nothing but float32 vectors: those of sorted targets."""
+
+    targets: tuple[Target, ...]
+    keys: tuple[str, ...]
+    """Of their tensors in the file."""
+    sizes: list[int]
+
+    def join(self, tensors: Mapping[str, Mapping[str, Any]]) -> Float32s:
+        """The vectors in the order of the targets."""
+        data = bytearray().join(tensors[key]["data"] for key in self.keys)
+        return numpy.frombuffer(data, numpy.float32)
+
+    def vectors(self, together: Float32s) -> AdapterVectors:
+        parts = torch.split(torch.from_numpy(together), self.sizes)
+        return AdapterVectors(dict(zip(self.targets, parts, strict=True)), together=together)
+
+
+class Layouts:
+    """Thread-safe. `modules`: of the base that all adapters are for."""
+
+    def __init__(self, modules: BaseModules) -> None:
+        self._modules = modules
+        self._known: dict[tuple[bytes, _Tensors], _Layout] = {}
+
+    def read(self, folder: Path) -> AdapterVectors:
+        """`effective_vectors(read_checkpoint(folder))`, and raises what they raise."""
+        try:
+            config = (folder / CONFIG_FILE).read_bytes()
+            data = (folder / WEIGHTS_FILE).read_bytes()
+            tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError):
+            return effective_vectors(read_checkpoint(folder), self._modules)
+        described = frozenset((k, t["dtype"], tuple(t["shape"])) for k, t in tensors.items())
+        layout = self._known.get((config, described))
+        if layout is not None:
+            together = layout.join(tensors)
+            # A finite sum says that every value is finite.
+            if math.isfinite(together.sum()):
+                return layout.vectors(together)
+        checkpoint = read_checkpoint(folder)
+        vectors = effective_vectors(checkpoint, self._modules)
+        if layout is None:
+            self._learn(config, described, checkpoint, vectors)
+        return vectors
+
+    def _learn(
+        self, config: bytes, described: _Tensors, checkpoint: Checkpoint, vectors: AdapterVectors
+    ) -> None:
+        keys = keys_of_vectors(checkpoint.config, self._modules)
+        if vectors.saved or not keys or any(dtype != "F32" for _, dtype, _ in described):
+            return
+        by_target = {target: key for key, target in keys.items()}
+        targets = tuple(sorted(by_target))
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        self._known[config, described] = _Layout(
+            targets,
+            tuple(by_target[target] for target in targets),
+            [self._modules.size(target) for target in targets],
+        )
