@@ -283,7 +283,11 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             raise InvalidAdapter([PICKLED])
         fix = "upload both files that PEFT's save_pretrained writes"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
-    data = path.read_bytes()
+    return parse_weights(path.read_bytes())
+
+
+def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
+    """What a weights file holds. Raises InvalidAdapter."""
     try:
         return load(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:

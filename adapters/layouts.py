@@ -21,9 +21,10 @@ from adapters.checkpoint import (
     Float32s,
     effective_vectors,
     keys_of_vectors,
+    parse_weights,
     read_checkpoint,
 )
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, IA3Config
 from adapters.targets import BaseModules, Target
 
 _KEPT = 64
@@ -74,7 +75,7 @@ class Layouts:
             # A finite sum says that every value is finite.
             if math.isfinite(together.sum()):
                 return layout.vectors(together)
-        checkpoint = read_checkpoint(folder)
+        checkpoint = Checkpoint(IA3Config.parse(config), parse_weights(data))
         vectors = effective_vectors(checkpoint, self._modules)
         if layout is None:
             self._learn(config, described, checkpoint, vectors)
