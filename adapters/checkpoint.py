@@ -129,7 +129,7 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     targets = resolve_targets(config, modules)
-    expected = keys_of_vectors(config, modules)
+    expected = keys_of_vectors(config, targets)
     names = saved_modules(config, modules, tensors.keys())
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
     faults = [*cannot_serve(names, targets, modules), *_unknown_keys(tensors, known)]
@@ -182,9 +182,8 @@ def _vectors_of(
     return vectors, faults
 
 
-def keys_of_vectors(config: IA3Config, modules: BaseModules) -> dict[str, Target]:
-    """The tensors that a file must have. Raises InvalidAdapter."""
-    targets = resolve_targets(config, modules)
+def keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
+    """The tensors that a file must have for a config's targets. Raises InvalidAdapter."""
     keys = {f"{PREFIX}{target.module}{_SUFFIX}": target for target in targets}
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     return keys | {

@@ -25,7 +25,7 @@ from adapters.checkpoint import (
     read_checkpoint,
 )
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE, IA3Config
-from adapters.targets import BaseModules, Target
+from adapters.targets import BaseModules, Target, resolve_targets
 
 _KEPT = 64
 """Layouts that are remembered."""
@@ -84,15 +84,18 @@ class Layouts:
     def _learn(
         self, config: bytes, described: _Tensors, checkpoint: Checkpoint, vectors: AdapterVectors
     ) -> None:
-        keys = keys_of_vectors(checkpoint.config, self._modules)
-        if vectors.saved or not keys or any(dtype != "F32" for _, dtype, _ in described):
+        if vectors.saved or not vectors.vectors:
             return
+        if any(dtype != "F32" for _, dtype, _ in described):
+            return
+        targets = resolve_targets(checkpoint.config, self._modules)
+        keys = keys_of_vectors(checkpoint.config, targets)
         by_target = {target: key for key, target in keys.items()}
-        targets = tuple(sorted(by_target))
+        ordered = tuple(sorted(by_target))
         if len(self._known) >= _KEPT:
             self._known.clear()
         self._known[config, described] = _Layout(
-            targets,
-            tuple(by_target[target] for target in targets),
-            [self._modules.size(target) for target in targets],
+            ordered,
+            tuple(by_target[target] for target in ordered),
+            [self._modules.size(target) for target in ordered],
         )

@@ -164,7 +164,6 @@ class Residency:
         vocabulary: Vocabulary | None = None,
     ) -> Lease:
         """`key` names the vectors for `find` as long as they are in memory."""
-        # Not under the mutex: a new digest takes a while, and the model's thread would wait for it.
         digest = vectors.digest
         with self._mutex:
             content = self._enter(key, digest, vectors)
@@ -192,8 +191,9 @@ class Residency:
 
     def keep(self, key: str, vectors: AdapterVectors) -> None:
         """Hold vectors in a slot from the next step on, whether they are used or not."""
+        digest = vectors.digest
         with self._mutex:
-            self._enter(key, vectors.digest, vectors).kept += 1
+            self._enter(key, digest, vectors).kept += 1
             self._unsettled = True
 
     def stop_keeping(self, vectors: AdapterVectors) -> None:
@@ -253,6 +253,8 @@ class Residency:
             )
 
     def _enter(self, key: str | None, digest: str, vectors: AdapterVectors) -> _Content:
+        """`digest`: the vectors'. A new one takes a while, and the model's thread would wait for it
+        if it were made under the mutex."""
         content = self._contents.setdefault(digest, _Content(vectors))
         self._take_out(content)
         if key is not None:
