@@ -1,6 +1,6 @@
 """The vectors of all resident adapters, stacked on the device; a row of the stack is a slot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +31,15 @@ class _Sheet:
     slot takes it.
     """
 
-    def __init__(self, columns: dict[Target, slice], slots: int, rows: int, device: torch.device):
+    def __init__(
+        self, columns: dict[Target, slice], width: int, slots: int, device: torch.device
+    ) -> None:
         self.columns = columns
-        self.width = max(column.stop for column in columns.values())
-        self.slots = torch.ones(slots, self.width, device=device)
+        self.width = width
+        self.slots = torch.ones(slots, width, device=device)
         self.used: dict[int, int] = {}
         """Slot -> how many fills the bank had seen at this one: names the slot's content."""
-        self.reserve(rows)
+        self.reserve(0)
 
     def reserve(self, rows: int) -> None:
         self.rows = torch.ones(rows, self.width, device=self.slots.device)
@@ -63,6 +65,66 @@ class _Sheet:
             self.occupants[row] = occupant
 
 
+class _Panels:
+    """The vectors of a batch for our kernels: in the order in which a product gets to them.
+
+    In a sheet they lie far apart, and a product would wait for memory at each. An adapter stays in
+    its entry from batch to batch, wherever its rows move, until another one needs the entry.
+    """
+
+    def __init__(self, sheet: _Sheet, rows: int, width: int) -> None:
+        self.sheet = sheet
+        self.vectors = torch.ones(sheet.width // width, 1 + rows, width)
+        """`[panels, entries, width]`; entry 0 is the base's."""
+        self._entries: dict[int, tuple[int, int]] = {}
+        """Slot -> its entry, and which of the slot's contents is there."""
+        self._free = list(range(rows, 0, -1))
+        self._tokens = torch.zeros(0, dtype=torch.long)
+        """Each token's entry, in the running batch."""
+        self._scales: dict[Target, Scale] = {}
+
+    def scales(
+        self, slots: Sequence[int], tokens: torch.Tensor, only: Set[Target] | None
+    ) -> dict[Target, Scale]:
+        """Slot i has `tokens[i]` tokens of a batch. Without `only`, they are the same objects for
+        each batch, which products know; and the last batch's are this one's."""
+        entries = self._find(slots)
+        if not entries:
+            return {}
+        index = torch.tensor([entries.get(slot, 0) for slot in slots]).repeat_interleave(tokens)
+        columns = self.sheet.columns.keys()
+        if only is not None:
+            return {each: self._scale(each, index) for each in columns & only}
+        if len(index) > len(self._tokens):
+            self._tokens = torch.zeros(2 * len(index), dtype=torch.long)
+            self._scales = {each: self._scale(each, self._tokens) for each in columns}
+        self._tokens[: len(index)] = index
+        return self._scales
+
+    def _scale(self, target: Target, tokens: torch.Tensor) -> Scale:
+        column, width = self.sheet.columns[target], self.vectors.shape[-1]
+        panels = self.vectors[column.start // width : -(-column.stop // width)]
+        return Scale(by_token=ByToken(panels, tokens, column.stop - column.start))
+
+    def _find(self, slots: Iterable[int]) -> dict[int, int]:
+        """Where each of a batch's slots has its vectors, as they are now."""
+        sheet = self.sheet
+        used = {slot: sheet.used[slot] for slot in slots if slot in sheet.used}
+        for slot, (entry, content) in list(self._entries.items()):
+            wanted = len(used.keys() - self._entries.keys())
+            idle = slot not in used and len(self._free) < wanted
+            if idle or sheet.used.get(slot) != content:
+                del self._entries[slot]
+                self._free.append(entry)
+        for slot, content in used.items():
+            if slot not in self._entries:
+                assert self._free, "reserve_rows first"
+                entry = self._free.pop()
+                self.vectors[:, entry].copy_(sheet.slots[slot].view(len(self.vectors), -1))
+                self._entries[slot] = entry, content
+        return {slot: self._entries[slot][0] for slot in used}
+
+
 class AdapterBank:
     """Owns every resident vector. A column is a (module, side) that some adapter has used.
 
@@ -76,11 +138,12 @@ class AdapterBank:
         self._modules = modules
         self._rows = 1
         self._sheets: list[_Sheet] = []
+        self._panels: list[_Panels] = []
+        """Of each sheet, where products read them."""
+        self._panel_width: int | None = None
         self._scratch = Scratch() if device.type == "cpu" else None
         self.fills = 0
         """How many times a slot was filled: the bank's content changes only with it."""
-        self.by_token = False
-        """A batch's scales name each token's slot, for products that read the vectors there."""
         self.keep_active = False
         """Scale by ones rather than skip: a captured CUDA graph must hold every column."""
 
@@ -95,7 +158,8 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(sheet.slots.nbytes + sheet.rows.nbytes for sheet in self._sheets)
+        panels = sum(panels.vectors.nbytes for panels in self._panels)
+        return panels + sum(sheet.slots.nbytes + sheet.rows.nbytes for sheet in self._sheets)
 
     def planned_nbytes(self) -> int:
         """Bytes on the device once every slot holds an adapter with PEFT's default targets for this
@@ -111,8 +175,21 @@ class AdapterBank:
         """Make room for batches of up to `rows` rows."""
         if rows > self._rows:
             self._rows = rows
+            self._panels.clear()
             for sheet in self._sheets:
-                sheet.reserve(rows)
+                self._make_room(sheet)
+
+    def use_panels(self, width: int) -> None:
+        """Scales name each token's vector from now on, for products with panels of `width`."""
+        assert not self._sheets, "before the first adapter"
+        self._panel_width = width
+
+    def _make_room(self, sheet: _Sheet) -> None:
+        """For the vectors of a batch."""
+        if self._panel_width is None:
+            sheet.reserve(self._rows)
+        else:
+            self._panels.append(_Panels(sheet, self._rows, self._panel_width))
 
     def fill(self, slot: int, vectors: AdapterVectors) -> None:
         """Write an adapter into a slot: one copy from the host per sheet."""
@@ -123,15 +200,23 @@ class AdapterBank:
             sheet.used.pop(slot, None)
             if vectors.vectors.keys().isdisjoint(sheet.columns):
                 continue
-            parts = [
-                vectors.vectors[target]
-                if target in vectors.vectors
-                else torch.ones(self._modules.size(target))
-                for target in sheet.columns
-            ]
-            host = torch.empty(sheet.width, pin_memory=self.device.type == "cuda")
-            sheet.slots[slot].copy_(torch.cat(parts, out=host), non_blocking=True)
+            row = sheet.slots[slot]
+            host = torch.empty(sheet.width, pin_memory=True) if row.is_cuda else row
+            torch.cat(list(self._row(sheet, vectors)), out=host)
+            if host is not row:
+                row.copy_(host, non_blocking=True)
             sheet.used[slot] = self.fills
+
+    def _row(self, sheet: _Sheet, vectors: AdapterVectors) -> Iterator[torch.Tensor]:
+        """What stands in a slot of a sheet, one after the other: ones where there is nothing."""
+        end = 0
+        for target, column in sheet.columns.items():
+            if column.start > end:
+                yield torch.ones(column.start - end)
+            yield vectors.vectors.get(target, torch.ones(column.stop - column.start))
+            end = column.stop
+        if end < sheet.width:
+            yield torch.ones(sheet.width - end)
 
     def clear(self, slot: int) -> None:
         """Forget a slot's adapter; nothing may use the slot any more."""
@@ -146,9 +231,10 @@ class AdapterBank:
         for target in sorted(set(vectors.vectors) - known):
             size = self._modules.size(target)
             columns[target] = slice(width, width + size)
-            width += size
+            width += size + -size % (self._panel_width or 1)
         if columns:
-            self._sheets.append(_Sheet(columns, self.capacity + 1, self._rows, self.device))
+            self._sheets.append(_Sheet(columns, width, self.capacity + 1, self.device))
+            self._make_room(self._sheets[-1])
 
     def uniform(self, slot: int) -> dict[Target, Scale]:
         """Every row of any batch uses `slot`."""
@@ -171,10 +257,23 @@ class AdapterBank:
                 scales[target] = Scale(vectors[:, None, column], scratch=self._scratch)
         return scales
 
-    def packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
-        """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments."""
-        if self.by_token or (segments and self.device.type == "cuda"):
-            return self._packed_by_token(rows, segments)
+    def packed(
+        self, rows: Sequence[int], segments: Sequence[Segment], only: Set[Target] | None = None
+    ) -> dict[Target, Scale]:
+        """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments.
+
+        With `only`, of these columns; else the batch before has no scales any more.
+        """
+        if self._panel_width is not None:
+            slots, tokens = _slots_of(rows, segments)
+            found = [panels.scales(slots, tokens, only) for panels in self._panels]
+            return {target: scale for scales in found for target, scale in scales.items()}
+        scales = self._packed(rows, segments)
+        return scales if only is None else {t: s for t, s in scales.items() if t in only}
+
+    def _packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
+        if segments and self.device.type == "cuda":
+            return self._by_token(rows, segments)
         if not segments:
             return {
                 target: Scale(sheet.rows[: len(rows), column], scratch=self._scratch)
@@ -196,13 +295,9 @@ class AdapterBank:
                     scales[target] = Scale(pieces=pieces, scratch=self._scratch)
         return scales
 
-    def _packed_by_token(
-        self, rows: Sequence[int], segments: Sequence[Segment]
-    ) -> dict[Target, Scale]:
-        """Scales that name each token's slot: one gather for all tokens costs a GPU less than a
-        kernel for each segment, and our products need none."""
-        slots = [*rows, *(segment.slot for segment in segments)]
-        tokens = torch.tensor([*(1 for _ in rows), *(segment.tokens for segment in segments)])
+    def _by_token(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
+        """One gather for all tokens costs a GPU less than a kernel for each segment."""
+        slots, tokens = _slots_of(rows, segments)
         scales = {}
         for sheet in self._sheets:
             if sheet.used.keys().isdisjoint(slots):
@@ -210,7 +305,9 @@ class AdapterBank:
             used = torch.tensor([slot if slot in sheet.used else BASE_SLOT for slot in slots])
             by_token = used.repeat_interleave(tokens).to(self.device)
             for target, column in sheet.columns.items():
-                vectors = ByToken(sheet.slots[:, column], by_token)
+                vectors = ByToken(
+                    sheet.slots[None, :, column], by_token, self._modules.size(target)
+                )
                 scales[target] = Scale(by_token=vectors, scratch=self._scratch)
         return scales
 
@@ -221,3 +318,9 @@ class AdapterBank:
             if self.keep_active or not sheet.used.keys().isdisjoint(slots):
                 sheet.write_rows(slots)
                 yield sheet
+
+
+def _slots_of(rows: Sequence[int], segments: Sequence[Segment]) -> tuple[list[int], torch.Tensor]:
+    """The slots of a flat batch, and how many tokens each has."""
+    slots = [*rows, *(segment.slot for segment in segments)]
+    return slots, torch.tensor([*(1 for _ in rows), *(segment.tokens for segment in segments)])

@@ -11,12 +11,19 @@ Piece = tuple[int, int, torch.Tensor]
 
 
 class ByToken(NamedTuple):
-    """Token i has the vector `vectors[slots[i]]`."""
+    """Number j of token i's vector is `panels[j // width, entries[i], j % width]`."""
 
-    vectors: torch.Tensor
-    """`[slots, size]`."""
-    slots: torch.Tensor
-    """`[tokens]`, int64."""
+    panels: torch.Tensor
+    """`[panels, entries, width]`."""
+    entries: torch.Tensor
+    """`[tokens]`, int64; or longer, where it is kept for other batches."""
+    size: int
+    """Of a vector. Its last panel may be wider than the rest of it."""
+
+    def vectors(self, tokens: int) -> torch.Tensor:
+        """`[tokens, size]`."""
+        panels = self.panels.index_select(1, self.entries[:tokens])
+        return panels.transpose(0, 1).flatten(1)[:, : self.size]
 
 
 class Scale:
@@ -54,15 +61,9 @@ class Scale:
             self._sizes.append(stop - start)
             self._end = stop
 
-    @property
-    def factor(self) -> torch.Tensor | None:
-        if self._factor is None and self.by_token is not None:
-            self._factor = self.by_token.vectors.index_select(0, self.by_token.slots)
-        return self._factor
-
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale `x` in place: for a tensor that nobody else reads."""
-        factor = self.factor
+        factor = self._factor_of(x)
         if factor is not None:
             _by_row(x, factor).mul_(factor)
         elif self._vectors:
@@ -74,11 +75,14 @@ class Scale:
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """A rescaled copy of `x`, in its dtype; in the scratch memory, where there is some."""
         y = torch.empty_like(x) if self.scratch is None else self.scratch.like(x)
-        factor = self.factor
+        factor = self._factor_of(x)
         if factor is None:
             return self.scale_(y.copy_(x))
         torch.mul(_by_row(x, factor), factor, out=_by_row(y, factor))
         return y
+
+    def _factor_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self._factor if self.by_token is None else self.by_token.vectors(x.shape[-2])
 
 
 def _by_row(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

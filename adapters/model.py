@@ -134,11 +134,11 @@ class IA3Model(nn.Module):
         if packed != self._packed:
             self._packed = None
             scales = self.bank.packed(rows, segments)
-            head = self.modules_of_base.output_embedding
-            if kept != segments and any(target.module == head for target in self.bank.columns):
-                scales = {t: scale for t, scale in scales.items() if t.module != head}
-                of_kept = self.bank.packed(rows, kept).items()
-                scales |= {t: scale for t, scale in of_kept if t.module == head}
+            name = self.modules_of_base.output_embedding
+            head = {target for target in self.bank.columns if target.module == name}
+            if kept != segments and head:
+                of_head = self.bank.packed(rows, kept, only=head)
+                scales = {t: s for t, s in scales.items() if t not in head} | of_head
             self._set_scales(scales)
             if self._saved:
                 self._set_copies(_by_token(rows, segments), _by_token(rows, kept))

@@ -18,7 +18,7 @@ from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import compile_pieces
 from server.engine.errors import UnsupportedModel
 from server.engine.kernels.attention import Kernels, attention_kernels
-from server.engine.kernels.product import product_kernels, runs_by_kernel
+from server.engine.kernels.product import panel_width_of, product_kernels
 from server.engine.kv_cache import KVCache
 from server.engine.norms import fuse_norms
 from server.engine.packing import Pack, noting_siblings, pack_linears
@@ -72,7 +72,9 @@ def prepare(
         return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
     kernels = _kernels(base.device, pack, compile_cache, shapes)
     _lay_out(base, pack, kernels.products, siblings)
-    ia3.bank.by_token = runs_by_kernel(base)
+    width = panel_width_of(base)
+    if width is not None:
+        ia3.bank.use_panels(width)
     modules = Modules(base)
     compiled, traced = _trace(ia3, context, modules, compile_cache)
     tokens = cache_tokens(
@@ -166,7 +168,7 @@ def _lay_out(
         fuse_norms(model)
     if pack:
         layers = pack_linears(model, siblings, products)
-        which = "our kernel" if runs_by_kernel(model) else "oneDNN"
+        which = "oneDNN" if panel_width_of(model) is None else "our kernel"
         log.info("Packed %d linear layers for %s.", layers, which)
 
 

@@ -8,28 +8,24 @@ into our own code: what adapters and the running step do there changes.
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import IA3Layer, Wrapper
 from adapters.model import IA3Model
 from server.engine.attention import LayerAttention, Probe, StepContext
-from server.engine.kernels.product import KernelProduct
-from server.engine.packing import PackedLinear, PackedSibling, Siblings
+from server.engine.packing import Siblings
+from server.engine.seams import Product, Seam, innermost, seams_of, siblings_of
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Token ids and positions, `[1, tokens]` each, and whose logits are asked for, `[index]`:
 `[index, vocab]`."""
 
-_LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
 _TRACED = (7, 5)
 """Tokens and logits of the trace: unequal, so that they are two symbols."""
 _TRIED = ((1, 1), (2, 0), (9, 4))
@@ -65,98 +61,6 @@ torch.library.register_fake("infuse::linear", _linear_shape, lib=_library)
 torch.library.register_fake("infuse::attend", _attend_shape, lib=_library)
 
 
-@dataclass(frozen=True)
-class _Seam:
-    """Where the model has a linear layer. Adapters wrap it later."""
-
-    owner: nn.Module
-    attribute: str
-
-    @property
-    def layer(self) -> nn.Module:
-        """As it stands now, without the modules that some adapters bring instead."""
-        layer: nn.Module = getattr(self.owner, self.attribute)
-        while isinstance(layer, Wrapper) and layer.outermost:
-            layer = layer.base_layer
-        return layer
-
-
-class _Product:
-    """What one linear layer, or several that are packed as one, make of their input."""
-
-    __name__ = "product"
-
-    def __init__(
-        self, seams: Sequence[_Seam], *, owns_input: bool = False, gated: bool = False
-    ) -> None:
-        """`owns_input`: nobody else reads it. `gated`: `silu(first) * second` of two layers."""
-        self.seams = seams
-        self._owns_input = owns_input
-        self._gated = gated
-
-    def __call__(self, x: torch.Tensor) -> Any:
-        return self.bind()(x)
-
-    def bind(self) -> Callable[[torch.Tensor], Any]:
-        """Itself, for as long as no adapter wraps another layer."""
-        layers = [seam.layer for seam in self.seams]
-        if len(layers) == 1:
-            return _forward_of(layers[0], self._owns_input)
-        siblings = _siblings_of(layers[0])
-        assert siblings is not None
-        rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
-        return partial(_product_of_siblings, layers, rescaled, siblings, self._gated)
-
-
-def _product_of_siblings(
-    layers: Sequence[nn.Module],
-    rescaled: Sequence[tuple[int, IA3Layer]],
-    siblings: Siblings,
-    gated: bool,
-    x: torch.Tensor,
-) -> Sequence[torch.Tensor] | torch.Tensor:
-    parts: Sequence[torch.Tensor]
-    scales = [(n, each.output_scale) for n, each in rescaled if each.output_scale is not None]
-    if any(layer.input_scale is not None for _, layer in rescaled):
-        parts = [layer(x) for layer in layers]
-    elif isinstance(siblings.product, KernelProduct):
-        taken = [(siblings.columns[n], scale) for n, scale in scales]
-        product = siblings.product(x, taken=taken, gated=gated)
-        return product if gated else product.split_with_sizes(siblings.widths, -1)
-    else:
-        parts = siblings.product(x).split_with_sizes(siblings.widths, -1)
-        for n, scale in scales:
-            scale.scale_(parts[n])
-    return F.silu(parts[0]) * parts[1] if gated else parts
-
-
-def _forward_of(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    if isinstance(layer, IA3Layer):
-        base = layer.base_layer
-        if isinstance(base, PackedLinear) and isinstance(base.product, KernelProduct):
-            return partial(_rescaled_product, layer, base.product)
-        inner = _forward_of(base, owns_input)
-        return partial(layer.around, inner, in_place=owns_input)
-    return layer.product if isinstance(layer, PackedLinear) else layer
-
-
-def _rescaled_product(layer: IA3Layer, product: KernelProduct, x: torch.Tensor) -> torch.Tensor:
-    output = layer.output_scale
-    taken = () if output is None else ((slice(0, product.outputs), output),)
-    return product(x, layer.input_scale, taken)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while isinstance(module, Wrapper):
-        module = module.base_layer
-    return module
-
-
-def _siblings_of(layer: nn.Module) -> Siblings | None:
-    linear = _innermost(layer)
-    return linear.siblings if isinstance(linear, PackedSibling) else None
-
-
 class TracedForward:
     """A forward without modules. It computes what they do, but for modules that adapters bring."""
 
@@ -168,7 +72,7 @@ class TracedForward:
         exec(code.src, self._names)
         self._run = self._names["forward"]
         self._products = {
-            name: value for name, value in self._names.items() if isinstance(value, _Product)
+            name: value for name, value in self._names.items() if isinstance(value, Product)
         }
         self._bound = -1
 
@@ -196,12 +100,13 @@ def trace(
     try:
         if any(m._forward_hooks or m._forward_pre_hooks for m in ia3.base.modules()):
             raise NotTraced("its modules have hooks")
-        seams = list(_seams(ia3.base))
+        seams = list(seams_of(ia3.base))
         layers: list[LayerAttention] = []
         graph_module = _traced(ia3.base, context, forward, seams, layers)
         constants = _lift_constants(graph_module)
-        _open(graph_module.graph, seams, layers, context, gates=compile_between is not None)
+        _open(graph_module.graph, seams, layers, context)
         if compile_between is not None:
+            _move_gates(graph_module.graph)
             compile_between(graph_module)
         _use_bindings(graph_module.graph)
         traced = TracedForward(ia3, graph_module.graph, constants)
@@ -214,14 +119,6 @@ def trace(
     except Exception as error:  # Whatever a model's code does that cannot be traced.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return traced
-
-
-def _seams(owner: nn.Module) -> Iterator[_Seam]:
-    for attribute, child in owner.named_children():
-        if isinstance(_innermost(child), _LINEAR):
-            yield _Seam(owner, attribute)
-        else:
-            yield from _seams(child)
 
 
 class _TracePlan:
@@ -239,12 +136,12 @@ class _TracePlan:
 
 
 @contextmanager
-def _opened(seams: Sequence[_Seam]) -> Iterator[None]:
+def _opened(seams: Sequence[Seam]) -> Iterator[None]:
     """Within, each linear layer is an operator with its seam's number."""
 
     def stub(number: int, linear: Any, x: torch.Tensor) -> torch.Tensor:
         outputs = linear.nf if isinstance(linear, Conv1D) else linear.out_features
-        siblings = _siblings_of(linear)
+        siblings = siblings_of(linear)
         stride = outputs if siblings is None else sum(siblings.widths)
         y: torch.Tensor = torch.ops.infuse.linear(x, number, outputs, stride)
         return y
@@ -253,7 +150,7 @@ def _opened(seams: Sequence[_Seam]) -> Iterator[None]:
     if len(set(modules)) < len(modules):
         raise NotTraced("a linear layer stands in two places")
     for number, module in enumerate(modules):
-        module.forward = partial(stub, number, _innermost(module))
+        module.forward = partial(stub, number, innermost(module))
     try:
         yield
     finally:
@@ -265,7 +162,7 @@ def _traced(
     base: PreTrainedModel,
     context: StepContext,
     forward: Forward,
-    seams: Sequence[_Seam],
+    seams: Sequence[Seam],
     layers: list[LayerAttention],
 ) -> fx.GraphModule:
     """Raises NotTraced where the trace holds for some numbers of tokens only."""
@@ -307,13 +204,11 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[torch.Tensor]:
 
 def _open(
     graph: fx.Graph,
-    seams: Sequence[_Seam],
+    seams: Sequence[Seam],
     layers: Sequence[LayerAttention],
     context: StepContext,
-    gates: bool,
 ) -> None:
-    """Put calls into our own code where the trace has operators for them; with `gates`, for
-    activations too."""
+    """Put calls into our own code where the trace has operators for them."""
     groups: dict[tuple[fx.Node, Siblings], list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is torch.ops.infuse.attend.default:
@@ -321,11 +216,11 @@ def _open(
             node.target, node.args = _attend(context, layers[number]), tuple(tensors)
         elif node.target is torch.ops.infuse.linear.default:
             x, number = node.args[:2]
-            siblings = _siblings_of(seams[number].layer)
+            siblings = siblings_of(seams[number].layer)
             if siblings is None:
                 # What an operator of arithmetic makes is new, and may be rescaled as it is.
                 owns = len(x.users) == 1 and x.target in _FRESH
-                node.target = _Product([seams[number]], owns_input=owns)
+                node.target = Product([seams[number]], owns_input=owns)
                 node.args = (x,)
             else:
                 groups.setdefault((x, siblings), []).append(node)
@@ -334,32 +229,35 @@ def _open(
         if len(nodes) != len(siblings.widths):
             raise NotTraced("layers that are packed as one do not read one input")
         with graph.inserting_before(nodes[0]):
-            product = graph.call_function(_Product(members), (x,))
+            product = graph.call_function(Product(members), (x,))
             parts = [graph.call_function(operator.getitem, (product, n)) for n in range(len(nodes))]
         for node, part in zip(nodes, parts, strict=True):
             part.meta = node.meta
             node.replace_all_uses_with(part)
             graph.erase_node(node)
-        if gates and isinstance(siblings.product, KernelProduct) and siblings.product.can_gate:
-            _gate(graph, product, parts)
 
 
-def _gate(graph: fx.Graph, product: fx.Node, parts: Sequence[fx.Node]) -> None:
-    """Where all that is made of a product is `silu(first) * second`, let it make that."""
-    if len(parts) != 2 or any(len(part.users) != 1 for part in parts):
-        return
-    gate, up = parts
-    [activated], [result] = gate.users, up.users
-    is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
-    is_product = result.target is torch.ops.aten.mul.Tensor
-    if not is_silu or not is_product or set(result.args) != {activated, up}:
-        return
-    assert isinstance(product.target, _Product)
-    product.target = _Product(product.target.seams, gated=True)
-    product.meta = result.meta
-    result.replace_all_uses_with(product)
-    for node in (result, activated, gate, up):
-        graph.erase_node(node)
+def _move_gates(graph: fx.Graph) -> None:
+    """Where all that is made of a product is `silu(first) * second`, let it make that; and where a
+    product alone reads it, let it come with that one's vectors."""
+    for product in list(graph.nodes):
+        if not isinstance(product.target, Product) or not product.target.can_gate:
+            continue
+        gate, up = product.users
+        if len(gate.users) != 1 or len(up.users) != 1:
+            continue
+        [activated], [result] = gate.users, up.users
+        is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
+        is_product = result.target is torch.ops.aten.mul.Tensor
+        if not is_silu or not is_product or set(result.args) != {activated, up}:
+            continue
+        readers = [reader.target for reader in result.users]
+        alone = len(readers) == 1 and isinstance(readers[0], Product)
+        product.target.gate(readers[0] if alone else None)
+        product.meta = result.meta
+        result.replace_all_uses_with(product)
+        for node in (result, activated, gate, up):
+            graph.erase_node(node)
 
 
 def _attend(context: StepContext, layer: LayerAttention) -> Callable[..., torch.Tensor]:

@@ -51,11 +51,13 @@ steps = st.lists(
 
 
 @settings(max_examples=60)
-@given(steps)
+@given(steps, st.sampled_from([None, 16]))
 def test_whatever_came_before_a_step_computes_what_its_slots_hold(
-    known: Known, steps: list[tuple[str, Any, Any]]
+    known: Known, steps: list[tuple[str, Any, Any]], panel_width: int | None
 ) -> None:
     model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    if panel_width is not None:
+        model.bank.use_panels(panel_width)
     model.bank.reserve_rows(5)
     kinds: dict[int, str] = {}
     for what, first, second in steps:
@@ -177,24 +179,43 @@ def test_a_sheet_that_no_row_uses_is_passed_over_unless_kept_active(known: Known
         assert torch.equal(scale.scaled(x), x)
 
 
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.integers(0, CAPACITY), min_size=1, max_size=2), min_size=2))
+def test_more_slots_than_a_batch_has_rows_take_turns_in_its_panels(
+    known: Known, batches: list[list[int]]
+) -> None:
+    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model.bank.use_panels(8)
+    model.bank.reserve_rows(2)
+    kinds = dict(zip(range(1, CAPACITY + 1), sorted(KINDS), strict=False))
+    for slot, kind in kinds.items():
+        model.fill_slot(slot, known.vectors[kind])
+    for slots in batches:
+        rows = [slot for slot in slots if slot in kinds or slot == BASE_SLOT] or [BASE_SLOT]
+        step = packed_logits(model, rows, [])
+        assert torch.allclose(step, known.step(kinds, rows, []), atol=1e-5)
+
+
+@pytest.mark.parametrize("panel_width", [1, 7, 16])
 @pytest.mark.parametrize("segments", [[], [Segment(3, 4), Segment(0, 2), Segment(1, 3)]])
 def test_a_vector_for_each_token_does_what_rows_and_segments_do(
-    known: Known, segments: list[Segment]
+    known: Known, segments: list[Segment], panel_width: int
 ) -> None:
     """The way of a GPU, and of products by a kernel, against the way of the CPU."""
-    bank = AdapterBank(MODULES, capacity=3, device=torch.device("cpu"))
-    bank.reserve_rows(2)
-    for slot, kind in enumerate(KINDS, start=1):
-        bank.fill(slot, known.vectors[kind])
+    bank, in_panels = (AdapterBank(MODULES, 3, torch.device("cpu")) for _ in range(2))
+    in_panels.use_panels(panel_width)
+    for each in (bank, in_panels):
+        each.reserve_rows(2)
+        for slot, kind in enumerate(KINDS, start=1):
+            each.fill(slot, known.vectors[kind])
     rows = [1, 0]
     by_segment = bank.packed(rows, segments)
-    bank.by_token = True
-    by_token = bank.packed(rows, segments)
-    assert by_segment.keys() == by_token.keys()
-    assert not any(t.module.endswith("q_proj") for t in by_token)
-    for target, scale in by_segment.items():
-        x = torch.randn(1, 2 + sum(s.tokens for s in segments), MODULES.size(target))
-        assert torch.equal(scale.scaled(x), by_token[target].scaled(x))
+    for by_token in (bank._by_token(rows, segments), in_panels.packed(rows, segments)):
+        assert by_segment.keys() == by_token.keys()
+        assert not any(t.module.endswith("q_proj") for t in by_token)
+        for target, scale in by_segment.items():
+            x = torch.randn(1, 2 + sum(s.tokens for s in segments), MODULES.size(target))
+            assert torch.equal(scale.scaled(x), by_token[target].scaled(x))
 
 
 @pytest.mark.parametrize("slot", [BASE_SLOT, -1, 3])
@@ -206,7 +227,10 @@ def test_a_slot_outside_of_the_bank_is_a_bug(slot: int) -> None:
 
 
 def test_more_rows_than_reserved_are_a_bug(known: Known) -> None:
-    bank = AdapterBank(MODULES, capacity=2, device=torch.device("cpu"))
-    bank.fill(1, known.vectors["default"])
-    with pytest.raises(AssertionError, match="reserve_rows"):
-        bank.packed([1, 1], [])
+    bank, in_panels = (AdapterBank(MODULES, 2, torch.device("cpu")) for _ in range(2))
+    in_panels.use_panels(16)
+    for each in (bank, in_panels):
+        each.fill(1, known.vectors["default"])
+        each.fill(2, known.vectors["default"])
+        with pytest.raises(AssertionError, match="reserve_rows"):
+            each.packed([1, 2], [])

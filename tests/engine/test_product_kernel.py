@@ -9,7 +9,7 @@ from adapters.layer import ByToken, Scale
 from server.engine.kernels.product import KernelProduct
 from server.engine.packing import Pack, packing_works
 
-SLOTS = 4
+ENTRIES = 4
 
 
 def layer(pack: Pack, inputs: int, outputs: int, bias: bool) -> KernelProduct:
@@ -27,9 +27,11 @@ def exact(product: KernelProduct, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x.double(), weight, bias)
 
 
-def by_token(size: int, slots: torch.Tensor) -> Scale:
+def by_token(product: KernelProduct, size: int, entries: torch.Tensor) -> Scale:
     """Some columns of a wider bank."""
-    return Scale(by_token=ByToken(torch.rand(SLOTS, size + 3)[:, 2:-1] + 0.5, slots))
+    width = product.panel_width
+    panels = torch.rand(2 + -(-size // width), ENTRIES, width) + 0.5
+    return Scale(by_token=ByToken(panels[1:-1], entries, size))
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -62,12 +64,14 @@ def test_one_half_of_a_product_is_the_others_gate(
     product = layer(kernel, inputs, 128, bias)
     assert product.can_gate
     x = 3 * torch.randn(1, tokens, inputs)
-    taken = [(slice(20, 100), by_token(80, torch.randint(0, SLOTS, (tokens,))))]
+    taken = [(slice(20, 100), by_token(product, 80, torch.randint(0, ENTRIES, (tokens,))))]
     wanted = exact(product, x)
     taken[0][1].scale_(wanted[..., 20:100])
     gate, up = wanted.chunk(2, dim=-1)
+    gated = by_token(product, 64, torch.randint(0, ENTRIES, (tokens,)))
 
-    assert_near(product(x, None, taken, gated=True), F.silu(gate) * up)
+    assert_near(product(x, None, taken, gate=True), F.silu(gate) * up)
+    assert_near(product(x, None, taken, True, gated), gated.scale_(F.silu(gate) * up))
 
 
 def test_halves_that_share_a_panel_have_no_gate(kernel: Pack) -> None:
@@ -87,10 +91,10 @@ def test_vectors_rescale_the_input_and_parts_of_the_product(
     """As an IA3 layer does: `l * (W x + b)` and `W (l * x) + b`."""
     product = layer(kernel, inputs, 61, bias)
     x = torch.randn(1, tokens, inputs)
-    slots = torch.randint(0, SLOTS, (tokens,))
-    given = by_token(inputs, slots) if given_too else None
+    entries = torch.randint(0, ENTRIES, (tokens,))
+    given = by_token(product, inputs, entries) if given_too else None
     parts = [slice(*edges[:2]), slice(*edges[2:])]
-    taken = [(part, by_token(part.stop - part.start, slots)) for part in parts]
+    taken = [(part, by_token(product, part.stop - part.start, entries)) for part in parts]
     wanted = exact(product, x if given is None else given.scaled(x))
     for part, scale in taken:
         scale.scale_(wanted[..., part])

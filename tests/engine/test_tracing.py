@@ -10,7 +10,7 @@ from adapters.model import IA3Model
 from adapters.targets import Side, Target
 from server.engine import packing
 from server.engine.attention import Probe, StepContext, install, run_probe
-from server.engine.kernels.product import runs_by_kernel
+from server.engine.kernels.product import panel_width_of
 from server.engine.norms import fuse_norms
 from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.runner import Modules
@@ -30,7 +30,9 @@ def prepared(
     fuse_norms(base)
     if pack:
         pack_linears(base, siblings, {} if kernel is None else {torch.float32: kernel})
-    ia3.bank.by_token = kernel is not None
+    width = panel_width_of(base)
+    if width is not None:
+        ia3.bank.use_panels(width)
     return ia3, context, Modules(base)
 
 
@@ -88,7 +90,7 @@ def test_adapters_that_come_after_the_trace_count(
     """Also where they rescale what only some of the layers that are packed as one read."""
     ours = kernel if pack == "by kernel" else None
     ia3, context, modules = prepared(tiny_model("llama"), bool(pack), ours)
-    assert runs_by_kernel(ia3.base) == (ours is not None)
+    assert (panel_width_of(ia3.base) is None) == (ours is None)
     traced = trace(ia3, context, modules)
     base = run(traced, context, 5, [0, 4])
     ia3.fill_slot(1, vectors(ia3, endings))

@@ -32,24 +32,62 @@ struct Weight {
   int64_t outputs, inputs;
 };
 
-// The vectors of some columns: that of a token begins at vectors + slots[token] * stride.
+// The vectors of some columns, in panels as the weights are: [panel, entry, WIDTH]. A token's is in
+// entries[token].
 struct Rescaling {
-  const float* vectors;
-  int64_t stride;
-  const int64_t* slots;
+  const float* panels;
+  int64_t count;  // Of a panel's entries.
+  const int64_t* entries;
   int64_t start, stop;
 
-  const float* of(int64_t token) const { return vectors + slots[token] * stride; }
+  // Of a token, from its number `j` to the panel's end.
+  const float* at(int64_t token, int64_t j) const {
+    return panels + (j / WIDTH * count + entries[token]) * WIDTH + j % WIDTH;
+  }
 };
 
-struct Outputs {
-  const Rescaling* rescaled;
+struct Scales {
+  const Rescaling* input;    // Or null.
+  const Rescaling* outputs;  // `count` of them.
   int64_t count;
+  const Rescaling* gated;  // Of what a gate lets through; or null.
+};
+
+// Some tokens of y, which has outputs `left` to `right`.
+void rescale(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
+             const Rescaling& by) {
+  const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+  for (int64_t token = from; token < to && start < stop; ++token) {
+    float* out = y + (token - from) * y_stride - left;
+    if (stop - start == WIDTH && by.start % WIDTH == 0) {
+      const float* vector = by.at(token, start - by.start);
+#pragma omp simd
+      for (int64_t o = 0; o < WIDTH; ++o) out[start + o] *= vector[o];
+    } else {
+      for (int64_t o = start; o < stop; ++o) out[o] *= *by.at(token, o - by.start);
+    }
+  }
+}
+
+// Asks memory for the vectors of outputs `left` to `right`, those of some tokens at a time: all at
+// once, they would keep the weights from coming.
+struct Asking {
+  const Rescaling* rescaled;
+  int64_t count, first, left, right;
+
+  void operator()(int64_t from, int64_t to) const {
+    for (int64_t n = 0; n < count; ++n) {
+      const Rescaling& by = rescaled[n];
+      const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+      for (int64_t token = first + from; token < first + to && start < stop; ++token)
+        __builtin_prefetch(by.at(token, start - by.start), 0, 2);
+    }
+  }
 };
 
 // y[tokens, WIDTH] = x[tokens, inputs] * panel.
 void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs, float* y,
-              int64_t y_stride) {
+              int64_t y_stride, const Asking& ask) {
   const int64_t tiles = (tokens + TALL - 1) / TALL;
   for (int64_t i = 0; i < inputs; i += INPUTS) {
     const int64_t some = std::min(INPUTS, inputs - i);
@@ -60,6 +98,7 @@ void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs
     const char* next = (const char*)(part + (tiles == 1 ? 64 : inputs) * WIDTH);
     for (int64_t n = 0; n < tiles; ++n) {
       const int64_t from = tokens * n / tiles, to = tokens * (n + 1) / tiles;
+      if (i == 0) ask(from, to);
       TILES[to - from](x + from * inputs + i, inputs, part, some, y + from * y_stride, y_stride,
                        i == 0, {next + some * step * n, step});
     }
@@ -71,65 +110,66 @@ const float* rescaled(const float* x, int64_t from, int64_t to, int64_t inputs,
                       const Rescaling& by) {
   thread_local std::vector<float> kept;
   if (kept.size() < size_t(TOKENS * inputs)) kept.resize(TOKENS * inputs);
-  for (int64_t token = from; token < to; ++token) {
-    const float *in = x + token * inputs, *vector = by.of(token);
-    float* out = kept.data() + (token - from) * inputs;
-    for (int64_t i = 0; i < inputs; ++i) out[i] = in[i] * vector[i];
-  }
+  for (int64_t i = 0; i < inputs; i += WIDTH)
+    for (int64_t token = from; token < to; ++token) {
+      const float *in = x + token * inputs + i, *vector = by.at(token, i);
+      float* out = kept.data() + (token - from) * inputs + i;
+      const int64_t some = std::min<int64_t>(WIDTH, inputs - i);
+      for (int64_t n = 0; n < some; ++n) out[n] = in[n] * vector[n];
+    }
   return kept.data();
 }
 
 // What comes after the sums, for some tokens and outputs `left` to `right`: y begins with the first.
 void finish(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
-            const Weight& weight, const Outputs& outputs) {
+            const Weight& weight, const Scales& scales) {
   if (weight.bias != nullptr)
     for (int64_t token = from; token < to; ++token) {
       float* out = y + (token - from) * y_stride - left;
       for (int64_t o = left; o < right; ++o) out[o] += weight.bias[o];
     }
-  for (int64_t n = 0; n < outputs.count; ++n) {
-    const Rescaling& by = outputs.rescaled[n];
-    const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
-    for (int64_t token = from; token < to && start < stop; ++token) {
-      float* out = y + (token - from) * y_stride - left;
-      const float* vector = by.of(token) - by.start;
-      for (int64_t o = start; o < stop; ++o) out[o] *= vector[o];
-    }
-  }
+  for (int64_t n = 0; n < scales.count; ++n)
+    rescale(y, y_stride, from, to, left, right, scales.outputs[n]);
 }
 
 // Panel p for some tokens.
 void compute(const Weight& weight, const float* in, float* y, int64_t from, int64_t to, int64_t p,
-             const Outputs& outputs) {
+             const Scales& scales) {
   const float* panel = weight.panels + p * WIDTH * weight.inputs;
   const int64_t left = p * WIDTH, right = std::min(left + WIDTH, weight.outputs);
   float* out = y + from * weight.outputs + left;
+  const Asking ask = {scales.outputs, scales.count, from, left, right};
   if (right - left == WIDTH) {
-    multiply(in, to - from, panel, weight.inputs, out, weight.outputs);
+    multiply(in, to - from, panel, weight.inputs, out, weight.outputs, ask);
   } else {
     float whole[TOKENS * WIDTH];
-    multiply(in, to - from, panel, weight.inputs, whole, WIDTH);
+    multiply(in, to - from, panel, weight.inputs, whole, WIDTH, ask);
     for (int64_t token = 0; token < to - from; ++token)
       std::copy_n(whole + token * WIDTH, right - left, out + token * weight.outputs);
   }
-  finish(out, weight.outputs, from, to, left, right, weight, outputs);
+  finish(out, weight.outputs, from, to, left, right, weight, scales);
 }
 
 // Panel p of the first half of the outputs, as a gate for the same panel of the second half.
 void compute_gated(const Weight& weight, const float* in, float* y, int64_t from, int64_t to,
-                   int64_t p, const Outputs& outputs) {
-  const int64_t half = weight.outputs / 2;
+                   int64_t p, const Scales& scales) {
+  static const std::vector<float> ones(WIDTH, 1.0f);
+  const int64_t half = weight.outputs / 2, begin = p * WIDTH;
   float halves[2][TOKENS * WIDTH];
   for (int64_t h = 0; h < 2; ++h) {
-    const int64_t left = h * half + p * WIDTH;
-    multiply(in, to - from, weight.panels + left * weight.inputs, weight.inputs, halves[h], WIDTH);
-    finish(halves[h], WIDTH, from, to, left, left + WIDTH, weight, outputs);
+    const int64_t left = h * half + begin;
+    const Asking ask = {scales.gated, h == 0 && scales.gated != nullptr, from, begin, begin + WIDTH};
+    multiply(in, to - from, weight.panels + left * weight.inputs, weight.inputs, halves[h], WIDTH,
+             ask);
+    finish(halves[h], WIDTH, from, to, left, left + WIDTH, weight, scales);
   }
   for (int64_t token = 0; token < to - from; ++token) {
     const float *gate = halves[0] + token * WIDTH, *up = halves[1] + token * WIDTH;
-    float* out = y + (from + token) * half + p * WIDTH;
+    float* out = y + (from + token) * half + begin;
+    const float* vector = scales.gated == nullptr ? ones.data() : scales.gated->at(from + token, begin);
 #pragma omp simd
-    for (int64_t o = 0; o < WIDTH; ++o) out[o] = gate[o] / (1 + expf(-gate[o])) * up[o];
+    for (int64_t o = 0; o < WIDTH; ++o)
+      out[o] = gate[o] / (1 + expf(-gate[o])) * up[o] * vector[o];
   }
 }
 
@@ -171,12 +211,11 @@ std::vector<Share> divide(int64_t blocks, int64_t panels, int64_t threads) {
 
 extern "C" int64_t panel_width() { return WIDTH; }
 
-// y[tokens, outputs] = (x * input) * weight + bias, `count` spans of it rescaled by `outputs`.
-// `gated`: silu(the first half of the outputs) * the second half, y[tokens, outputs / 2].
+// y[tokens, outputs] = (x * input) * weight + bias, spans of it rescaled by `outputs`.
+// `gate`: silu(the first half of the outputs) * the second half * gated, y[tokens, outputs / 2].
 extern "C" void product(const Weight* weight, const float* x, int64_t tokens, float* y,
-                        const Rescaling* input, const Rescaling* outputs, int64_t count, int gated,
-                        int threads) {
-  const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gated ? 2 : 1);
+                        const Scales* scales, int gate, int threads) {
+  const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gate ? 2 : 1);
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
   if (tokens * weight->outputs * weight->inputs < FEW) threads = 1;
   std::vector<Share> shares = divide(blocks, panels, threads);
@@ -190,10 +229,10 @@ extern "C" void product(const Weight* weight, const float* x, int64_t tokens, fl
         const int64_t b = piece.block;
         const int64_t from = tokens * b / blocks, to = tokens * (b + 1) / blocks;
         if (b != held)
-          in = input == nullptr ? x + from * weight->inputs
-                                : rescaled(x, from, to, weight->inputs, *input);
+          in = scales->input == nullptr ? x + from * weight->inputs
+                                        : rescaled(x, from, to, weight->inputs, *scales->input);
         held = b;
-        (gated ? compute_gated : compute)(*weight, in, y, from, to, piece.panel, {outputs, count});
+        (gate ? compute_gated : compute)(*weight, in, y, from, to, piece.panel, *scales);
       }
     }
   }

@@ -36,9 +36,9 @@ class _Weight(ctypes.Structure):
 
 class _Rescaling(ctypes.Structure):
     _fields_ = (
-        ("vectors", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("entries", ctypes.c_void_p),
         ("start", ctypes.c_int64),
         ("stop", ctypes.c_int64),
     )
@@ -46,9 +46,19 @@ class _Rescaling(ctypes.Structure):
     @classmethod
     def of(cls, columns: slice, scale: Scale) -> Self:
         assert scale.by_token is not None, "the bank is to give scales by token"
-        vectors, slots = scale.by_token
-        where = (vectors.data_ptr(), vectors.stride(0), slots.data_ptr())
+        panels, entries, _ = scale.by_token
+        assert panels.is_contiguous()
+        where = (panels.data_ptr(), panels.shape[1], entries.data_ptr())
         return cls(*where, columns.start, columns.stop)
+
+
+class _Scales(ctypes.Structure):
+    _fields_ = (
+        ("input", ctypes.POINTER(_Rescaling)),
+        ("outputs", ctypes.POINTER(_Rescaling)),
+        ("count", ctypes.c_int64),
+        ("gated", ctypes.POINTER(_Rescaling)),
+    )
 
 
 class KernelProduct:
@@ -63,53 +73,58 @@ class KernelProduct:
         self.outputs, self.inputs = weight.shape
         width = int(library.panel_width())
         padded = F.pad(weight, (0, 0, 0, -self.outputs % width))
-        self._panel_width = width
+        self.panel_width = width
         self._panels = padded.view(-1, width, self.inputs).transpose(1, 2).contiguous()
         self._bias = None if bias is None else bias.detach().contiguous()
         bias_at = None if self._bias is None else self._bias.data_ptr()
         self._weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
         self._function = library.product
-        self._scales: tuple[Scale | None, tuple[Rescaled, ...]] = (None, ())
-        self._rescalings: tuple[ctypes.Array[_Rescaling], ctypes.Array[_Rescaling]]
-        self._set_scales(None, ())
+        self._scales: tuple[Scale | None, tuple[Rescaled, ...], Scale | None]
+        self._rescalings: _Scales
+        self._set_scales(None, (), None)
 
     @property
     def can_gate(self) -> bool:
         """Whether it has panels for two equal halves."""
-        return self.outputs % (2 * self._panel_width) == 0
+        return self.outputs % (2 * self.panel_width) == 0
 
     def __call__(
         self,
         x: torch.Tensor,
         given: Scale | None = None,
         taken: Sequence[Rescaled] = (),
-        gated: bool = False,
+        gate: bool = False,
+        gated: Scale | None = None,
     ) -> torch.Tensor:
         """`given` rescales the input, `taken` parts of the product: scales by token.
 
-        `gated`: `silu(first half) * second half` of the product, by columns; see `can_gate`.
+        `gate`: `silu(first half) * second half` of the product, by columns, rescaled by `gated`;
+        see `can_gate`.
         """
-        scales = (given, tuple(taken))
+        scales = (given, tuple(taken), gated)
         if scales != self._scales:
             self._set_scales(*scales)
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.outputs // 2 if gated else self.outputs)
-        inputs, outputs = self._rescalings
+        y = x.new_empty(*x.shape[:-1], self.outputs // 2 if gate else self.outputs)
         self._function(
             *(self._weight, x.data_ptr(), x.numel() // self.inputs, y.data_ptr()),
-            *(inputs or None, outputs, len(outputs), gated, torch.get_num_threads()),
+            *(self._rescalings, gate, torch.get_num_threads()),
         )
         return y
 
-    def _set_scales(self, given: Scale | None, taken: tuple[Rescaled, ...]) -> None:
+    def _set_scales(
+        self, given: Scale | None, taken: tuple[Rescaled, ...], gated: Scale | None
+    ) -> None:
         inputs = [] if given is None else [_Rescaling.of(slice(0, self.inputs), given)]
         outputs = [_Rescaling.of(*each) for each in taken]
-        self._rescalings = (
-            (_Rescaling * len(inputs))(*inputs),
-            (_Rescaling * len(outputs))(*outputs),
-        )
-        self._scales = (given, taken)
+        behind = [] if gated is None else [_Rescaling.of(slice(0, self.outputs // 2), gated)]
+        self._rescalings = _Scales(_array(inputs), _array(outputs), len(outputs), _array(behind))
+        self._scales = (given, taken, gated)
+
+
+def _array(rescalings: Sequence[_Rescaling]) -> "ctypes.Array[_Rescaling] | None":
+    return (_Rescaling * len(rescalings))(*rescalings) if rescalings else None
 
 
 def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
@@ -118,16 +133,16 @@ def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.product.argtypes = [
         *(ctypes.POINTER(_Weight), pointer, number, pointer),
-        *(pointer, pointer, number, ctypes.c_int, ctypes.c_int),
+        *(ctypes.POINTER(_Scales), ctypes.c_int, ctypes.c_int),
     ]
     library.product.restype = None
     library.panel_width.restype = number
     return {torch.float32: partial(KernelProduct, library)}
 
 
-def runs_by_kernel(model: nn.Module) -> bool:
-    """Whether some linear layer of a packed model does."""
-    return any(
-        isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct)
-        for module in model.modules()
-    )
+def panel_width_of(model: nn.Module) -> int | None:
+    """Of a packed model's products by our kernel; None where it has none."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct):
+            return module.product.panel_width
+    return None
