@@ -69,25 +69,25 @@ void rescale(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left,
   }
 }
 
-// Asks memory for the vectors of outputs `left` to `right`, those of some tokens at a time: all at
-// once, they would keep the weights from coming.
-struct Asking {
+// Outputs `left` to `right`, whose vectors are wanted soon; `first`: the block's first token.
+struct Wanted {
   const Rescaling* rescaled;
   int64_t count, first, left, right;
 
-  void operator()(int64_t from, int64_t to) const {
+  // Those of some tokens.
+  void add(int64_t from, int64_t to, Ahead& ahead) const {
     for (int64_t n = 0; n < count; ++n) {
-      const Rescaling& by = rescaled[n];
-      const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
-      for (int64_t token = first + from; token < first + to && start < stop; ++token)
-        __builtin_prefetch(by.at(token, start - by.start), 0, 2);
+      const int64_t start = std::max(left, rescaled[n].start);
+      if (start >= std::min(right, rescaled[n].stop)) continue;
+      for (int64_t token = first + from; token < first + to && ahead.count < TALL; ++token)
+        ahead.lines[ahead.count++] = rescaled[n].at(token, start - rescaled[n].start);
     }
   }
 };
 
 // y[tokens, WIDTH] = x[tokens, inputs] * panel.
 void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs, float* y,
-              int64_t y_stride, const Asking& ask) {
+              int64_t y_stride, const Wanted& wanted) {
   const int64_t tiles = (tokens + TALL - 1) / TALL;
   for (int64_t i = 0; i < inputs; i += INPUTS) {
     const int64_t some = std::min(INPUTS, inputs - i);
@@ -98,9 +98,10 @@ void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs
     const char* next = (const char*)(part + (tiles == 1 ? 64 : inputs) * WIDTH);
     for (int64_t n = 0; n < tiles; ++n) {
       const int64_t from = tokens * n / tiles, to = tokens * (n + 1) / tiles;
-      if (i == 0) ask(from, to);
+      Ahead ahead = {next + some * step * n, step};
+      if (i == 0) wanted.add(from, to, ahead);
       TILES[to - from](x + from * inputs + i, inputs, part, some, y + from * y_stride, y_stride,
-                       i == 0, {next + some * step * n, step});
+                       i == 0, ahead);
     }
   }
 }
@@ -138,12 +139,12 @@ void compute(const Weight& weight, const float* in, float* y, int64_t from, int6
   const float* panel = weight.panels + p * WIDTH * weight.inputs;
   const int64_t left = p * WIDTH, right = std::min(left + WIDTH, weight.outputs);
   float* out = y + from * weight.outputs + left;
-  const Asking ask = {scales.outputs, scales.count, from, left, right};
+  const Wanted wanted = {scales.outputs, scales.count, from, left, right};
   if (right - left == WIDTH) {
-    multiply(in, to - from, panel, weight.inputs, out, weight.outputs, ask);
+    multiply(in, to - from, panel, weight.inputs, out, weight.outputs, wanted);
   } else {
     float whole[TOKENS * WIDTH];
-    multiply(in, to - from, panel, weight.inputs, whole, WIDTH, ask);
+    multiply(in, to - from, panel, weight.inputs, whole, WIDTH, wanted);
     for (int64_t token = 0; token < to - from; ++token)
       std::copy_n(whole + token * WIDTH, right - left, out + token * weight.outputs);
   }
@@ -158,9 +159,9 @@ void compute_gated(const Weight& weight, const float* in, float* y, int64_t from
   float halves[2][TOKENS * WIDTH];
   for (int64_t h = 0; h < 2; ++h) {
     const int64_t left = h * half + begin;
-    const Asking ask = {scales.gated, h == 0 && scales.gated != nullptr, from, begin, begin + WIDTH};
+    const Wanted wanted = {scales.gated, h == 0 && scales.gated != nullptr, from, begin, begin + WIDTH};
     multiply(in, to - from, weight.panels + left * weight.inputs, weight.inputs, halves[h], WIDTH,
-             ask);
+             wanted);
     finish(halves[h], WIDTH, from, to, left, left + WIDTH, weight, scales);
   }
   for (int64_t token = 0; token < to - from; ++token) {
