@@ -213,8 +213,9 @@ class AdapterBank:
         for target, column in sheet.columns.items():
             if column.start > end:
                 yield torch.ones(column.start - end)
-            yield vectors.vectors.get(target, torch.ones(column.stop - column.start))
             end = column.stop
+            known = target in vectors.vectors
+            yield vectors.vectors[target] if known else torch.ones(end - column.start)
         if end < sheet.width:
             yield torch.ones(sheet.width - end)
 

@@ -42,15 +42,19 @@ class Plan:
     """None: all."""
     pairs: int
     """Turns of adapters beside base."""
+    many_turns: int
+    """Of them, those with all registered adapters."""
     peer_turns: int
     tokens: int
-    """In the prompt, and as many generated: where adapters are compared."""
+    """In the prompt, and as many generated: under load."""
     vllm_tokens: int
     """The same against vLLM."""
-    http_tokens: int
-    """The same with HTTP against without."""
+    round_tokens: int
+    """The same between our own rounds: with adapters or without, over HTTP or not."""
     slow_peer_turns: int
-    """Of those that take half a minute a round: LoRA in vLLM, and transformers."""
+    """Of transformers, which takes half a minute a round."""
+    lora_turns: int
+    """Of LoRA in vLLM, which does too."""
     registered: int
     http_turns: int
     loads: Mapping[float, float]
@@ -61,12 +65,14 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=44,
-    peer_turns=6,
+    pairs=36,
+    many_turns=20,
+    peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    http_tokens=32,
+    round_tokens=32,
     slow_peer_turns=3,
+    lora_turns=2,
     registered=10_000,
     http_turns=16,
     loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
@@ -75,11 +81,13 @@ FULL = Plan(
 QUICK = Plan(
     sections=("adapters", "peers", "load", "prefix"),
     pairs=2,
+    many_turns=2,
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
-    http_tokens=16,
+    round_tokens=16,
     slow_peer_turns=0,
+    lora_turns=0,
     registered=10_000,
     http_turns=1,
     loads={0.5: 5.0},

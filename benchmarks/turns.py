@@ -118,5 +118,5 @@ def _attempt(side: Side, result: Turns) -> Round | None:
 def _settle() -> None:
     """Wait until the engine whose turn it was is at rest: vLLM's workers poll for seconds more."""
     late = time.perf_counter() + _SETTLING_SECONDS
-    while psutil.cpu_percent(interval=0.25) > _AT_REST_PERCENT and time.perf_counter() < late:
+    while psutil.cpu_percent(interval=0.1) > _AT_REST_PERCENT and time.perf_counter() < late:
         pass

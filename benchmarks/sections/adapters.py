@@ -34,22 +34,24 @@ _SKEWS: dict[str, Popularity] = {IDENTICAL: "identical", UNIFORM: "uniform", SKE
 def measure(bench: Bench) -> dict[str, Any]:
     plan, server = bench.plan, bench.server()
     few = bench.names[:ROWS]
-    tokens = ROWS * plan.tokens
+    tokens = ROWS * plan.round_tokens
     half = [name if row % 2 else None for row, name in enumerate(few)]
 
     def side(name: str, adapters: list[str | None], turns: int | None = None) -> Side:
-        return Side(name, lambda: server.run(bench.requests(adapters)), tokens, turns)
+        return Side(
+            name, lambda: server.run(bench.requests(adapters, plan.round_tokens)), tokens, turns
+        )
 
     sides = [
         side(DISTINCT, [*few]),
         side(BASE, [None] * ROWS),
-        Side(MANY, draws(bench, server), tokens),
-        side(BESIDE, half, max(plan.peer_turns, plan.pairs // 2)),
+        side(BESIDE, half),
+        Side(MANY, draws(bench, server), tokens, plan.many_turns),
         *(
             side(name, [*choose(popularity, few, ROWS)], math.ceil(plan.peer_turns / 2))
             for name, popularity in _SKEWS.items()
         ),
-        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.tokens, plan.peer_turns),
+        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.round_tokens, plan.peer_turns),
     ]
     turns = take_turns(sides, plan.pairs)
     return turns.report() | {
@@ -60,7 +62,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "adapters_over_peft": turns.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
-        "tokens": plan.tokens,
+        "tokens": plan.round_tokens,
         "registered": len(bench.names),
         "zipf_exponent_over_all": MANY_EXPONENT,
     }
@@ -72,7 +74,7 @@ def draws(bench: Bench, server: Engine) -> Callable[[], Round]:
 
     def run() -> Round:
         chosen = choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
-        return server.run(bench.requests([*chosen]))
+        return server.run(bench.requests([*chosen], bench.plan.round_tokens))
 
     return run
 
@@ -82,13 +84,12 @@ def some(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:
 
     def run() -> Round:
         first = next(firsts) % ROWS
-        requests: list[Request] = bench.requests([*bench.names[:ROWS]])
+        requests: list[Request] = bench.requests([*bench.names[:ROWS]], bench.plan.round_tokens)
         return engine().run(requests[first : first + PEFT_REQUESTS])
 
     return run
 
 
 def of_base_rows(_: str, each: Round) -> float:
-    """Tokens a second of the rows that use the base in both rounds, in their decoding."""
-    rows = [answer for answer in each.answers[::2] if answer.first is not None]
-    return 1 / fmean(answer.last - answer.first for answer in rows if answer.first is not None)
+    """Answers a second of a row that uses the base in both rounds, from its arrival on."""
+    return 1 / fmean(answer.last - answer.arrived for answer in each.answers[::2])

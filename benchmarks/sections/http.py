@@ -38,8 +38,8 @@ _KEPT = (
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     server, engine = bench.server(), bench.inprocess()
-    requests = bench.requests([*bench.names[:ROWS]], plan.http_tokens)
-    tokens = ROWS * plan.http_tokens
+    requests = bench.requests([*bench.names[:ROWS]], plan.round_tokens)
+    tokens = ROWS * plan.round_tokens
     sides = [
         Side(STREAMED, lambda: server.run(requests), tokens),
         Side(INPROCESS, lambda: engine.run(requests), tokens),
@@ -57,7 +57,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "whole_over_in_process": turns.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens": plan.http_tokens,
+        "tokens": plan.round_tokens,
     }
 
 

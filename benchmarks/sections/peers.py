@@ -36,7 +36,7 @@ def _lora(bench: Bench) -> Turns:
         Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), ROWS * tokens),
         Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), ROWS * tokens),
     ]
-    turns = take_turns(sides, bench.plan.slow_peer_turns)
+    turns = take_turns(sides, bench.plan.lora_turns)
     bench.stop("vllm-lora")
     return turns
 
