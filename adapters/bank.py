@@ -168,8 +168,9 @@ class AdapterBank:
             targets = resolve_targets(IA3Config(), self._modules)
         except InvalidAdapter:
             return 0
-        width = sum(self._modules.size(target) for target in targets)
-        return (self.capacity + 1 + self._rows) * width * torch.float32.itemsize
+        width = sum(self._padded(self._modules.size(target)) for target in targets)
+        of_batch = self._rows + (self._panel_width is not None)
+        return (self.capacity + 1 + of_batch) * width * torch.float32.itemsize
 
     def reserve_rows(self, rows: int) -> None:
         """Make room for batches of up to `rows` rows."""
@@ -232,10 +233,14 @@ class AdapterBank:
         for target in sorted(set(vectors.vectors) - known):
             size = self._modules.size(target)
             columns[target] = slice(width, width + size)
-            width += size + -size % (self._panel_width or 1)
+            width += self._padded(size)
         if columns:
             self._sheets.append(_Sheet(columns, width, self.capacity + 1, self.device))
             self._make_room(self._sheets[-1])
+
+    def _padded(self, size: int) -> int:
+        """To whole panels."""
+        return size + -size % (self._panel_width or 1)
 
     def uniform(self, slot: int) -> dict[Target, Scale]:
         """Every row of any batch uses `slot`."""

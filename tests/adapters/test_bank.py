@@ -154,6 +154,19 @@ def test_the_bank_s_bytes_are_its_slots_and_its_rows(known: Known) -> None:
     assert bank.nbytes == (4 + 1 + 8) * known.vectors["queries"].nbytes
 
 
+@pytest.mark.parametrize("panel_width", [None, 16, 24])
+def test_adapters_of_the_default_kind_take_the_bytes_that_were_planned(
+    known: Known, panel_width: int | None
+) -> None:
+    bank = AdapterBank(MODULES, capacity=4, device=torch.device("cpu"))
+    if panel_width is not None:
+        bank.use_panels(panel_width)
+    bank.reserve_rows(8)
+    planned = bank.planned_nbytes()
+    bank.fill(1, known.vectors["default"])
+    assert bank.nbytes == planned
+
+
 def test_rows_reserved_later_are_up_to_date(known: Known) -> None:
     model = IA3Model(tiny_llama(), max_adapters=1)
     model.fill_slot(1, known.vectors["default"])
