@@ -65,7 +65,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=36,
+    pairs=26,
     many_turns=20,
     peer_turns=5,
     tokens=16,
