@@ -108,6 +108,32 @@ def test_adapters_that_come_after_the_trace_count(
     assert torch.equal(run(traced, context, 5, [0, 4]), base)
 
 
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize(
+    "endings",
+    [
+        {"down_proj": Side.INPUT},
+        {"gate_proj": Side.OUTPUT, "down_proj": Side.INPUT},
+        {"up_proj": Side.INPUT, "down_proj": Side.INPUT},
+        {"up_proj": Side.OUTPUT, "down_proj": Side.OUTPUT},
+    ],
+)
+def test_a_gate_in_a_product_gives_what_the_next_layer_s_adapters_make_of_it(
+    endings: dict[str, Side], kernel: Pack
+) -> None:
+    ia3, context, modules = prepared(tiny_model("llama"), pack=True, kernel=kernel)
+    traced = trace(ia3, context, modules, compile_between=lambda _: None)
+    assert any(product._gates for product in traced._products.values())
+    ia3.bank.reserve_rows(2)
+    for slot in (1, 2):
+        ia3.fill_slot(slot, vectors(ia3, endings))
+    for rows, segments in (([1, 2], []), ([0, 2], [Segment(1, 3)]), ([0, 0], [])):
+        ia3.set_packed(rows, segments)
+        tokens = 2 + sum(segment.tokens for segment in segments)
+        found, wanted = (run(each, context, tokens, [0, 1]) for each in (traced, modules))
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_a_model_whose_code_asks_for_values_is_not_traced() -> None:
     base = tiny_model("llama")
     ia3, context, modules = prepared(base, pack=False)
