@@ -110,19 +110,23 @@ class _Panels:
         """Where each of a batch's slots has its vectors, as they are now."""
         sheet = self.sheet
         used = {slot: sheet.used[slot] for slot in slots if slot in sheet.used}
-        for slot, (entry, content) in list(self._entries.items()):
-            wanted = len(used.keys() - self._entries.keys())
-            idle = slot not in used and len(self._free) < wanted
-            if idle or sheet.used.get(slot) != content:
-                del self._entries[slot]
-                self._free.append(entry)
-        for slot, content in used.items():
-            if slot not in self._entries:
-                assert self._free, "reserve_rows first"
-                entry = self._free.pop()
-                self.vectors[:, entry].copy_(sheet.slots[slot].view(len(self.vectors), -1))
-                self._entries[slot] = entry, content
+        for slot, (_, content) in list(self._entries.items()):
+            if sheet.used.get(slot) != content:
+                self._give_up(slot)
+        missing = [slot for slot in used if slot not in self._entries]
+        for slot in list(self._entries):
+            if len(self._free) < len(missing) and slot not in used:
+                self._give_up(slot)
+        assert len(self._free) >= len(missing), "reserve_rows first"
+        for slot in missing:
+            entry = self._free.pop()
+            self.vectors[:, entry].copy_(sheet.slots[slot].view(len(self.vectors), -1))
+            self._entries[slot] = entry, used[slot]
         return {slot: self._entries[slot][0] for slot in used}
+
+    def _give_up(self, slot: int) -> None:
+        entry, _ = self._entries.pop(slot)
+        self._free.append(entry)
 
 
 class AdapterBank:
