@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.layer import IA3Layer, Wrapper
-from server.engine.kernels.product import KernelProduct
+from server.engine.kernels.product import KernelProduct, panel_width_of
 from server.engine.packing import PackedLinear, PackedSibling, Siblings
 
 _LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
@@ -76,14 +76,9 @@ class Product:
     def gate(self, reader: "Product | None") -> None:
         """Make that from now on; for a `reader`, the only one, with its layer's vectors in it."""
         self._gates = True
-        if reader is not None and reader._runs_by_kernel:
+        if reader is not None and panel_width_of(reader._seams[0].layer) is not None:
             [self._reader] = reader._seams
             reader._input_rescaled = True
-
-    @property
-    def _runs_by_kernel(self) -> bool:
-        linear = innermost(self._seams[0].layer)
-        return isinstance(linear, PackedLinear) and isinstance(linear.product, KernelProduct)
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.bind()(x)
@@ -104,12 +99,12 @@ class Product:
 def _alone(
     layer: nn.Module, owns_input: bool, input_rescaled: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    if not isinstance(layer, IA3Layer):
-        return layer.product if isinstance(layer, PackedLinear) else layer
-    base = layer.base_layer
-    if isinstance(base, PackedLinear) and isinstance(base.product, KernelProduct):
-        return partial(_by_kernel, layer, base.product, input_rescaled)
+    base = layer.base_layer if isinstance(layer, IA3Layer) else layer
     inner = base.product if isinstance(base, PackedLinear) else base
+    if not isinstance(layer, IA3Layer):
+        return inner
+    if isinstance(inner, KernelProduct):
+        return partial(_by_kernel, layer, inner, input_rescaled)
     return partial(layer.around, inner, in_place=owns_input)
 
 
