@@ -1,5 +1,7 @@
 """What a run works with: how long it may take, the prompts, the adapters, and the engines."""
 
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from adapters.config import WEIGHTS_FILE
 from adapters.store import AdapterStore
 from benchmarks import peers
 from benchmarks.engines import Engine, EngineFailed, Request
@@ -32,25 +35,21 @@ PLAIN = ("--no-prefix-cache", "--no-speculation")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything, so that a run ends within its time.
-
-    What disturbs a shared machine changes from one second to the next: many short rounds say more
-    than a few long ones.
-    """
+    """How much of everything, so that a run ends within its time."""
 
     sections: tuple[str, ...] | None
     """None: all."""
     pairs: int
-    """Turns of adapters beside base."""
-    many_turns: int
-    """Of them, those with all registered adapters."""
+    """Of adapters beside the base, each of two turns."""
+    skew_pairs: int
+    """The same of popularities that no target is about."""
     peer_turns: int
     tokens: int
-    """In the prompt, and as many generated: under load."""
+    """In the prompt, and as many generated: beside the base, and under load."""
     vllm_tokens: int
     """The same against vLLM."""
-    round_tokens: int
-    """The same between our own rounds: with adapters or without, over HTTP or not."""
+    http_tokens: int
+    """The same over HTTP and without."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -65,12 +64,12 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=26,
-    many_turns=20,
+    pairs=20,
+    skew_pairs=2,
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    round_tokens=32,
+    http_tokens=32,
     slow_peer_turns=3,
     lora_turns=2,
     registered=10_000,
@@ -81,11 +80,11 @@ FULL = Plan(
 QUICK = Plan(
     sections=("adapters", "peers", "load", "prefix"),
     pairs=2,
-    many_turns=2,
+    skew_pairs=1,
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
-    round_tokens=16,
+    http_tokens=16,
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,
@@ -199,24 +198,44 @@ class Bench:
         self.stop(*(each for each in list(self._running) if each != name))
 
     def server(
-        self, name: str = "infuse", *flags: object, plain: bool = True, all_adapters: bool = False
+        self,
+        name: str = "infuse",
+        *flags: object,
+        plain: bool = True,
+        store: Path | None = None,
     ) -> InfuseHttp:
-        """The server with all adapters; or, with `flags`, one beside it with the first 32: a store
-        has one server. `plain`: it remembers no prompt and guesses no token."""
-        if all_adapters or not flags:
-            where: tuple[object, ...] = ("--adapters-dir", self.store)
-        else:
-            folder = self.scratch / name
-            where = ("--adapters-dir", folder, "--preload-adapters", self._preloaded())
+        """The server with all adapters; or, with `flags`, one beside it with the first 32, or with
+        `store`: a store has one server. `plain`: it remembers no prompt and guesses no token."""
+        if store is None and not flags:
+            store = self.store
+        where: tuple[object, ...] = ("--adapters-dir", store or self.scratch / name)
+        preloaded = ("--preload-adapters", self._preloaded()) if store is None else ()
         window = () if "--max-model-len" in flags else ("--max-model-len", WINDOW)
         log = self.scratch / f"{name}.log"
         every = ("--model", self.model, "--kv-cache-tokens", CACHE_TOKENS, "--compile")
         off = PLAIN if plain else ()
         engine = self.engine(
-            name, lambda: InfuseHttp(name, log, *every, *where, *window, *flags, *off)
+            name, lambda: InfuseHttp(name, log, *every, *where, *preloaded, *window, *flags, *off)
         )
         assert isinstance(engine, InfuseHttp)
         return engine
+
+    def twin(self) -> InfuseHttp:
+        """Another server like the first, with a copy of its store."""
+        return self.server("infuse-twin", store=self._copied_store)
+
+    @cached_property
+    def _copied_store(self) -> Path:
+        """Contents never change: they need no copy."""
+        copied = self.store.with_name(f"{self.store.name}-twin")
+        shutil.rmtree(copied, ignore_errors=True)
+        self._stack.callback(shutil.rmtree, copied)
+
+        def copy(source: str, target: str) -> None:
+            (os.link if source.endswith(WEIGHTS_FILE) else shutil.copyfile)(source, target)
+
+        shutil.copytree(self.store, copied, copy_function=copy)
+        return copied
 
     def inprocess(self, dtype: str = "float32") -> Engine:
         """Our engine without HTTP, with the first 32 adapters."""

@@ -59,11 +59,9 @@ def by_batch(axes: list[Axes], results: Results) -> None:
 
 def by_adapters(axes: list[Axes], results: Results) -> None:
     """Each engine against its own base."""
-    ours = results["adapters"]["tokens_per_second"]
     theirs = results["peers"]["tokens_per_second"]
-    base = ours[adapters.BASE]["median"]
     numbers = {1: adapters.IDENTICAL, 6: adapters.UNIFORM, 32: adapters.DISTINCT}
-    shares = [1.0, *(ours[name]["median"] / base for name in numbers.values())]
+    shares = [1.0, *(_over_base(results, name) for name in numbers.values())]
     axes[0].plot([0, *numbers], shares, marker="o", label="Infuse, IA3")
     lora = theirs.get("vLLM, 8 LoRA adapters")
     if lora is not None:
@@ -74,12 +72,15 @@ def by_adapters(axes: list[Axes], results: Results) -> None:
 
 
 def by_skew(axes: list[Axes], results: Results) -> None:
-    found = results["adapters"]["tokens_per_second"]
-    base = found[adapters.BASE]["median"]
-    values = [found[name]["median"] / base for name in adapters.BY_SKEW]
-    axes[0].barh(adapters.BY_SKEW[::-1], values[::-1])
+    names = [*adapters.BY_SKEW][::-1]
+    axes[0].barh(names, [_over_base(results, name) for name in names])
     axes[0].axvline(1.0, color="black", linewidth=0.8)
     axes[0].set(xlabel="of the base's tokens/s")
+
+
+def _over_base(results: Results, name: str) -> float:
+    ratio: float = results["adapters"]["ratios"][adapters.BY_SKEW[name]]["median"]
+    return ratio
 
 
 def by_load(axes: list[Axes], results: Results) -> None:

@@ -7,7 +7,6 @@ their ratios mean something on a shared machine.
 import math
 import tempfile
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -82,11 +81,13 @@ def speed(rounds: int, rows: int, tokens_in: int, tokens_out: int) -> None:
         requests = [
             Request(prompt, tokens_out, name) for prompt, name in zip(prompts, names, strict=True)
         ]
-        sides = [
-            Side(quantization, partial(server.run, requests), rows * tokens_out)
-            for quantization, server in running.items()
-        ]
-        turns = take_turns(sides, rounds)
+
+        def side(server: InfuseHttp) -> Side:
+            return Side(
+                server.name, lambda: server, lambda each: each.run(requests), rows * tokens_out
+            )
+
+        turns = take_turns([side(server) for server in running.values()], rounds)
         for quantization, server in running.items():
             ratio = turns.ratio(quantization, "none")
             assert ratio is not None, turns.failed

@@ -1,19 +1,15 @@
 """Engines that answer in turns, so that whatever disturbs the machine meets all of them alike."""
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import typer
 
-from benchmarks.engines import EngineFailed, Round
+from benchmarks.engines import Engine, EngineFailed, Round
+from benchmarks.slices import Run, run_in_slices
 from benchmarks.statistics import Bounds, bounds_of_median, summary
-
-_AT_REST_PERCENT = 10.0
-"""Of all cores."""
-_SETTLING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +17,10 @@ class Side:
     """One of the things that are compared."""
 
     name: str
-    run: Callable[[], Round]
+    engine: Callable[[], Engine]
+    """Starts it where it does not run yet. Raises EngineFailed."""
+    ask: Callable[[Any], Round]
+    """A round of that engine."""
     tokens: int
     """Generated in a round."""
     turns: int | None = None
@@ -36,10 +35,13 @@ class Turns:
     tokens: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """The reason, by side. What it did before it failed is kept."""
+    crossed: bool = False
+    """In every second turn the sides had each other's engines: two turns make a pair."""
 
     def speeds(self, name: str) -> list[float]:
         """Generated tokens a second."""
-        return [self.tokens[name] / each.seconds for each in self.rounds[name] if each is not None]
+        rounds = self.rounds.get(name, [])
+        return [self.tokens[name] / each.seconds for each in rounds if each is not None]
 
     def ratio(
         self, name: str, other: str, of: Callable[[str, Round], float] | None = None
@@ -50,24 +52,29 @@ class Turns:
         """
         measure = of or (lambda side, each: self.tokens[side] / each.seconds)
         pairs = [
-            measure(name, mine) / measure(other, theirs)
+            None if mine is None or theirs is None else measure(name, mine) / measure(other, theirs)
             for mine, theirs in zip(
                 self.rounds.get(name, []), self.rounds.get(other, []), strict=False
             )
-            if mine is not None and theirs is not None
         ]
-        return ratio_of(pairs)
+        if self.crossed:
+            pairs = [
+                None if first is None or second is None else math.sqrt(first * second)
+                for first, second in zip(pairs[::2], pairs[1::2], strict=True)
+            ]
+        return ratio_of([pair for pair in pairs if pair is not None])
 
-    def report(self) -> dict[str, Any]:
-        """Tokens a second by side, and who failed."""
-        return {
-            "tokens_per_second": {
-                name: summary(self.speeds(name)) | {"rounds": self.speeds(name)}
-                for name in self.rounds
-                if self.speeds(name)
-            },
-            "failed": self.failed,
-        }
+
+def report(*measured: Turns) -> dict[str, Any]:
+    """Tokens a second by side, and who failed."""
+    names = dict.fromkeys(name for turns in measured for name in turns.rounds)
+    speeds = {name: [each for turns in measured for each in turns.speeds(name)] for name in names}
+    return {
+        "tokens_per_second": {
+            name: summary(mine) | {"rounds": mine} for name, mine in speeds.items() if mine
+        },
+        "failed": {name: why for turns in measured for name, why in turns.failed.items()},
+    }
 
 
 def ratio_of(pairs: Sequence[float]) -> dict[str, Any] | None:
@@ -82,14 +89,33 @@ def ratio_of(pairs: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
-def take_turns(sides: Sequence[Side], turns: int) -> Turns:
-    """`turns` turns in changing order. A side that fails sits out from there on."""
+def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turns:
+    """`turns` turns in changing order: in each, sides of different engines run in slices, those of
+    one engine one after the other. A side that fails sits out from there on.
+
+    `crossed`: two sides take each other's engines in every second turn. Processes of one kind
+    differ by up to 3% in speed for as long as they live; what a pair's two turns have in common is
+    without that.
+    """
     result = Turns(
-        rounds={side.name: [] for side in sides}, tokens={side.name: side.tokens for side in sides}
+        rounds={side.name: [] for side in sides},
+        tokens={side.name: side.tokens for side in sides},
+        crossed=crossed,
     )
     for turn in range(turns):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            round_ = _attempt(side, result) if takes_part(side, turn, turns) else None
+        engines = [side.engine for side in sides]
+        if crossed and turn % 2:
+            engines.reverse()
+        taking = [
+            (side, engine)
+            for side, engine in zip(sides, engines, strict=True)
+            if takes_part(side, turn, turns)
+        ]
+        found: dict[str, Round] = {}
+        for runs in _together(taking[:: -1 if turn % 2 else 1], result):
+            found |= _measured(runs, result)
+        for side in sides:
+            round_ = found.get(side.name)
             result.rounds[side.name].append(round_)
             if round_ is not None:
                 speed = side.tokens / round_.seconds
@@ -103,20 +129,40 @@ def takes_part(side: Side, turn: int, turns: int) -> bool:
     return (turn + 1) * mine // turns > turn * mine // turns
 
 
-def _attempt(side: Side, result: Turns) -> Round | None:
-    if side.name in result.failed:
-        return None
-    _settle()
-    try:
-        return side.run()
-    except EngineFailed as error:
-        typer.echo(f"  {side.name} failed: {error}")
-        result.failed[side.name] = str(error)
-        return None
+def _together(
+    taking: Sequence[tuple[Side, Callable[[], Engine]]], result: Turns
+) -> list[dict[str, Run]]:
+    """What can run in slices, by side: no engine twice."""
+    matches: list[dict[str, Run]] = []
+    for side, start in taking:
+        if side.name in result.failed:
+            continue
+        try:
+            engine = start()
+        except EngineFailed as error:
+            _note(side.name, error, result)
+            continue
+        before = [each for each in result.rounds[side.name] if each is not None]
+        run = Run(engine, side.ask, before[-1].seconds if before else None)
+        for match in matches:
+            if all(each.engine is not engine for each in match.values()):
+                match[side.name] = run
+                break
+        else:
+            matches.append({side.name: run})
+    return matches
 
 
-def _settle() -> None:
-    """Wait until the engine whose turn it was is at rest: vLLM's workers poll for seconds more."""
-    late = time.perf_counter() + _SETTLING_SECONDS
-    while psutil.cpu_percent(interval=0.1) > _AT_REST_PERCENT and time.perf_counter() < late:
-        pass
+def _measured(runs: dict[str, Run], result: Turns) -> dict[str, Round]:
+    found = {}
+    for name, round_ in run_in_slices(runs).items():
+        if isinstance(round_, EngineFailed):
+            _note(name, round_, result)
+        else:
+            found[name] = round_
+    return found
+
+
+def _note(name: str, error: EngineFailed, result: Turns) -> None:
+    typer.echo(f"  {name} failed: {error}")
+    result.failed[name] = str(error)

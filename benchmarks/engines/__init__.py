@@ -37,8 +37,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    began: float
+    """By `time.perf_counter`, which is one for all processes of a machine."""
     seconds: float
-    """From the round's beginning to its last token."""
+    """From then to its last token."""
     answers: list[Answer] = field(default_factory=list)
     """In the order of the requests."""
 
@@ -47,6 +49,10 @@ class Engine(Protocol):
     """Starts once, answers any number of rounds, and costs nothing in between."""
 
     name: str
+
+    @property
+    def group(self) -> int:
+        """The process group that all of it runs in."""
 
     def start(self) -> None:
         """Raises EngineFailed."""

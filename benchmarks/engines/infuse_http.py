@@ -39,6 +39,11 @@ class ServerProcess:
         self.start_seconds = 0.0
         """From the command to the first moment that it answers."""
 
+    @property
+    def group(self) -> int:
+        assert self._process is not None, "the server has not been started"
+        return self._process.pid
+
     def start(self) -> None:
         command = [
             str(Path(sys.executable).with_name("infuse")),
@@ -49,7 +54,9 @@ class ServerProcess:
         ]
         started = time.perf_counter()
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         while not (address := re.search(r"answers on (http://\S+)", self._log.read_text())):
             late = time.perf_counter() - started > _STARTUP_SECONDS
             if self._process.poll() is not None or late:
@@ -133,7 +140,7 @@ class InfuseHttp(ServerProcess):
         answers = [
             _answer(each, request, began) for each, request in zip(exchanges, requests, strict=True)
         ]
-        return Round(max(each.last for each in answers), answers)
+        return Round(began, max(each.last for each in answers), answers)
 
 
 class _Exchange(asyncio.Protocol):

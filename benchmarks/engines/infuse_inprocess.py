@@ -67,7 +67,7 @@ class _Rounds:
             )
             for each in requests
         ]
-        return Round(seconds, answers)
+        return Round(began, seconds, answers)
 
     def deliver(self, outputs: list[Output]) -> None:
         now = time.perf_counter()

@@ -37,7 +37,7 @@ def make(model: str, dtype: str, adapters: dict[str, str]) -> Run:
             )
             text = tokenizer.decode(out[0, len(each.prompt) :], skip_special_tokens=True)
             answers.append(Answer(text, 0.0, time.perf_counter() - began))
-        return Round(time.perf_counter() - began, answers)
+        return Round(began, time.perf_counter() - began, answers)
 
     return run
 

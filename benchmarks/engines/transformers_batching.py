@@ -45,7 +45,7 @@ def make(model: str, dtype: str, rows: int, tokens: int) -> Run:
         wrong = [len(each) for each in tokens if len(each) != requests[0].tokens_out]
         if wrong or len(tokens) != len(requests):
             raise RuntimeError(f"{len(tokens)} answers of {len(requests)}, of lengths {wrong}")
-        return Round(seconds, [Answer(text, 0.0, seconds) for text in texts])
+        return Round(began, seconds, [Answer(text, 0.0, seconds) for text in texts])
 
     return run
 

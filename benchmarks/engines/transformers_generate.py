@@ -28,7 +28,7 @@ def make(model: str, dtype: str) -> Run:
         )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         seconds = time.perf_counter() - began
-        return Round(seconds, [Answer(text, 0.0, seconds) for text in texts])
+        return Round(began, seconds, [Answer(text, 0.0, seconds) for text in texts])
 
     return run
 

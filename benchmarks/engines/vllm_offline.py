@@ -45,7 +45,8 @@ def make(model: str, dtype: str, rows: int, window: int, adapters: dict[str, str
             prompts, params, use_tqdm=False, lora_request=chosen if adapters else None
         )
         seconds = time.perf_counter() - began
-        return Round(seconds, [Answer(each.outputs[0].text, 0.0, seconds) for each in results])
+        answers = [Answer(each.outputs[0].text, 0.0, seconds) for each in results]
+        return Round(began, seconds, answers)
 
     return run
 

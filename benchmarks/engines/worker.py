@@ -42,6 +42,11 @@ class Worker:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
+    @property
+    def group(self) -> int:
+        assert self._process is not None, f"{self.name} has not been started"
+        return self._process.pid
+
     def start(self) -> None:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -66,7 +71,9 @@ class Worker:
         except OSError as error:
             raise self._failed() from error
         answer = self._read(_ROUND_SECONDS)
-        return Round(answer["seconds"], [Answer(**each) for each in answer["answers"]])
+        return Round(
+            answer["began"], answer["seconds"], [Answer(**each) for each in answer["answers"]]
+        )
 
     def stop(self) -> None:
         if self._process is None:

@@ -1,18 +1,17 @@
 """What adapters cost beside the base, by their popularity, and against PEFT.
 
-Over HTTP, streaming, on one server that has all adapters registered.
+Over HTTP, streaming, on two servers that have all adapters registered.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from statistics import fmean
 from typing import Any
 
 from benchmarks.bench import ROWS, Bench
-from benchmarks.engines import Engine, Request, Round
-from benchmarks.turns import Side, take_turns
-from benchmarks.workload import Popularity, choose
+from benchmarks.engines import Engine, Round
+from benchmarks.turns import Side, Turns, report, take_turns
+from benchmarks.workload import choose
 
 PEFT_REQUESTS = 4
 """Of the 32, others in each turn: one after the other, the rest would take as long each."""
@@ -25,69 +24,84 @@ UNIFORM = "6 adapters (uniform)"
 SKEWED = "Zipf over 32 adapters"
 DISTINCT = "32 adapters (distinct)"
 MANY = "Zipf over all registered"
-BY_SKEW = (IDENTICAL, UNIFORM, SKEWED, DISTINCT, MANY)
+BY_SKEW = {
+    IDENTICAL: "identical_over_base",
+    UNIFORM: "uniform_over_base",
+    SKEWED: "skewed_over_base",
+    DISTINCT: "adapters_over_base",
+    MANY: "many_over_base",
+}
+"""Ratios by what is compared."""
 BESIDE = "16 base rows beside 16 adapters"
 PEFT = "PEFT, one adapter after the other"
-_SKEWS: dict[str, Popularity] = {IDENTICAL: "identical", UNIFORM: "uniform", SKEWED: "zipf"}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    plan, server = bench.plan, bench.server()
+    plan = bench.plan
     few = bench.names[:ROWS]
-    tokens = ROWS * plan.round_tokens
-    half = [name if row % 2 else None for row, name in enumerate(few)]
-
-    def side(name: str, adapters: list[str | None], turns: int | None = None) -> Side:
-        return Side(
-            name, lambda: server.run(bench.requests(adapters, plan.round_tokens)), tokens, turns
+    seeds = count()
+    asked: dict[str, Callable[[], list[str]]] = {
+        DISTINCT: lambda: few,
+        MANY: lambda: choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT),
+        IDENTICAL: lambda: choose("identical", few, ROWS),
+        UNIFORM: lambda: choose("uniform", few, ROWS),
+        SKEWED: lambda: choose("zipf", few, ROWS),
+    }
+    compared = {
+        name: beside_base(
+            bench, name, adapters, plan.pairs if name in (DISTINCT, MANY) else plan.skew_pairs
         )
-
-    sides = [
-        side(DISTINCT, [*few]),
-        side(BASE, [None] * ROWS),
-        side(BESIDE, half),
-        Side(MANY, draws(bench, server), tokens, plan.many_turns),
-        *(
-            side(name, [*choose(popularity, few, ROWS)], math.ceil(plan.peer_turns / 2))
-            for name, popularity in _SKEWS.items()
-        ),
-        Side(PEFT, some(bench, bench.peft), PEFT_REQUESTS * plan.round_tokens, plan.peer_turns),
-    ]
-    turns = take_turns(sides, plan.pairs)
-    return turns.report() | {
+        for name, adapters in asked.items()
+    }
+    half = [name if row % 2 else None for row, name in enumerate(few)]
+    beside = beside_base(bench, BESIDE, lambda: half, plan.pairs)
+    peft = beside_peft(bench)
+    return report(*compared.values(), beside, peft) | {
         "ratios": {
-            "adapters_over_base": turns.ratio(DISTINCT, BASE),
-            "many_over_base": turns.ratio(MANY, BASE),
-            "base_beside_adapters_over_alone": turns.ratio(BESIDE, BASE, of_base_rows),
-            "adapters_over_peft": turns.ratio(DISTINCT, PEFT),
+            **{key: compared[name].ratio(name, BASE) for name, key in BY_SKEW.items()},
+            "base_beside_adapters_over_alone": beside.ratio(BESIDE, BASE, of_base_rows),
+            "adapters_over_peft": peft.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
-        "tokens": plan.round_tokens,
+        "tokens": plan.tokens,
         "registered": len(bench.names),
         "zipf_exponent_over_all": MANY_EXPONENT,
     }
 
 
-def draws(bench: Bench, server: Engine) -> Callable[[], Round]:
-    """Other adapters each time."""
-    seeds = count()
+def beside_base(
+    bench: Bench, name: str, adapters: Callable[[], Sequence[str | None]], pairs: int
+) -> Turns:
+    """What `adapters` gives for each round, and the base, each on both servers."""
+    tokens = bench.plan.tokens
 
-    def run() -> Round:
-        chosen = choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
-        return server.run(bench.requests([*chosen], bench.plan.round_tokens))
+    def ask(engine: Engine) -> Round:
+        return engine.run(bench.requests(adapters(), tokens))
 
-    return run
+    def ask_base(engine: Engine) -> Round:
+        return engine.run(bench.requests([None] * ROWS, tokens))
+
+    sides = [
+        Side(name, bench.server, ask, ROWS * tokens),
+        Side(BASE, bench.twin, ask_base, ROWS * tokens),
+    ]
+    return take_turns(sides, 2 * pairs, crossed=True)
 
 
-def some(bench: Bench, engine: Callable[[], Engine]) -> Callable[[], Round]:
+def beside_peft(bench: Bench) -> Turns:
+    tokens = bench.plan.tokens
+    requests = bench.requests([*bench.names[:ROWS]], tokens)
     firsts = count(step=PEFT_REQUESTS)
 
-    def run() -> Round:
+    def ask_some(engine: Engine) -> Round:
         first = next(firsts) % ROWS
-        requests: list[Request] = bench.requests([*bench.names[:ROWS]], bench.plan.round_tokens)
-        return engine().run(requests[first : first + PEFT_REQUESTS])
+        return engine.run(requests[first : first + PEFT_REQUESTS])
 
-    return run
+    sides = [
+        Side(DISTINCT, bench.server, lambda engine: engine.run(requests), ROWS * tokens),
+        Side(PEFT, bench.peft, ask_some, PEFT_REQUESTS * tokens),
+    ]
+    return take_turns(sides, bench.plan.peer_turns)
 
 
 def of_base_rows(_: str, each: Round) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.bench import ROWS, Bench
-from benchmarks.turns import Side, take_turns
+from benchmarks.turns import Side, report, take_turns
 
 STREAMED = "HTTP, streaming"
 WHOLE = "HTTP, whole answers"
@@ -37,27 +37,20 @@ _KEPT = (
 
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
-    server, engine = bench.server(), bench.inprocess()
-    requests = bench.requests([*bench.names[:ROWS]], plan.round_tokens)
-    tokens = ROWS * plan.round_tokens
-    sides = [
-        Side(STREAMED, lambda: server.run(requests), tokens),
-        Side(INPROCESS, lambda: engine.run(requests), tokens),
-        Side(
-            WHOLE,
-            lambda: server.run(requests, stream=False),
-            tokens,
-            math.ceil(plan.http_turns / 2),
-        ),
-    ]
-    turns = take_turns(sides, plan.http_turns)
-    return turns.report() | {
+    requests = bench.requests([*bench.names[:ROWS]], plan.http_tokens)
+    tokens = ROWS * plan.http_tokens
+    streamed = Side(STREAMED, bench.server, lambda server: server.run(requests), tokens)
+    whole = Side(WHOLE, bench.server, lambda server: server.run(requests, stream=False), tokens)
+    inprocess = Side(INPROCESS, bench.inprocess, lambda engine: engine.run(requests), tokens)
+    streaming = take_turns([streamed, inprocess], plan.http_turns)
+    at_once = take_turns([whole, inprocess], math.ceil(plan.http_turns / 4))
+    return report(streaming, at_once) | {
         "ratios": {
-            "streaming_over_in_process": turns.ratio(STREAMED, INPROCESS),
-            "whole_over_in_process": turns.ratio(WHOLE, INPROCESS),
+            "streaming_over_in_process": streaming.ratio(STREAMED, INPROCESS),
+            "whole_over_in_process": at_once.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens": plan.round_tokens,
+        "tokens": plan.http_tokens,
     }
 
 

@@ -14,7 +14,7 @@ RESIDENT = (0, 1, 8, 32, 128, 512)
 def measure(bench: Bench) -> dict[str, Any]:
     slots = ("--max-resident-adapters", max(RESIDENT))
     bench.stop("infuse")
-    used = bench.server("infuse-memory", *slots, all_adapters=True)
+    used = bench.server("infuse-memory", *slots, store=bench.store)
     points = []
     asked = 0
     for adapters in RESIDENT:

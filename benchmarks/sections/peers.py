@@ -7,21 +7,22 @@ from typing import Any
 from benchmarks.bench import LORA_ADAPTERS, ROWS, Bench
 from benchmarks.engines import Engine
 from benchmarks.machine import has_bfloat16
-from benchmarks.turns import Side, Turns, take_turns
+from benchmarks.turns import Side, Turns, report, take_turns
 from benchmarks.workload import LORA_RANK
 
 GENERATE = "transformers generate (one static batch)"
 BATCHING = "transformers continuous batching"
+ADAPTERS = "Infuse, 32 adapters"
+LORA = "vLLM, 8 LoRA adapters"
 IN_FLIGHT = (32, 16, 1)
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """No engine stays that is not compared: those that wait for their turn wake up now and then."""
     plan = bench.plan
     found = _beside_vllm(bench, "float32")
     bench.stop("vllm")
     slow = [_lora(bench), _transformers(bench)] if plan.slow_peer_turns else []
-    return report(found, slow) | {
+    return _report(found, slow) | {
         "tokens": plan.vllm_tokens,
         "lora_rank": LORA_RANK,
         "lora_adapters": LORA_ADAPTERS,
@@ -33,8 +34,8 @@ def _lora(bench: Bench) -> Turns:
     ours = bench.requests([*bench.names[:ROWS]], tokens)
     theirs = bench.requests([f"lora-{row % LORA_ADAPTERS}" for row in range(ROWS)], tokens)
     sides = [
-        Side("Infuse, 32 adapters", lambda: bench.inprocess().run(ours), ROWS * tokens),
-        Side("vLLM, 8 LoRA adapters", lambda: bench.vllm(lora=True).run(theirs), ROWS * tokens),
+        Side(ADAPTERS, bench.inprocess, lambda engine: engine.run(ours), ROWS * tokens),
+        Side(LORA, lambda: bench.vllm(lora=True), lambda vllm: vllm.run(theirs), ROWS * tokens),
     ]
     turns = take_turns(sides, bench.plan.lora_turns)
     bench.stop("vllm-lora")
@@ -54,7 +55,7 @@ def measure_bfloat16(bench: Bench) -> dict[str, Any]:
     """The same in bfloat16, where the processor computes it."""
     if not has_bfloat16():
         return {"skipped": "this processor has no bfloat16 arithmetic (AVX512-BF16 or AMX)"}
-    return report(_beside_vllm(bench, "bfloat16")) | {"tokens": bench.plan.vllm_tokens}
+    return _report(_beside_vllm(bench, "bfloat16")) | {"tokens": bench.plan.vllm_tokens}
 
 
 def _beside_vllm(bench: Bench, dtype: str) -> dict[int, Turns]:
@@ -74,21 +75,15 @@ def _beside_vllm(bench: Bench, dtype: str) -> dict[int, Turns]:
 def base_side(bench: Bench, name: str, engine: Callable[[], Engine], rows: int) -> Side:
     requests = bench.requests([None] * rows, bench.plan.vllm_tokens)
     tokens = rows * bench.plan.vllm_tokens
-    return Side(_base(name, rows), lambda: engine().run(requests), tokens)
+    return Side(_base(name, rows), engine, lambda running: running.run(requests), tokens)
 
 
 def _base(name: str, rows: int) -> str:
     return f"{name}, base, {rows} in flight"
 
 
-def report(by_rows: dict[int, Turns], slow: Sequence[Turns] = ()) -> dict[str, Any]:
+def _report(by_rows: dict[int, Turns], slow: Sequence[Turns] = ()) -> dict[str, Any]:
     """All turns as one section: beside vLLM, by how many were in flight, and beside the slow."""
-    speeds: dict[str, Any] = {}
-    failed: dict[str, str] = {}
-    for turns in [*by_rows.values(), *slow]:
-        each = turns.report()
-        speeds = each["tokens_per_second"] | speeds
-        failed |= each["failed"]
     ratios = {
         f"base_over_vllm_at_{rows}": turns.ratio(_base("Infuse", rows), _base("vLLM", rows))
         for rows, turns in by_rows.items()
@@ -96,11 +91,11 @@ def report(by_rows: dict[int, Turns], slow: Sequence[Turns] = ()) -> dict[str, A
     ours = _base("Infuse", ROWS)
     for turns in slow:
         for name, pair in {
-            "adapters_over_lora": ("Infuse, 32 adapters", "vLLM, 8 LoRA adapters"),
+            "adapters_over_lora": (ADAPTERS, LORA),
             "base_over_generate": (ours, _base(GENERATE, ROWS)),
             "base_over_batching": (ours, _base(BATCHING, ROWS)),
         }.items():
             ratio = turns.ratio(*pair)
             if ratio is not None:
                 ratios[name] = ratio
-    return {"tokens_per_second": speeds, "failed": failed, "ratios": ratios}
+    return report(*by_rows.values(), *slow) | {"ratios": ratios}

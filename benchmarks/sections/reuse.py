@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.bench import Bench
 from benchmarks.engines import Request, Round
-from benchmarks.turns import Side, ratio_of, take_turns
+from benchmarks.engines.infuse_http import InfuseHttp
+from benchmarks.turns import Side, ratio_of, report, take_turns
 from benchmarks.workload import random_prompts
 
 SHARED_TOKENS = 1000
@@ -47,18 +48,17 @@ def measure_prefix(bench: Bench) -> dict[str, Any]:
 def measure_speculation(bench: Bench) -> dict[str, Any]:
     """Copies of paragraphs of the LICENSE, and stories, which copy nothing: with prompt lookup and
     without, on the same server."""
-    server = bench.server()
     copies, stories = copy_prompts(bench), story_prompts(bench)
     sides, texts = [], {}
 
     def side(name: str, requests: list[Request], speculate: bool) -> Side:
-        def run() -> Round:
+        def ask(server: InfuseHttp) -> Round:
             found = server.run(requests, speculation=speculate)
             texts[name] = [each.text for each in found.answers]
             return found
 
         turns = None if len(requests) == 1 else math.ceil(bench.plan.repeats / 2)
-        return Side(name, run, len(requests) * COPIED_TOKENS, turns)
+        return Side(name, bench.server, ask, len(requests) * COPIED_TOKENS, turns)
 
     pairs = {}
     for ratio, what, prompts in (
@@ -72,9 +72,9 @@ def measure_speculation(bench: Bench) -> dict[str, Any]:
             side(name, requests, speculate)
             for name, speculate in zip(pairs[ratio], (True, False), strict=True)
         ]
-    sides[0].run()  # What a guess costs is learnt while it runs.
+    sides[0].ask(bench.server())  # What a guess costs is learnt while it runs.
     turns = take_turns(sides, bench.plan.repeats)
-    return turns.report() | {
+    return report(turns) | {
         "ratios": {ratio: turns.ratio(*pair) for ratio, pair in pairs.items()},
         "copied_tokens": COPIED_TOKENS,
         "same_texts": all(texts[guessed] == texts[plain] for guessed, plain in pairs.values()),
