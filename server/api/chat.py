@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
@@ -28,6 +27,7 @@ from server.api.generation import (
     describe,
     finished_because,
     place_order,
+    prepared,
     respond,
 )
 from server.api.leasing import leased
@@ -61,8 +61,9 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
-    limiter = services.compiling if body.is_constrained else None
-    order, make_reader = await to_thread.run_sync(_prepare, services, body, caller, limiter=limiter)
+    order, make_reader = await prepared(
+        services, body.is_constrained, partial(_prepare, services, body, caller)
+    )
     return await respond(request, services, body, order, ChatWriter(body, order, make_reader))
 
 

@@ -1,9 +1,9 @@
 """`POST /v1/completions`."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
@@ -21,6 +21,7 @@ from server.api.generation import (
     describe,
     finished_because,
     place_order,
+    prepared,
     respond,
 )
 from server.api.leasing import leased
@@ -54,8 +55,7 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, len(body.prompt))
-    limiter = services.compiling if body.is_constrained else None
-    order = await to_thread.run_sync(_prepare, services, body, caller, limiter=limiter)
+    order = await prepared(services, body.is_constrained, partial(_prepare, services, body, caller))
     return await respond(request, services, body, order, CompletionWriter(body, order))
 
 

@@ -2,12 +2,13 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio
+from anyio import to_thread
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -28,6 +29,8 @@ from server.engine.request import FinishReason, GenerationRequest, Output, Sampl
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
 from server.services import Services
+
+_T = TypeVar("_T")
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
@@ -278,6 +281,17 @@ class Writer(Protocol):
         """What the next output of choice `number` adds to a stream."""
 
     def usage_chunk(self, usage: Usage) -> BaseModel: ...
+
+
+async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
+    """What `prepare` makes on a thread, to be submitted right after.
+
+    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
+    """
+    if is_constrained:
+        return await to_thread.run_sync(prepare, limiter=services.compiling)
+    with services.engine.expecting():
+        return await to_thread.run_sync(prepare)
 
 
 async def respond(

@@ -6,10 +6,10 @@ scored by its mean log-probability after the prompt, and the best one is the ans
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Annotated, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -21,6 +21,7 @@ from server.api.generation import (
     check_fan_out,
     describe,
     place_order,
+    prepared,
     to_json,
     unless_client_leaves,
 )
@@ -116,7 +117,7 @@ async def rank(
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
     check_fan_out(services, body, sum(len(each.choices) for each in body.inputs))
-    order, scored = await to_thread.run_sync(_prepare, services, body, caller)
+    order, scored = await prepared(services, False, partial(_prepare, services, body, caller))
     generation = Generation(services, order)
     try:
         outputs = await unless_client_leaves(request, generation)

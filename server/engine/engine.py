@@ -5,8 +5,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 """Prompt tokens in a step: what decoding rows wait for at most, by device."""
+
+_ARRIVAL_SECONDS = 0.03
+"""What an idle engine waits at most for requests that are being made ready."""
 
 
 class Engine:
@@ -92,7 +96,8 @@ class Engine:
         self._places = Places(config.max_rows + config.max_queue)
         self._rows = itertools.count()
         self._changed = threading.Condition()
-        """Guards the places and the three below, which other threads touch."""
+        """Guards the places and the four below, which other threads touch."""
+        self._expected = 0
         self._inbox: deque[GenerationRequest] = deque()
         self._cancelled: set[str] = set()
         self._state = "new"
@@ -135,6 +140,20 @@ class Engine:
                 raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
             self._inbox.extend(requests)
             self._changed.notify()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Within: a request is made ready that will be submitted right after.
+
+        Its first step takes an idle engine long: it waits a moment for what would come too late.
+        """
+        with self._changed:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._expected -= 1
 
     def room_after(self, prompt_tokens: int) -> int:
         """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
@@ -218,6 +237,8 @@ class Engine:
                 self._cancelled.clear()
                 self._changed.wait()
                 self._settle()
+            if not self._sequences:
+                self._changed.wait_for(lambda: not self._expected, _ARRIVAL_SECONDS)
             self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")

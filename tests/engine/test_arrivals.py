@@ -1,0 +1,58 @@
+"""An idle engine waits a moment for requests that are being made ready; a busy one for nobody."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from server.engine import engine as module
+from tests.engine.harness import Harness
+
+LONG = 60.0
+
+
+def test_an_idle_engine_waits_for_what_is_being_made_ready(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    engine = start()
+    with engine.engine.expecting():
+        engine.submit("first", [5, 6])
+        time.sleep(0.2)
+        assert engine.engine.stats().steps == 0
+    engine.submit("second", [7, 8], "default")
+    engine.wait()
+    engine.assert_idle()
+
+
+def test_but_only_for_a_moment(start: Callable[..., Harness]) -> None:
+    engine = start()
+    with engine.engine.expecting():
+        assert len(engine.ask([5, 6], max_tokens=3).tokens) == 3
+    engine.assert_idle()
+
+
+def test_a_running_batch_waits_for_nobody(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    engine = start()
+    engine.submit("runs", [5, 6], max_tokens=200)
+    while not engine.answers["runs"].tokens:
+        engine.read()
+    with engine.engine.expecting():
+        engine.submit("joins", [7, 8], max_tokens=3)
+        engine.wait("joins")
+    engine.engine.cancel("runs")
+    engine.wait()
+    engine.assert_idle()
+
+
+def test_a_request_that_cannot_be_made_ready_is_waited_for_no_longer(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    engine = start()
+    with pytest.raises(ValueError, match="bad body"), engine.engine.expecting():
+        raise ValueError("bad body")
+    assert len(engine.ask([5, 6], max_tokens=3).tokens) == 3
