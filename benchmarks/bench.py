@@ -45,11 +45,11 @@ class Plan:
     """The same of popularities that no target is about."""
     peer_turns: int
     tokens: int
-    """In the prompt, and as many generated: beside the base, and under load."""
+    """In the prompt, and as many generated: under load."""
     vllm_tokens: int
     """The same against vLLM."""
-    http_tokens: int
-    """The same over HTTP and without."""
+    round_tokens: int
+    """The same between our own rounds: with adapters or without, over HTTP or not."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -64,12 +64,12 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=20,
-    skew_pairs=2,
+    pairs=12,
+    skew_pairs=1,
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    http_tokens=32,
+    round_tokens=32,
     slow_peer_turns=3,
     lora_turns=2,
     registered=10_000,
@@ -84,7 +84,7 @@ QUICK = Plan(
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
-    http_tokens=16,
+    round_tokens=16,
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,

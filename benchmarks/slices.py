@@ -1,7 +1,7 @@
 """Several engines' rounds at once, in slices: at any moment all engines but one are stopped.
 
 What disturbs a shared machine lasts for a second or a few: rounds one after the other meet other
-weather, and a pair of four seconds each varied by 5 to 8% on one where slices of a tenth of a
+weather, and a pair of four seconds each varied by 5 to 8% on one where slices of a quarter of a
 second left 1 to 2%.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.engines import Answer, Engine, EngineFailed, Round
 
-SLICE_SECONDS = 0.1
-"""Of the fastest: about a step of 32 rows."""
+SLICE_SECONDS = 0.25
+"""Of the fastest: a few steps of 32 rows, and longer than a server waits for anything."""
 _SENDING_SECONDS = 0.05
 """In which clients send what they ask, before any engine goes on."""
 

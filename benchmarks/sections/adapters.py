@@ -63,7 +63,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "adapters_over_peft": peft.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
-        "tokens": plan.tokens,
+        "tokens": plan.round_tokens,
         "registered": len(bench.names),
         "zipf_exponent_over_all": MANY_EXPONENT,
     }
@@ -73,7 +73,7 @@ def beside_base(
     bench: Bench, name: str, adapters: Callable[[], Sequence[str | None]], pairs: int
 ) -> Turns:
     """What `adapters` gives for each round, and the base, each on both servers."""
-    tokens = bench.plan.tokens
+    tokens = bench.plan.round_tokens
 
     def ask(engine: Engine) -> Round:
         return engine.run(bench.requests(adapters(), tokens))
@@ -89,7 +89,7 @@ def beside_base(
 
 
 def beside_peft(bench: Bench) -> Turns:
-    tokens = bench.plan.tokens
+    tokens = bench.plan.round_tokens
     requests = bench.requests([*bench.names[:ROWS]], tokens)
     firsts = count(step=PEFT_REQUESTS)
 

@@ -37,8 +37,8 @@ _KEPT = (
 
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
-    requests = bench.requests([*bench.names[:ROWS]], plan.http_tokens)
-    tokens = ROWS * plan.http_tokens
+    requests = bench.requests([*bench.names[:ROWS]], plan.round_tokens)
+    tokens = ROWS * plan.round_tokens
     streamed = Side(STREAMED, bench.server, lambda server: server.run(requests), tokens)
     whole = Side(WHOLE, bench.server, lambda server: server.run(requests, stream=False), tokens)
     inprocess = Side(INPROCESS, bench.inprocess, lambda engine: engine.run(requests), tokens)
@@ -50,7 +50,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "whole_over_in_process": at_once.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens": plan.http_tokens,
+        "tokens": plan.round_tokens,
     }
 
 
@@ -68,7 +68,12 @@ def measure_generator(bench: Bench) -> dict[str, Any]:
             *(folder / "bin" / "python", "-c", _GENERATOR),
             *("--backend", "openai", "--base-url", server.url, "--model", "base"),
             *("--tokenizer", bench.model, "--dataset-name", "random", "--ignore-eos"),
-            *("--random-input-len", bench.plan.tokens, "--random-output-len", bench.plan.tokens),
+            *(
+                "--random-input-len",
+                bench.plan.tokens,
+                "--random-output-len",
+                bench.plan.tokens,
+            ),
             *("--num-prompts", 2 * ROWS, "--max-concurrency", ROWS, "--temperature", 0),
             *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95,99"),
             *("--disable-tqdm", "--save-result", "--result-filename", result),

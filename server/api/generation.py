@@ -291,7 +291,7 @@ async def prepared(services: Services, is_constrained: bool, prepare: Callable[[
     if is_constrained:
         return await to_thread.run_sync(prepare, limiter=services.compiling)
     with services.engine.expecting():
-        return await to_thread.run_sync(prepare)
+        return await to_thread.run_sync(prepare, limiter=services.preparing)
 
 
 async def respond(

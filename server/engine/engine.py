@@ -4,10 +4,8 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
 
 from adapters.model import IA3Model
 from adapters.residency import Residency
@@ -16,6 +14,7 @@ from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.execution import prepare
 from server.engine.faults import FAULTS, Fault
+from server.engine.inbox import Inbox
 from server.engine.loading import LoadedModel
 from server.engine.places import Places
 from server.engine.planning import memory_table, window_of
@@ -31,9 +30,6 @@ log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 """Prompt tokens in a step: what decoding rows wait for at most, by device."""
-
-_ARRIVAL_SECONDS = 0.03
-"""What an idle engine waits at most for requests that are being made ready."""
 
 
 class Engine:
@@ -96,9 +92,9 @@ class Engine:
         self._places = Places(config.max_rows + config.max_queue)
         self._rows = itertools.count()
         self._changed = threading.Condition()
-        """Guards the places and the four below, which other threads touch."""
-        self._expected = 0
-        self._inbox: deque[GenerationRequest] = deque()
+        """Guards the places and the three below, which other threads touch."""
+        self._inbox = Inbox(self._changed, config.max_rows, chunk)
+        self.expecting = self._inbox.expecting
         self._cancelled: set[str] = set()
         self._state = "new"
         self._sequences: dict[str, Sequence] = {}
@@ -138,22 +134,7 @@ class Engine:
             if not self._places.take(requests):
                 retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
                 raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
-            self._inbox.extend(requests)
-            self._changed.notify()
-
-    @contextmanager
-    def expecting(self) -> Iterator[None]:
-        """Within: a request is made ready that will be submitted right after.
-
-        Its first step takes an idle engine long: it waits a moment for what would come too late.
-        """
-        with self._changed:
-            self._expected += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._expected -= 1
+            self._inbox.put(requests)
 
     def room_after(self, prompt_tokens: int) -> int:
         """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
@@ -238,7 +219,7 @@ class Engine:
                 self._changed.wait()
                 self._settle()
             if not self._sequences:
-                self._changed.wait_for(lambda: not self._expected, _ARRIVAL_SECONDS)
+                self._inbox.gather()
             self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")
@@ -258,8 +239,7 @@ class Engine:
         self._unsettled = problem
 
     def _accept(self) -> None:
-        while self._inbox:
-            request = self._inbox.popleft()
+        for request in self._inbox.take_all():
             own = None if request.lease is None else request.lease.vocabulary
             tokenizer = self.tokenizer if own is None else own.tokenizer
             sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.engine import engine as module
+from server.engine import inbox
 from tests.engine.harness import Harness
 
 LONG = 60.0
@@ -14,7 +14,7 @@ LONG = 60.0
 def test_an_idle_engine_waits_for_what_is_being_made_ready(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", LONG)
     engine = start()
     with engine.engine.expecting():
         engine.submit("first", [5, 6])
@@ -32,10 +32,23 @@ def test_but_only_for_a_moment(start: Callable[..., Harness]) -> None:
     engine.assert_idle()
 
 
+def test_it_waits_for_no_more_than_a_step_takes(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", LONG)
+    engine = start(max_rows=2, prefill_chunk_tokens=8)
+    with engine.engine.expecting():
+        assert len(engine.ask([5, 6, 7] * 3, max_tokens=3).tokens) == 3
+        engine.submit("first", [5, 6])
+        engine.submit("second", [7, 8])
+        engine.wait()
+    engine.assert_idle()
+
+
 def test_a_running_batch_waits_for_nobody(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", LONG)
     engine = start()
     engine.submit("runs", [5, 6], max_tokens=200)
     while not engine.answers["runs"].tokens:
@@ -51,7 +64,7 @@ def test_a_running_batch_waits_for_nobody(
 def test_a_request_that_cannot_be_made_ready_is_waited_for_no_longer(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ARRIVAL_SECONDS", LONG)
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", LONG)
     engine = start()
     with pytest.raises(ValueError, match="bad body"), engine.engine.expecting():
         raise ValueError("bad body")
