@@ -11,12 +11,15 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m benchmarks.report` from
-[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (about half
-an hour, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
+[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (about forty
+minutes, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
 tries everything once.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
-same prompts in turns, in changing order; "Measured on" says which commit a section is of. So a
+same prompts in turns, in changing order. The rounds of a turn go on in slices of a quarter of a
+second, all engines but one being stopped, and only the time in which an engine ran counts
+([decision 25](decisions/0025-slices-of-time.md)); adapters and base take each other's server in
+every second turn, and two turns are a pair. "Measured on" says which commit a section is of. So a
 ratio means something, and a speed by itself little. Model: SmolLM2-135M-Instruct in float32,
 greedy, end tokens passed over, random prompts; IA3 on keys, values and `down_proj` (PEFT's
 default), LoRA of rank 8 on the same modules. Infuse runs with `--compile`, as vLLM compiles by
