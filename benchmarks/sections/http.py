@@ -68,12 +68,7 @@ def measure_generator(bench: Bench) -> dict[str, Any]:
             *(folder / "bin" / "python", "-c", _GENERATOR),
             *("--backend", "openai", "--base-url", server.url, "--model", "base"),
             *("--tokenizer", bench.model, "--dataset-name", "random", "--ignore-eos"),
-            *(
-                "--random-input-len",
-                bench.plan.tokens,
-                "--random-output-len",
-                bench.plan.tokens,
-            ),
+            *("--random-input-len", bench.plan.tokens, "--random-output-len", bench.plan.tokens),
             *("--num-prompts", 2 * ROWS, "--max-concurrency", ROWS, "--temperature", 0),
             *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95,99"),
             *("--disable-tqdm", "--save-result", "--result-filename", result),
