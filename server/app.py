@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
@@ -120,8 +120,16 @@ def _load_services(settings: Settings) -> "partial[Services]":
         ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
+        preparing=CapacityLimiter(_threads_for(settings)),
         started=datetime.now(UTC),
     )
+
+
+def _threads_for(settings: Settings) -> int:
+    """On which requests are made ready. More than a few only take Python's lock from each other;
+    but where adapters come from a bucket, some wait for it, and the others must not wait for them.
+    """
+    return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 
 def _storage(settings: Settings) -> Path | Storage:

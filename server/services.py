@@ -29,8 +29,8 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
-    preparing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
-    """Threads on which requests are made ready: more only take Python's lock from each other."""
+    preparing: CapacityLimiter
+    """Threads on which requests are made ready."""
     compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
 
