@@ -55,6 +55,8 @@ class IA3Model(nn.Module):
         """Whose attribute was replaced, which one, and what it was; the last one last."""
         self.changes = 0
         """How often a module of the base was wrapped, or all of them unwrapped."""
+        self.scaled = 0
+        """How often scales were set."""
         self._with_copies: set[int] = set()
         """Slots whose adapter has modules of its own."""
         self._scaled: dict[Target, Scale] = {}
@@ -168,6 +170,7 @@ class IA3Model(nn.Module):
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
+        self.scaled += 1
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)
         for target, scale in scales.items():

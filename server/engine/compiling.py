@@ -1,125 +1,220 @@
-"""What lies between products and attention, compiled: a few kernels instead of many operators.
+"""A traced forward as one compiled function, which runs without Python and its lock.
 
-A traced forward is cut at its calls into our own code. What is between two of them is the same in
-every block of a kind, so a model has a handful of different pieces, which take seconds to compile.
+Inductor fuses what lies between products and attention, and writes the calls of all of it in C++.
+Products and attention are our kernels where there are some, and come back to Python where not.
 Adapters come and go without another compilation.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
+
+from adapters.model import IA3Model
+from server.engine.attention import AttentionPlan, Chunk, Probe, StepContext
+from server.engine.kernels.attention import AttentionCall
+from server.engine.kernels.operators import library
+from server.engine.kernels.product import ProductCall
+from server.engine.kv_cache import FlatCache
+from server.engine.seams import Product
+from server.engine.strip_attention import StripPlan
+from server.engine.tracing import Forward, NotTraced, TracedForward, check_alike
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_PREFIX = "piece_"
+_ERROR = 1e-3
+"""Of logits: kernels add up in another order."""
 
-Piece = Callable[..., Any]
+
+class CompiledForward:
+    """A compiled forward. A batch that its kernels cannot rescale runs as it was traced."""
+
+    def __init__(
+        self, ia3: IA3Model, context: StepContext, cache: FlatCache, traced: TracedForward
+    ) -> None:
+        self._ia3 = ia3
+        self._context = context
+        self._traced = traced
+        self._graph = traced.trace.opened()
+        _move_gates(self._graph)
+        self._products: list[Product] = []
+        """Of which `torch.ops.infuse.linear` has the numbers."""
+        self._kernels: list[tuple[Product, ProductCall]] = []
+        self._attentions: list[AttentionCall] = []
+        addresses = self._use_operators(cache)
+        self._calls = torch.tensor(addresses, dtype=torch.int64, device=ia3.base.device)
+        self._scaled = (-1, -1)
+        self._can_rescale = True
+        self._run: Callable[[list[torch.Tensor]], Any]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether kernels attend: in memory that a plan of strips knows."""
+        return bool(self._attentions)
+
+    def compile(self, folder: Path) -> None:
+        """What is compiled is kept in `folder`, for the next start. Raises whatever the compiler
+        does."""
+        # Importing the compiler sets the default, so that it cannot be told from a user's wish.
+        if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
+            os.environ[_CACHE] = str(folder)
+        ours = os.environ[_CACHE] == str(folder)
+        graph_module = fx.GraphModule({}, self._graph)
+        try:
+            self._run = _compile(graph_module)
+        except Exception:
+            if not ours:
+                raise
+            # What was kept may be damaged, and is made anew.
+            shutil.rmtree(folder, ignore_errors=True)
+            self._run = _compile(graph_module)
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        scaled = (self._ia3.changes, self._ia3.scaled)
+        if scaled != self._scaled:
+            self._rescale()
+            self._scaled = scaled
+        if not self._can_rescale:
+            return self._traced(ids, positions, keep)
+        plan = self._context.plan
+        if self.has_attention:
+            assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
+            plan.begin()
+        arguments = [*self._traced.trace.constants, ids, positions, keep, self._calls]
+        with _running_as(self):
+            logits: torch.Tensor = self._run(arguments)[0]
+        return logits
+
+    def linear(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        return self._products[number].joined(x)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
+    ) -> torch.Tensor:
+        assert self._context.plan is not None, "a forward outside of a step"
+        layer = self._traced.trace.layers[number]
+        return self._context.plan.attend(query, key, value, layer).contiguous()
+
+    def _rescale(self) -> None:
+        self._can_rescale = True
+        for product, call in self._kernels:
+            scales = product.scales()
+            if scales is None:
+                self._can_rescale = False
+                return
+            call.rescale(scales)
+
+    def _use_operators(self, cache: FlatCache) -> list[int]:
+        """Calls of operators instead of products and attention; and the addresses that kernels'
+        operators find by their numbers."""
+        *_, last = (node for node in self._graph.nodes if node.op == "placeholder")
+        with self._graph.inserting_after(last):
+            calls = self._graph.placeholder("calls")
+        addresses: list[int] = []
+        for node in list(self._graph.nodes):
+            if isinstance(node.target, Product):
+                self._use_product(node, calls, addresses)
+            elif node.target is torch.ops.infuse.attend.default:
+                *tensors, number = node.args
+                call = cache.attention_call(self._traced.trace.layers[number])
+                if call is not None:
+                    node.target = torch.ops.infuse.attention.default
+                    node.args = (*tensors, calls, len(addresses))
+                    self._attentions.append(call)
+                    addresses.append(call.address)
+        calls.meta["val"] = last.meta["val"].new_empty(len(addresses))
+        return addresses
+
+    def _use_product(self, node: fx.Node, calls: fx.Node, addresses: list[int]) -> None:
+        product, [x] = node.target, node.args
+        assert isinstance(product, Product)
+        kernel, columns = product.kernel, product.columns
+        outputs = columns[-1].stop
+        if kernel is None:
+            node.target = torch.ops.infuse.linear.default
+            node.args = (x, len(self._products), outputs, outputs)
+            self._products.append(product)
+        else:
+            call = ProductCall(kernel)
+            node.target = torch.ops.infuse.product.default
+            node.args = (x, calls, len(addresses), outputs, product.gates)
+            self._kernels.append((product, call))
+            addresses.append(call.address)
+        if len(columns) > 1:
+            for part in list(node.users):
+                mine = columns[part.args[1]]  # type: ignore[index]
+                part.target = torch.ops.aten.slice.Tensor
+                part.args = (node, -1, mine.start, mine.stop)
 
 
-def compile_pieces(trace: fx.GraphModule, cache: Path) -> None:
-    """Replace runs of torch's operators by compiled ones, now. What is compiled is kept in `cache`,
-    for the next start. Raises whatever the compiler does."""
-    # Importing the compiler sets the default, so that it cannot be told from a user's wish.
-    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
-        os.environ[_CACHE] = str(cache)
-    ours = os.environ[_CACHE] == str(cache)
-    fuse_by_partitions(trace, [dict.fromkeys(run) for run in _runs(trace.graph)], _PREFIX)
+def compile_forward(
+    ia3: IA3Model,
+    context: StepContext,
+    modules: Forward,
+    traced: TracedForward,
+    cache: FlatCache,
+    folder: Path,
+) -> CompiledForward:
+    """What `traced` was made of, compiled; `folder`: see `compile`.
+
+    Raises NotTraced where that cannot be, or gives anything else on an example.
+    """
     try:
-        compiled = _compile_all(trace)
-    except Exception:
-        if not ours:
-            raise
-        # What was kept may be damaged, and is made anew.
-        shutil.rmtree(cache, ignore_errors=True)
-        compiled = _compile_all(trace)
-    for node, piece in compiled.items():
-        node.op, node.target = "call_function", piece
-
-
-def _runs(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Torch's operators that stand next to each other, where any of them computes."""
-    run: list[fx.Node] = []
-    for node in graph.nodes:
-        operator = node.target
-        if isinstance(operator, torch._ops.OpOverload) and operator.namespace == "aten":
-            if operator is not torch.ops.aten.sym_size.int:
-                run.append(node)
-        elif node.op == "call_function":
-            if _computes(run):
-                yield run
-            run = []
-    if _computes(run):
-        yield run
-
-
-def _computes(run: Sequence[fx.Node]) -> bool:
-    """A view costs less than a call of what is compiled."""
-    return not all(node.target.is_view for node in run)  # type: ignore[union-attr]
-
-
-def _compile_all(trace: fx.GraphModule) -> dict[fx.Node, Piece]:
-    """Equal pieces once."""
-    pieces: dict[str, Piece] = {}
-    compiled = {}
-    for node in trace.graph.nodes:
-        if node.op == "call_module" and str(node.target).startswith(_PREFIX):
-            module = trace.get_submodule(str(node.target))
-            assert isinstance(module, fx.GraphModule)
-            kind = _kind(module.graph)
-            if kind not in pieces:
-                pieces[kind] = _compile(module)
-            compiled[node] = pieces[kind]
+        compiled = CompiledForward(ia3, context, cache, traced)
+        compiled.compile(folder)
+        with _planned(cache, compiled.has_attention) as plan:
+            check_alike(context, modules, compiled, ia3.base.device, plan, _ERROR)
+    except Exception as error:  # Whatever the compiler does.
+        raise NotTraced(str(error).strip().split("\n")[0]) from error
     return compiled
 
 
-def _kind(graph: fx.Graph) -> str:
-    """The same for graphs that differ in nothing but names."""
-    numbers = {node: number for number, node in enumerate(graph.nodes)}
-
-    def numbered(value: Any) -> Any:
-        return fx.map_arg(value, lambda node: f"%{numbers[node]}")
-
-    lines = []
-    for node in graph.nodes:
-        what = _shape(node.meta["val"]) if node.op == "placeholder" else node.target
-        lines.append(f"{node.op} {what} {numbered(node.args)} {numbered(node.kwargs)}")
-    return "\n".join(lines)
-
-
-def _shape(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.stride()
-    return value
+@contextmanager
+def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], AttentionPlan]]:
+    """Plans for a few tokens of a row that lives within."""
+    if not in_cache:
+        yield lambda _: Probe()
+        return
+    row, tokens = -1, 16
+    assert cache.reserve(row, tokens), "a new cache has room"
+    try:
+        yield lambda tokens: cache.plan([], [Chunk(row, 0, tokens)])
+    finally:
+        cache.release(row)
 
 
-def _compile(module: fx.GraphModule) -> Piece:
+def _compile(module: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    single = not isinstance(_output(module.graph), (tuple, list))
-
-    def run(*args: Any) -> Any:
-        out = module(*args)
-        return (out,) if single else out
-
-    # Named, for what is kept of a piece holds for so many threads.
-    with inductor.patch({"cpp.threads": torch.get_num_threads()}):
-        decompositions = {**select_decomp_table(), torch.ops.aten.hypot.default: _hypot}
-        functional = make_fx(
-            torch.func.functionalize(run), decompositions, tracing_mode="symbolic"
-        )(*inputs)
-        compiled: Any = compile_fx_inner(functional, inputs)
-    if single:
-        return lambda *args: compiled(list(args))[0]
-    return lambda *args: compiled(list(args))
+    last = inputs[-1]
+    decompositions = {**select_decomp_table(), torch.ops.aten.hypot.default: _hypot}
+    functional = make_fx(
+        torch.func.functionalize(lambda *args: (module(*args),)),
+        decompositions,
+        tracing_mode="symbolic",
+    )(*inputs)
+    # It is no part of what is compiled, and would keep it from the compiler's cache.
+    functional.shape_env = None
+    # Threads are named, for what is kept holds for so many.
+    options = {
+        "cpp.threads": torch.get_num_threads(),
+        "cpp_wrapper": last.device.type == "cpu",
+    }
+    with tracing(TracingContext(last.fake_mode)), inductor.patch(options):
+        compiled: Callable[[list[torch.Tensor]], Any] = compile_fx_inner(functional, inputs)
+    return compiled
 
 
 def _hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -127,5 +222,51 @@ def _hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(x * x + y * y)
 
 
-def _output(graph: fx.Graph) -> Any:
-    return next(iter(reversed(graph.nodes))).args[0]
+def _move_gates(graph: fx.Graph) -> None:
+    """Where all that is made of a product is `silu(first) * second`, let it make that; and where a
+    product alone reads it, let it come with that one's vectors."""
+    for product in list(graph.nodes):
+        if not isinstance(product.target, Product) or not product.target.can_gate:
+            continue
+        gate, up = product.users
+        if len(gate.users) != 1 or len(up.users) != 1:
+            continue
+        [activated], [result] = gate.users, up.users
+        is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
+        is_product = result.target is torch.ops.aten.mul.Tensor
+        if not is_silu or not is_product or set(result.args) != {activated, up}:
+            continue
+        readers = [reader.target for reader in result.users]
+        alone = len(readers) == 1 and isinstance(readers[0], Product)
+        product.target.gate(readers[0] if alone else None)
+        product.meta = result.meta
+        result.replace_all_uses_with(product)
+        for node in (result, activated, gate, up):
+            graph.erase_node(node)
+
+
+_running: ContextVar[CompiledForward] = ContextVar("running")
+"""Whose operators call back."""
+
+
+@contextmanager
+def _running_as(forward: CompiledForward) -> Iterator[None]:
+    token = _running.set(forward)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _linear(x: torch.Tensor, number: int, _outputs: int, _stride: int) -> torch.Tensor:
+    return _running.get().linear(x, number)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
+) -> torch.Tensor:
+    return _running.get().attend(query, key, value, number)
+
+
+library.impl("linear", _linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+library.impl("attend", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

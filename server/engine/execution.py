@@ -4,7 +4,6 @@ import logging
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,18 +14,19 @@ from transformers import PreTrainedModel
 from adapters.bank import BASE_SLOT
 from adapters.model import IA3Model
 from server.engine.attention import LayerShape, StepContext, install, probe
-from server.engine.compiling import compile_pieces
+from server.engine.compiling import CompiledForward, compile_forward
 from server.engine.errors import UnsupportedModel
 from server.engine.kernels.attention import Kernels, attention_kernels
+from server.engine.kernels.operators import load_operators
 from server.engine.kernels.product import panel_width_of, product_kernels
-from server.engine.kv_cache import KVCache
+from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
 from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
-from server.engine.tracing import Forward, NotTraced, trace
+from server.engine.tracing import NotTraced, TracedForward, trace
 
 log = logging.getLogger(__name__)
 
@@ -75,31 +75,43 @@ def prepare(
     width = panel_width_of(base)
     if width is not None:
         ia3.bank.use_panels(width)
-    modules = Modules(base)
-    compiled, traced = _trace(ia3, context, modules, compile_cache)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
+    modules = Modules(base)
+    traced = _trace(ia3, context, modules, cache, compile_cache)
     runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
-    return Execution("flat", cache, runner, compiled)
+    return Execution("flat", cache, runner, isinstance(traced, CompiledForward))
 
 
 def _trace(
-    ia3: IA3Model, context: StepContext, modules: Forward, compile_cache: Path | None
-) -> tuple[bool, Forward | None]:
-    """Whether it is compiled, and the model's forward without its modules, if it has such."""
-    if compile_cache is not None:
-        try:
-            return True, trace(ia3, context, modules, partial(compile_pieces, cache=compile_cache))
-        except NotTraced as error:
-            log.warning("The model does not compile and runs uncompiled: %s", error)
-    if ia3.base.device.type == "cpu":
-        try:
-            return False, trace(ia3, context, modules)
-        except NotTraced as error:
-            log.info("%s runs by its modules: %s", type(ia3.base).__name__, error)
-    return False, None
+    ia3: IA3Model,
+    context: StepContext,
+    modules: Modules,
+    cache: FlatCache,
+    compile_cache: Path | None,
+) -> TracedForward | CompiledForward | None:
+    """The model's forward without its modules, if it has such."""
+    if compile_cache is None and ia3.base.device.type != "cpu":
+        return None
+    try:
+        traced = trace(ia3, context, modules)
+    except NotTraced as error:
+        log.log(
+            logging.INFO if compile_cache is None else logging.WARNING,
+            "%s runs by its modules: %s",
+            type(ia3.base).__name__,
+            error,
+        )
+        return None
+    if compile_cache is None:
+        return traced
+    try:
+        return compile_forward(ia3, context, modules, traced, cache, compile_cache)
+    except NotTraced as error:
+        log.warning("The model does not compile and runs uncompiled: %s", error)
+        return traced if ia3.base.device.type == "cpu" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +134,7 @@ def _kernels(
     cache = compile_cache.with_name("kernels")
     try:
         products = product_kernels(cache) if pack else {}
+        load_operators(cache)
         return _Kernels(products, attention_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)

@@ -8,10 +8,10 @@ side by side, so that their attention is one batched matrix product. `PagedCache
 from collections.abc import Sequence
 from typing import Protocol
 
-from server.engine.attention import AttentionPlan, Chunk, LayerShape
+from server.engine.attention import AttentionPlan, Chunk, LayerAttention, LayerShape
 from server.engine.blocks import Blocks, StripBlocks
 from server.engine.errors import DoesNotFit
-from server.engine.kernels.attention import Kernels
+from server.engine.kernels.attention import AttentionCall, Kernels
 from server.engine.slabs import Place, Slabs
 from server.engine.strip_attention import StripPlan
 
@@ -63,6 +63,10 @@ class FlatCache(KVCache, Protocol):
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         """For a batch of one token for each decoding row, then the prefill chunks. Room must be
         reserved. Decoding rows come in the order that `order` gave."""
+        ...
+
+    def attention_call(self, layer: LayerAttention, /) -> AttentionCall | None:
+        """For compiled code; None where no kernel attends for the layer."""
         ...
 
 
@@ -142,6 +146,11 @@ class StripCache:
 
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         return StripPlan(self, decode, prefill, self._kernels)
+
+    def attention_call(self, layer: LayerAttention) -> AttentionCall | None:
+        memory = self.memory[layer.layer]
+        kernel = self._kernels.get(memory.shape)
+        return None if kernel is None else kernel.call(memory, layer)
 
     def place(self, row: int) -> tuple[int, int]:
         place = self._places[row]

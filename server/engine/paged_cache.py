@@ -118,6 +118,9 @@ class PagedCache:
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         return PagedPlan(self, self.index([*decode, *prefill]), [*decode, *prefill], len(decode))
 
+    def attention_call(self, _layer: LayerAttention) -> None:
+        return None
+
     def index(self, chunks: Sequence[Chunk]) -> "PagedIndex":
         width = max(len(self.tables[chunk.row]) for chunk in chunks)
         rows = [self.tables[chunk.row] for chunk in chunks]

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.layer import IA3Layer, Wrapper
-from server.engine.kernels.product import KernelProduct, panel_width_of
+from adapters.layer import IA3Layer, Scale, Wrapper
+from server.engine.kernels.product import KernelProduct, Scales
 from server.engine.packing import PackedLinear, PackedSibling, Siblings
 
 _LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
@@ -47,6 +46,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
+def width_of(linear: nn.Module) -> int:
+    width: int = linear.nf if isinstance(linear, Conv1D) else linear.out_features  # type: ignore[assignment]
+    return width
+
+
 def siblings_of(layer: nn.Module) -> Siblings | None:
     linear = innermost(layer)
     return linear.siblings if isinstance(linear, PackedSibling) else None
@@ -63,82 +67,107 @@ class Product:
         self._owns_input = owns_input
         self._input_rescaled = False
         """It comes with this layer's vectors in it."""
-        self._gates = False
         self._reader: Seam | None = None
+        self.gates = False
+
+    @property
+    def kernel(self) -> KernelProduct | None:
+        """What computes it, if that is a kernel of ours."""
+        layer = innermost(self._seams[0].layer)
+        packed = layer.siblings if isinstance(layer, PackedSibling) else layer
+        product = packed.product if isinstance(packed, (PackedLinear, Siblings)) else None
+        return product if isinstance(product, KernelProduct) else None
+
+    @property
+    def columns(self) -> list[slice]:
+        """Of each layer's outputs, side by side; or of what a gate gives."""
+        layer = self._seams[0].layer
+        siblings = siblings_of(layer)
+        if siblings is None or self.gates:
+            return [slice(0, width_of(innermost(layer)))]
+        return siblings.columns
 
     @property
     def can_gate(self) -> bool:
         """Whether its kernel makes `silu(first) * second` of two layers."""
-        siblings = siblings_of(self._seams[0].layer)
-        product = None if siblings is None else siblings.product
-        return len(self._seams) == 2 and isinstance(product, KernelProduct) and product.can_gate
+        return len(self._seams) == 2 and self.kernel is not None and self.kernel.can_gate
 
     def gate(self, reader: "Product | None") -> None:
-        """Make that from now on; for a `reader`, the only one, with its layer's vectors in it."""
-        self._gates = True
-        if reader is not None and panel_width_of(reader._seams[0].layer) is not None:
+        """Make that in a compiled forward; for a `reader`, the only one, with its layer's vectors
+        in it."""
+        self.gates = True
+        if reader is not None and reader.kernel is not None and len(reader._seams) == 1:
             [self._reader] = reader._seams
             reader._input_rescaled = True
 
+    def scales(self) -> Scales | None:
+        """What its kernel is to rescale in this batch; None where it cannot: adapters rescale the
+        input of some of the layers only."""
+        layers = [seam.layer for seam in self._seams]
+        inputs = [_input_scale(layer) for layer in layers]
+        siblings = siblings_of(layers[0])
+        if siblings is None:
+            outputs = [slice(0, width_of(innermost(layers[0])))]
+            given = None if self._input_rescaled else inputs[0]
+        elif any(inputs):
+            return None
+        else:
+            outputs, given = siblings.columns, None
+        scaled = zip(outputs, map(_output_scale, layers), strict=True)
+        taken = tuple((columns, scale) for columns, scale in scaled if scale is not None)
+        gated = None if self._reader is None else _input_scale(self._reader.layer)
+        return Scales(given, taken, gated)
+
     def __call__(self, x: torch.Tensor) -> Any:
+        """The layer's output, or those of all layers."""
         return self.bind()(x)
+
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as one tensor that nobody else has."""
+        made = self(x)
+        return made if isinstance(made, torch.Tensor) else torch.cat(tuple(made), -1)
 
     def bind(self) -> Callable[[torch.Tensor], Any]:
         """Itself, for as long as no adapter wraps another layer."""
         layers = [seam.layer for seam in self._seams]
-        if len(layers) == 1:
-            return _alone(layers[0], self._owns_input, self._input_rescaled)
         siblings = siblings_of(layers[0])
-        assert siblings is not None
-        rescaled = [(n, each) for n, each in enumerate(layers) if isinstance(each, IA3Layer)]
-        reader = None if self._reader is None else self._reader.layer
-        reader = reader if isinstance(reader, IA3Layer) else None
-        return partial(_together, layers, rescaled, siblings, self._gates, reader)
+        kernel = self.kernel
+        if siblings is not None:
+            return partial(self._together, layers, siblings)
+        if kernel is not None:
+            return partial(self._by_kernel, kernel)
+        return _alone(layers[0], self._owns_input)
+
+    def _by_kernel(self, kernel: KernelProduct, x: torch.Tensor) -> torch.Tensor:
+        scales = self.scales()
+        assert scales is not None, "a layer that is alone can be rescaled on both sides"
+        return kernel(x, scales)
+
+    def _together(
+        self, layers: Sequence[nn.Module], siblings: Siblings, x: torch.Tensor
+    ) -> Sequence[torch.Tensor]:
+        scales = self.scales()
+        if scales is None:
+            return [layer(x) for layer in layers]
+        if isinstance(siblings.product, KernelProduct):
+            return siblings.product(x, scales).split_with_sizes(siblings.widths, -1)
+        y = siblings.product(x)
+        for columns, scale in scales.outputs:
+            scale.scale_(y[..., columns])
+        return y.split_with_sizes(siblings.widths, -1)
 
 
-def _alone(
-    layer: nn.Module, owns_input: bool, input_rescaled: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _alone(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     base = layer.base_layer if isinstance(layer, IA3Layer) else layer
     inner = base.product if isinstance(base, PackedLinear) else base
     if not isinstance(layer, IA3Layer):
         return inner
-    if isinstance(inner, KernelProduct):
-        return partial(_by_kernel, layer, inner, input_rescaled)
     return partial(layer.around, inner, in_place=owns_input)
 
 
-def _by_kernel(
-    layer: IA3Layer, product: KernelProduct, input_rescaled: bool, x: torch.Tensor
-) -> torch.Tensor:
-    output = layer.output_scale
-    taken = () if output is None else ((slice(0, product.outputs), output),)
-    return product(x, None if input_rescaled else layer.input_scale, taken)
+def _input_scale(layer: nn.Module) -> Scale | None:
+    return layer.input_scale if isinstance(layer, IA3Layer) else None
 
 
-def _together(
-    layers: Sequence[nn.Module],
-    rescaled: Sequence[tuple[int, IA3Layer]],
-    siblings: Siblings,
-    gates: bool,
-    reader: IA3Layer | None,
-    x: torch.Tensor,
-) -> Sequence[torch.Tensor] | torch.Tensor:
-    """`reader`: whose vectors what is gated gets."""
-    parts: Sequence[torch.Tensor]
-    scales = [(n, each.output_scale) for n, each in rescaled if each.output_scale is not None]
-    gated = None if reader is None else reader.input_scale
-    if any(layer.input_scale is not None for _, layer in rescaled):
-        parts = [layer(x) for layer in layers]
-    elif isinstance(siblings.product, KernelProduct):
-        taken = [(siblings.columns[n], scale) for n, scale in scales]
-        product = siblings.product(x, taken=taken, gate=gates, gated=gated)
-        return product if gates else product.split_with_sizes(siblings.widths, -1)
-    else:
-        parts = siblings.product(x).split_with_sizes(siblings.widths, -1)
-        for n, scale in scales:
-            scale.scale_(parts[n])
-    if not gates:
-        return parts
-    y = F.silu(parts[0]) * parts[1]
-    return y if gated is None else gated.scale_(y)
+def _output_scale(layer: nn.Module) -> Scale | None:
+    return layer.output_scale if isinstance(layer, IA3Layer) else None

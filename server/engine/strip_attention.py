@@ -124,6 +124,11 @@ class StripPlan:
             start += chunk.tokens
         return out
 
+    def begin(self) -> None:
+        """Tell the kernels what they attend to, for compiled code that calls them."""
+        for shape, kernel in self._kernels.items():
+            kernel.begin(self._for_kernel(shape.kv_heads))
+
     def _for_kernel(self, kv_heads: int) -> torch.Tensor:
         """`[chunks, 5]`, as `AttentionKernel` takes them."""
         if kv_heads not in self._given:

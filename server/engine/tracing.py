@@ -8,6 +8,7 @@ into our own code: what adapters and the running step do there changes.
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from adapters.model import IA3Model
-from server.engine.attention import LayerAttention, Probe, StepContext
+from server.engine.attention import AttentionPlan, LayerAttention, Probe, StepContext
+from server.engine.kernels import operators as _operators  # noqa: F401
 from server.engine.packing import Siblings
-from server.engine.seams import Product, Seam, innermost, seams_of, siblings_of
+from server.engine.seams import Product, Seam, innermost, seams_of, siblings_of, width_of
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Token ids and positions, `[1, tokens]` each, and whose logits are asked for, `[index]`:
@@ -33,40 +34,43 @@ _TRIED = ((1, 1), (2, 0), (9, 4))
 
 _FRESH = (torch.ops.aten.mul.Tensor, torch.ops.aten.gelu.default, torch.ops.aten.relu.default)
 """What comes before a feed-forward's last layer. None of them gives a view."""
-_COMPILED_ERROR = 1e-3
-"""Of logits: kernels add up in another order."""
 
 
 class NotTraced(Exception):
     """The message says why a model runs by its modules."""
 
 
-_library = torch.library.Library("infuse", "DEF")  # type: ignore[no-untyped-call]
-_library.define("linear(Tensor x, int seam, int outputs, int stride) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("attend(Tensor query, Tensor key, Tensor value, int seam) -> Tensor")  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Trace:
+    """A forward as a graph. Linear layers and attention are `torch.ops.infuse.linear` and `attend`,
+    whose numbers say which."""
 
+    graph: fx.Graph
+    """Its first arguments are the constants."""
+    constants: Sequence[torch.Tensor]
+    seams: Sequence[Seam]
+    layers: Sequence[LayerAttention]
 
-def _linear_shape(x: torch.Tensor, _seam: int, outputs: int, stride: int) -> torch.Tensor:
-    wide = x.new_empty(*x.shape[:-1], stride)
-    return wide[..., :outputs]
-
-
-def _attend_shape(
-    query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, _seam: int
-) -> torch.Tensor:
-    return query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-
-
-torch.library.register_fake("infuse::linear", _linear_shape, lib=_library)
-torch.library.register_fake("infuse::attend", _attend_shape, lib=_library)
+    def opened(self) -> fx.Graph:
+        """A copy with products for linear layers. Raises NotTraced."""
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(self.graph, {}))
+        _open(copy, self.seams)
+        return copy
 
 
 class TracedForward:
     """A forward without modules. It computes what they do, but for modules that adapters bring."""
 
-    def __init__(self, ia3: IA3Model, graph: fx.Graph, constants: Sequence[torch.Tensor]) -> None:
+    def __init__(self, ia3: IA3Model, context: StepContext, trace: Trace) -> None:
+        self.trace = trace
         self._ia3 = ia3
-        self._constants = constants
+        graph = trace.opened()
+        for node in graph.nodes:
+            if node.target is torch.ops.infuse.attend.default:
+                *tensors, number = node.args
+                node.target, node.args = _attend(context, trace.layers[number]), tuple(tensors)
+        _use_bindings(graph)
         code = graph.python_code("_")
         self._names: dict[str, Any] = dict(code.globals)
         exec(code.src, self._names)
@@ -82,18 +86,12 @@ class TracedForward:
         if self._bound != self._ia3.changes:
             self._names.update({name: each.bind() for name, each in self._products.items()})
             self._bound = self._ia3.changes
-        logits: torch.Tensor = self._run(None, *self._constants, ids, positions, keep)
+        logits: torch.Tensor = self._run(None, *self.trace.constants, ids, positions, keep)
         return logits
 
 
-def trace(
-    ia3: IA3Model,
-    context: StepContext,
-    forward: Forward,
-    compile_between: Callable[[fx.GraphModule], None] | None = None,
-) -> TracedForward:
-    """`forward`, which runs the model, without its modules; `compile_between` may replace what
-    lies between products and attention.
+def trace(ia3: IA3Model, context: StepContext, forward: Forward) -> TracedForward:
+    """`forward`, which runs the model, without its modules.
 
     Raises NotTraced where that cannot be, or gives anything else on an example.
     """
@@ -104,21 +102,35 @@ def trace(
         layers: list[LayerAttention] = []
         graph_module = _traced(ia3.base, context, forward, seams, layers)
         constants = _lift_constants(graph_module)
-        _open(graph_module.graph, seams, layers, context)
-        if compile_between is not None:
-            _move_gates(graph_module.graph)
-            compile_between(graph_module)
-        _use_bindings(graph_module.graph)
-        traced = TracedForward(ia3, graph_module.graph, constants)
-        for tokens, kept in _TRIED:
-            example = _example(tokens, kept, ia3.base.device)
-            wanted, found = _run(context, forward, example), _run(context, traced, example)
-            tolerance = 0.0 if compile_between is None else _COMPILED_ERROR
-            if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
-                raise NotTraced(f"{tokens} tokens give something else")
+        traced = TracedForward(ia3, context, Trace(graph_module.graph, constants, seams, layers))
+        check_alike(context, forward, traced, ia3.base.device)
     except Exception as error:  # Whatever a model's code does that cannot be traced.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return traced
+
+
+def _one_token_each(_tokens: int) -> AttentionPlan:
+    return Probe()
+
+
+@torch.inference_mode()
+def check_alike(
+    context: StepContext,
+    wanted: Forward,
+    found: Forward,
+    device: torch.device,
+    plan: Callable[[int], AttentionPlan] = _one_token_each,
+    tolerance: float = 0.0,
+) -> None:
+    """Raises NotTraced where two forwards give unlike logits. `plan`: for so many tokens."""
+    for tokens, kept in _TRIED:
+        example = _example(tokens, kept, device)
+        with context.step(plan(tokens)):
+            right = wanted(*example)
+        with context.step(plan(tokens)):
+            logits = found(*example)
+        if not torch.allclose(logits, right, rtol=tolerance, atol=tolerance):
+            raise NotTraced(f"{tokens} tokens give something else")
 
 
 class _TracePlan:
@@ -140,7 +152,7 @@ def _opened(seams: Sequence[Seam]) -> Iterator[None]:
     """Within, each linear layer is an operator with its seam's number."""
 
     def stub(number: int, linear: Any, x: torch.Tensor) -> torch.Tensor:
-        outputs = linear.nf if isinstance(linear, Conv1D) else linear.out_features
+        outputs = width_of(linear)
         siblings = siblings_of(linear)
         stride = outputs if siblings is None else sum(siblings.widths)
         y: torch.Tensor = torch.ops.infuse.linear(x, number, outputs, stride)
@@ -202,28 +214,20 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[torch.Tensor]:
     return [getattr(graph_module, name) for name in found]
 
 
-def _open(
-    graph: fx.Graph,
-    seams: Sequence[Seam],
-    layers: Sequence[LayerAttention],
-    context: StepContext,
-) -> None:
-    """Put calls into our own code where the trace has operators for them."""
+def _open(graph: fx.Graph, seams: Sequence[Seam]) -> None:
+    """Put products where the trace has operators for linear layers."""
     groups: dict[tuple[fx.Node, Siblings], list[fx.Node]] = {}
     for node in list(graph.nodes):
-        if node.target is torch.ops.infuse.attend.default:
-            *tensors, number = node.args
-            node.target, node.args = _attend(context, layers[number]), tuple(tensors)
-        elif node.target is torch.ops.infuse.linear.default:
-            x, number = node.args[:2]
-            siblings = siblings_of(seams[number].layer)
-            if siblings is None:
-                # What an operator of arithmetic makes is new, and may be rescaled as it is.
-                owns = len(x.users) == 1 and x.target in _FRESH
-                node.target = Product([seams[number]], owns_input=owns)
-                node.args = (x,)
-            else:
-                groups.setdefault((x, siblings), []).append(node)
+        if node.target is not torch.ops.infuse.linear.default:
+            continue
+        x, number = node.args[:2]
+        siblings = siblings_of(seams[number].layer)
+        if siblings is None:
+            # What an operator of arithmetic makes is new, and may be rescaled as it is.
+            owns = len(x.users) == 1 and x.target in _FRESH
+            node.target, node.args = Product([seams[number]], owns_input=owns), (x,)
+        else:
+            groups.setdefault((x, siblings), []).append(node)
     for (x, siblings), nodes in groups.items():
         members = [seams[node.args[1]] for node in nodes]  # type: ignore[index]
         if len(nodes) != len(siblings.widths):
@@ -234,29 +238,6 @@ def _open(
         for node, part in zip(nodes, parts, strict=True):
             part.meta = node.meta
             node.replace_all_uses_with(part)
-            graph.erase_node(node)
-
-
-def _move_gates(graph: fx.Graph) -> None:
-    """Where all that is made of a product is `silu(first) * second`, let it make that; and where a
-    product alone reads it, let it come with that one's vectors."""
-    for product in list(graph.nodes):
-        if not isinstance(product.target, Product) or not product.target.can_gate:
-            continue
-        gate, up = product.users
-        if len(gate.users) != 1 or len(up.users) != 1:
-            continue
-        [activated], [result] = gate.users, up.users
-        is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
-        is_product = result.target is torch.ops.aten.mul.Tensor
-        if not is_silu or not is_product or set(result.args) != {activated, up}:
-            continue
-        readers = [reader.target for reader in result.users]
-        alone = len(readers) == 1 and isinstance(readers[0], Product)
-        product.target.gate(readers[0] if alone else None)
-        product.meta = result.meta
-        result.replace_all_uses_with(product)
-        for node in (result, activated, gate, up):
             graph.erase_node(node)
 
 
@@ -285,13 +266,3 @@ def _use_bindings(graph: fx.Graph) -> None:
             node.target = getattr(torch._C._nn, name)
         elif name in ("view", "expand"):
             node.op, node.target = "call_method", name
-
-
-@torch.inference_mode()
-def _run(
-    context: StepContext,
-    forward: Forward,
-    example: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    with context.step(Probe()):
-        return forward(*example)

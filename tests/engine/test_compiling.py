@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch._inductor import config as inductor
 from transformers import PreTrainedModel
 
 from server.engine import packing
-from server.engine.kernels.product import panel_width_of
+from server.engine.kernels.attention import AttentionKernel
+from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 
@@ -60,6 +62,23 @@ def test_compiled_blocks_equal_peft_for_every_kind_of_adapter(
     assert (panel_width_of(engine.ia3.base) is None) == (fastest == "onednn")
     ask_all(engine, adapters)
     check_all(engine, llama, adapters)
+
+
+def test_a_compiled_step_calls_its_kernels_without_python(
+    start: Callable[..., Harness],
+    llama: PreTrainedModel,
+    adapters: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "fastest", lambda packs, _: packs[-1])
+    engine = start(compile_cache=cache)
+    one = dict(list(adapters.items())[:1])
+    monkeypatch.setattr(KernelProduct, "__call__", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(AttentionKernel, "__call__", Mock(side_effect=AssertionError))
+
+    ask_all(engine, one)
+    check_all(engine, llama, one)
 
 
 @pytest.mark.parametrize("module", ["k_proj", "input_layernorm"])

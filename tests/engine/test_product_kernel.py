@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.layer import ByToken, Scale
-from server.engine.kernels.product import KernelProduct
+from server.engine.kernels.product import KernelProduct, Scales
 from server.engine.packing import Pack, packing_works
 
 ENTRIES = 4
@@ -64,14 +64,16 @@ def test_one_half_of_a_product_is_the_others_gate(
     product = layer(kernel, inputs, 128, bias)
     assert product.can_gate
     x = 3 * torch.randn(1, tokens, inputs)
-    taken = [(slice(20, 100), by_token(product, 80, torch.randint(0, ENTRIES, (tokens,))))]
+    taken = ((slice(20, 100), by_token(product, 80, torch.randint(0, ENTRIES, (tokens,)))),)
     wanted = exact(product, x)
     taken[0][1].scale_(wanted[..., 20:100])
     gate, up = wanted.chunk(2, dim=-1)
     gated = by_token(product, 64, torch.randint(0, ENTRIES, (tokens,)))
 
-    assert_near(product(x, None, taken, gate=True), F.silu(gate) * up)
-    assert_near(product(x, None, taken, True, gated), gated.scale_(F.silu(gate) * up))
+    scales = Scales(outputs=taken)
+    assert_near(product(x, scales, gate=True), F.silu(gate) * up)
+    scales = Scales(outputs=taken, gated=gated)
+    assert_near(product(x, scales, gate=True), gated.scale_(F.silu(gate) * up))
 
 
 def test_halves_that_share_a_panel_have_no_gate(kernel: Pack) -> None:
@@ -94,12 +96,12 @@ def test_vectors_rescale_the_input_and_parts_of_the_product(
     entries = torch.randint(0, ENTRIES, (tokens,))
     given = by_token(product, inputs, entries) if given_too else None
     parts = [slice(*edges[:2]), slice(*edges[2:])]
-    taken = [(part, by_token(product, part.stop - part.start, entries)) for part in parts]
+    taken = tuple((part, by_token(product, part.stop - part.start, entries)) for part in parts)
     wanted = exact(product, x if given is None else given.scaled(x))
     for part, scale in taken:
         scale.scale_(wanted[..., part])
 
-    assert_near(product(x, given, taken), wanted)
+    assert_near(product(x, Scales(given, taken)), wanted)
     assert_near(product(x), exact(product, x))
 
 

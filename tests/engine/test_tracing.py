@@ -1,5 +1,7 @@
 """A traced forward gives, to the bit, what the model's modules give; or there is none."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +12,10 @@ from adapters.model import IA3Model
 from adapters.targets import Side, Target
 from server.engine import packing
 from server.engine.attention import Probe, StepContext, install, run_probe
+from server.engine.compiling import compile_forward
+from server.engine.kernels.operators import load_operators
 from server.engine.kernels.product import panel_width_of
+from server.engine.kv_cache import StripCache
 from server.engine.norms import fuse_norms
 from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.runner import Modules
@@ -109,29 +114,32 @@ def test_adapters_that_come_after_the_trace_count(
 
 
 @pytest.mark.usefixtures("only_kernels")
-@pytest.mark.parametrize(
-    "endings",
-    [
-        {"down_proj": Side.INPUT},
-        {"gate_proj": Side.OUTPUT, "down_proj": Side.INPUT},
-        {"up_proj": Side.INPUT, "down_proj": Side.INPUT},
-        {"up_proj": Side.OUTPUT, "down_proj": Side.OUTPUT},
-    ],
-)
-def test_a_gate_in_a_product_gives_what_the_next_layer_s_adapters_make_of_it(
-    endings: dict[str, Side], kernel: Pack
+def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
+    kernel: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also what comes behind a gate that is in a product, and what the kernels cannot rescale."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    load_operators(tmp_path)
     ia3, context, modules = prepared(tiny_model("llama"), pack=True, kernel=kernel)
-    traced = trace(ia3, context, modules, compile_between=lambda _: None)
-    assert any(product._gates for product in traced._products.values())
+    cache = StripCache(list(run_probe(ia3.base, context).values()), 128, 64)
+    traced = trace(ia3, context, modules)
+    compiled = compile_forward(ia3, context, modules, traced, cache, tmp_path)
     ia3.bank.reserve_rows(2)
-    for slot in (1, 2):
-        ia3.fill_slot(slot, vectors(ia3, endings))
-    for rows, segments in (([1, 2], []), ([0, 2], [Segment(1, 3)]), ([0, 0], [])):
-        ia3.set_packed(rows, segments)
-        tokens = 2 + sum(segment.tokens for segment in segments)
-        found, wanted = (run(each, context, tokens, [0, 1]) for each in (traced, modules))
-        assert torch.allclose(found, wanted, atol=1e-5)
+    for endings in (
+        {"k_proj": Side.OUTPUT, "v_proj": Side.OUTPUT, "down_proj": Side.INPUT},
+        {"gate_proj": Side.OUTPUT, "down_proj": Side.INPUT},
+        {"up_proj": Side.OUTPUT, "down_proj": Side.OUTPUT},
+        {"up_proj": Side.INPUT, "down_proj": Side.INPUT},
+        {"q_proj": Side.INPUT, "up_proj": Side.OUTPUT, "lm_head": Side.OUTPUT},
+        {"down_proj": Side.INPUT},
+    ):
+        for slot in (1, 2):
+            ia3.fill_slot(slot, vectors(ia3, endings))
+        for rows, segments in (([1, 2], []), ([0, 2], [Segment(1, 3)]), ([0, 0], [])):
+            ia3.set_packed(rows, segments, [Segment(1, 0)] if segments else [])
+            tokens = 2 + sum(segment.tokens for segment in segments)
+            found, wanted = (run(each, context, tokens, [0, 1]) for each in (compiled, modules))
+            assert torch.allclose(found, wanted, atol=1e-5), endings
 
 
 def test_a_model_whose_code_asks_for_values_is_not_traced() -> None:

@@ -34,8 +34,28 @@ class _Heads(ctypes.Structure):
         return cls(heads.data_ptr(), heads.stride(0), heads.stride(1))
 
 
+class _Chunks(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+class _Call(ctypes.Structure):
+    """`operators.cpp` reads it."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("chunks", ctypes.POINTER(_Chunks)),
+        ("kv_heads", ctypes.c_int64),
+        ("scaling", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("softcap", ctypes.c_float),
+    )
+
+
 class AttentionKernel:
     def __init__(self, library: ctypes.CDLL) -> None:
+        self._chunks = _Chunks()
         self._function = library.attend
         pointer, number, heads = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Heads)
         self._function.argtypes = [
@@ -70,6 +90,29 @@ class AttentionKernel:
             *(layer.scaling, layer.window or 0, layer.softcap or 0.0, torch.get_num_threads()),
         )
         return out
+
+    def call(self, memory: LayerMemory, layer: LayerAttention) -> "AttentionCall":
+        function = ctypes.cast(self._function, ctypes.c_void_p)
+        keys, values = memory.keys.data_ptr(), memory.values.data_ptr()
+        chunks, limits = ctypes.pointer(self._chunks), (layer.window or 0, layer.softcap or 0.0)
+        return AttentionCall(
+            _Call(function, keys, values, chunks, memory.kv_heads, layer.scaling, *limits)
+        )
+
+    def begin(self, chunks: torch.Tensor) -> None:
+        """What its calls attend to from now on; `chunks` as above, and kept by the caller."""
+        self._chunks.first, self._chunks.count = chunks.data_ptr(), len(chunks)
+
+
+class AttentionCall:
+    """A layer's attention in the running step, for `torch.ops.infuse.attention`."""
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._call)
 
 
 def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Kernels:

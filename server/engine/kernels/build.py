@@ -17,8 +17,10 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 _LINK = ("-shared", "-fopenmp")
 
 
-def load_kernel(source: Path, flags: Sequence[str], cache: Path) -> ctypes.CDLL:
-    """Compiled into `cache`, or found there.
+def load_kernel(
+    source: Path, flags: Sequence[str], cache: Path, libraries: Sequence[str] = ()
+) -> ctypes.CDLL:
+    """Compiled into `cache`, or found there. `libraries`: flags of the linker.
 
     Raises OSError, InvalidCxxCompiler or CalledProcessError where nothing compiles here.
     """
@@ -27,7 +29,11 @@ def load_kernel(source: Path, flags: Sequence[str], cache: Path) -> ctypes.CDLL:
     macros = [get_cpp_compiler(), "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
     target = subprocess.run(macros, check=True, capture_output=True).stdout
     sources = [source, *sorted(source.parent.glob("*.h"))]
-    named = f"{command}{_LINK}".encode() + target + b"".join(each.read_bytes() for each in sources)
+    named = (
+        f"{command}{_LINK}{libraries}".encode()
+        + target
+        + b"".join(each.read_bytes() for each in sources)
+    )
     library = cache / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(library))
@@ -36,7 +42,7 @@ def load_kernel(source: Path, flags: Sequence[str], cache: Path) -> ctypes.CDLL:
         with TemporaryDirectory(dir=cache) as folder:
             part, linked = f"{folder}/part.o", Path(folder, library.name)
             subprocess.run([*command, "-o", part], check=True, capture_output=True)
-            link = [get_cpp_compiler(), *_LINK, part, "-o", str(linked)]
+            link = [get_cpp_compiler(), *_LINK, part, *libraries, "-o", str(linked)]
             subprocess.run(link, check=True, capture_output=True)
             linked.replace(library)
     return ctypes.CDLL(str(library))

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,45 @@ class _Rescaling(ctypes.Structure):
         return cls(*where, columns.start, columns.stop)
 
 
+class Scales(NamedTuple):
+    """What rescales a product: scales by token."""
+
+    input: Scale | None = None
+    outputs: tuple[Rescaled, ...] = ()
+    gated: Scale | None = None
+    """Of what its gate lets through."""
+
+
+_UNSCALED = Scales()
+
+
 class _Scales(ctypes.Structure):
     _fields_ = (
         ("input", ctypes.POINTER(_Rescaling)),
         ("outputs", ctypes.POINTER(_Rescaling)),
         ("count", ctypes.c_int64),
         ("gated", ctypes.POINTER(_Rescaling)),
+    )
+    _set = _UNSCALED
+
+    def set(self, to: Scales, weight: _Weight) -> None:
+        if to == self._set:
+            return
+        whole, half = slice(0, weight.inputs), slice(0, weight.outputs // 2)
+        self.input = _array([] if to.input is None else [_Rescaling.of(whole, to.input)])
+        self.outputs = _array([_Rescaling.of(*each) for each in to.outputs])
+        self.count = len(to.outputs)
+        self.gated = _array([] if to.gated is None else [_Rescaling.of(half, to.gated)])
+        self._set = to
+
+
+class _Call(ctypes.Structure):
+    """`operators.cpp` reads it."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("weight", ctypes.POINTER(_Weight)),
+        ("scales", ctypes.POINTER(_Scales)),
     )
 
 
@@ -77,11 +110,9 @@ class KernelProduct:
         self._panels = padded.view(-1, width, self.inputs).transpose(1, 2).contiguous()
         self._bias = None if bias is None else bias.detach().contiguous()
         bias_at = None if self._bias is None else self._bias.data_ptr()
-        self._weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
-        self._function = library.product
-        self._scales: tuple[Scale | None, tuple[Rescaled, ...], Scale | None]
-        self._rescalings: _Scales
-        self._set_scales(None, (), None)
+        self.weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
+        self.function = library.product
+        self._scales = _Scales()
 
     @property
     def can_gate(self) -> bool:
@@ -89,38 +120,36 @@ class KernelProduct:
         return self.outputs % (2 * self.panel_width) == 0
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        given: Scale | None = None,
-        taken: Sequence[Rescaled] = (),
-        gate: bool = False,
-        gated: Scale | None = None,
+        self, x: torch.Tensor, scales: Scales = _UNSCALED, *, gate: bool = False
     ) -> torch.Tensor:
-        """`given` rescales the input, `taken` parts of the product: scales by token.
-
-        `gate`: `silu(first half) * second half` of the product, by columns, rescaled by `gated`;
-        see `can_gate`.
-        """
-        scales = (given, tuple(taken), gated)
-        if scales != self._scales:
-            self._set_scales(*scales)
+        """`gate`: `silu(first half) * second half` of the product, by columns; see `can_gate`."""
+        self._scales.set(scales, self.weight)
         if not x.is_contiguous():
             x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs // 2 if gate else self.outputs)
-        self._function(
-            *(self._weight, x.data_ptr(), x.numel() // self.inputs, y.data_ptr()),
-            *(self._rescalings, gate, torch.get_num_threads()),
+        self.function(
+            *(self.weight, x.data_ptr(), x.numel() // self.inputs, y.data_ptr()),
+            *(self._scales, gate, torch.get_num_threads()),
         )
         return y
 
-    def _set_scales(
-        self, given: Scale | None, taken: tuple[Rescaled, ...], gated: Scale | None
-    ) -> None:
-        inputs = [] if given is None else [_Rescaling.of(slice(0, self.inputs), given)]
-        outputs = [_Rescaling.of(*each) for each in taken]
-        behind = [] if gated is None else [_Rescaling.of(slice(0, self.outputs // 2), gated)]
-        self._rescalings = _Scales(_array(inputs), _array(outputs), len(outputs), _array(behind))
-        self._scales = (given, taken, gated)
+
+class ProductCall:
+    """A product with scales of its own, for `torch.ops.infuse.product`."""
+
+    def __init__(self, product: KernelProduct) -> None:
+        self._product = product
+        self._scales = _Scales()
+        function = ctypes.cast(product.function, ctypes.c_void_p)
+        pointers = ctypes.pointer(product.weight), ctypes.pointer(self._scales)
+        self._call = _Call(function, *pointers)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._call)
+
+    def rescale(self, by: Scales) -> None:
+        self._scales.set(by, self._product.weight)
 
 
 def _array(rescalings: Sequence[_Rescaling]) -> "ctypes.Array[_Rescaling] | None":

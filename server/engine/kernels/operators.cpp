@@ -1,0 +1,93 @@
+// The kernels as operators of torch, so that a compiled forward calls them without Python.
+//
+// What they need beside their tensors lies in `calls`: addresses of structures that product.py and
+// attention.py keep, one for each place in the forward.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace {
+
+using torch::stable::Tensor;
+
+struct ProductCall {
+  void (*function)(const void* weight, const float* x, int64_t tokens, float* y, const void* scales,
+                   int gate, int threads);
+  const void *weight, *scales;
+};
+
+// [heads, tokens, dim], the numbers of a head side by side.
+struct Heads {
+  const float* first;
+  int64_t head_stride, token_stride;
+
+  explicit Heads(const Tensor& heads)
+      : first(heads.const_data_ptr<float>()),
+        head_stride(heads.stride(0)),
+        token_stride(heads.stride(1)) {}
+};
+
+struct Chunks {
+  const int64_t* first;
+  int64_t count;
+};
+
+struct AttentionCall {
+  void (*function)(const Heads* query, const Heads* new_keys, const Heads* new_values, float* keys,
+                   float* values, const int64_t* chunks, float* out, int64_t count, int64_t heads,
+                   int64_t kv_heads, float scaling, int64_t window, float softcap, int threads);
+  float *keys, *values;
+  const Chunks* chunks;  // Of the running step.
+  int64_t kv_heads;
+  float scaling;
+  int64_t window;
+  float softcap;
+};
+
+template <class Call>
+const Call& call_at(const Tensor& calls, int64_t number) {
+  return *(const Call*)calls.const_data_ptr<int64_t>()[number];
+}
+
+Tensor empty(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t n = sizes.size() - 1; n > 0; --n) strides[n - 1] = strides[n] * sizes[n];
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor product(Tensor x, Tensor calls, int64_t number, int64_t outputs, bool gate) {
+  const auto& call = call_at<ProductCall>(calls, number);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = outputs;
+  Tensor y = empty(sizes);
+  call.function(call.weight, x.const_data_ptr<float>(), x.numel() / x.size(-1),
+                y.mutable_data_ptr<float>(), call.scales, gate, torch::stable::get_num_threads());
+  return y;
+}
+
+Tensor attention(Tensor query, Tensor key, Tensor value, Tensor calls, int64_t number) {
+  const auto& call = call_at<AttentionCall>(calls, number);
+  for (Tensor* heads : {&query, &key, &value})
+    if (heads->stride(2) != 1) *heads = torch::stable::contiguous(*heads);
+  const Heads queries(query), keys(key), values(value);
+  Tensor out = empty({query.size(1), query.size(0), value.size(2)});
+  call.function(&queries, &keys, &values, call.keys, call.values, call.chunks->first,
+                out.mutable_data_ptr<float>(), call.chunks->count, query.size(0), call.kv_heads,
+                call.scaling, call.window, call.softcap, torch::stable::get_num_threads());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(infuse, CPU, library) {
+  library.impl("product", TORCH_BOX(&product));
+  library.impl("attention", TORCH_BOX(&attention));
+}
