@@ -47,9 +47,9 @@ class Plan:
     tokens: int
     """In the prompt, and as many generated: under load."""
     vllm_tokens: int
-    """The same against vLLM."""
+    """The same against vLLM, and over HTTP against in process."""
     round_tokens: int
-    """The same between our own rounds: with adapters or without, over HTTP or not."""
+    """The same with adapters or without: short, for many rounds say more than long ones."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -64,16 +64,16 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=12,
+    pairs=16,
     skew_pairs=1,
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    round_tokens=32,
-    slow_peer_turns=3,
+    round_tokens=16,
+    slow_peer_turns=2,
     lora_turns=2,
     registered=10_000,
-    http_turns=16,
+    http_turns=10,
     loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
     repeats=5,
 )

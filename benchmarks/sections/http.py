@@ -37,8 +37,8 @@ _KEPT = (
 
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
-    requests = bench.requests([*bench.names[:ROWS]], plan.round_tokens)
-    tokens = ROWS * plan.round_tokens
+    requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
+    tokens = ROWS * plan.vllm_tokens
     streamed = Side(STREAMED, bench.server, lambda server: server.run(requests), tokens)
     whole = Side(WHOLE, bench.server, lambda server: server.run(requests, stream=False), tokens)
     inprocess = Side(INPROCESS, bench.inprocess, lambda engine: engine.run(requests), tokens)
@@ -50,7 +50,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "whole_over_in_process": at_once.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
-        "tokens": plan.round_tokens,
+        "tokens": plan.vllm_tokens,
     }
 
 
