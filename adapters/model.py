@@ -170,6 +170,8 @@ class IA3Model(nn.Module):
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
+        if scales == self._scaled:
+            return  # A batch's own vectors are found by what the bank has written for it.
         self.scaled += 1
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)

@@ -49,7 +49,7 @@ class Plan:
     vllm_tokens: int
     """The same against vLLM, and over HTTP against in process."""
     round_tokens: int
-    """The same with adapters or without: short, for many rounds say more than long ones."""
+    """The same with adapters or without."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -64,17 +64,17 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=16,
+    pairs=10,
     skew_pairs=1,
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    round_tokens=16,
+    round_tokens=32,
     slow_peer_turns=2,
-    lora_turns=2,
+    lora_turns=1,
     registered=10_000,
-    http_turns=10,
-    loads={0.25: 15.0, 0.5: 60.0, 0.8: 20.0},
+    http_turns=8,
+    loads={0.25: 10.0, 0.5: 60.0, 0.8: 15.0},
     repeats=5,
 )
 QUICK = Plan(

@@ -12,7 +12,7 @@ from benchmarks.engines import Engine, Round
 from benchmarks.turns import Side, Turns, report, take_turns
 from benchmarks.workload import choose
 
-PEFT_REQUESTS = 4
+PEFT_REQUESTS = 2
 """Of the 32, others in each turn: one after the other, the rest would take as long each."""
 MANY_EXPONENT = 1.0
 """Flatter than Punica's: most of 32 rows then use an adapter each, and many of them a cold one."""

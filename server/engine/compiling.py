@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from adapters.model import IA3Model
 from server.engine.attention import AttentionPlan, Chunk, Probe, StepContext
 from server.engine.kernels.attention import AttentionCall
-from server.engine.kernels.operators import library
+from server.engine.kernels.operators import ATTEND, ATTENTION, LINEAR, PRODUCT, library
 from server.engine.kernels.product import ProductCall
 from server.engine.kv_cache import FlatCache
 from server.engine.seams import Product
@@ -49,7 +49,7 @@ class CompiledForward:
         self._graph = traced.trace.opened()
         _move_gates(self._graph)
         self._products: list[Product] = []
-        """Of which `torch.ops.infuse.linear` has the numbers."""
+        """Of which the operators without a kernel have the numbers."""
         self._kernels: list[tuple[Product, ProductCall]] = []
         self._attentions: list[AttentionCall] = []
         addresses = self._use_operators(cache)
@@ -94,8 +94,12 @@ class CompiledForward:
             assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
             plan.begin()
         arguments = [*self._traced.trace.constants, ids, positions, keep, self._calls]
-        with _running_as(self):
-            logits: torch.Tensor = self._run(arguments)[0]
+        try:
+            with _running_as(self):
+                logits: torch.Tensor = self._run(arguments)[0]
+        except RuntimeError:
+            # It does not say what failed, want of memory say; as it was traced it does.
+            return self._traced(ids, positions, keep)
         return logits
 
     def linear(self, x: torch.Tensor, number: int) -> torch.Tensor:
@@ -127,12 +131,11 @@ class CompiledForward:
         for node in list(self._graph.nodes):
             if isinstance(node.target, Product):
                 self._use_product(node, calls, addresses)
-            elif node.target is torch.ops.infuse.attend.default:
+            elif node.target is ATTEND:
                 *tensors, number = node.args
                 call = cache.attention_call(self._traced.trace.layers[number])
                 if call is not None:
-                    node.target = torch.ops.infuse.attention.default
-                    node.args = (*tensors, calls, len(addresses))
+                    node.target, node.args = ATTENTION, (*tensors, calls, len(addresses))
                     self._attentions.append(call)
                     addresses.append(call.address)
         calls.meta["val"] = last.meta["val"].new_empty(len(addresses))
@@ -144,12 +147,12 @@ class CompiledForward:
         kernel, columns = product.kernel, product.columns
         outputs = columns[-1].stop
         if kernel is None:
-            node.target = torch.ops.infuse.linear.default
-            node.args = (x, len(self._products), outputs, outputs)
+            node.target, node.args = LINEAR, (x, len(self._products), outputs, outputs)
+            product.owns_input = False  # What is equal may be computed once for several readers.
             self._products.append(product)
         else:
             call = ProductCall(kernel)
-            node.target = torch.ops.infuse.product.default
+            node.target = PRODUCT
             node.args = (x, calls, len(addresses), outputs, product.gates)
             self._kernels.append((product, call))
             addresses.append(call.address)
@@ -188,8 +191,9 @@ def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], Atten
     if not in_cache:
         yield lambda _: Probe()
         return
-    row, tokens = -1, 16
-    assert cache.reserve(row, tokens), "a new cache has room"
+    row = -1
+    has_room = cache.reserve(row, 16)
+    assert has_room, "the cache is new"
     try:
         yield lambda tokens: cache.plan([], [Chunk(row, 0, tokens)])
     finally:
@@ -207,10 +211,12 @@ def _compile(module: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
     )(*inputs)
     # It is no part of what is compiled, and would keep it from the compiler's cache.
     functional.shape_env = None
-    # Threads are named, for what is kept holds for so many.
     options = {
-        "cpp.threads": torch.get_num_threads(),
         "cpp_wrapper": last.device.type == "cpu",
+        # Named, for what is kept holds for so many.
+        "cpp.threads": torch.get_num_threads(),
+        # 150 MB in a folder of its own, to compile one file.
+        "cpp_cache_precompile_headers": False,
     }
     with tracing(TracingContext(last.fake_mode)), inductor.patch(options):
         compiled: Callable[[list[torch.Tensor]], Any] = compile_fx_inner(functional, inputs)

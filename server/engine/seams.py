@@ -64,7 +64,7 @@ class Product:
     def __init__(self, seams: Sequence[Seam], *, owns_input: bool = False) -> None:
         """`owns_input`: nobody else reads it."""
         self._seams = seams
-        self._owns_input = owns_input
+        self.owns_input = owns_input
         self._input_rescaled = False
         """It comes with this layer's vectors in it."""
         self._reader: Seam | None = None
@@ -103,13 +103,15 @@ class Product:
     def scales(self) -> Scales | None:
         """What its kernel is to rescale in this batch; None where it cannot: adapters rescale the
         input of some of the layers only."""
-        layers = [seam.layer for seam in self._seams]
+        return self._scales_of([seam.layer for seam in self._seams])
+
+    def _scales_of(self, layers: Sequence[nn.Module]) -> Scales | None:
         inputs = [_input_scale(layer) for layer in layers]
         siblings = siblings_of(layers[0])
         if siblings is None:
             outputs = [slice(0, width_of(innermost(layers[0])))]
             given = None if self._input_rescaled else inputs[0]
-        elif any(inputs):
+        elif any(scale is not None for scale in inputs):
             return None
         else:
             outputs, given = siblings.columns, None
@@ -135,18 +137,20 @@ class Product:
         if siblings is not None:
             return partial(self._together, layers, siblings)
         if kernel is not None:
-            return partial(self._by_kernel, kernel)
-        return _alone(layers[0], self._owns_input)
+            return partial(self._by_kernel, layers, kernel)
+        return _alone(layers[0], self.owns_input)
 
-    def _by_kernel(self, kernel: KernelProduct, x: torch.Tensor) -> torch.Tensor:
-        scales = self.scales()
+    def _by_kernel(
+        self, layers: Sequence[nn.Module], kernel: KernelProduct, x: torch.Tensor
+    ) -> torch.Tensor:
+        scales = self._scales_of(layers)
         assert scales is not None, "a layer that is alone can be rescaled on both sides"
         return kernel(x, scales)
 
     def _together(
         self, layers: Sequence[nn.Module], siblings: Siblings, x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        scales = self.scales()
+        scales = self._scales_of(layers)
         if scales is None:
             return [layer(x) for layer in layers]
         if isinstance(siblings.product, KernelProduct):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from adapters.model import IA3Model
 from server.engine.attention import AttentionPlan, LayerAttention, Probe, StepContext
-from server.engine.kernels import operators as _operators  # noqa: F401
+from server.engine.kernels.operators import ATTEND, LINEAR
 from server.engine.packing import Siblings
 from server.engine.seams import Product, Seam, innermost, seams_of, siblings_of, width_of
 
@@ -42,8 +42,8 @@ class NotTraced(Exception):
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward as a graph. Linear layers and attention are `torch.ops.infuse.linear` and `attend`,
-    whose numbers say which."""
+    """A forward as a graph. Linear layers and attention are operators of ours, whose numbers say
+    which."""
 
     graph: fx.Graph
     """Its first arguments are the constants."""
@@ -67,7 +67,7 @@ class TracedForward:
         self._ia3 = ia3
         graph = trace.opened()
         for node in graph.nodes:
-            if node.target is torch.ops.infuse.attend.default:
+            if node.target is ATTEND:
                 *tensors, number = node.args
                 node.target, node.args = _attend(context, trace.layers[number]), tuple(tensors)
         _use_bindings(graph)
@@ -143,7 +143,7 @@ class _TracePlan:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
         self._layers.append(layer)
-        out: torch.Tensor = torch.ops.infuse.attend(query, key, value, len(self._layers) - 1)
+        out: torch.Tensor = ATTEND(query, key, value, len(self._layers) - 1)
         return out
 
 
@@ -155,7 +155,7 @@ def _opened(seams: Sequence[Seam]) -> Iterator[None]:
         outputs = width_of(linear)
         siblings = siblings_of(linear)
         stride = outputs if siblings is None else sum(siblings.widths)
-        y: torch.Tensor = torch.ops.infuse.linear(x, number, outputs, stride)
+        y: torch.Tensor = LINEAR(x, number, outputs, stride)
         return y
 
     modules = [seam.layer for seam in seams]
@@ -218,7 +218,7 @@ def _open(graph: fx.Graph, seams: Sequence[Seam]) -> None:
     """Put products where the trace has operators for linear layers."""
     groups: dict[tuple[fx.Node, Siblings], list[fx.Node]] = {}
     for node in list(graph.nodes):
-        if node.target is not torch.ops.infuse.linear.default:
+        if node.target is not LINEAR:
             continue
         x, number = node.args[:2]
         siblings = siblings_of(seams[number].layer)

@@ -1,6 +1,7 @@
 """A traced forward gives, to the bit, what the model's modules give; or there is none."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -140,6 +141,10 @@ def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
             tokens = 2 + sum(segment.tokens for segment in segments)
             found, wanted = (run(each, context, tokens, [0, 1]) for each in (compiled, modules))
             assert torch.allclose(found, wanted, atol=1e-5), endings
+
+    monkeypatch.setattr(compiled, "_run", Mock(side_effect=RuntimeError("API call failed")))
+    found, wanted = (run(each, context, 2, [0, 1]) for each in (compiled, modules))
+    assert torch.equal(found, wanted)
 
 
 def test_a_model_whose_code_asks_for_values_is_not_traced() -> None:

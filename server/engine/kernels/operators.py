@@ -49,6 +49,12 @@ torch.library.register_fake("infuse::product", _product, lib=library)
 torch.library.register_fake("infuse::attention", _attend, lib=library)
 
 
+LINEAR = torch.ops.infuse.linear.default
+ATTEND = torch.ops.infuse.attend.default
+PRODUCT = torch.ops.infuse.product.default
+ATTENTION = torch.ops.infuse.attention.default
+
+
 @cache
 def load_operators(built: Path) -> None:
     """The kernels' side of it, compiled into `built` or found there. Raises what `load_kernel`
