@@ -73,7 +73,7 @@ FULL = Plan(
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=8,
+    http_turns=12,
     loads={0.25: 10.0, 0.5: 60.0, 0.8: 15.0},
     repeats=5,
 )
