@@ -122,14 +122,16 @@ def check_alike(
     plan: Callable[[int], AttentionPlan] = _one_token_each,
     tolerance: float = 0.0,
 ) -> None:
-    """Raises NotTraced where two forwards give unlike logits. `plan`: for so many tokens."""
+    """Raises NotTraced where two forwards give unlike logits. `plan`: for so many tokens;
+    `tolerance`: a share of the greatest logit."""
     for tokens, kept in _TRIED:
         example = _example(tokens, kept, device)
         with context.step(plan(tokens)):
             right = wanted(*example)
         with context.step(plan(tokens)):
             logits = found(*example)
-        if not torch.allclose(logits, right, rtol=tolerance, atol=tolerance):
+        greatest = float(right.abs().max()) if kept else 0.0
+        if not torch.allclose(logits, right, rtol=0, atol=tolerance * greatest):
             raise NotTraced(f"{tokens} tokens give something else")
 
 

@@ -99,6 +99,16 @@ def test_an_adapter_may_bring_a_module_of_a_compiled_block(
     check_all(engine, model, brings)
 
 
+def test_a_model_in_bfloat16_is_compiled_too(start: Callable[..., Harness], cache: Path) -> None:
+    """Its fused operators round less often than torch's, so it gives slightly other numbers."""
+    engine = start(tiny_model("llama").bfloat16(), {}, compile_cache=cache)
+
+    assert engine.engine.stats().compiled
+    engine.submit("base", PROMPT, max_tokens=8)
+    engine.wait()
+    assert len(engine.answers["base"].tokens) == 8
+
+
 def test_layers_of_two_kinds_are_compiled_apart(start: Callable[..., Harness], cache: Path) -> None:
     """Gemma 2's layers see a window and everything in turns."""
     model = tiny_model("gemma2")
