@@ -9,7 +9,7 @@ PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
 # It makes the tests a third slower.
 COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-.PHONY: install serve test test-full lint format bench bench-quick
+.PHONY: install serve test coverage test-full lint format bench bench-quick
 
 install: .venv/.installed
 
@@ -22,13 +22,16 @@ install: .venv/.installed
 serve: install
 	$(BIN)/infuse serve --preload-adapters examples/adapters $(ARGS)
 
-test test-full: export OMP_NUM_THREADS := 1
+test coverage test-full: export OMP_NUM_THREADS := 1
 
 test: install
 	$(BIN)/python -m pytest $(or $(ARGS),$(PROCESSES))
 
+coverage: install
+	$(BIN)/python -m pytest $(PROCESSES) $(COVERAGE)
+
 test-full: .venv/.installed-full
-	$(BIN)/python -m pytest $(PROCESSES) $(COVERAGE) --full --report=docs/test-report.md $(ARGS)
+	$(BIN)/python -m pytest $(PROCESSES) --full --report=docs/test-report.md $(ARGS)
 
 .venv/.installed-full: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,full]'
