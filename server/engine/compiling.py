@@ -23,14 +23,14 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adapters.model import IA3Model
-from server.engine.attention import AttentionPlan, Chunk, Probe, StepContext
+from server.engine.attention import AttentionPlan, Chunk, StepContext
 from server.engine.kernels.attention import AttentionCall
 from server.engine.kernels.operators import ATTEND, ATTENTION, LINEAR, PRODUCT, library
 from server.engine.kernels.product import ProductCall
 from server.engine.kv_cache import FlatCache
 from server.engine.seams import Product
 from server.engine.strip_attention import StripPlan
-from server.engine.tracing import Forward, NotTraced, TracedForward, check_alike
+from server.engine.tracing import Forward, NotTraced, TracedForward, check_alike, probing
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _ERROR = 1e-4
@@ -192,7 +192,7 @@ def compile_forward(
 def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], AttentionPlan]]:
     """Plans for a few tokens of a row that lives within."""
     if not in_cache:
-        yield lambda _: Probe()
+        yield probing
         return
     row = -1
     has_room = cache.reserve(row, 16)

@@ -109,7 +109,8 @@ def trace(ia3: IA3Model, context: StepContext, forward: Forward) -> TracedForwar
     return traced
 
 
-def _one_token_each(_tokens: int) -> AttentionPlan:
+def probing(_tokens: int) -> AttentionPlan:
+    """A plan for a forward whose attention does not matter."""
     return Probe()
 
 
@@ -119,7 +120,7 @@ def check_alike(
     wanted: Forward,
     found: Forward,
     device: torch.device,
-    plan: Callable[[int], AttentionPlan] = _one_token_each,
+    plan: Callable[[int], AttentionPlan] = probing,
     tolerance: float = 0.0,
 ) -> None:
     """Raises NotTraced where two forwards give unlike logits. `plan`: for so many tokens;

@@ -125,6 +125,7 @@ def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
     cache = StripCache(list(run_probe(ia3.base, context).values()), 128, 64)
     traced = trace(ia3, context, modules)
     compiled = compile_forward(ia3, context, modules, traced, cache, tmp_path)
+    assert any(product.gates for product, _ in compiled._kernels)
     ia3.bank.reserve_rows(2)
     for endings in (
         {"k_proj": Side.OUTPUT, "v_proj": Side.OUTPUT, "down_proj": Side.INPUT},

@@ -5,7 +5,6 @@ Python, and so without its lock. Where there is no kernel it calls `linear` and 
 `compiling.py` computes.
 """
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -55,10 +54,11 @@ PRODUCT = torch.ops.infuse.product.default
 ATTENTION = torch.ops.infuse.attention.default
 
 
-@cache
 def load_operators(built: Path) -> None:
-    """The kernels' side of it, compiled into `built` or found there. Raises what `load_kernel`
-    does."""
+    """The kernels' side of it, once for a process: compiled into `built` or found there.
+
+    Raises what `load_kernel` does.
+    """
     if torch._C._dispatch_has_kernel_for_dispatch_key("infuse::product", "CPU"):
         return
     torch_folder = Path(torch.__file__).parent
