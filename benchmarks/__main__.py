@@ -50,7 +50,7 @@ def main(
         for name in only or bench.plan.sections or SECTIONS:
             typer.echo(name)
             keep(output, name, measure(bench, name))
-            bench.keep_only("infuse")
+            bench.keep_only("infuse", "infuse-inprocess")
     typer.echo(f"{output}, in {(time.perf_counter() - began) / 60:.1f} minutes")
     if quick:
         typer.echo(page(json.loads(output.read_text())))

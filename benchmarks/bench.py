@@ -18,6 +18,7 @@ from benchmarks.engines import Engine, EngineFailed, Request
 from benchmarks.engines.infuse_http import InfuseHttp
 from benchmarks.engines.worker import Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
+from server import openmp
 from server.engine.loading import cache_dir, default_model_folder
 
 WINDOW = 1024
@@ -69,12 +70,12 @@ FULL = Plan(
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
-    round_tokens=32,
+    round_tokens=24,
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=12,
-    loads={0.25: 10.0, 0.5: 60.0, 0.8: 15.0},
+    http_turns=10,
+    loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
 QUICK = Plan(
@@ -194,8 +195,8 @@ class Bench:
             if name in self._running:
                 self._running.pop(name).stop()
 
-    def keep_only(self, name: str) -> None:
-        self.stop(*(each for each in list(self._running) if each != name))
+    def keep_only(self, *names: str) -> None:
+        self.stop(*(each for each in list(self._running) if each not in names))
 
     def server(
         self,
@@ -252,7 +253,9 @@ class Bench:
             "speculation": False,
             "compile": True,
         }
-        return self.engine(name, lambda: self._worker(name, "infuse_inprocess", settings))
+        return self.engine(
+            name, lambda: self._worker(name, "infuse_inprocess", settings, openmp.variables())
+        )
 
     def peft(self) -> Engine:
         arguments = {"adapters": self.folders, **self._precisely()}
@@ -301,8 +304,15 @@ class Bench:
     def _precisely(self) -> dict[str, object]:
         return {"model": self.model, "dtype": "float32"}
 
-    def _worker(self, name: str, module: str, arguments: dict[str, object]) -> Worker:
-        return Worker(name, module, arguments, log=self.scratch / f"{name}.log")
+    def _worker(
+        self,
+        name: str,
+        module: str,
+        arguments: dict[str, object],
+        environment: Mapping[str, str] | None = None,
+    ) -> Worker:
+        log = self.scratch / f"{name}.log"
+        return Worker(name, module, arguments, log=log, environment=environment)
 
 
 def register(folder: Path, template: Template, adapters: int) -> None:

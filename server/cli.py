@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from adapters.errors import AdapterError
+from server import openmp
 from server.client import AdminClient, ClientError
 from server.settings import Settings
 
@@ -44,6 +46,7 @@ _HERE = "http://127.0.0.1:8000"
 
 
 def main() -> None:
+    os.environ.update(openmp.variables())
     for name in ("torchao", "torch.utils._pytree"):
         # transformers imports torchao, which warns of kernels that it has not for this machine.
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -27,7 +27,7 @@ def measure_prefix(bench: Bench) -> dict[str, Any]:
     """Alternately a prompt whose first 1,000 tokens were never seen, and one that shares them."""
     server = bench.server("infuse-prefix", "--prefix-cache", plain=False)
     seconds: dict[str, list[float]] = {"miss": [], "hit": []}
-    for turn in range(3 * bench.plan.repeats):
+    for turn in range(2 * bench.plan.repeats):
         shared = random_prompts(bench.model, 1, SHARED_TOKENS, seed=100 + turn)[0]
         for kind, seed in (("miss", 2 * turn), ("hit", 2 * turn + 1)):
             own = random_prompts(bench.model, 1, OWN_TOKENS, seed=10_000 + seed)[0]

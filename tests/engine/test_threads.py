@@ -1,8 +1,18 @@
-"""Teams of libgomp's workers: only one may stay, or all of them sleep at every barrier."""
+"""Teams of libgomp's workers: only one may stay, or all of them sleep at every barrier; and threads
+that wait for each other do not keep their cores for long."""
 
+import os
 import subprocess
 import sys
 
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+COMMAND = """
+from server.cli import main
+try:
+    main()
+finally:
+    import torch
+"""
 SCRIPT = """
 import os, time, torch
 from server.engine.threads import on_passing_thread
@@ -33,3 +43,28 @@ def test_workers_end_with_the_thread_that_they_worked_for() -> None:
         env={"OMP_NUM_THREADS": "2"},
     )
     assert done.stdout == "0\n"
+
+
+def spinning(**environment: str) -> str:
+    """What libgomp says it read when torch loaded it, for any command of ours."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--help"],
+        env={
+            **{key: value for key, value in os.environ.items() if key not in SPINNING},
+            "OMP_DISPLAY_ENV": "verbose",
+            **environment,
+        },
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return next(line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line)
+
+
+def test_a_thread_that_waits_soon_leaves_its_core_to_others() -> None:
+    assert "'2000'" in spinning()
+
+
+def test_what_the_environment_says_of_waiting_goes_first() -> None:
+    assert "'77'" in spinning(GOMP_SPINCOUNT="77")
+    assert "'2000'" not in spinning(OMP_WAIT_POLICY="active")
