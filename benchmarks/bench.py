@@ -22,7 +22,8 @@ from server import openmp
 from server.engine.loading import cache_dir, default_model_folder
 
 WINDOW = 1024
-"""Tokens of the longest row that engines plan for, unless a section asks for more."""
+"""Tokens of the longest row that engines plan for. The model's own is eight times as long: a prompt
+that fills it would take minutes."""
 CACHE_TOKENS = 16_384
 """Room for keys and values: more than any section fills, and several engines share the memory."""
 ROWS = 32
@@ -74,7 +75,7 @@ FULL = Plan(
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=10,
+    http_turns=8,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
@@ -211,12 +212,14 @@ class Bench:
             store = self.store
         where: tuple[object, ...] = ("--adapters-dir", store or self.scratch / name)
         preloaded = ("--preload-adapters", self._preloaded()) if store is None else ()
-        window = () if "--max-model-len" in flags else ("--max-model-len", WINDOW)
         log = self.scratch / f"{name}.log"
-        every = ("--model", self.model, "--kv-cache-tokens", CACHE_TOKENS, "--compile")
+        every = (
+            *("--model", self.model, "--max-model-len", WINDOW),
+            *("--kv-cache-tokens", CACHE_TOKENS, "--compile"),
+        )
         off = PLAIN if plain else ()
         engine = self.engine(
-            name, lambda: InfuseHttp(name, log, *every, *where, *preloaded, *window, *flags, *off)
+            name, lambda: InfuseHttp(name, log, *every, *where, *preloaded, *flags, *off)
         )
         assert isinstance(engine, InfuseHttp)
         return engine

@@ -43,7 +43,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     whole = Side(WHOLE, bench.server, lambda server: server.run(requests, stream=False), tokens)
     inprocess = Side(INPROCESS, bench.inprocess, lambda engine: engine.run(requests), tokens)
     streaming = take_turns([streamed, inprocess], plan.http_turns)
-    at_once = take_turns([whole, inprocess], math.ceil(plan.http_turns / 5))
+    at_once = take_turns([whole, inprocess], math.ceil(plan.http_turns / 4))
     return report(streaming, at_once) | {
         "ratios": {
             "streaming_over_in_process": streaming.ratio(STREAMED, INPROCESS),

@@ -8,16 +8,12 @@ from typing import Any
 import typer
 
 from benchmarks.arrivals import poisson
-from benchmarks.bench import ROWS, Bench
+from benchmarks.bench import ROWS, WINDOW, Bench
 from benchmarks.engines import Answer, Request
 from benchmarks.sections.adapters import MANY_EXPONENT
 from benchmarks.statistics import percentiles
 from benchmarks.turns import ratio_of
 from benchmarks.workload import choose, random_prompts
-
-LONG_WINDOW = 2048
-"""The window of both servers with the long prompt: the model's own is four times as long, and would
-take minutes."""
 
 
 def measure_load(bench: Bench) -> dict[str, Any]:
@@ -65,11 +61,10 @@ def waits(answers: Sequence[Answer], tokens_out: int) -> dict[str, Any]:
 def measure_long_prompt(bench: Bench) -> dict[str, Any]:
     """31 short prompts that come just after one as long as the window."""
     tokens_out = bench.plan.tokens
-    long = random_prompts(bench.model, 1, LONG_WINDOW - tokens_out, seed=1)[0]
-    window = ("--max-model-len", LONG_WINDOW)
+    long = random_prompts(bench.model, 1, WINDOW - tokens_out, seed=1)[0]
     servers = {
-        "in chunks": bench.server("infuse-long", *window),
-        "at once": bench.server("infuse-unchunked", *window, "--prefill-chunk-tokens", LONG_WINDOW),
+        "in chunks": bench.server(),
+        "at once": bench.server("infuse-unchunked", "--prefill-chunk-tokens", WINDOW),
     }
     names: list[str | None] = [*bench.names[1:ROWS]]
     short = [replace(each, at=0.05) for each in bench.requests(names)]
@@ -83,7 +78,7 @@ def measure_long_prompt(bench: Bench) -> dict[str, Any]:
             answers[name] += found[1:]
             typer.echo(f"  {name}: {waits(found[1:], tokens_out)['ttft_ms']}")
     return {
-        "window": LONG_WINDOW,
+        "window": WINDOW,
         "short_prompts": len(short),
         "waits": {name: waits(mine, tokens_out) for name, mine in answers.items()},
         "long_waits": {name: waits(mine, tokens_out) for name, mine in long_waits.items()},

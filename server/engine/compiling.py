@@ -5,6 +5,7 @@ Products and attention are our kernels where there are some, and come back to Py
 Adapters come and go without another compilation.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +31,16 @@ from server.engine.kernels.product import ProductCall
 from server.engine.kv_cache import FlatCache
 from server.engine.seams import Product
 from server.engine.strip_attention import StripPlan
-from server.engine.tracing import Forward, NotTraced, TracedForward, check_alike, probing
+from server.engine.tracing import (
+    Forward,
+    NotTraced,
+    TracedForward,
+    attend_in,
+    check_alike,
+    probing,
+)
+
+log = logging.getLogger(__name__)
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _ERROR = 1e-4
@@ -99,8 +109,9 @@ class CompiledForward:
         try:
             with _running_as(self):
                 logits: torch.Tensor = self._run(arguments)[0]
-        except RuntimeError:
+        except RuntimeError as error:
             # It does not say what failed, want of memory say; as it was traced it does.
+            log.warning("A compiled step failed and runs again uncompiled: %s", error)
             return self._traced(ids, positions, keep)
         return logits
 
@@ -110,9 +121,8 @@ class CompiledForward:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
     ) -> torch.Tensor:
-        assert self._context.plan is not None, "a forward outside of a step"
-        layer = self._traced.trace.layers[number]
-        return self._context.plan.attend(query, key, value, layer).contiguous()
+        attend = attend_in(self._context, self._traced.trace.layers[number])
+        return attend(query, key, value)
 
     def _rescale(self) -> None:
         self._can_rescale = True

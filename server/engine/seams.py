@@ -80,12 +80,9 @@ class Product:
 
     @property
     def columns(self) -> list[slice]:
-        """Of each layer's outputs, side by side; or of what a gate gives."""
-        layer = self._seams[0].layer
-        siblings = siblings_of(layer)
-        if siblings is None or self.gates:
-            return [slice(0, width_of(innermost(layer)))]
-        return siblings.columns
+        """Of each layer's outputs, side by side; or of what a gate gives, which is as wide as the
+        first."""
+        return self._outputs[:1] if self.gates else self._outputs
 
     @property
     def can_gate(self) -> bool:
@@ -100,6 +97,12 @@ class Product:
             [self._reader] = reader._seams
             reader._input_rescaled = True
 
+    @property
+    def _outputs(self) -> list[slice]:
+        layer = self._seams[0].layer
+        siblings = siblings_of(layer)
+        return [slice(0, width_of(innermost(layer)))] if siblings is None else siblings.columns
+
     def scales(self) -> Scales | None:
         """What its kernel is to rescale in this batch; None where it cannot: adapters rescale the
         input of some of the layers only."""
@@ -107,15 +110,12 @@ class Product:
 
     def _scales_of(self, layers: Sequence[nn.Module]) -> Scales | None:
         inputs = [_input_scale(layer) for layer in layers]
-        siblings = siblings_of(layers[0])
-        if siblings is None:
-            outputs = [slice(0, width_of(innermost(layers[0])))]
+        given = None
+        if siblings_of(layers[0]) is None:
             given = None if self._input_rescaled else inputs[0]
         elif any(scale is not None for scale in inputs):
             return None
-        else:
-            outputs, given = siblings.columns, None
-        scaled = zip(outputs, map(_output_scale, layers), strict=True)
+        scaled = zip(self._outputs, map(_output_scale, layers), strict=True)
         taken = tuple((columns, scale) for columns, scale in scaled if scale is not None)
         gated = None if self._reader is None else _input_scale(self._reader.layer)
         return Scales(given, taken, gated)

@@ -69,7 +69,7 @@ class TracedForward:
         for node in graph.nodes:
             if node.target is ATTEND:
                 *tensors, number = node.args
-                node.target, node.args = _attend(context, trace.layers[number]), tuple(tensors)
+                node.target, node.args = attend_in(context, trace.layers[number]), tuple(tensors)
         _use_bindings(graph)
         code = graph.python_code("_")
         self._names: dict[str, Any] = dict(code.globals)
@@ -244,7 +244,9 @@ def _open(graph: fx.Graph, seams: Sequence[Seam]) -> None:
             graph.erase_node(node)
 
 
-def _attend(context: StepContext, layer: LayerAttention) -> Callable[..., torch.Tensor]:
+def attend_in(context: StepContext, layer: LayerAttention) -> Callable[..., torch.Tensor]:
+    """A layer's attention as the step that runs then has planned it."""
+
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert context.plan is not None, "a forward outside of a step"
         return context.plan.attend(query, key, value, layer).contiguous()
