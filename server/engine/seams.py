@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Product:
             [self._reader] = reader._seams
             reader._input_rescaled = True
 
-    @property
+    @cached_property
     def _outputs(self) -> list[slice]:
         layer = self._seams[0].layer
         siblings = siblings_of(layer)
