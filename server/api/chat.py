@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -13,7 +13,6 @@ from server.api.chat_schemas import (
     AssistantMessage,
     ChatBody,
     ChatChoice,
-    ChatChunk,
     ChatCompletion,
     ChatFinishedBecause,
     ChatLogprobs,
@@ -22,6 +21,7 @@ from server.api.chat_schemas import (
 )
 from server.api.constraining import chat_grammar
 from server.api.generation import (
+    Chunk,
     Order,
     check_fan_out,
     describe,
@@ -36,7 +36,6 @@ from server.api.prompts import encode_conversation, encode_prediction, fit_to_wi
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage
 from server.api.tool_formats import CallFormat, CallReader, Said, find_format
-from server.api.tool_schemas import ToolCallDelta
 from server.auth import Caller
 from server.engine.request import Output
 from server.errors import ApiError
@@ -132,52 +131,49 @@ class ChatWriter:
         """How many each choice has made."""
         self._token_bytes = TokenBytes(order.vocabulary.tokenizer) if body.logprobs else None
         self._opened: set[int] = set()
+        self._head: dict[str, Any] = {
+            "id": order.id,
+            "created": order.created,
+            "model": order.model,
+            "system_fingerprint": order.fingerprint,
+        }
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
-            id=self._order.id,
+            **self._head,
             object="chat.completion",
-            created=self._order.created,
-            model=self._order.model,
-            system_fingerprint=self._order.fingerprint,
             choices=[self._choice(number, output) for number, output in enumerate(outputs)],
             usage=usage,
         )
 
-    def chunks(self, number: int, output: Output) -> Iterator[ChatChunk]:
+    def chunks(self, number: int, output: Output) -> Iterator[Chunk]:
         if number not in self._opened:
             self._opened.add(number)
-            yield self._chunk([_addition(number, Delta(role="assistant", content=""))])
+            yield self._chunk([_addition(number, {"role": "assistant", "content": ""})])
         before = self._calls.get(number, 0)
         said = self._read(number, output)
         if said.content or (output.logprobs and self._token_bytes is not None):
-            delta = Delta(content=said.content)
-            yield self._chunk([_addition(number, delta, logprobs=self._score(output))])
+            addition = _addition(number, {"content": said.content})
+            scores = self._score(output)
+            if scores is not None:
+                addition["logprobs"] = scores.model_dump(exclude_unset=True)
+            yield self._chunk([addition])
         if said.calls:
-            deltas = [
-                ToolCallDelta(index=index, **call.model_dump())
+            calls = [
+                {"index": index, **call.model_dump()}
                 for index, call in enumerate(said.calls, start=before)
             ]
-            yield self._chunk([_addition(number, Delta(tool_calls=deltas))])
+            yield self._chunk([_addition(number, {"tool_calls": calls})])
         if output.finish_reason is not None:
-            last = _addition(number, Delta())
-            last.finish_reason = self._because(number, output)
+            last = _addition(number, {})
+            last["finish_reason"] = self._because(number, output)
             yield self._chunk([last])
 
-    def usage_chunk(self, usage: Usage) -> ChatChunk:
-        chunk = self._chunk([])
-        chunk.usage = usage
-        return chunk
+    def usage_chunk(self, usage: Usage) -> Chunk:
+        return {**self._chunk([]), "usage": usage.model_dump(exclude_unset=True)}
 
-    def _chunk(self, choices: list[ChunkChoice]) -> ChatChunk:
-        return ChatChunk(
-            id=self._order.id,
-            object="chat.completion.chunk",
-            created=self._order.created,
-            model=self._order.model,
-            system_fingerprint=self._order.fingerprint,
-            choices=choices,
-        )
+    def _chunk(self, choices: list[ChunkChoice]) -> Chunk:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
 
     def _choice(self, number: int, output: Output) -> ChatChoice:
         said = self._read(number, output)
@@ -218,5 +214,5 @@ class ChatWriter:
         return chat_logprobs(self._token_bytes, output.logprobs)
 
 
-def _addition(number: int, delta: Delta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:
-    return ChunkChoice(index=number, delta=delta, logprobs=logprobs, finish_reason=None)
+def _addition(number: int, delta: Delta) -> ChunkChoice:
+    return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,6 +1,6 @@
 """The bodies and answers of `POST /v1/chat/completions`, in OpenAI's shape."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from server.api.schemas import (
     NotYet,
     Usage,
 )
-from server.api.tool_schemas import NamedToolChoice, ToolCall, ToolCallDelta, ToolChoice, Tools
+from server.api.tool_schemas import NamedToolChoice, ToolCall, ToolChoice, Tools
 
 MAX_MESSAGES = 4096
 MAX_CALLS = 128
@@ -299,53 +299,18 @@ class ChatChoice(BaseModel):
     )
 
 
-class Delta(BaseModel):
-    """What a chunk adds to a message."""
-
-    role: Literal["assistant"] | None = Field(
-        None, description="In a choice's first chunk.", examples=["assistant"]
-    )
-    content: str | None = Field(None, description="The next part of the text.", examples=["Par"])
-    tool_calls: list[ToolCallDelta] | None = Field(
-        None, description="Further calls, each whole.", examples=[None]
-    )
-
-
-class ChunkChoice(BaseModel):
-    """What a chunk adds to one choice."""
-
-    index: int = Field(description="The choice's number, from 0.", examples=[0])
-    delta: Delta = Field(description="The addition.", examples=[{"content": "Par"}])
-    logprobs: ChatLogprobs | None = Field(
-        description="The log-probabilities of this chunk's tokens.", examples=[None]
-    )
-    finish_reason: ChatFinishedBecause | None = Field(
-        description="Set in a choice's last chunk.", examples=[None]
-    )
-
-
-class ChatAnswer(BaseModel):
-    """What an answer and its chunks have in common."""
+class ChatCompletion(BaseModel):
+    """A whole answer."""
 
     id: str = Field(description="This answer's id.", examples=["chatcmpl-2f1c"])
+    object: Literal["chat.completion"] = Field(
+        description="Always `chat.completion`.", examples=["chat.completion"]
+    )
     created: int = Field(description="Unix time in seconds.", examples=[1764000000])
     model: str = Field(description="The model as it was asked for.", examples=["support-intent"])
     system_fingerprint: str = Field(
         description="What answered: the adapter and its revision, or the base model.",
         examples=["support-intent@3"],
-    )
-    usage: Usage | None = Field(
-        None,
-        description="Tokens taken; in a stream only in the last chunk, and only if asked for.",
-        examples=[USAGE_EXAMPLE],
-    )
-
-
-class ChatCompletion(ChatAnswer):
-    """A whole answer."""
-
-    object: Literal["chat.completion"] = Field(
-        description="Always `chat.completion`.", examples=["chat.completion"]
     )
     choices: list[ChatChoice] = Field(
         description="The answers.",
@@ -360,17 +325,28 @@ class ChatCompletion(ChatAnswer):
             ]
         ],
     )
-
-
-class ChatChunk(ChatAnswer):
-    """One event of a stream."""
-
-    object: Literal["chat.completion.chunk"] = Field(
-        description="Always `chat.completion.chunk`.", examples=["chat.completion.chunk"]
+    usage: Usage | None = Field(
+        None,
+        description="Tokens taken.",
+        examples=[USAGE_EXAMPLE],
     )
-    choices: list[ChunkChoice] = Field(
-        description="What this event adds; empty in the usage chunk.",
-        examples=[
-            [{"index": 0, "delta": {"content": "Par"}, "logprobs": None, "finish_reason": None}]
-        ],
-    )
+
+
+class Delta(TypedDict, total=False):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"]
+    """In a choice's first chunk."""
+    content: str
+    tool_calls: list[dict[str, Any]]
+    """Further calls, each whole, with its number in the message."""
+
+
+class ChunkChoice(TypedDict):
+    """What a chunk adds to one choice."""
+
+    index: int
+    delta: Delta
+    logprobs: dict[str, Any] | None
+    finish_reason: ChatFinishedBecause | None
+    """In a choice's last chunk."""

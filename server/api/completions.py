@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -11,11 +11,11 @@ from adapters.vocabulary import Vocabulary
 from server.api.completion_schemas import (
     Completion,
     CompletionBody,
-    CompletionChoice,
     CompletionLogprobs,
 )
 from server.api.constraining import structured_grammar
 from server.api.generation import (
+    Chunk,
     Order,
     check_fan_out,
     describe,
@@ -123,43 +123,39 @@ class CompletionWriter:
         self._token_bytes = TokenBytes(self._tokenizer) if body.logprobs is not None else None
         self._logprobs: dict[int, CompletionLogprobWriter] = {}
         self._echoed: set[int] = set()
+        self._head = {
+            "id": order.id,
+            "object": "text_completion",
+            "created": order.created,
+            "model": order.model,
+            "system_fingerprint": order.fingerprint,
+        }
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> Completion:
         choices = [self._choice(number, output) for number, output in enumerate(outputs)]
-        answer = self._completion(choices)
-        answer.usage = usage
-        return answer
+        return Completion.model_validate({**self._head, "choices": choices, "usage": usage})
 
-    def chunks(self, number: int, output: Output) -> Iterator[Completion]:
+    def chunks(self, number: int, output: Output) -> Iterator[Chunk]:
         choice = self._choice(number, output)
-        scored = choice.logprobs is not None and choice.logprobs.tokens
-        if choice.text or choice.finish_reason or scored:
-            yield self._completion([choice])
+        scored = choice["logprobs"] is not None and choice["logprobs"]["tokens"]
+        if choice["text"] or choice["finish_reason"] or scored:
+            yield {**self._head, "choices": [choice]}
 
-    def usage_chunk(self, usage: Usage) -> Completion:
-        return self.whole([], usage)
+    def usage_chunk(self, usage: Usage) -> Chunk:
+        return self.whole([], usage).model_dump(exclude_unset=True)
 
-    def _completion(self, choices: list[CompletionChoice]) -> Completion:
-        return Completion(
-            id=self._order.id,
-            object="text_completion",
-            created=self._order.created,
-            model=self._order.model,
-            system_fingerprint=self._order.fingerprint,
-            choices=choices,
-        )
-
-    def _choice(self, number: int, output: Output) -> CompletionChoice:
+    def _choice(self, number: int, output: Output) -> dict[str, Any]:
         echo = ""
         if self._body.echo and number not in self._echoed:
             self._echoed.add(number)
             echo = self._prompt_text(number)
-        return CompletionChoice(
-            index=number,
-            text=echo + output.text,
-            logprobs=self._score(number, output, echo),
-            finish_reason=finished_because(output),
-        )
+        logprobs = self._score(number, output, echo)
+        return {
+            "index": number,
+            "text": echo + output.text,
+            "logprobs": None if logprobs is None else logprobs.model_dump(),
+            "finish_reason": finished_because(output),
+        }
 
     def _prompt_text(self, number: int) -> str:
         prompt = self._body.prompt[number // self._order.choices]

@@ -2,18 +2,16 @@
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Self
 
 from server.engine.request import Output
 
 
 class Stream:
-    """What the engine says about one group of requests, in order: an async iterator of outputs.
+    """What the engine says about one group of requests, in order.
 
-    It ends after each request of the group has ended. Belongs to the event loop. `observe` sees an
-    output the moment it arrives, before anyone reads it.
+    Belongs to the event loop. `observe` sees an output the moment it arrives, before anyone reads
+    it.
     """
 
     def __init__(
@@ -22,7 +20,7 @@ class Stream:
         self._streams = streams
         self._open = set(request_ids)
         self._observe = observe
-        self._outputs: deque[Output] = deque()
+        self._outputs: list[Output] = []
         self._reader: asyncio.Future[None] | None = None
         self._reader_waits_for_all = False
 
@@ -46,15 +44,15 @@ class Stream:
             self._reader_waits_for_all = True
             await self._sleep()
 
-    def __aiter__(self) -> Self:
-        return self
+    async def next(self) -> list[Output]:
+        """All that has come since the last call, at least one; none when every request has ended.
 
-    async def __anext__(self) -> Output:
-        if not self._outputs:
-            if not self._open:
-                raise StopAsyncIteration
+        A call for all of a step, and not an iterator: this is done for every token.
+        """
+        if not self._outputs and self._open:
             await self._sleep()
-        return self._outputs.popleft()
+        taken, self._outputs = self._outputs, []
+        return taken
 
     async def _sleep(self) -> None:
         assert self._reader is None, "a stream has one reader"

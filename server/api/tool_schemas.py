@@ -128,9 +128,3 @@ class ToolCall(BaseModel):
         arguments = json.loads(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
-
-
-class ToolCallDelta(ToolCall):
-    """A call in a stream; it comes whole."""
-
-    index: int = Field(description="The call's number in its message, from 0.", examples=[0])

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.streams import Streams
+from server.api.streams import Stream, Streams
 from server.engine.request import FinishReason, Output
 from tests.api.conftest import RunningServer
 
@@ -204,6 +204,13 @@ def output(request_id: str, text: str = "", reason: FinishReason | None = None) 
     return Output(request_id=request_id, text=text, finish_reason=reason)
 
 
+async def all_of(opened: Stream) -> list[Output]:
+    outputs = []
+    while come := await opened.next():
+        outputs += come
+    return outputs
+
+
 def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
     async def scene() -> list[str]:
         streams = Streams(asyncio.get_running_loop())
@@ -216,7 +223,7 @@ def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
 
         thread = threading.Thread(target=model_thread)
         thread.start()
-        texts = [part.text async for part in opened]
+        texts = [part.text for part in await all_of(opened)]
         thread.join()
         assert len(streams) == 0
         return texts
@@ -234,7 +241,7 @@ def test_a_waiting_reader_wakes_when_all_have_ended() -> None:
         assert not waiting.done()
         streams.deliver([output("b", "3", FinishReason.STOP)])
         await asyncio.wait_for(waiting, timeout=5)
-        assert [part.text async for part in opened] == ["1", "2", "3"]
+        assert [part.text for part in await opened.next()] == ["1", "2", "3"]
 
     asyncio.run(scene())
 
@@ -245,7 +252,7 @@ def test_a_closed_stream_takes_nothing_more() -> None:
         opened = streams.open("a")
         opened.close()
         streams.deliver([output("a", "1")])
-        assert [part async for part in opened] == []
+        assert await opened.next() == []
         assert len(streams) == 0
 
     asyncio.run(scene())
