@@ -15,7 +15,8 @@ from adapters.config import WEIGHTS_FILE
 from adapters.store import AdapterStore
 from benchmarks import peers
 from benchmarks.engines import Engine, EngineFailed, Request
-from benchmarks.engines.infuse_http import InfuseHttp
+from benchmarks.engines.client import BASE
+from benchmarks.engines.infuse_http import EitherWay, InfuseHttp
 from benchmarks.engines.worker import Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
 from server import openmp
@@ -57,7 +58,8 @@ class Plan:
     lora_turns: int
     """Of LoRA in vLLM, which does too."""
     registered: int
-    http_turns: int
+    http_pairs: int
+    """Over HTTP and in process, each of two turns."""
     loads: Mapping[float, float]
     """Part of the saturation -> seconds of Poisson arrivals. A p99 takes hundreds of them."""
     repeats: int
@@ -75,7 +77,7 @@ FULL = Plan(
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=8,
+    http_pairs=6,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
@@ -90,7 +92,7 @@ QUICK = Plan(
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,
-    http_turns=1,
+    http_pairs=1,
     loads={0.5: 5.0},
     repeats=1,
 )
@@ -241,12 +243,13 @@ class Bench:
         shutil.copytree(self.store, copied, copy_function=copy)
         return copied
 
-    def inprocess(self, dtype: str = "float32") -> Engine:
-        """Our engine without HTTP, with the first 32 adapters."""
-        name = "infuse-inprocess" if dtype == "float32" else f"infuse-inprocess-{dtype}"
+    def inprocess(self, dtype: str = "float32", twin: bool = False) -> EitherWay:
+        """Our engine, to be asked without HTTP, with the first 32 adapters. `twin`: another."""
+        name = "infuse-inprocess" + ("" if dtype == "float32" else f"-{dtype}")
+        name += "-twin" if twin else ""
         settings = {
             "model": self.model,
-            "served_model_name": "base",
+            "served_model_name": BASE,
             "dtype": dtype,
             "adapters_dir": self.scratch / name,
             "preload_adapters": self._preloaded(),
@@ -256,9 +259,15 @@ class Bench:
             "speculation": False,
             "compile": True,
         }
-        return self.engine(
-            name, lambda: self._worker(name, "infuse_inprocess", settings, openmp.variables())
+        log = self.scratch / f"{name}.log"
+        engine = self.engine(
+            name,
+            lambda: EitherWay(
+                name, "infuse_inprocess", settings, log=log, environment=openmp.variables()
+            ),
         )
+        assert isinstance(engine, EitherWay)
+        return engine
 
     def peft(self) -> Engine:
         arguments = {"adapters": self.folders, **self._precisely()}
@@ -307,15 +316,8 @@ class Bench:
     def _precisely(self) -> dict[str, object]:
         return {"model": self.model, "dtype": "float32"}
 
-    def _worker(
-        self,
-        name: str,
-        module: str,
-        arguments: dict[str, object],
-        environment: Mapping[str, str] | None = None,
-    ) -> Worker:
-        log = self.scratch / f"{name}.log"
-        return Worker(name, module, arguments, log=log, environment=environment)
+    def _worker(self, name: str, module: str, arguments: dict[str, object]) -> Worker:
+        return Worker(name, module, arguments, log=self.scratch / f"{name}.log")
 
 
 def register(folder: Path, template: Template, adapters: int) -> None:

@@ -1,20 +1,32 @@
-"""Infuse without HTTP: the engine, asked directly in its own process."""
+"""Infuse without HTTP: the engine, asked directly in its own process, which is a server's.
 
+What HTTP costs is less than what processes of one kind differ by: this one answers either way.
+"""
+
+import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
 
 from benchmarks.engines import Answer, Request, Round
 from benchmarks.engines.lines import Run, serve
-from server.app import load_services
+from server.app import create_app
 from server.engine import GenerationRequest, Output, SamplingParams
 from server.settings import Settings
 
 
 def make(**settings: Any) -> Run:
-    services = load_services(Settings(**settings))(streams=None)
-    rounds = _Rounds()
-    services.engine.start(rounds.deliver)
+    app = create_app(Settings(**settings))
+    _serve(app)
+    services = app.state.services
+    rounds = _Rounds(services.streams.deliver)
+    # Started by the app, it would deliver to streams alone.
+    services.engine._deliver = rounds.deliver
 
     def run(requests: list[Request], in_flight: int | None) -> Round:
         assert in_flight in (None, services.settings.max_batch_rows)
@@ -32,10 +44,24 @@ def make(**settings: Any) -> Run:
     return run
 
 
-class _Rounds:
-    """Collects what the model's thread delivers."""
+def _serve(app: FastAPI) -> None:
+    """Start serving, and say where."""
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.05)
+    print(f"answers on http://127.0.0.1:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
 
-    def __init__(self) -> None:
+
+class _Rounds:
+    """Collects what the model's thread delivers; between rounds it goes to `others`."""
+
+    def __init__(self, others: Callable[[list[Output]], None]) -> None:
+        self._others = others
         self._asked = 0
         self._times: dict[str, list[float]] = {}
         self._texts: dict[str, list[str]] = {}
@@ -70,6 +96,9 @@ class _Rounds:
         return Round(began, seconds, answers)
 
     def deliver(self, outputs: list[Output]) -> None:
+        if not self._left:
+            self._others(outputs)
+            return
         now = time.perf_counter()
         for output in outputs:
             self._error = self._error or output.error

@@ -39,7 +39,7 @@ class Worker:
             *("-m", f"benchmarks.engines.{module}", json.dumps(arguments, default=str)),
         ]
         self._environment = dict(environment or {})
-        self._log = log
+        self.log = log
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -48,7 +48,7 @@ class Worker:
         return self._process.pid
 
     def start(self) -> None:
-        with self._log.open("w") as log:
+        with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=_ROOT,
@@ -107,5 +107,5 @@ class Worker:
         return answer
 
     def _failed(self) -> EngineFailed:
-        last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
         return EngineFailed(f"{self.name} ended: {''.join(last)[:300]}")

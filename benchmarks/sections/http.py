@@ -1,17 +1,18 @@
-"""What HTTP costs: the same requests streamed, answered as a whole, and asked without HTTP; and the
-server under a public load generator that knows nothing of it."""
+"""What HTTP costs: the same requests streamed, answered as a whole, and asked without HTTP, of the
+same two processes in turns; and the server under a public load generator that knows nothing of it.
+"""
 
 import json
-import math
 import os
 import subprocess
 from typing import Any
 
 from benchmarks import peers
 from benchmarks.bench import ROWS, Bench
-from benchmarks.turns import Side, report, take_turns
+from benchmarks.turns import Side, Turns, report, take_turns
 
 STREAMED = "HTTP, streaming"
+NEAR = "HTTP, streaming, each token read on the same cores"
 WHOLE = "HTTP, whole answers"
 INPROCESS = "in process"
 _GENERATOR = (
@@ -39,15 +40,27 @@ def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
     tokens = ROWS * plan.vllm_tokens
-    streamed = Side(STREAMED, bench.server, lambda server: server.run(requests), tokens)
-    whole = Side(WHOLE, bench.server, lambda server: server.run(requests, stream=False), tokens)
-    inprocess = Side(INPROCESS, bench.inprocess, lambda engine: engine.run(requests), tokens)
-    streaming = take_turns([streamed, inprocess], plan.http_turns)
-    at_once = take_turns([whole, inprocess], math.ceil(plan.http_turns / 4))
-    return report(streaming, at_once) | {
+
+    def beside_inprocess(name: str, pairs: int, **how: bool) -> Turns:
+        sides = [
+            Side(name, bench.inprocess, lambda each: each.over_http(requests, **how), tokens),
+            Side(
+                INPROCESS,
+                lambda: bench.inprocess(twin=True),
+                lambda each: each.run(requests),
+                tokens,
+            ),
+        ]
+        return take_turns(sides, 2 * pairs, crossed=True)
+
+    streamed = beside_inprocess(STREAMED, plan.http_pairs, elsewhere=True)
+    near = beside_inprocess(NEAR, 1)
+    whole = beside_inprocess(WHOLE, 1, stream=False)
+    return report(streamed, near, whole) | {
         "ratios": {
-            "streaming_over_in_process": streaming.ratio(STREAMED, INPROCESS),
-            "whole_over_in_process": at_once.ratio(WHOLE, INPROCESS),
+            "streaming_over_in_process": streamed.ratio(STREAMED, INPROCESS),
+            "near_over_in_process": near.ratio(NEAR, INPROCESS),
+            "whole_over_in_process": whole.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
         "tokens": plan.vllm_tokens,
