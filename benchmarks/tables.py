@@ -129,6 +129,25 @@ def prefix(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def http(found: dict[str, Any]) -> list[str]:
+    names = {
+        "streaming_over_in_process": "streaming",
+        "near_over_in_process": "with each token read",
+        "whole_over_in_process": "whole answers",
+    }
+    told = ", ".join(
+        f"{name} {ratio['median']:.3f}"
+        for key, name in names.items()
+        if (ratio := found["ratios"].get(key)) is not None
+    )
+    return [
+        "Two servers that answer over HTTP and past it, in every second turn the other way round. "
+        "The client leaves what is streamed with the kernel until there is much of it or the "
+        "answer ends, as if it computed on another machine; in one pair it reads each token. "
+        f"Over in process: {told} (medians)."
+    ]
+
+
 def speculation(found: dict[str, Any]) -> list[str]:
     same = "the same" if found["same_texts"] else "NOT the same"
     return [
@@ -197,6 +216,7 @@ def memory(found: dict[str, Any]) -> list[str]:
 
 
 _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "http": http,
     "prefix": prefix,
     "speculation": speculation,
     "load": load,
