@@ -11,9 +11,9 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m benchmarks.report` from
-[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (about half
-an hour, after a first run that installs vLLM and registers 10,000 adapters), `make bench-quick`
-tries everything once.
+[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (28 to 36
+minutes on two cores, after a first run that installs vLLM and registers 10,000 adapters),
+`make bench-quick` tries everything once.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
 same prompts in turns, in changing order. The rounds of a turn go on in slices of a quarter of a
