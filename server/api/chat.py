@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -124,19 +124,13 @@ class ChatWriter:
     """Writes outputs as OpenAI's chat completions, and as their chunks."""
 
     def __init__(self, body: ChatBody, order: Order, make_reader: MakeReader | None) -> None:
-        self._order = order
         self._make_reader = make_reader
         self._readers: dict[int, CallReader] = {}
         self._calls: dict[int, int] = {}
         """How many each choice has made."""
         self._token_bytes = TokenBytes(order.vocabulary.tokenizer) if body.logprobs else None
         self._opened: set[int] = set()
-        self._head: dict[str, Any] = {
-            "id": order.id,
-            "created": order.created,
-            "model": order.model,
-            "system_fingerprint": order.fingerprint,
-        }
+        self._head = order.head
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> ChatCompletion:
         return ChatCompletion(

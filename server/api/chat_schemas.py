@@ -325,11 +325,7 @@ class ChatCompletion(BaseModel):
             ]
         ],
     )
-    usage: Usage | None = Field(
-        None,
-        description="Tokens taken.",
-        examples=[USAGE_EXAMPLE],
-    )
+    usage: Usage | None = Field(None, description="Tokens taken.", examples=[USAGE_EXAMPLE])
 
 
 class Delta(TypedDict, total=False):

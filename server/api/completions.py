@@ -123,13 +123,7 @@ class CompletionWriter:
         self._token_bytes = TokenBytes(self._tokenizer) if body.logprobs is not None else None
         self._logprobs: dict[int, CompletionLogprobWriter] = {}
         self._echoed: set[int] = set()
-        self._head = {
-            "id": order.id,
-            "object": "text_completion",
-            "created": order.created,
-            "model": order.model,
-            "system_fingerprint": order.fingerprint,
-        }
+        self._head = {**order.head, "object": "text_completion"}
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> Completion:
         choices = [self._choice(number, output) for number, output in enumerate(outputs)]
@@ -142,7 +136,7 @@ class CompletionWriter:
             yield {**self._head, "choices": [choice]}
 
     def usage_chunk(self, usage: Usage) -> Chunk:
-        return self.whole([], usage).model_dump(exclude_unset=True)
+        return {**self._head, "choices": [], "usage": usage.model_dump(exclude_unset=True)}
 
     def _choice(self, number: int, output: Output) -> dict[str, Any]:
         echo = ""

@@ -59,6 +59,16 @@ class Order:
         return [request.prompt for request in self.requests[:: self.choices]]
 
     @property
+    def head(self) -> dict[str, Any]:
+        """What an answer and each chunk of it begin with."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    @property
     def headers(self) -> dict[str, str]:
         return {} if self.adapter is None else {"Infuse-Adapter": self.adapter}
 
@@ -210,7 +220,7 @@ class Generation:
     @property
     def ended(self) -> bool:
         """Whether nothing comes any more; what has come may still be read."""
-        return not self._running
+        return self._stream.finished
 
     async def next(self) -> list[tuple[int, Output]]:
         """The choices' numbers and outputs that have come, one at least; none after the last."""
