@@ -42,9 +42,9 @@ class Plan:
 
     sections: tuple[str, ...] | None
     """None: all."""
-    pairs: int
-    """Of adapters beside the base, each of two turns."""
-    skew_pairs: int
+    adapter_turns: int
+    """Of adapters beside the base, by fours: any two of these make two pairs."""
+    skew_turns: int
     """The same of popularities that no target is about."""
     peer_turns: int
     tokens: int
@@ -58,8 +58,8 @@ class Plan:
     lora_turns: int
     """Of LoRA in vLLM, which does too."""
     registered: int
-    http_pairs: int
-    """Over HTTP and in process, each of two turns."""
+    http_turns: int
+    """Over HTTP and in process: two make a pair."""
     loads: Mapping[float, float]
     """Part of the saturation -> seconds of Poisson arrivals. A p99 takes hundreds of them."""
     repeats: int
@@ -68,8 +68,8 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    pairs=10,
-    skew_pairs=1,
+    adapter_turns=20,
+    skew_turns=4,
     peer_turns=5,
     tokens=16,
     vllm_tokens=64,
@@ -77,14 +77,14 @@ FULL = Plan(
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_pairs=6,
+    http_turns=12,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
 QUICK = Plan(
     sections=("adapters", "peers", "load", "prefix"),
-    pairs=2,
-    skew_pairs=1,
+    adapter_turns=4,
+    skew_turns=0,
     peer_turns=1,
     tokens=16,
     vllm_tokens=16,
@@ -92,7 +92,7 @@ QUICK = Plan(
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,
-    http_pairs=1,
+    http_turns=2,
     loads={0.5: 5.0},
     repeats=1,
 )
@@ -115,6 +115,8 @@ class Bench:
         """Of all registered adapters; the first few are at hand as folders too."""
         self._running: dict[str, Engine] = {}
         self._failed: dict[str, EngineFailed] = {}
+        self._copies: dict[str, Path] = {}
+        """Of the store, by the server that has it."""
         self._stack = ExitStack()
 
     @classmethod
@@ -226,14 +228,18 @@ class Bench:
         assert isinstance(engine, InfuseHttp)
         return engine
 
-    def twin(self) -> InfuseHttp:
-        """Another server like the first, with a copy of its store."""
-        return self.server("infuse-twin", store=self._copied_store)
+    def replica(self, number: int) -> InfuseHttp:
+        """The server (0), or another one like it with a copy of its store."""
+        if number == 0:
+            return self.server()
+        name = f"infuse-{number}"
+        if name not in self._copies:
+            self._copies[name] = self._copied_store(name)
+        return self.server(name, store=self._copies[name])
 
-    @cached_property
-    def _copied_store(self) -> Path:
+    def _copied_store(self, name: str) -> Path:
         """Contents never change: they need no copy."""
-        copied = self.store.with_name(f"{self.store.name}-twin")
+        copied = self.store.with_name(f"{self.store.name}-{name}")
         shutil.rmtree(copied, ignore_errors=True)
         self._stack.callback(shutil.rmtree, copied)
 

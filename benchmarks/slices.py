@@ -1,8 +1,7 @@
 """Several engines' rounds at once, in slices: at any moment all engines but one are stopped.
 
 What disturbs a shared machine lasts for a second or a few: rounds one after the other meet other
-weather, and a pair of four seconds each varied by 5 to 8% on one where slices of a quarter of a
-second left 1 to 2%.
+weather, and the shorter the slices, the more alike it is for all.
 """
 
 import os
@@ -15,8 +14,10 @@ from dataclasses import dataclass, replace
 
 from benchmarks.engines import Answer, Engine, EngineFailed, Round
 
-SLICE_SECONDS = 0.25
-"""Of the fastest: a few steps of 32 rows, and longer than a server waits for anything."""
+SLICE_SECONDS = 0.1
+"""Of the fastest: about a step of 32 rows."""
+_FIRST_SLICE_SECONDS = 0.25
+"""Longer than a server waits for requests that come together."""
 _SENDING_SECONDS = 0.05
 """In which clients send what they ask, before any engine goes on."""
 
@@ -35,7 +36,7 @@ class Run:
 
 def run_in_slices(runs: Mapping[str, Run]) -> dict[str, Round | EngineFailed]:
     """A round of each, by name. Seconds are those in which the engine ran; the engines differ."""
-    lengths = _lengths(runs)
+    shares = _shares(runs)
     slices: dict[str, list[Slice]] = {name: [] for name in runs}
     with (
         ThreadPoolExecutor(len(runs)) as clients,
@@ -43,10 +44,12 @@ def run_in_slices(runs: Mapping[str, Run]) -> dict[str, Round | EngineFailed]:
     ):
         rounds = {name: clients.submit(each.ask, each.engine) for name, each in runs.items()}
         time.sleep(_SENDING_SECONDS)
+        seconds = _FIRST_SLICE_SECONDS
         while left := [name for name in runs if not rounds[name].done()]:
             for name in left:
-                length = None if len(left) == 1 else lengths[name]
+                length = None if len(left) == 1 else seconds * shares[name]
                 slices[name].append(_slice(runs[name].engine, rounds[name], length))
+            seconds = SLICE_SECONDS
     return {name: _found(rounds[name], slices[name]) for name in runs}
 
 
@@ -68,13 +71,11 @@ def retimed(round_: Round, slices: Sequence[Slice]) -> Round:
     )
 
 
-def _lengths(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Of a slice, in seconds."""
+def _shares(runs: Mapping[str, Run]) -> dict[str, float]:
+    """How much longer its slices are than the fastest engine's."""
     known = [each.seconds for each in runs.values() if each.seconds is not None]
     return {
-        name: SLICE_SECONDS
-        if len(known) < len(runs) or each.seconds is None
-        else SLICE_SECONDS * each.seconds / min(known)
+        name: 1.0 if len(known) < len(runs) or each.seconds is None else each.seconds / min(known)
         for name, each in runs.items()
     }
 

@@ -36,7 +36,7 @@ class Turns:
     failed: dict[str, str] = field(default_factory=dict)
     """The reason, by side. What it did before it failed is kept."""
     crossed: bool = False
-    """In every second turn the sides had each other's engines: two turns make a pair."""
+    """Sides took each other's engines: two turns make a pair, see `take_turns`."""
 
     def speeds(self, name: str) -> list[float]:
         """Generated tokens a second."""
@@ -58,9 +58,13 @@ class Turns:
             )
         ]
         if self.crossed:
+            names = list(self.rounds)
+            apart = names.index(name) ^ names.index(other)
             pairs = [
                 None if first is None or second is None else math.sqrt(first * second)
-                for first, second in zip(pairs[::2], pairs[1::2], strict=True)
+                for turn, first in enumerate(pairs)
+                if turn < turn ^ apart
+                for second in [pairs[turn ^ apart]]
             ]
         return ratio_of([pair for pair in pairs if pair is not None])
 
@@ -93,22 +97,21 @@ def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turn
     """`turns` turns in changing order: in each, sides of different engines run in slices, those of
     one engine one after the other. A side that fails sits out from there on.
 
-    `crossed`: two sides take each other's engines in every second turn. Processes of one kind
-    differ by up to 3% in speed for as long as they live; what a pair's two turns have in common is
-    without that.
+    `crossed`: sides (two or four) take each other's engines, the i-th in turn t that of number
+    `i xor t`. Any two of them have each other's in some other turn, and what the two turns have in
+    common is a pair: processes of one kind differ by up to 3% in speed for as long as they live.
     """
+    assert not crossed or turns % len(sides) == 0
     result = Turns(
         rounds={side.name: [] for side in sides},
         tokens={side.name: side.tokens for side in sides},
         crossed=crossed,
     )
     for turn in range(turns):
-        engines = [side.engine for side in sides]
-        if crossed and turn % 2:
-            engines.reverse()
+        shift = turn % len(sides) if crossed else 0
         taking = [
-            (side, engine)
-            for side, engine in zip(sides, engines, strict=True)
+            (side, sides[number ^ shift].engine)
+            for number, side in enumerate(sides)
             if takes_part(side, turn, turns)
         ]
         found: dict[str, Round] = {}

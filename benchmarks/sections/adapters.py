@@ -1,9 +1,9 @@
 """What adapters cost beside the base, by their popularity, and against PEFT.
 
-Over HTTP, streaming, on two servers that have all adapters registered.
+Over HTTP, streaming, on servers that have all adapters registered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -38,27 +38,34 @@ PEFT = "PEFT, one adapter after the other"
 def measure(bench: Bench) -> dict[str, Any]:
     plan = bench.plan
     few = bench.names[:ROWS]
-    seeds = count()
-    asked: dict[str, Callable[[], list[str]]] = {
-        DISTINCT: lambda: few,
-        MANY: lambda: choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT),
-        IDENTICAL: lambda: choose("identical", few, ROWS),
-        UNIFORM: lambda: choose("uniform", few, ROWS),
-        SKEWED: lambda: choose("zipf", few, ROWS),
-    }
-    compared = {
-        name: beside_base(
-            bench, name, adapters, plan.pairs if name in (DISTINCT, MANY) else plan.skew_pairs
-        )
-        for name, adapters in asked.items()
-    }
     half = [name if row % 2 else None for row, name in enumerate(few)]
-    beside = beside_base(bench, BESIDE, lambda: half, plan.pairs)
+    seeds = count()
+
+    def many() -> list[str]:
+        return choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
+
+    judged = crossing(
+        bench, {DISTINCT: lambda: few, MANY: many, BESIDE: lambda: half}, plan.adapter_turns
+    )
+    others = crossing(
+        bench,
+        {
+            IDENTICAL: lambda: choose("identical", few, ROWS),
+            UNIFORM: lambda: choose("uniform", few, ROWS),
+            SKEWED: lambda: choose("zipf", few, ROWS),
+        },
+        plan.skew_turns,
+    )
     peft = beside_peft(bench)
-    return report(*compared.values(), beside, peft) | {
+    return report(judged, others, peft) | {
         "ratios": {
-            **{key: compared[name].ratio(name, BASE) for name, key in BY_SKEW.items()},
-            "base_beside_adapters_over_alone": beside.ratio(BESIDE, BASE, of_base_rows),
+            **{
+                ratio: turns.ratio(name, BASE)
+                for name, ratio in BY_SKEW.items()
+                for turns in (judged, others)
+                if name in turns.rounds
+            },
+            "base_beside_adapters_over_alone": judged.ratio(BESIDE, BASE, of_base_rows),
             "adapters_over_peft": peft.ratio(DISTINCT, PEFT),
         },
         "rows": ROWS,
@@ -68,23 +75,23 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
 
 
-def beside_base(
-    bench: Bench, name: str, adapters: Callable[[], Sequence[str | None]], pairs: int
+def crossing(
+    bench: Bench, adapters: Mapping[str, Callable[[], Sequence[str | None]]], turns: int
 ) -> Turns:
-    """What `adapters` gives for each round, and the base, each on both servers."""
+    """What each gives for a round, and the base: on as many servers, each in turn on every one."""
     tokens = bench.plan.round_tokens
 
-    def ask(engine: Engine) -> Round:
-        return engine.run(bench.requests(adapters(), tokens))
+    def side(number: int, name: str, chosen: Callable[[], Sequence[str | None]]) -> Side:
+        return Side(
+            name,
+            lambda: bench.replica(number),
+            lambda server: server.run(bench.requests(chosen(), tokens)),
+            ROWS * tokens,
+        )
 
-    def ask_base(engine: Engine) -> Round:
-        return engine.run(bench.requests([None] * ROWS, tokens))
-
-    sides = [
-        Side(name, bench.server, ask, ROWS * tokens),
-        Side(BASE, bench.twin, ask_base, ROWS * tokens),
-    ]
-    return take_turns(sides, 2 * pairs, crossed=True)
+    asked = {**adapters, BASE: lambda: [None] * ROWS}
+    sides = [side(number, *each) for number, each in enumerate(asked.items())]
+    return take_turns(sides, turns, crossed=True)
 
 
 def beside_peft(bench: Bench) -> Turns:

@@ -41,7 +41,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
     tokens = ROWS * plan.vllm_tokens
 
-    def beside_inprocess(name: str, pairs: int, **how: bool) -> Turns:
+    def beside_inprocess(name: str, turns: int, **how: bool) -> Turns:
         sides = [
             Side(name, bench.inprocess, lambda each: each.over_http(requests, **how), tokens),
             Side(
@@ -51,11 +51,11 @@ def measure(bench: Bench) -> dict[str, Any]:
                 tokens,
             ),
         ]
-        return take_turns(sides, 2 * pairs, crossed=True)
+        return take_turns(sides, turns, crossed=True)
 
-    streamed = beside_inprocess(STREAMED, plan.http_pairs, elsewhere=True)
-    near = beside_inprocess(NEAR, 1)
-    whole = beside_inprocess(WHOLE, 1, stream=False)
+    streamed = beside_inprocess(STREAMED, plan.http_turns, elsewhere=True)
+    near = beside_inprocess(NEAR, 2)
+    whole = beside_inprocess(WHOLE, 2, stream=False)
     return report(streamed, near, whole) | {
         "ratios": {
             "streaming_over_in_process": streamed.ratio(STREAMED, INPROCESS),

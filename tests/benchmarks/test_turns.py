@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import pytest
 
@@ -115,6 +116,26 @@ def test_sides_that_cross_over_leave_the_engines_out_of_their_ratio() -> None:
     assert ratio["pairs"] == 2
     assert ratio["least"] == pytest.approx(1.1)
     assert ratio["greatest"] == pytest.approx(1.1)
+
+
+def test_any_two_of_four_sides_have_each_others_engines_in_some_turn() -> None:
+    """Each engine takes 3% longer than the one before it, each side 10%."""
+    slower = {"w": 1.0, "x": 1.03, "y": 1.03**2, "z": 1.03**3}
+
+    def took(own: float) -> Callable[[Engine], float]:
+        return lambda engine: own * slower[engine.name]
+
+    sides = [
+        side(name, engine=Idle(engine), seconds=took(1.1**number))
+        for number, (name, engine) in enumerate(zip("abcd", slower, strict=True))
+    ]
+    found = take_turns(sides, turns=8, crossed=True)
+    for first, second in combinations(range(4), 2):
+        ratio = found.ratio("abcd"[first], "abcd"[second])
+        assert ratio is not None
+        assert ratio["pairs"] == 4
+        assert ratio["least"] == pytest.approx(1.1 ** (second - first))
+        assert ratio["greatest"] == pytest.approx(1.1 ** (second - first))
 
 
 def test_half_of_what_crossed_over_is_no_pair() -> None:
