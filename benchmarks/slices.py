@@ -18,8 +18,8 @@ SLICE_SECONDS = 0.1
 """Of the fastest: about a step of 32 rows."""
 _FIRST_SLICE_SECONDS = 0.25
 """Longer than a server waits for requests that come together."""
-_SENDING_SECONDS = 0.05
-"""In which clients send what they ask, before any engine goes on."""
+_SENDING_SECONDS = 0.2
+"""In which clients send what they ask, before any engine goes on: four of them take half of it."""
 
 Slice = tuple[float, float]
 """From when until when an engine ran, by `time.perf_counter`."""

@@ -94,12 +94,13 @@ def ratio_of(pairs: Sequence[float]) -> dict[str, Any] | None:
 
 
 def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turns:
-    """`turns` turns in changing order: in each, sides of different engines run in slices, those of
-    one engine one after the other. A side that fails sits out from there on.
+    """`turns` turns: in each, sides of different engines run in slices, those of one engine one after
+    the other. The order is another in every second turn. A side that fails sits out from there on.
 
     `crossed`: sides (two or four) take each other's engines, the i-th in turn t that of number
-    `i xor t`. Any two of them have each other's in some other turn, and what the two turns have in
-    common is a pair: processes of one kind differ by up to 3% in speed for as long as they live.
+    `i xor t`, and with it the place in the order. Any two have each other's in some other turn, and
+    what the two turns have in common is a pair: processes of one kind differ by up to 3% in speed
+    for as long as they live.
     """
     assert not crossed or turns % len(sides) == 0
     result = Turns(
@@ -108,14 +109,8 @@ def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turn
         crossed=crossed,
     )
     for turn in range(turns):
-        shift = turn % len(sides) if crossed else 0
-        taking = [
-            (side, sides[number ^ shift].engine)
-            for number, side in enumerate(sides)
-            if takes_part(side, turn, turns)
-        ]
         found: dict[str, Round] = {}
-        for runs in _together(taking[:: -1 if turn % 2 else 1], result):
+        for runs in _together(_taking(sides, turn, turns, crossed), result):
             found |= _measured(runs, result)
         for side in sides:
             round_ = found.get(side.name)
@@ -124,6 +119,17 @@ def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turn
                 speed = side.tokens / round_.seconds
                 typer.echo(f"  turn {turn + 1:2}/{turns}  {side.name:44} {speed:7.1f} tokens/s")
     return result
+
+
+def _taking(
+    sides: Sequence[Side], turn: int, turns: int, crossed: bool
+) -> list[tuple[Side, Callable[[], Engine]]]:
+    """Who takes part, in order, on which engine."""
+    if crossed:
+        shift = turn % len(sides)
+        return [(sides[number ^ shift], side.engine) for number, side in enumerate(sides)]
+    taking = [(side, side.engine) for side in sides if takes_part(side, turn, turns)]
+    return taking[:: -1 if turn % 2 else 1]
 
 
 def takes_part(side: Side, turn: int, turns: int) -> bool:
