@@ -47,6 +47,8 @@ class Plan:
     skew_turns: int
     """The same of popularities that no target is about."""
     peer_turns: int
+    peft_turns: int
+    """Of PEFT, far from its target."""
     tokens: int
     """In the prompt, and as many generated: under load."""
     vllm_tokens: int
@@ -71,13 +73,14 @@ FULL = Plan(
     adapter_turns=20,
     skew_turns=4,
     peer_turns=5,
+    peft_turns=2,
     tokens=16,
     vllm_tokens=64,
     round_tokens=24,
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=12,
+    http_turns=10,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
@@ -86,6 +89,7 @@ QUICK = Plan(
     adapter_turns=4,
     skew_turns=0,
     peer_turns=1,
+    peft_turns=1,
     tokens=16,
     vllm_tokens=16,
     round_tokens=16,

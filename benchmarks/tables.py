@@ -16,14 +16,15 @@ minutes on two cores, after a first run that installs vLLM and registers 10,000 
 `make bench-quick` tries everything once.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
-same prompts in turns, in changing order. The rounds of a turn go on in slices of a quarter of a
+same prompts in turns, in changing order. The rounds of a turn go on in slices of a tenth of a
 second, all engines but one being stopped, and only the time in which an engine ran counts
-([decision 25](decisions/0025-slices-of-time.md)); adapters and base take each other's server in
-every second turn, and two turns are a pair. "Measured on" says which commit a section is of. So a
-ratio means something, and a speed by itself little. Model: SmolLM2-135M-Instruct in float32,
-greedy, end tokens passed over, random prompts; IA3 on keys, values and `down_proj` (PEFT's
-default), LoRA of rank 8 on the same modules. Infuse runs with `--compile`, as vLLM compiles by
-default. Prefix caches and prompt lookup are off except where they are what is measured."""
+([decision 25](decisions/0025-slices-of-time.md)); adapters and base take each other's server from
+turn to turn, and two turns in which two of them had each other's are a pair. "Measured on" says
+which commit a section is of. So a ratio means something, and a speed by itself little. Model:
+SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts; IA3 on keys,
+values and `down_proj` (PEFT's default), LoRA of rank 8 on the same modules. Infuse runs with
+`--compile`, as vLLM compiles by default. Prefix caches and prompt lookup are off except where they
+are what is measured."""
 
 _JUDGED = """\
 A target is reached where the 95% bound of the median that makes it harder keeps the limit: the
@@ -133,7 +134,6 @@ def http(found: dict[str, Any]) -> list[str]:
     names = {
         "streaming_over_in_process": "streaming",
         "near_over_in_process": "with each token read",
-        "whole_over_in_process": "whole answers",
     }
     told = ", ".join(
         f"{name} {ratio['median']:.3f}"

@@ -94,8 +94,8 @@ def ratio_of(pairs: Sequence[float]) -> dict[str, Any] | None:
 
 
 def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turns:
-    """`turns` turns: in each, sides of different engines run in slices, those of one engine one after
-    the other. The order is another in every second turn. A side that fails sits out from there on.
+    """`turns` turns in changing order: in each, sides of different engines run in slices, those of
+    one engine one after the other. A side that fails sits out from there on.
 
     `crossed`: sides (two or four) take each other's engines, the i-th in turn t that of number
     `i xor t`, and with it the place in the order. Any two have each other's in some other turn, and

@@ -29,7 +29,6 @@ def ask(
     requests: Sequence[Request],
     in_flight: int | None = None,
     *,
-    stream: bool = True,
     elsewhere: bool = False,
     **fields: Any,
 ) -> Round:
@@ -39,7 +38,7 @@ def ask(
 
     Raises EngineFailed.
     """
-    bodies = [_request(url, each, stream, fields) for each in requests]
+    bodies = [_request(url, each, fields) for each in requests]
     return uvloop.run(_ask(url, requests, bodies, in_flight, _MUCH if elsewhere else 1))
 
 
@@ -67,9 +66,7 @@ async def _ask(
             )
     except (OSError, TimeoutError) as error:
         raise EngineFailed(f"over HTTP: {type(error).__name__}: {error}") from error
-    answers = [
-        _answer(each, request, began) for each, request in zip(exchanges, requests, strict=True)
-    ]
+    answers = [_answer(each, began) for each in exchanges]
     return Round(began, max(each.last for each in answers), answers)
 
 
@@ -114,7 +111,7 @@ class _Exchange(asyncio.Protocol):
             yield begun, at
 
 
-def _request(url: str, request: Request, stream: bool, fields: Mapping[str, Any]) -> bytes:
+def _request(url: str, request: Request, fields: Mapping[str, Any]) -> bytes:
     body = json.dumps(
         {
             "model": request.adapter or BASE,
@@ -122,7 +119,7 @@ def _request(url: str, request: Request, stream: bool, fields: Mapping[str, Any]
             "max_tokens": request.tokens_out,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": stream,
+            "stream": True,
         }
         | fields
     ).encode()
@@ -133,7 +130,7 @@ def _request(url: str, request: Request, stream: bool, fields: Mapping[str, Any]
     return head.encode() + body
 
 
-def _answer(exchange: _Exchange, request: Request, began: float) -> Answer:
+def _answer(exchange: _Exchange, began: float) -> Answer:
     """Raises EngineFailed for anything but the whole answer that was asked for."""
     arrived = exchange.arrived - began
     lines = list(exchange.lines())
@@ -141,14 +138,8 @@ def _answer(exchange: _Exchange, request: Request, began: float) -> Answer:
     if status != b"200":
         raise EngineFailed(f"the server answered {status.decode()}: {lines[-1:]}")
     events = [(json.loads(line[6:]), at) for line, at in lines if line.startswith(b"data: {")]
-    if events:
-        choices = [(choice, at) for event, at in events for choice in event["choices"]]
-        text = "".join(choice["text"] for choice, _ in choices)
-        if "error" in events[-1][0] or choices[-1][0]["finish_reason"] != "length":
-            raise EngineFailed(f"a stream ended early: {events[-1][0]}")
-        return Answer(text, arrived, choices[-1][1] - began, choices[0][1] - began)
-    text, last = next((line, at) for line, at in lines if line.startswith(b"{"))
-    whole = json.loads(text)
-    if whole["usage"]["completion_tokens"] != request.tokens_out:
-        raise EngineFailed(f"an answer ended early: {whole}")
-    return Answer(whole["choices"][0]["text"], arrived, last - began)
+    choices = [(choice, at) for event, at in events for choice in event.get("choices", ())]
+    text = "".join(choice["text"] for choice, _ in choices)
+    if not choices or choices[-1][0]["finish_reason"] != "length":
+        raise EngineFailed(f"a stream ended early: {lines[-1:]}")
+    return Answer(text, arrived, choices[-1][1] - began, choices[0][1] - began)

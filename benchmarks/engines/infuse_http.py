@@ -109,9 +109,7 @@ class InfuseHttp(ServerProcess):
 class EitherWay(Worker):
     """A server whose engine can also be asked directly: `run` does that."""
 
-    def over_http(
-        self, requests: Sequence[Request], *, stream: bool = True, elsewhere: bool = False
-    ) -> Round:
+    def over_http(self, requests: Sequence[Request], elsewhere: bool) -> Round:
         url = _address(self.log)
         assert url is not None, "a server that is ready says where"
-        return ask(url, requests, stream=stream, elsewhere=elsewhere)
+        return ask(url, requests, elsewhere=elsewhere)

@@ -107,7 +107,7 @@ def beside_peft(bench: Bench) -> Turns:
         Side(DISTINCT, bench.server, lambda engine: engine.run(requests), ROWS * tokens),
         Side(PEFT, bench.peft, ask_some, PEFT_REQUESTS * tokens),
     ]
-    return take_turns(sides, bench.plan.peer_turns)
+    return take_turns(sides, bench.plan.peft_turns)
 
 
 def of_base_rows(_: str, each: Round) -> float:

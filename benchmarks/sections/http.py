@@ -1,5 +1,5 @@
-"""What HTTP costs: the same requests streamed, answered as a whole, and asked without HTTP, of the
-same two processes in turns; and the server under a public load generator that knows nothing of it.
+"""What HTTP costs: the same requests streamed, and asked without HTTP, of the same two processes in
+turns; and the server under a public load generator that knows nothing of it.
 """
 
 import json
@@ -13,7 +13,6 @@ from benchmarks.turns import Side, Turns, report, take_turns
 
 STREAMED = "HTTP, streaming"
 NEAR = "HTTP, streaming, each token read on the same cores"
-WHOLE = "HTTP, whole answers"
 INPROCESS = "in process"
 _GENERATOR = (
     "from vllm.benchmarks.serve import add_cli_args, main;"
@@ -41,9 +40,9 @@ def measure(bench: Bench) -> dict[str, Any]:
     requests = bench.requests([*bench.names[:ROWS]], plan.vllm_tokens)
     tokens = ROWS * plan.vllm_tokens
 
-    def beside_inprocess(name: str, turns: int, **how: bool) -> Turns:
+    def beside_inprocess(name: str, turns: int, elsewhere: bool) -> Turns:
         sides = [
-            Side(name, bench.inprocess, lambda each: each.over_http(requests, **how), tokens),
+            Side(name, bench.inprocess, lambda each: each.over_http(requests, elsewhere), tokens),
             Side(
                 INPROCESS,
                 lambda: bench.inprocess(twin=True),
@@ -54,13 +53,11 @@ def measure(bench: Bench) -> dict[str, Any]:
         return take_turns(sides, turns, crossed=True)
 
     streamed = beside_inprocess(STREAMED, plan.http_turns, elsewhere=True)
-    near = beside_inprocess(NEAR, 2)
-    whole = beside_inprocess(WHOLE, 2, stream=False)
-    return report(streamed, near, whole) | {
+    near = beside_inprocess(NEAR, 2, elsewhere=False)
+    return report(streamed, near) | {
         "ratios": {
             "streaming_over_in_process": streamed.ratio(STREAMED, INPROCESS),
             "near_over_in_process": near.ratio(NEAR, INPROCESS),
-            "whole_over_in_process": whole.ratio(WHOLE, INPROCESS),
         },
         "rows": ROWS,
         "tokens": plan.vllm_tokens,
