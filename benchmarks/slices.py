@@ -19,7 +19,7 @@ SLICE_SECONDS = 0.1
 _FIRST_SLICE_SECONDS = 0.25
 """Longer than a server waits for requests that come together."""
 _SENDING_SECONDS = 0.2
-"""In which clients send what they ask, before any engine goes on: four of them take 0.04 and more."""
+"""In which clients send, before any engine goes on: four of them take 0.04 and more."""
 
 Slice = tuple[float, float]
 """From when until when an engine ran, by `time.perf_counter`."""
