@@ -140,6 +140,7 @@ def _answer(exchange: _Exchange, began: float) -> Answer:
     events = [(json.loads(line[6:]), at) for line, at in lines if line.startswith(b"data: {")]
     choices = [(choice, at) for event, at in events for choice in event.get("choices", ())]
     text = "".join(choice["text"] for choice, _ in choices)
-    if not choices or choices[-1][0]["finish_reason"] != "length":
+    whole = choices and choices[-1][0]["finish_reason"] == "length"
+    if not whole or "error" in events[-1][0]:
         raise EngineFailed(f"a stream ended early: {lines[-1:]}")
     return Answer(text, arrived, choices[-1][1] - began, choices[0][1] - began)
