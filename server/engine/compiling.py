@@ -8,7 +8,7 @@ Adapters come and go without another compilation.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,10 +18,11 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor import standalone_compile
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._inductor.utils import InputType
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adapters.model import IA3Model
 from server.engine.attention import AttentionPlan, Chunk, StepContext
@@ -38,6 +39,7 @@ from server.engine.tracing import (
     attend_in,
     check_alike,
     probing,
+    traced_example,
 )
 
 log = logging.getLogger(__name__)
@@ -60,15 +62,17 @@ class CompiledForward:
         self._traced = traced
         self._graph = traced.trace.opened()
         _move_gates(self._graph)
+        _open_hypots(self._graph)
         self._products: list[Product] = []
         """Of which the operators without a kernel have the numbers."""
         self._kernels: list[tuple[Product, ProductCall]] = []
         self._attentions: list[AttentionCall] = []
         addresses = self._use_operators(cache)
-        self._calls = torch.tensor(addresses, dtype=torch.int64, device=ia3.base.device)
+        calls = torch.tensor(addresses, dtype=torch.int64, device=ia3.base.device)
+        self._constants = [calls, *traced.trace.constants]
         self._scaled = (-1, -1)
         self._can_rescale = True
-        self._run: Callable[[list[torch.Tensor]], Any]
+        self._run: Callable[..., Any]
 
     @property
     def has_attention(self) -> bool:
@@ -83,14 +87,15 @@ class CompiledForward:
             os.environ[_CACHE] = str(folder)
         ours = os.environ[_CACHE] == str(folder)
         graph_module = fx.GraphModule({}, self._graph)
+        inputs = _fakes(self._constants, traced_example(self._ia3.base.device))
         try:
-            self._run = _compile(graph_module)
+            self._run = _compile(graph_module, inputs)
         except Exception:
             if not ours:
                 raise
             # What was kept may be damaged, and is made anew.
             shutil.rmtree(folder, ignore_errors=True)
-            self._run = _compile(graph_module)
+            self._run = _compile(graph_module, inputs)
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
@@ -105,10 +110,9 @@ class CompiledForward:
         if self.has_attention:
             assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
             plan.begin()
-        arguments = [*self._traced.trace.constants, ids, positions, keep, self._calls]
         try:
             with _running_as(self):
-                logits: torch.Tensor = self._run(arguments)[0]
+                logits: torch.Tensor = self._run(*self._constants, ids, positions, keep)
         except RuntimeError as error:
             # It does not say what failed, want of memory say; as it was traced it does.
             log.warning("A compiled step failed and runs again uncompiled: %s", error)
@@ -136,8 +140,7 @@ class CompiledForward:
     def _use_operators(self, cache: FlatCache) -> list[int]:
         """Calls of operators instead of products and attention; and the addresses that kernels'
         operators find by their numbers."""
-        *_, last = (node for node in self._graph.nodes if node.op == "placeholder")
-        with self._graph.inserting_after(last):
+        with self._graph.inserting_before(next(iter(self._graph.nodes))):
             calls = self._graph.placeholder("calls")
         addresses: list[int] = []
         for node in list(self._graph.nodes):
@@ -150,7 +153,6 @@ class CompiledForward:
                     node.target, node.args = ATTENTION, (*tensors, calls, len(addresses))
                     self._attentions.append(call)
                     addresses.append(call.address)
-        calls.meta["val"] = last.meta["val"].new_empty(len(addresses))
         return addresses
 
     def _use_product(self, node: fx.Node, calls: fx.Node, addresses: list[int]) -> None:
@@ -213,32 +215,44 @@ def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], Atten
         cache.release(row)
 
 
-def _compile(module: fx.GraphModule) -> Callable[[list[torch.Tensor]], Any]:
-    inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+def _compile(module: fx.GraphModule, inputs: list[InputType]) -> Callable[..., Any]:
+    """`inputs`: fakes, as `_fakes` makes them."""
     last = inputs[-1]
-    decompositions = {**select_decomp_table(), torch.ops.aten.hypot.default: _hypot}
-    functional = make_fx(
-        torch.func.functionalize(lambda *args: (module(*args),)),
-        decompositions,
-        tracing_mode="symbolic",
-    )(*inputs)
-    # It is no part of what is compiled, and would keep it from the compiler's cache.
-    functional.shape_env = None
+    assert isinstance(last, FakeTensor)
     options = {
         "cpp_wrapper": last.device.type == "cpu",
+        # The calls are not worth the optimising that the arithmetic is: half of the time.
+        "cpp_wrapper_build_separate": True,
         # Named, for what is kept holds for so many.
         "cpp.threads": torch.get_num_threads(),
         # 150 MB in a folder of its own, to compile one file.
         "cpp_cache_precompile_headers": False,
     }
-    with tracing(TracingContext(last.fake_mode)), inductor.patch(options):
-        compiled: Callable[[list[torch.Tensor]], Any] = compile_fx_inner(functional, inputs)
-    return compiled
+    # Around all of it: what is found in the compiler's cache is loaded by these, too.
+    with inductor.patch(options), tracing(TracingContext(last.fake_mode)), torch.no_grad():
+        return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context", aot=True)
 
 
-def _hypot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _fakes(constants: Sequence[torch.Tensor], example: Sequence[torch.Tensor]) -> list[InputType]:
+    """Of tensors that keep their sizes, and of some whose sizes may be any."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [
+        *(mode.from_tensor(each, static_shapes=True) for each in constants),
+        *(mode.from_tensor(each, static_shapes=False) for each in example),
+    ]
+
+
+def _open_hypots(graph: fx.Graph) -> None:
     """Our norms'. Inductor would call the C library's for every few numbers of a row."""
-    return torch.sqrt(x * x + y * y)
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is aten.hypot.default:
+            with graph.inserting_before(node):
+                squares = [graph.call_function(aten.mul.Tensor, (x, x)) for x in node.args]
+                total = graph.call_function(aten.add.Tensor, tuple(squares))
+                root = graph.call_function(aten.sqrt.default, (total,))
+            node.replace_all_uses_with(root)
+            graph.erase_node(node)
 
 
 def _move_gates(graph: fx.Graph) -> None:
@@ -258,7 +272,6 @@ def _move_gates(graph: fx.Graph) -> None:
         readers = [reader.target for reader in result.users]
         alone = len(readers) == 1 and isinstance(readers[0], Product)
         product.target.gate(readers[0] if alone else None)
-        product.meta = result.meta
         result.replace_all_uses_with(product)
         for node in (result, activated, gate, up):
             graph.erase_node(node)

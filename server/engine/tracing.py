@@ -181,8 +181,7 @@ def _traced(
     layers: list[LayerAttention],
 ) -> fx.GraphModule:
     """Raises NotTraced where the trace holds for some numbers of tokens only."""
-    tokens, kept = _TRACED
-    example = _example(tokens, kept, base.device)
+    example = traced_example(base.device)
     with torch.no_grad(), context.step(_TracePlan(layers)), _opened(seams):
         graph_module: fx.GraphModule = make_fx(
             forward, tracing_mode="symbolic", _allow_non_fake_inputs=True
@@ -190,7 +189,14 @@ def _traced(
     ids = next(iter(graph_module.graph.nodes)).meta["val"]
     if guards := ids.fake_mode.shape_env.guards:
         raise NotTraced(f"it depends on {guards[0].expr}")
+    for node in graph_module.graph.nodes:
+        node.meta = {}  # The trace's own tensors: nobody else's business.
     return graph_module
+
+
+def traced_example(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a forward is traced with; all sizes that are not one may be others."""
+    return _example(*_TRACED, device)
 
 
 def _example(
@@ -211,7 +217,6 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[torch.Tensor]:
             if name not in found:
                 with graph.inserting_before(first):
                     found[name] = graph.placeholder(name)
-                found[name].meta = node.meta
             node.replace_all_uses_with(found[name])
             graph.erase_node(node)
     return [getattr(graph_module, name) for name in found]
@@ -239,7 +244,6 @@ def _open(graph: fx.Graph, seams: Sequence[Seam]) -> None:
             product = graph.call_function(Product(members), (x,))
             parts = [graph.call_function(operator.getitem, (product, n)) for n in range(len(nodes))]
         for node, part in zip(nodes, parts, strict=True):
-            part.meta = node.meta
             node.replace_all_uses_with(part)
             graph.erase_node(node)
 

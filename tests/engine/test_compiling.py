@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch._ops import OpOverload
 from transformers import PreTrainedModel
 
 from server.engine import packing
@@ -76,6 +78,13 @@ def test_a_compiled_step_calls_its_kernels_without_python(
     one = dict(list(adapters.items())[:1])
     monkeypatch.setattr(KernelProduct, "__call__", Mock(side_effect=AssertionError))
     monkeypatch.setattr(AttentionKernel, "__call__", Mock(side_effect=AssertionError))
+    call = OpOverload.__call__
+
+    def not_ours(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
+        assert operator.namespace != "infuse", operator
+        return call(operator, *args, **kwargs)
+
+    monkeypatch.setattr(OpOverload, "__call__", not_ours)
 
     ask_all(engine, one)
     check_all(engine, llama, one)
