@@ -172,6 +172,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefix_cache=settings.prefix_cache,
         pack_linears=settings.pack_linears,
+        trace_cache=cache_dir() / "traces",
         compile_cache=cache_dir() / "compiled" if settings.compile else None,
         speculation=settings.speculation,
     )

@@ -20,6 +20,8 @@ class EngineConfig:
     pack_linears: bool = True
     speculation: bool = False
     """Guess tokens ahead where it pays, for requests that do not say."""
+    trace_cache: Path | None = None
+    """Where the traced forward is kept for later starts; None: each start traces it."""
     compile_cache: Path | None = None
     """Compile what can be, and keep it there; None: run the model as it is."""
 

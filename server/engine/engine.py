@@ -59,6 +59,7 @@ class Engine:
             max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
+            trace_cache=config.trace_cache,
             compile_cache=config.compile_cache,
         )
         self.runner_kind = execution.kind

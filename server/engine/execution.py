@@ -26,7 +26,8 @@ from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
-from server.engine.tracing import NotTraced, TracedForward, trace
+from server.engine.trace_cache import find_or_trace
+from server.engine.tracing import NotTraced, TracedForward
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,11 @@ def prepare(
     max_tokens: int,
     kv_cache_tokens: int | None,
     pack: bool,
+    trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`compile_cache`: compile a flat model, and keep what was made there; None: do not.
+    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
+    what was made there. None: do not.
 
     Raises UnsupportedModel where neither way is exact, and DoesNotFit.
     """
@@ -80,7 +83,7 @@ def prepare(
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     modules = Modules(base)
-    traced = _trace(ia3, context, modules, cache, compile_cache)
+    traced = _trace(ia3, context, modules, cache, trace_cache, compile_cache)
     runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
     return Execution("flat", cache, runner, isinstance(traced, CompiledForward))
 
@@ -90,13 +93,14 @@ def _trace(
     context: StepContext,
     modules: Modules,
     cache: FlatCache,
+    trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> TracedForward | CompiledForward | None:
     """The model's forward without its modules, if it has such."""
     if compile_cache is None and ia3.base.device.type != "cpu":
         return None
     try:
-        traced = trace(ia3, context, modules)
+        traced = find_or_trace(ia3, context, modules, trace_cache)
     except NotTraced as error:
         log.log(
             logging.INFO if compile_cache is None else logging.WARNING,

@@ -13,8 +13,12 @@ class FusedRMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.variance_epsilon = eps
-        self._numerator = weight.detach() * math.sqrt(len(weight))
-        self._least = torch.tensor(math.sqrt(len(weight) * eps), dtype=weight.dtype)
+        numerator = weight.detach() * math.sqrt(len(weight))
+        least = torch.tensor(math.sqrt(len(weight) * eps), dtype=weight.dtype)
+        self._numerator: torch.Tensor
+        self._least: torch.Tensor
+        self.register_buffer("_numerator", numerator, persistent=False)
+        self.register_buffer("_least", least, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -96,8 +96,7 @@ def trace(ia3: IA3Model, context: StepContext, forward: Forward) -> TracedForwar
     Raises NotTraced where that cannot be, or gives anything else on an example.
     """
     try:
-        if any(m._forward_hooks or m._forward_pre_hooks for m in ia3.base.modules()):
-            raise NotTraced("its modules have hooks")
+        check_traceable(ia3.base)
         seams = list(seams_of(ia3.base))
         layers: list[LayerAttention] = []
         graph_module = _traced(ia3.base, context, forward, seams, layers)
@@ -107,6 +106,12 @@ def trace(ia3: IA3Model, context: StepContext, forward: Forward) -> TracedForwar
     except Exception as error:  # Whatever a model's code does that cannot be traced.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return traced
+
+
+def check_traceable(base: PreTrainedModel) -> None:
+    """Raises NotTraced where a trace would miss something."""
+    if any(m._forward_hooks or m._forward_pre_hooks for m in base.modules()):
+        raise NotTraced("its modules have hooks")
 
 
 def probing(_tokens: int) -> AttentionPlan:

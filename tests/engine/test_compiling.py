@@ -12,10 +12,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch._inductor.graph import GraphLowering
 from torch._ops import OpOverload
 from transformers import PreTrainedModel
 
-from server.engine import packing
+from server.engine import packing, tracing
 from server.engine.kernels.attention import AttentionKernel
 from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
@@ -157,6 +158,18 @@ def test_a_damaged_cache_is_made_anew(start: Callable[..., Harness], cache: Path
             file.write_bytes(b"damaged")
 
     assert start(compile_cache=cache).engine.stats().compiled
+
+
+def test_a_later_start_neither_traces_nor_compiles(
+    start: Callable[..., Harness], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"compile_cache": cache, "trace_cache": tmp_path / "traces"}
+    start(**kept)
+    torch.compiler.reset()
+    monkeypatch.setattr(tracing, "make_fx", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(GraphLowering, "run", Mock(side_effect=AssertionError))
+
+    assert start(**kept).engine.stats().compiled
 
 
 def test_warm_compiles_a_model_into_the_cache_that_later_starts_use(

@@ -1,0 +1,172 @@
+"""Traced forwards, kept for later starts: tracing takes seconds, reading a trace does not."""
+
+import hashlib
+import json
+import logging
+import operator
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.node import map_aggregate, map_arg
+from transformers import PreTrainedModel
+
+from adapters.model import IA3Model
+from server.engine.attention import LayerAttention, StepContext
+from server.engine.seams import innermost, seams_of, siblings_of, width_of
+from server.engine.tracing import (
+    Forward,
+    Trace,
+    TracedForward,
+    check_alike,
+    check_traceable,
+    trace,
+)
+
+log = logging.getLogger(__name__)
+
+
+_Node = tuple[str, Any, Any, Any, str]
+"""Of a graph: operation, target, arguments, named arguments, name."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A trace without the model's weights: it fits each model of its kind."""
+
+    nodes: Sequence[_Node]
+    constants: Sequence[str | torch.Tensor]
+    """Names of parameters and buffers; a number as it is."""
+    layers: Sequence[LayerAttention]
+
+
+@dataclass(frozen=True, slots=True)
+class _NodeBefore:
+    """Among the arguments of a node: one that comes earlier."""
+
+    number: int
+
+
+class _Pickler(pickle.Pickler):
+    """Knows operators of torch by their names."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        return str(value) if isinstance(value, OpOverload) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, name: Any) -> OpOverload:
+        return operator.attrgetter(name)(torch.ops)  # type: ignore[no-any-return]
+
+
+def find_or_trace(
+    ia3: IA3Model, context: StepContext, forward: Forward, folder: Path | None
+) -> TracedForward:
+    """`trace`, or what it gave at an earlier start that kept it in `folder`; None: nothing is kept.
+
+    What was kept must give what the modules give, as a new trace must. Raises NotTraced.
+    """
+    base = ia3.base
+    if folder is None:
+        return trace(ia3, context, forward)
+    check_traceable(base)
+    file = folder / f"{_digest(base)}.pickle"
+    try:
+        traced = TracedForward(ia3, context, _read(file, base))
+        check_alike(context, forward, traced, base.device)
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # Whatever a file can say.
+        log.warning("A kept trace is of no use, and is made anew: %s", error)
+    else:
+        return traced
+    traced = trace(ia3, context, forward)
+    try:
+        _write(file, traced.trace, base)
+    except Exception as error:  # Whatever a graph may hold; the next start traces again.
+        log.info("The trace is not kept: %s", error)
+    return traced
+
+
+def _digest(base: PreTrainedModel) -> str:
+    """Of all that a trace follows from."""
+    parts = [
+        torch.__version__,
+        transformers.__version__,
+        base.config.to_json_string(use_diff=False),
+        repr(base),
+        json.dumps([[name, *map(str, (t.shape, t.dtype, t.device))] for name, t in _named(base)]),
+        json.dumps([_widths(seam.layer) for seam in seams_of(base)]),
+        *(each.read_text() for each in sorted(Path(__file__).parent.rglob("*.py"))),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _widths(layer: torch.nn.Module) -> list[int]:
+    siblings = siblings_of(layer)
+    return [width_of(innermost(layer))] if siblings is None else list(siblings.widths)
+
+
+def _named(base: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    return list(chain(base.named_parameters(), base.named_buffers()))
+
+
+def _read(file: Path, base: PreTrainedModel) -> Trace:
+    with file.open("rb") as opened:
+        kept = _Unpickler(opened).load()
+    assert isinstance(kept, _Kept)
+    named = dict(_named(base))
+    constants = [named[each] if isinstance(each, str) else each for each in kept.constants]
+    return Trace(_graph_of(kept.nodes), constants, list(seams_of(base)), kept.layers)
+
+
+def _write(file: Path, trace: Trace, base: PreTrainedModel) -> None:
+    """Whole or not at all. Raises ValueError where a constant has no name, and OSError."""
+    names = {id(tensor): name for name, tensor in _named(base)}
+    constants = [names.get(id(each), each) for each in trace.constants]
+    for each in constants:
+        if isinstance(each, torch.Tensor) and each.dim():
+            raise ValueError(f"it holds a tensor {list(each.shape)} that is no buffer of the model")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent) as part:
+        whole = Path(part, file.name)
+        with whole.open("wb") as opened:
+            _Pickler(opened).dump(_Kept(_nodes_of(trace.graph), constants, trace.layers))
+        whole.replace(file)
+
+
+def _nodes_of(graph: fx.Graph) -> list[_Node]:
+    numbers: dict[fx.Node, Any] = {
+        node: _NodeBefore(number) for number, node in enumerate(graph.nodes)
+    }
+    return [
+        (
+            node.op,
+            node.target,
+            map_arg(node.args, numbers.__getitem__),
+            map_arg(node.kwargs, numbers.__getitem__),
+            node.name,
+        )
+        for node in graph.nodes
+    ]
+
+
+def _graph_of(nodes: Sequence[_Node]) -> fx.Graph:
+    graph = fx.Graph()
+    made: list[fx.Node] = []
+
+    def before(argument: Any) -> Any:
+        return made[argument.number] if isinstance(argument, _NodeBefore) else argument
+
+    for op, target, args, kwargs, name in nodes:
+        args, kwargs = map_aggregate(args, before), map_aggregate(kwargs, before)
+        made.append(graph.create_node(op, target, args, kwargs, name))
+    return graph

@@ -1,0 +1,111 @@
+"""A kept trace gives what the modules give, for each model of its kind; or it is made anew."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from server.engine import tracing
+from server.engine.packing import Pack
+from server.engine.trace_cache import find_or_trace
+from server.engine.tracing import NotTraced
+from tests.engine.test_tracing import FLAT, assert_equal, prepared
+from tests.factories import tiny_model
+
+
+@contextmanager
+def no_trace() -> Iterator[None]:
+    with patch.object(tracing, "make_fx", side_effect=AssertionError("it is traced")):
+        yield
+
+
+def kept(folder: Path, base: PreTrainedModel, pack: bool = False) -> Path:
+    """Traces, and says where that is kept."""
+    ia3, context, modules = prepared(base, pack)
+    find_or_trace(ia3, context, modules, folder)
+    [file] = folder.iterdir()
+    return file
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("family", FLAT)
+def test_a_later_start_does_not_trace_and_gives_the_same_to_the_bit(
+    family: str, pack: bool, tmp_path: Path
+) -> None:
+    kept(tmp_path, tiny_model(family), pack)
+    ia3, context, modules = prepared(tiny_model(family), pack)
+
+    with no_trace():
+        found = find_or_trace(ia3, context, modules, tmp_path)
+
+    assert_equal(context, found, modules)
+
+
+def test_a_trace_has_no_weights_so_that_a_model_of_the_same_kind_has_its_own(
+    tmp_path: Path,
+) -> None:
+    kept(tmp_path, tiny_model("llama"))
+    other = tiny_model("llama")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.25)
+    ia3, context, modules = prepared(other, pack=False)
+
+    with no_trace():
+        found = find_or_trace(ia3, context, modules, tmp_path)
+
+    assert_equal(context, found, modules)
+
+
+def test_layers_that_are_packed_otherwise_have_another_trace(tmp_path: Path, kernel: Pack) -> None:
+    for pack, ours in ((False, None), (True, None), (True, kernel)):
+        ia3, context, modules = prepared(tiny_model("llama"), pack, ours)
+        assert_equal(context, find_or_trace(ia3, context, modules, tmp_path), modules)
+
+    assert len(list(tmp_path.iterdir())) >= 2
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", None])
+def test_what_is_damaged_or_of_another_model_is_made_anew(
+    content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = kept(tmp_path / "llama", tiny_model("llama"))
+    whole = file.read_bytes()
+    if content is None:
+        shutil.copy(kept(tmp_path / "gpt2", tiny_model("gpt2")), file)
+    else:
+        file.write_bytes(content)
+    ia3, context, modules = prepared(tiny_model("llama"), pack=False)
+
+    with caplog.at_level(logging.WARNING, "server.engine.trace_cache"):
+        found = find_or_trace(ia3, context, modules, tmp_path / "llama")
+
+    assert_equal(context, found, modules)
+    assert "made anew" in caplog.text
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_start_from_tracing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ia3, context, modules = prepared(tiny_model("llama"), pack=False)
+
+    assert_equal(
+        context, find_or_trace(ia3, context, modules, tmp_path / "file" / "within"), modules
+    )
+
+
+def test_a_model_with_hooks_finds_no_trace_either(tmp_path: Path) -> None:
+    """It has the same modules as one without."""
+    kept(tmp_path, tiny_model("llama"))
+    base = tiny_model("llama")
+    base.register_forward_hook(lambda *_: None)
+    ia3, context, modules = prepared(base, pack=False)
+
+    with pytest.raises(NotTraced, match="hooks"):
+        find_or_trace(ia3, context, modules, tmp_path)
