@@ -27,7 +27,7 @@ def measure_prefix(bench: Bench) -> dict[str, Any]:
     """Alternately a prompt whose first 1,000 tokens were never seen, and one that shares them."""
     server = bench.server("infuse-prefix", "--prefix-cache", plain=False)
     seconds: dict[str, list[float]] = {"miss": [], "hit": []}
-    for turn in range(2 * bench.plan.repeats):
+    for turn in range(bench.plan.repeats):
         shared = random_prompts(bench.model, 1, SHARED_TOKENS, seed=100 + turn)[0]
         for kind, seed in (("miss", 2 * turn), ("hit", 2 * turn + 1)):
             own = random_prompts(bench.model, 1, OWN_TOKENS, seed=10_000 + seed)[0]
@@ -57,7 +57,7 @@ def measure_speculation(bench: Bench) -> dict[str, Any]:
             texts[name] = [each.text for each in found.answers]
             return found
 
-        turns = None if len(requests) == 1 else math.ceil(bench.plan.repeats / 2)
+        turns = None if len(requests) == 1 else math.ceil(bench.plan.repeats / 3)
         return Side(name, bench.server, ask, len(requests) * COPIED_TOKENS, turns)
 
     pairs = {}
