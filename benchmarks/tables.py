@@ -11,8 +11,8 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m benchmarks.report` from
-[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (about 33
-minutes on two cores, after a first run that installs vLLM and registers 10,000 adapters),
+[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (half
+an hour on two cores, after a first run that installs vLLM and registers 10,000 adapters),
 `make bench-quick` tries everything once.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the

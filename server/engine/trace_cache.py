@@ -78,9 +78,8 @@ def find_or_trace(
     if folder is None:
         return trace(ia3, context, forward)
     check_traceable(base)
-    file = folder / f"{_digest(base)}.pickle"
     try:
-        traced = TracedForward(ia3, context, _read(file, base))
+        traced = TracedForward(ia3, context, _read(folder, base))
         check_alike(context, forward, traced, base.device)
     except FileNotFoundError:
         pass
@@ -90,14 +89,14 @@ def find_or_trace(
         return traced
     traced = trace(ia3, context, forward)
     try:
-        _write(file, traced.trace, base)
+        _write(folder, traced.trace, base)
     except Exception as error:  # Whatever a graph may hold; the next start traces again.
         log.info("The trace is not kept: %s", error)
     return traced
 
 
-def _digest(base: PreTrainedModel) -> str:
-    """Of all that a trace follows from."""
+def _file_in(folder: Path, base: PreTrainedModel) -> Path:
+    """Named by all that a trace follows from."""
     parts = [
         torch.__version__,
         transformers.__version__,
@@ -107,7 +106,8 @@ def _digest(base: PreTrainedModel) -> str:
         json.dumps([_widths(seam.layer) for seam in seams_of(base)]),
         *(each.read_text() for each in sorted(Path(__file__).parent.rglob("*.py"))),
     ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return folder / f"{digest[:16]}.pickle"
 
 
 def _widths(layer: torch.nn.Module) -> list[int]:
@@ -119,8 +119,8 @@ def _named(base: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return list(chain(base.named_parameters(), base.named_buffers()))
 
 
-def _read(file: Path, base: PreTrainedModel) -> Trace:
-    with file.open("rb") as opened:
+def _read(folder: Path, base: PreTrainedModel) -> Trace:
+    with _file_in(folder, base).open("rb") as opened:
         kept = _Unpickler(opened).load()
     assert isinstance(kept, _Kept)
     named = dict(_named(base))
@@ -128,15 +128,16 @@ def _read(file: Path, base: PreTrainedModel) -> Trace:
     return Trace(_graph_of(kept.nodes), constants, list(seams_of(base)), kept.layers)
 
 
-def _write(file: Path, trace: Trace, base: PreTrainedModel) -> None:
+def _write(folder: Path, trace: Trace, base: PreTrainedModel) -> None:
     """Whole or not at all. Raises ValueError where a constant has no name, and OSError."""
+    file = _file_in(folder, base)
     names = {id(tensor): name for name, tensor in _named(base)}
     constants = [names.get(id(each), each) for each in trace.constants]
     for each in constants:
         if isinstance(each, torch.Tensor) and each.dim():
             raise ValueError(f"it holds a tensor {list(each.shape)} that is no buffer of the model")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent) as part:
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as part:
         whole = Path(part, file.name)
         with whole.open("wb") as opened:
             _Pickler(opened).dump(_Kept(_nodes_of(trace.graph), constants, trace.layers))

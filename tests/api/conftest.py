@@ -124,7 +124,7 @@ def start_server(
     It runs its model by the modules: tracing them would take most of so many starts.
     """
     not_traced = Mock(side_effect=NotTraced("a test of the API"))
-    monkeypatch.setattr("server.engine.execution.trace", not_traced)
+    monkeypatch.setattr("server.engine.execution.find_or_trace", not_traced)
     with contextlib.ExitStack() as servers:
 
         def start(**overrides: Any) -> tuple[str, Services]:
