@@ -43,7 +43,8 @@ class Plan:
     sections: tuple[str, ...] | None
     """None: all."""
     adapter_turns: int
-    """Of adapters beside the base, by fours: any two of these make two pairs."""
+    """Of adapters beside the base, by fours: any two of these make two pairs. 2: of 32 adapters
+    only."""
     skew_turns: int
     """The same of popularities that no target is about."""
     peer_turns: int
@@ -85,11 +86,11 @@ FULL = Plan(
     repeats=5,
 )
 QUICK = Plan(
-    sections=("adapters", "peers", "load", "prefix"),
-    adapter_turns=4,
+    sections=("adapters", "peers", "load"),
+    adapter_turns=2,
     skew_turns=0,
     peer_turns=1,
-    peft_turns=1,
+    peft_turns=0,
     tokens=16,
     vllm_tokens=16,
     round_tokens=16,

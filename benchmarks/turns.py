@@ -57,7 +57,7 @@ class Turns:
                 self.rounds.get(name, []), self.rounds.get(other, []), strict=False
             )
         ]
-        if self.crossed:
+        if self.crossed and pairs:
             names = list(self.rounds)
             apart = names.index(name) ^ names.index(other)
             pairs = [

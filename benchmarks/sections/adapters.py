@@ -44,9 +44,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     def many() -> list[str]:
         return choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
 
-    judged = crossing(
-        bench, {DISTINCT: lambda: few, MANY: many, BESIDE: lambda: half}, plan.adapter_turns
-    )
+    kinds = {DISTINCT: lambda: few}
+    if plan.adapter_turns > 2:
+        kinds |= {MANY: many, BESIDE: lambda: half}
+    judged = crossing(bench, kinds, plan.adapter_turns)
     others = crossing(
         bench,
         {
