@@ -13,7 +13,7 @@ _INTRODUCTION = """\
 Written by `python -m benchmarks.report` from
 [benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (half
 an hour on two cores, after a first run that installs vLLM and registers 10,000 adapters),
-`make bench-quick` tries everything once.
+`make bench-quick` tries adapters, vLLM and load in minutes.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
 same prompts in turns, in changing order. The rounds of a turn go on in slices of a tenth of a

@@ -44,7 +44,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     def many() -> list[str]:
         return choose("zipf", bench.names, ROWS, next(seeds), MANY_EXPONENT)
 
-    kinds = {DISTINCT: lambda: few}
+    kinds: dict[str, Callable[[], Sequence[str | None]]] = {DISTINCT: lambda: few}
     if plan.adapter_turns > 2:
         kinds |= {MANY: many, BESIDE: lambda: half}
     judged = crossing(bench, kinds, plan.adapter_turns)
