@@ -225,6 +225,8 @@ def _compile(module: fx.GraphModule, inputs: list[InputType]) -> Callable[..., A
         "cpp_wrapper_build_separate": True,
         # Named, for what is kept holds for so many.
         "cpp.threads": torch.get_num_threads(),
+        # What is fused is rounded as it is operator by operator.
+        "emulate_precision_casts": True,
         # 150 MB in a folder of its own, to compile one file.
         "cpp_cache_precompile_headers": False,
     }

@@ -46,9 +46,14 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[torch.dtype, Pack]:
+    return product_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def kernel(kernels: Mapping[torch.dtype, Pack]) -> Pack:
     """What packs a float32 layer for our own kernel."""
-    return product_kernels(tmp_path_factory.mktemp("kernels"))[torch.float32]
+    return kernels[torch.float32]
 
 
 @pytest.fixture(scope="session")

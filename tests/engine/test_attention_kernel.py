@@ -1,5 +1,7 @@
 """Attention by our kernel, for heads of any size; the rest of what it does is in test_caches.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,17 +12,20 @@ from server.engine.kernels.attention import attention_kernels
 from server.engine.kv_cache import StripCache
 
 HEADS, KV_HEADS, LONGEST = 6, 2, 2048
+DIMS = [(16, 16), (24, 40), (64, 64), (128, 96)]
 SHAPES = [
-    LayerShape(KV_HEADS, *dims, torch.float32) for dims in ((16, 16), (24, 40), (64, 64), (128, 96))
+    *(LayerShape(KV_HEADS, *dims, torch.float32) for dims in DIMS),
+    *(LayerShape(KV_HEADS, *dims, torch.bfloat16) for dims in DIMS[1:3]),
 ]
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[StripCache, StripCache]:
-    """One that attends by kernels, and one by torch."""
+    """One that attends by kernels, and one by torch, in float32."""
     kernels = attention_kernels(SHAPES, tmp_path_factory.mktemp("kernels"))
-    size = (SHAPES, 8 * LONGEST, LONGEST)
-    return StripCache(*size, kernels), StripCache(*size)
+    wide = [replace(shape, dtype=torch.float32) for shape in SHAPES]
+    size = 8 * LONGEST, LONGEST
+    return StripCache(SHAPES, *size, kernels), StripCache(wide, *size)
 
 
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=[str(s) for s in SHAPES])
@@ -47,7 +52,7 @@ def test_it_gives_what_torch_does(
     layer = LayerAttention(number, 0.2, window, softcap)
     past = [Chunk(row, 0, start) for row, (start, _) in enumerate(chunks) if start]
     found = []
-    for each in caches:
+    for each, dtype in zip(caches, (shape.dtype, torch.float32), strict=True):
         for row, (start, tokens) in enumerate(chunks):
             assert each.reserve(row, start + tokens)
         order = each.order(list(range(len(starts))))
@@ -57,7 +62,7 @@ def test_it_gives_what_torch_does(
         for step in ((), past), (decode, prefill):
             tokens = sum(chunk.tokens for part in step for chunk in part)
             heads = [
-                torch.randn(count, tokens, dim, generator=generator)
+                torch.randn(count, tokens, dim, generator=generator).to(shape.dtype).to(dtype)
                 for count, dim in (
                     (HEADS, shape.key_dim),
                     (KV_HEADS, shape.key_dim),
@@ -70,4 +75,5 @@ def test_it_gives_what_torch_does(
             each.release(row)
     by_kernel, by_torch = found[: len(found) // 2], found[len(found) // 2 :]
     for mine, wanted in zip(by_kernel, by_torch, strict=True):
-        torch.testing.assert_close(mine, wanted, atol=2e-5, rtol=1e-4)
+        error = max(1e-4, torch.finfo(shape.dtype).eps)
+        torch.testing.assert_close(mine.float(), wanted, atol=2e-5, rtol=error)

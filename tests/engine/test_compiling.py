@@ -16,7 +16,7 @@ from torch._inductor.graph import GraphLowering
 from torch._ops import OpOverload
 from transformers import PreTrainedModel
 
-from server.engine import packing, tracing
+from server.engine import compiling, packing, tracing
 from server.engine.kernels.attention import AttentionKernel
 from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
@@ -109,14 +109,25 @@ def test_an_adapter_may_bring_a_module_of_a_compiled_block(
     check_all(engine, model, brings)
 
 
-def test_a_model_in_bfloat16_is_compiled_too(start: Callable[..., Harness], cache: Path) -> None:
-    """Its fused operators round less often than torch's, so it gives slightly other numbers."""
-    engine = start(tiny_model("llama").bfloat16(), {}, compile_cache=cache)
+@pytest.mark.parametrize("fastest", ["onednn", "kernel"])
+def test_a_model_in_bfloat16_is_compiled_to_the_bit(
+    start: Callable[..., Harness],
+    adapters: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastest: str,
+) -> None:
+    """What is fused is rounded where torch's operators round."""
+    monkeypatch.setattr(
+        packing, "fastest", lambda packs, _: packs[0] if fastest == "onednn" else packs[-1]
+    )
+    monkeypatch.setattr(compiling, "_ROUNDINGS", 0)
+    monkeypatch.setattr(compiling, "_ERROR", 0)
+    engine = start(tiny_model("llama").bfloat16(), compile_cache=cache)
 
     assert engine.engine.stats().compiled
-    engine.submit("base", PROMPT, max_tokens=8)
-    engine.wait()
-    assert len(engine.answers["base"].tokens) == 8
+    ask_all(engine, adapters)
+    assert all(len(engine.answers[name].tokens) == 8 for name in [*adapters, "base"])
 
 
 def test_layers_of_two_kinds_are_compiled_apart(start: Callable[..., Harness], cache: Path) -> None:

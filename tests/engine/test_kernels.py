@@ -9,12 +9,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from server.engine.attention import LayerShape
 from server.engine.kernels.attention import attention_kernels
+from server.engine.kernels.product import product_kernels
 
-SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.bfloat16)]
+SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.float16)]
 
 
-def test_only_float32_has_a_kernel(tmp_path: Path) -> None:
+def test_float16_has_no_kernel(tmp_path: Path) -> None:
     assert attention_kernels(SHAPES, tmp_path).keys() == {SHAPES[0]}
+    assert product_kernels(tmp_path).keys() == {torch.float32, torch.bfloat16}
 
 
 def test_subnormal_numbers_stay_what_they_are(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine import packing
+from server.engine.kernels.product import panel_width_of
+from server.engine.packing import pack_for_onednn
 from tests.engine.harness import Harness, Oracle, worst_error
 from tests.factories import TOKENS, save_adapter, tiny_model
 
@@ -22,11 +25,27 @@ ADAPTERS: dict[str, dict[str, dict[str, object]]] = {
 PROMPTS = [[5 + (11 * row + n) % 250 for n in range(4 + 7 * row)] for row in range(6)]
 
 
-@pytest.mark.parametrize("family", ADAPTERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "compiled"),
+    [
+        *((family, dtype, False) for family in ADAPTERS for dtype in DTYPES),
+        ("llama", torch.bfloat16, True),
+    ],
+)
 def test_a_mixed_batch_errs_at_most_twice_as_much_as_peft_in_the_same_dtype(
-    start: Callable[..., Harness], tmp_path: Path, family: str, dtype: torch.dtype
+    start: Callable[..., Harness],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    dtype: torch.dtype,
+    compiled: bool,
 ) -> None:
+    """Compiled, products are by our kernel."""
+    monkeypatch.setattr(packing, "_seconds", lambda pack, *_: float(pack is pack_for_onednn))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     base = tiny_model(family)
     adapters = {
         name: save_adapter(base, tmp_path / name, seed, **config)
@@ -39,7 +58,10 @@ def test_a_mixed_batch_errs_at_most_twice_as_much_as_peft_in_the_same_dtype(
         adapter = adapters.get(name or "")
         exact[row] = Oracle(base, adapter, torch.float64).logits(prompt).log_softmax(-1)
         peft[row] = Oracle(base, adapter, dtype).logits(prompt).double().log_softmax(-1)
-    engine = start(base, adapters, prefill_chunk_tokens=9)
+    cache = tmp_path / "compiled" if compiled else None
+    engine = start(base, adapters, prefill_chunk_tokens=9, compile_cache=cache)
+    assert engine.engine.stats().compiled == compiled
+    assert (panel_width_of(engine.ia3.base) is not None) == compiled
     with engine.held():
         for row, (name, prompt) in enumerate(asked):
             engine.submit(str(row), prompt, name, max_tokens=1, prompt_logprobs=TOKENS)

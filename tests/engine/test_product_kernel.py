@@ -1,45 +1,76 @@
 """A linear layer by our kernel, each token with IA3 vectors of its own."""
 
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.layer import ByToken, Scale
+from server.engine.kernels import product as product_module
 from server.engine.kernels.product import KernelProduct, Scales
 from server.engine.packing import Pack, packing_works
 
 ENTRIES = 4
 
 
-def layer(pack: Pack, inputs: int, outputs: int, bias: bool) -> KernelProduct:
+@pytest.fixture(scope="module")
+def widening(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """For bfloat16, where the processor has no instruction for it."""
+    folder: Path = tmp_path_factory.mktemp("widening")
+    flags = ("-DBFLOAT16", "-mno-avx512bf16")
+    return partial(KernelProduct, product_module._load(flags, folder))
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16, widened"])
+def pack(
+    request: pytest.FixtureRequest, kernels: Mapping[torch.dtype, Pack], widening: Pack
+) -> tuple[Pack, torch.dtype]:
+    name, *widened = request.param.split(", ")
+    dtype: torch.dtype = getattr(torch, name)
+    return (widening if widened else kernels[dtype]), dtype
+
+
+def parameters(
+    outputs: int, inputs: int, bias: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     torch.manual_seed(0)
-    product = pack(torch.randn(outputs, inputs), torch.randn(outputs) if bias else None)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    return weight, torch.randn(outputs).to(dtype) if bias else None
+
+
+def layer(pack: tuple[Pack, torch.dtype], inputs: int, outputs: int, bias: bool) -> KernelProduct:
+    product = pack[0](*parameters(outputs, inputs, bias, pack[1]))
     assert isinstance(product, KernelProduct)
     return product
 
 
 def exact(product: KernelProduct, x: torch.Tensor) -> torch.Tensor:
     """The same in float64, by torch."""
-    torch.manual_seed(0)
-    weight = torch.randn(product.outputs, product.inputs).double()
-    bias = None if product._bias is None else torch.randn(product.outputs).double()
-    return F.linear(x.double(), weight, bias)
+    shape = product.outputs, product.inputs
+    weight, bias = parameters(*shape, product._bias is not None, x.dtype)
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
 def by_token(product: KernelProduct, size: int, entries: torch.Tensor) -> Scale:
-    """Some columns of a wider bank."""
+    """Some columns of a wider bank. Factors are whole 64ths."""
     width = product.panel_width
-    panels = torch.rand(2 + -(-size // width), ENTRIES, width) + 0.5
+    panels = torch.randint(32, 97, (2 + -(-size // width), ENTRIES, width)) / 64
     return Scale(by_token=ByToken(panels[1:-1], entries, size))
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    error = max(1e-5, 2 * torch.finfo(found.dtype).eps)
+    assert (found - wanted).abs().max() <= error * wanted.abs().max()
 
 
-def test_it_computes_here(kernel: Pack) -> None:
-    assert packing_works(torch.float32, kernel)
+def test_it_computes_here(pack: tuple[Pack, torch.dtype]) -> None:
+    kernel, dtype = pack
+    assert packing_works(dtype, kernel)
 
 
 @given(
@@ -49,21 +80,21 @@ def test_it_computes_here(kernel: Pack) -> None:
     bias=st.booleans(),
 )
 def test_a_product_equals_torchs_for_any_shape(
-    kernel: Pack, tokens: int, inputs: int, outputs: int, bias: bool
+    pack: tuple[Pack, torch.dtype], tokens: int, inputs: int, outputs: int, bias: bool
 ) -> None:
-    product = layer(kernel, inputs, outputs, bias)
-    x = torch.randn(1, tokens, inputs)
+    product = layer(pack, inputs, outputs, bias)
+    x = torch.randn(1, tokens, inputs).to(pack[1])
 
     assert_near(product(x), exact(product, x))
 
 
 @given(tokens=st.integers(1, 130), inputs=st.integers(1, 70), bias=st.booleans())
 def test_one_half_of_a_product_is_the_others_gate(
-    kernel: Pack, tokens: int, inputs: int, bias: bool
+    pack: tuple[Pack, torch.dtype], tokens: int, inputs: int, bias: bool
 ) -> None:
-    product = layer(kernel, inputs, 128, bias)
+    product = layer(pack, inputs, 128, bias)
     assert product.can_gate
-    x = 3 * torch.randn(1, tokens, inputs)
+    x = 3 * torch.randn(1, tokens, inputs).to(pack[1])
     taken = ((slice(20, 100), by_token(product, 80, torch.randint(0, ENTRIES, (tokens,)))),)
     wanted = exact(product, x)
     taken[0][1].scale_(wanted[..., 20:100])
@@ -76,8 +107,8 @@ def test_one_half_of_a_product_is_the_others_gate(
     assert_near(product(x, scales, gate=True), gated.scale_(F.silu(gate) * up))
 
 
-def test_halves_that_share_a_panel_have_no_gate(kernel: Pack) -> None:
-    assert not layer(kernel, 8, 72, False).can_gate
+def test_halves_that_share_a_panel_have_no_gate(pack: tuple[Pack, torch.dtype]) -> None:
+    assert not layer(pack, 8, 72, False).can_gate
 
 
 @given(
@@ -88,11 +119,16 @@ def test_halves_that_share_a_panel_have_no_gate(kernel: Pack) -> None:
     given_too=st.booleans(),
 )
 def test_vectors_rescale_the_input_and_parts_of_the_product(
-    kernel: Pack, tokens: int, inputs: int, edges: list[int], bias: bool, given_too: bool
+    pack: tuple[Pack, torch.dtype],
+    tokens: int,
+    inputs: int,
+    edges: list[int],
+    bias: bool,
+    given_too: bool,
 ) -> None:
     """As an IA3 layer does: `l * (W x + b)` and `W (l * x) + b`."""
-    product = layer(kernel, inputs, 61, bias)
-    x = torch.randn(1, tokens, inputs)
+    product = layer(pack, inputs, 61, bias)
+    x = torch.randn(1, tokens, inputs).to(pack[1])
     entries = torch.randint(0, ENTRIES, (tokens,))
     given = by_token(product, inputs, entries) if given_too else None
     parts = [slice(*edges[:2]), slice(*edges[2:])]
@@ -106,10 +142,10 @@ def test_vectors_rescale_the_input_and_parts_of_the_product(
 
 
 def test_a_token_gets_the_same_to_the_bit_in_any_batch_and_on_any_number_of_threads(
-    kernel: Pack,
+    pack: tuple[Pack, torch.dtype],
 ) -> None:
-    product = layer(kernel, 800, 200, bias=True)
-    x = torch.randn(1, 150, 800)
+    product = layer(pack, 800, 200, bias=True)
+    x = torch.randn(1, 150, 800).to(pack[1])
     together = product(x)
 
     for tokens in (1, 2, 7, 48, 49, 97):
@@ -123,8 +159,31 @@ def test_a_token_gets_the_same_to_the_bit_in_any_batch_and_on_any_number_of_thre
         torch.set_num_threads(threads)
 
 
-def test_an_input_in_any_layout_is_read_as_it_is(kernel: Pack) -> None:
-    product = layer(kernel, 40, 30, bias=False)
-    x = torch.randn(40, 9).t()[None]
+def test_an_input_in_any_layout_is_read_as_it_is(pack: tuple[Pack, torch.dtype]) -> None:
+    product = layer(pack, 40, 30, bias=False)
+    x = torch.randn(40, 9).to(pack[1]).t()[None]
 
     assert torch.equal(product(x), product(x.contiguous()))
+
+
+@given(tokens=st.integers(1, 60), inputs=st.integers(1, 150), bias=st.booleans())
+def test_bfloat16_is_rounded_where_a_layer_of_peft_rounds(
+    kernels: Mapping[torch.dtype, Pack], tokens: int, inputs: int, bias: bool
+) -> None:
+    """`ia3.layer.Linear.forward`: the layer's result, and then that by its vector; or its input by
+    its vector. Sums of such numbers are exact, in any order."""
+    torch.manual_seed(0)
+    weight, x = (torch.randint(-9, 10, (rows, inputs)).bfloat16() for rows in (70, tokens))
+    shift = torch.randint(-9, 10, (70,)).bfloat16() if bias else None
+    product = kernels[torch.bfloat16](weight, shift)
+    assert isinstance(product, KernelProduct)
+    entries = torch.randint(0, ENTRIES, (tokens,))
+    given, taken = (by_token(product, size, entries) for size in (inputs, 70))
+
+    def result(x: torch.Tensor) -> torch.Tensor:
+        to = None if shift is None else shift.double()
+        return F.linear(x.double(), weight.double(), to).bfloat16()
+
+    outputs = ((slice(0, 70), taken),)
+    assert torch.equal(product(x, Scales(outputs=outputs)), taken.scaled(result(x)))
+    assert torch.equal(product(x, Scales(input=given)), result(given.scaled(x)))

@@ -1,5 +1,5 @@
-// Attention over keys and values in strips, in float32: decoding rows and prompts' chunks.
-// KEY_DIM and VALUE_DIM are given by the command line.
+// Attention over keys and values in strips: decoding rows and prompts' chunks. Scores and sums are
+// float. KEY_DIM and VALUE_DIM are given by the command line.
 
 #include <algorithm>
 #include <cfloat>
@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "number.h"
 #include "tile.h"
 
 namespace {
@@ -29,18 +30,18 @@ struct Chunk {
 
 // [heads, tokens, dim], each head of one token without gaps.
 struct Heads {
-  const float* first;
+  const Number* first;
   int64_t head_stride, token_stride;
 
-  const float* at(int64_t head, int64_t token) const {
+  const Number* at(int64_t head, int64_t token) const {
     return first + head * head_stride + token * token_stride;
   }
 };
 
 struct Attention {
   Heads query;
-  const float *keys, *values;  // A layer's memory.
-  float* out;                  // [tokens, heads, VALUE_DIM].
+  const Number *keys, *values;  // A layer's memory.
+  Number* out;                 // [tokens, heads, VALUE_DIM].
   int64_t heads, kv_heads;
   float scaling;
   int64_t window;  // A token sees so many keys at most; 0: all.
@@ -95,12 +96,12 @@ struct Softmax {
 };
 
 // One query over `count` keys.
-void attend_one(const float* query, const float* keys, const float* values, float* out,
+void attend_one(const Number* query, const Number* keys, const Number* values, Number* out,
                 float* scores, int64_t count, float scaling, float softcap) {
   float q[KEY_DIM];
   for (int d = 0; d < KEY_DIM; ++d) q[d] = query[d] * scaling;
   for (int64_t t = 0; t < count; ++t) {
-    const float* key = keys + t * KEY_DIM;
+    const Number* key = keys + t * KEY_DIM;
     float score = 0;
     for (int d = 0; d < KEY_DIM; ++d) score += q[d] * key[d];
     scores[t] = score;
@@ -110,7 +111,7 @@ void attend_one(const float* query, const float* keys, const float* values, floa
   const float share = 1 / softmax.sum;
   float sum[VALUE_DIM] = {};
   for (int64_t t = 0; t < count; ++t) {
-    const float* value = values + t * VALUE_DIM;
+    const Number* value = values + t * VALUE_DIM;
     for (int d = 0; d < VALUE_DIM; ++d) sum[d] += scores[t] * value[d];
   }
   for (int d = 0; d < VALUE_DIM; ++d) out[d] = sum[d] * share;
@@ -129,24 +130,24 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
 }
 
 // Keys as [panel, KEY_DIM, WIDTH keys], the last panel filled with zeros.
-void turn_keys(const float* keys, int64_t count, float* panels) {
+void turn_keys(const Number* keys, int64_t count, float* panels) {
   for (int64_t t = 0; t < count; t += WIDTH) {
     const int64_t some = std::min<int64_t>(WIDTH, count - t);
     float* panel = panels + t * KEY_DIM;
     for (int64_t k = 0; k < WIDTH; ++k)
       for (int d = 0; d < KEY_DIM; ++d)
-        panel[d * WIDTH + k] = k < some ? keys[(t + k) * KEY_DIM + d] : 0;
+        panel[d * WIDTH + k] = k < some ? float(keys[(t + k) * KEY_DIM + d]) : 0;
   }
 }
 
 // Values as [panel, KEYS, WIDTH numbers], the last panel filled with zeros.
-void part_values(const float* values, int64_t count, float* panels) {
+void part_values(const Number* values, int64_t count, float* panels) {
   for (int64_t p = 0; p < VALUE_PANELS; ++p) {
     const int64_t some = std::min<int64_t>(WIDTH, VALUE_DIM - p * WIDTH);
     for (int64_t t = 0; t < count; ++t) {
-      const float* value = values + t * VALUE_DIM + p * WIDTH;
+      const Number* value = values + t * VALUE_DIM + p * WIDTH;
       float* panel = panels + (p * KEYS + t) * WIDTH;
-      for (int64_t d = 0; d < WIDTH; ++d) panel[d] = d < some ? value[d] : 0;
+      for (int64_t d = 0; d < WIDTH; ++d) panel[d] = d < some ? float(value[d]) : 0;
     }
   }
 }
@@ -171,12 +172,12 @@ void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int6
   if (seen <= 0 || a.first_seen(rows.place(begin)) >= block + count) return;
   float query[TALL][KEY_DIM], scores[TALL][KEYS];
   for (int r = 0; r < some; ++r) {
-    const float* given = a.query.at(rows.head(begin + r), rows.chunk.first + rows.token(begin + r));
+    const Number* given = a.query.at(rows.head(begin + r), rows.chunk.first + rows.token(begin + r));
     for (int d = 0; d < KEY_DIM; ++d) query[r][d] = given[d] * a.scaling;
   }
   const Ahead nothing{(const char*)query, 0};
   for (int64_t t = 0; t < seen; t += WIDTH)
-    TILES[some](query[0], KEY_DIM, keys + t * KEY_DIM, KEY_DIM, scores[0] + t, KEYS, true, nothing);
+    TILES<float>[some](query[0], KEY_DIM, keys + t * KEY_DIM, KEY_DIM, scores[0] + t, KEYS, true, nothing);
   for (int r = 0; r < some; ++r) {
     const int64_t place = rows.place(begin + r);
     const int64_t right = std::clamp<int64_t>(place + 1 - block, 0, seen);
@@ -188,7 +189,7 @@ void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int6
     for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[(begin + r) * VALUE_WIDTH + d] *= factor;
   }
   for (int64_t p = 0; p < VALUE_PANELS; ++p)
-    TILES[some](scores[0], KEYS, values + p * KEYS * WIDTH, seen,
+    TILES<float>[some](scores[0], KEYS, values + p * KEYS * WIDTH, seen,
                 out + begin * VALUE_WIDTH + p * WIDTH, VALUE_WIDTH, false, nothing);
 }
 
@@ -240,7 +241,7 @@ std::vector<Work> divide(const Chunk* chunks, int64_t count, int64_t kv_heads) {
 // Writes the chunks' new keys and values, [kv_heads, tokens, dim], into a layer's memory; then each
 // token attends to what its row has up to itself.
 extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* new_values,
-                       float* keys, float* values, const Chunk* chunks, float* out, int64_t count,
+                       Number* keys, Number* values, const Chunk* chunks, Number* out, int64_t count,
                        int64_t heads, int64_t kv_heads, float scaling, int64_t window,
                        float softcap, int threads) {
   const Attention a{*query, keys, values, out, heads, kv_heads, scaling, window, softcap};

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from server.engine.attention import LayerAttention, LayerShape
-from server.engine.kernels.build import load_kernel
+from server.engine.kernels.build import NUMBERS, load_kernel
 from server.engine.slabs import LayerMemory
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -116,11 +116,12 @@ class AttentionCall:
 
 
 def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Kernels:
-    """For all that are float32. Raises what `load_kernel` does."""
-    found = dict.fromkeys(shape for shape in shapes if shape.dtype == torch.float32)
+    """For all in float32 or bfloat16. Raises what `load_kernel` does."""
+    found = dict.fromkeys(shape for shape in shapes if shape.dtype in NUMBERS)
     return {shape: _kernel(shape, cache) for shape in found}
 
 
 def _kernel(shape: LayerShape, cache: Path) -> AttentionKernel:
-    flags = ("-ffast-math", f"-DKEY_DIM={shape.key_dim}", f"-DVALUE_DIM={shape.value_dim}")
+    dims = (f"-DKEY_DIM={shape.key_dim}", f"-DVALUE_DIM={shape.value_dim}")
+    flags = ("-ffast-math", *dims, *NUMBERS[shape.dtype])
     return AttentionKernel(load_kernel(_SOURCE, flags, cache))

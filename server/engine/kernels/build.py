@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 # Linked apart: with -ffast-math it would turn subnormal numbers off, for all of the process.
 _LINK = ("-shared", "-fopenmp")
+
+NUMBERS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+"""Flags that say what a kernel's tensors hold, as `number.h` reads them."""
 
 
 def load_kernel(

@@ -1,8 +1,9 @@
-// Products of a linear layer, in float32, with each token's IA3 vectors in them.
+// Products of a linear layer with each token's IA3 vectors in them.
 //
-// A weight [outputs, inputs] lies in panels of WIDTH outputs: [panel, inputs, WIDTH]. A tile of up to
-// TALL tokens and WIDTH outputs stays in registers while its inputs are summed up, one after the
-// other, so that what a token gets depends neither on its batch nor on the number of threads.
+// A weight [outputs, inputs] lies in panels of WIDTH outputs: [panel, inputs, WIDTH], where two
+// numbers in bfloat16 are one input. A tile of up to TALL tokens and WIDTH outputs stays in registers
+// while its inputs are summed up, one after the other, so that what a token gets depends neither on
+// its batch nor on the number of threads.
 
 #include <omp.h>
 
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "number.h"
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -22,14 +24,25 @@ extern "C" float expf(float) noexcept;
 
 namespace {
 
+#if defined(BFLOAT16)
+typedef Pair Input;
+#else
+typedef float Input;
+#endif
+constexpr int64_t TOGETHER = sizeof(Input) / sizeof(Number);
+
 constexpr int64_t INPUTS = 768;  // Of a panel at a time; more would not stay in the nearest cache.
 constexpr int64_t TOKENS = 48;   // At a time, likewise.
 constexpr int64_t FEW = 1 << 15; // Multiplications that are not worth a second thread.
 
 struct Weight {
-  const float* panels;
+  const Input* panels;
   const float* bias;  // Or null.
-  int64_t outputs, inputs;
+  int64_t outputs;
+  int64_t numbers;  // That a token has.
+
+  int64_t inputs() const { return (numbers + TOGETHER - 1) / TOGETHER; }
+  const Input* panel(int64_t output) const { return panels + output * inputs(); }
 };
 
 // The vectors of some columns, in panels as the weights are: [panel, entry, WIDTH]. A token's is in
@@ -53,18 +66,22 @@ struct Scales {
   const Rescaling* gated;  // Of what a gate lets through; or null.
 };
 
-// Some tokens of y, which has outputs `left` to `right`.
-void rescale(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
-             const Rescaling& by) {
-  const int64_t start = std::max(left, by.start), stop = std::min(right, by.stop);
+// Sums as a Number can hold them.
+void round(float* sums, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) sums[n] = rounded(sums[n]);
+}
+
+// The sums [tokens, WIDTH] of outputs from `left` on, for some tokens.
+void rescale(float* sums, int64_t from, int64_t to, int64_t left, const Rescaling& by) {
+  const int64_t start = std::max(left, by.start), stop = std::min(left + WIDTH, by.stop);
   for (int64_t token = from; token < to && start < stop; ++token) {
-    float* out = y + (token - from) * y_stride - left;
+    float* sum = sums + (token - from) * WIDTH - left;
     if (stop - start == WIDTH && by.start % WIDTH == 0) {
       const float* vector = by.at(token, start - by.start);
 #pragma omp simd
-      for (int64_t o = 0; o < WIDTH; ++o) out[start + o] *= vector[o];
+      for (int64_t o = 0; o < WIDTH; ++o) sum[start + o] *= vector[o];
     } else {
-      for (int64_t o = start; o < stop; ++o) out[o] *= *by.at(token, o - by.start);
+      for (int64_t o = start; o < stop; ++o) sum[o] *= *by.at(token, o - by.start);
     }
   }
 }
@@ -85,74 +102,80 @@ struct Wanted {
   }
 };
 
-// y[tokens, WIDTH] = x[tokens, inputs] * panel.
-void multiply(const float* x, int64_t tokens, const float* panel, int64_t inputs, float* y,
-              int64_t y_stride, const Wanted& wanted) {
+// sums[tokens, WIDTH] = x[tokens, inputs] * panel.
+void multiply(const Input* x, int64_t tokens, const Input* panel, int64_t inputs, float* sums,
+              const Wanted& wanted) {
   const int64_t tiles = (tokens + TALL - 1) / TALL;
   for (int64_t i = 0; i < inputs; i += INPUTS) {
     const int64_t some = std::min(INPUTS, inputs - i);
-    const float* part = panel + i * WIDTH;
+    const Input* part = panel + i * WIDTH;
     // Each of several tiles asks for its share of the next panel; a single one for what it will
     // read itself.
-    const int64_t step = WIDTH * sizeof(float) / tiles;
+    const int64_t step = WIDTH * sizeof(Input) / tiles;
     const char* next = (const char*)(part + (tiles == 1 ? 64 : inputs) * WIDTH);
     for (int64_t n = 0; n < tiles; ++n) {
       const int64_t from = tokens * n / tiles, to = tokens * (n + 1) / tiles;
       Ahead ahead = {next + some * step * n, step};
       if (i == 0) wanted.add(from, to, ahead);
-      TILES[to - from](x + from * inputs + i, inputs, part, some, y + from * y_stride, y_stride,
-                       i == 0, ahead);
+      TILES<Input>[to - from](x + from * inputs + i, inputs, part, some, sums + from * WIDTH, WIDTH,
+                              i == 0, ahead);
     }
   }
 }
 
-// The inputs of some tokens, rescaled, in memory that this thread keeps.
-const float* rescaled(const float* x, int64_t from, int64_t to, int64_t inputs,
-                      const Rescaling& by) {
-  thread_local std::vector<float> kept;
-  if (kept.size() < size_t(TOKENS * inputs)) kept.resize(TOKENS * inputs);
-  for (int64_t i = 0; i < inputs; i += WIDTH)
+// Some tokens, rescaled and filled up to whole inputs, in memory that this thread keeps.
+const Number* prepared(const Number* x, int64_t from, int64_t to, const Weight& weight,
+                       const Rescaling* by) {
+  const int64_t numbers = weight.numbers, wide = weight.inputs() * TOGETHER;
+  thread_local std::vector<Number> kept;
+  if (kept.size() < size_t(TOKENS * wide)) kept.resize(TOKENS * wide);
+  for (int64_t i = 0; i < numbers; i += WIDTH)
     for (int64_t token = from; token < to; ++token) {
-      const float *in = x + token * inputs + i, *vector = by.at(token, i);
-      float* out = kept.data() + (token - from) * inputs + i;
-      const int64_t some = std::min<int64_t>(WIDTH, inputs - i);
+      const Number* in = x + token * numbers + i;
+      Number* out = kept.data() + (token - from) * wide + i;
+      const int64_t some = std::min<int64_t>(WIDTH, numbers - i);
+      if (by == nullptr) {
+        std::copy_n(in, some, out);
+        continue;
+      }
+      const float* vector = by->at(token, i);
       for (int64_t n = 0; n < some; ++n) out[n] = in[n] * vector[n];
     }
+  for (int64_t token = 0; token < to - from && wide > numbers; ++token)
+    kept[token * wide + numbers] = 0;
   return kept.data();
 }
 
-// What comes after the sums, for some tokens and outputs `left` to `right`: y begins with the first.
-void finish(float* y, int64_t y_stride, int64_t from, int64_t to, int64_t left, int64_t right,
-            const Weight& weight, const Scales& scales) {
+// What a layer gives of the sums of outputs from `left` on, and its vectors make of that; not yet
+// rounded.
+void finish(float* sums, int64_t from, int64_t to, int64_t left, const Weight& weight,
+            const Scales& scales) {
+  const int64_t right = std::min(left + WIDTH, weight.outputs);
   if (weight.bias != nullptr)
-    for (int64_t token = from; token < to; ++token) {
-      float* out = y + (token - from) * y_stride - left;
-      for (int64_t o = left; o < right; ++o) out[o] += weight.bias[o];
-    }
-  for (int64_t n = 0; n < scales.count; ++n)
-    rescale(y, y_stride, from, to, left, right, scales.outputs[n]);
+    for (int64_t token = 0; token < to - from; ++token)
+      for (int64_t o = left; o < right; ++o) sums[token * WIDTH + o - left] += weight.bias[o];
+  for (int64_t n = 0; n < scales.count; ++n) {
+    const Rescaling& by = scales.outputs[n];
+    if (by.start >= right || by.stop <= left) continue;
+    round(sums, (to - from) * WIDTH);
+    rescale(sums, from, to, left, by);
+  }
 }
 
 // Panel p for some tokens.
-void compute(const Weight& weight, const float* in, float* y, int64_t from, int64_t to, int64_t p,
+void compute(const Weight& weight, const Input* in, Number* y, int64_t from, int64_t to, int64_t p,
              const Scales& scales) {
-  const float* panel = weight.panels + p * WIDTH * weight.inputs;
   const int64_t left = p * WIDTH, right = std::min(left + WIDTH, weight.outputs);
-  float* out = y + from * weight.outputs + left;
   const Wanted wanted = {scales.outputs, scales.count, from, left, right};
-  if (right - left == WIDTH) {
-    multiply(in, to - from, panel, weight.inputs, out, weight.outputs, wanted);
-  } else {
-    float whole[TOKENS * WIDTH];
-    multiply(in, to - from, panel, weight.inputs, whole, WIDTH, wanted);
-    for (int64_t token = 0; token < to - from; ++token)
-      std::copy_n(whole + token * WIDTH, right - left, out + token * weight.outputs);
-  }
-  finish(out, weight.outputs, from, to, left, right, weight, scales);
+  float sums[TOKENS * WIDTH];
+  multiply(in, to - from, weight.panel(left), weight.inputs(), sums, wanted);
+  finish(sums, from, to, left, weight, scales);
+  for (int64_t token = from; token < to; ++token)
+    std::copy_n(sums + (token - from) * WIDTH, right - left, y + token * weight.outputs + left);
 }
 
 // Panel p of the first half of the outputs, as a gate for the same panel of the second half.
-void compute_gated(const Weight& weight, const float* in, float* y, int64_t from, int64_t to,
+void compute_gated(const Weight& weight, const Input* in, Number* y, int64_t from, int64_t to,
                    int64_t p, const Scales& scales) {
   static const std::vector<float> ones(WIDTH, 1.0f);
   const int64_t half = weight.outputs / 2, begin = p * WIDTH;
@@ -160,17 +183,20 @@ void compute_gated(const Weight& weight, const float* in, float* y, int64_t from
   for (int64_t h = 0; h < 2; ++h) {
     const int64_t left = h * half + begin;
     const Wanted wanted = {scales.gated, h == 0 && scales.gated != nullptr, from, begin, begin + WIDTH};
-    multiply(in, to - from, weight.panels + left * weight.inputs, weight.inputs, halves[h], WIDTH,
-             wanted);
-    finish(halves[h], WIDTH, from, to, left, left + WIDTH, weight, scales);
+    multiply(in, to - from, weight.panel(left), weight.inputs(), halves[h], wanted);
+    finish(halves[h], from, to, left, weight, scales);
   }
   for (int64_t token = 0; token < to - from; ++token) {
     const float *gate = halves[0] + token * WIDTH, *up = halves[1] + token * WIDTH;
-    float* out = y + (from + token) * half + begin;
+    float out[WIDTH];
     const float* vector = scales.gated == nullptr ? ones.data() : scales.gated->at(from + token, begin);
 #pragma omp simd
-    for (int64_t o = 0; o < WIDTH; ++o)
-      out[o] = gate[o] / (1 + expf(-gate[o])) * up[o] * vector[o];
+    for (int64_t o = 0; o < WIDTH; ++o) {
+      const float opened = rounded(gate[o]);
+      const float activated = rounded(opened / (1 + expf(-opened)));
+      out[o] = rounded(activated * rounded(up[o])) * vector[o];
+    }
+    std::copy_n(out, WIDTH, y + (from + token) * half + begin);
   }
 }
 
@@ -214,15 +240,16 @@ extern "C" int64_t panel_width() { return WIDTH; }
 
 // y[tokens, outputs] = (x * input) * weight + bias, spans of it rescaled by `outputs`.
 // `gate`: silu(the first half of the outputs) * the second half * gated, y[tokens, outputs / 2].
-extern "C" void product(const Weight* weight, const float* x, int64_t tokens, float* y,
+extern "C" void product(const Weight* weight, const Number* x, int64_t tokens, Number* y,
                         const Scales* scales, int gate, int threads) {
   const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gate ? 2 : 1);
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
-  if (tokens * weight->outputs * weight->inputs < FEW) threads = 1;
+  if (tokens * weight->outputs * weight->numbers < FEW) threads = 1;
+  const bool ready = scales->input == nullptr && weight->numbers % TOGETHER == 0;
   std::vector<Share> shares = divide(blocks, panels, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const float* in = nullptr;
+    const Number* in = nullptr;
     int64_t held = -1;  // The block whose inputs `in` has.
     for (size_t n = 0; n < shares.size(); ++n) {
       Share& share = shares[(omp_get_thread_num() + n) % shares.size()];
@@ -230,10 +257,10 @@ extern "C" void product(const Weight* weight, const float* x, int64_t tokens, fl
         const int64_t b = piece.block;
         const int64_t from = tokens * b / blocks, to = tokens * (b + 1) / blocks;
         if (b != held)
-          in = scales->input == nullptr ? x + from * weight->inputs
-                                        : rescaled(x, from, to, weight->inputs, *scales->input);
+          in = ready ? x + from * weight->numbers : prepared(x, from, to, *weight, scales->input);
         held = b;
-        (gate ? compute_gated : compute)(*weight, in, y, from, to, piece.panel, *scales);
+        (gate ? compute_gated : compute)(*weight, (const Input*)in, y, from, to, piece.panel,
+                                         *scales);
       }
     }
   }

@@ -1,7 +1,7 @@
 """Products of linear layers as a kernel in C++, with each token's IA3 vectors in them.
 
-For a batch of decoding rows oneDNN reaches half of what two cores can compute in float32, and the
-vectors took operators of their own. No library multiplies a batch whose rows have vectors of their
+For a batch of decoding rows oneDNN reaches half of what two cores can compute, and the vectors took
+operators of their own. No library multiplies a batch whose rows have vectors of their
 own.
 """
 
@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters.layer import Scale
-from server.engine.kernels.build import load_kernel
+from server.engine.kernels.build import NUMBERS, load_kernel
 from server.engine.packing import Pack, PackedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+
+_INPUT_BYTES = 4
+"""The kernel reads so much of a token at a time: two numbers in bfloat16."""
 
 Rescaled = tuple[slice, Scale]
 """Columns of a product, and how they are rescaled."""
@@ -30,7 +33,7 @@ class _Weight(ctypes.Structure):
         ("panels", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
+        ("numbers", ctypes.c_int64),
     )
 
 
@@ -76,7 +79,7 @@ class _Scales(ctypes.Structure):
     def set(self, to: Scales, weight: _Weight) -> None:
         if to == self._set:
             return
-        whole, half = slice(0, weight.inputs), slice(0, weight.outputs // 2)
+        whole, half = slice(0, weight.numbers), slice(0, weight.outputs // 2)
         self.input = _array([] if to.input is None else [_Rescaling.of(whole, to.input)])
         self.outputs = _array([_Rescaling.of(*each) for each in to.outputs])
         self.count = len(to.outputs)
@@ -95,9 +98,10 @@ class _Call(ctypes.Structure):
 
 
 class KernelProduct:
-    """`(x * input) @ weight.T + bias`, of which some columns are rescaled, in float32.
+    """`(x * input) @ weight.T + bias`, of which some columns are rescaled.
 
-    What a token gets depends neither on its batch nor on the number of threads.
+    In bfloat16 it is rounded where PEFT's layers round, and sums are float32. What a token gets
+    depends neither on its batch nor on the number of threads.
     """
 
     def __init__(
@@ -105,10 +109,12 @@ class KernelProduct:
     ) -> None:
         self.outputs, self.inputs = weight.shape
         width = int(library.panel_width())
-        padded = F.pad(weight, (0, 0, 0, -self.outputs % width))
+        together = _INPUT_BYTES // weight.itemsize
+        padded = F.pad(weight, (0, -self.inputs % together, 0, -self.outputs % width))
         self.panel_width = width
-        self._panels = padded.view(-1, width, self.inputs).transpose(1, 2).contiguous()
-        self._bias = None if bias is None else bias.detach().contiguous()
+        inputs = padded.view(-1, width, padded.shape[1] // together, together)
+        self._panels = inputs.transpose(1, 2).contiguous()
+        self._bias = None if bias is None else bias.detach().float().contiguous()
         bias_at = None if self._bias is None else self._bias.data_ptr()
         self.weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
         self.function = library.product
@@ -123,6 +129,7 @@ class KernelProduct:
         self, x: torch.Tensor, scales: Scales = _UNSCALED, *, gate: bool = False
     ) -> torch.Tensor:
         """`gate`: `silu(first half) * second half` of the product, by columns; see `can_gate`."""
+        assert x.dtype == self._panels.dtype
         self._scales.set(scales, self.weight)
         if not x.is_contiguous():
             x = x.contiguous()
@@ -158,7 +165,13 @@ def _array(rescalings: Sequence[_Rescaling]) -> "ctypes.Array[_Rescaling] | None
 
 def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     """What packs a layer for a kernel. Raises what `load_kernel` does."""
-    library = load_kernel(_SOURCE, (), cache)
+    return {
+        dtype: partial(KernelProduct, _load(flags, cache)) for dtype, flags in NUMBERS.items()
+    }
+
+
+def _load(flags: Sequence[str], cache: Path) -> ctypes.CDLL:
+    library = load_kernel(_SOURCE, flags, cache)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.product.argtypes = [
         *(ctypes.POINTER(_Weight), pointer, number, pointer),
@@ -166,7 +179,7 @@ def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     ]
     library.product.restype = None
     library.panel_width.restype = number
-    return {torch.float32: partial(KernelProduct, library)}
+    return library
 
 
 def panel_width_of(model: nn.Module) -> int | None:

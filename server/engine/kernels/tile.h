@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -18,6 +22,33 @@ constexpr int WIDTH = 2 * LANES;
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef float AnyLanes __attribute__((vector_size(LANES * 4), aligned(4)));
 
+// Two inputs in bfloat16, the first in the lower half.
+typedef uint32_t Pair;
+typedef Pair PairLanes __attribute__((vector_size(LANES * 4)));
+
+template <class Input>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef Lanes Type;
+};
+template <>
+struct Vector<Pair> {
+  typedef PairLanes Type;
+};
+
+inline void add_product(Lanes& sum, float x, Lanes weights) { sum += x * weights; }
+
+inline void add_product(Lanes& sum, Pair x, PairLanes weights) {
+#if defined(__AVX512BF16__)
+  const __m512i both = _mm512_set1_epi32(int(x));
+  sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)weights, (__m512bh)both);
+#else
+  sum += __builtin_bit_cast(float, x << 16) * (Lanes)(weights << 16);
+  sum += __builtin_bit_cast(float, x & 0xffff0000) * (Lanes)(weights & 0xffff0000);
+#endif
+}
+
 // What a tile asks memory for meanwhile: `step` bytes from `next` on, for each of its inputs; and
 // some lines that lie anywhere, one for each stretch of inputs. Processors drop much of what is asked
 // for at once.
@@ -31,9 +62,10 @@ struct Ahead {
 constexpr int64_t STRETCH = 96;
 
 // y[ROWS, WIDTH] = x[ROWS, inputs] * panel[inputs, WIDTH], or is added to y where it is not `first`.
-template <int ROWS>
-void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, float* y,
+template <class Input, int ROWS>
+void tile(const Input* x, int64_t x_stride, const Input* panel, int64_t inputs, float* y,
           int64_t y_stride, bool first, const Ahead& ahead) {
+  typedef typename Vector<Input>::Type Weights;
   Lanes sums[ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
@@ -47,12 +79,12 @@ void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, 
 #pragma GCC unroll 2
     for (; i < end; ++i, panel += WIDTH, next += step) {
       __builtin_prefetch(next, 0, 2);
-      const Lanes left = *(const Lanes*)panel, right = *(const Lanes*)(panel + LANES);
+      const Weights left = *(const Weights*)panel, right = *(const Weights*)(panel + LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r) {
-        const Lanes value = x[r * x_stride + i] - Lanes{};
-        sums[r][0] += value * left;
-        sums[r][1] += value * right;
+        const Input value = x[r * x_stride + i];
+        add_product(sums[r][0], value, left);
+        add_product(sums[r][1], value, right);
       }
     }
   };
@@ -68,13 +100,17 @@ void tile(const float* x, int64_t x_stride, const float* panel, int64_t inputs, 
   }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool,
+template <class Input>
+using Tile = void (*)(const Input*, int64_t, const Input*, int64_t, float*, int64_t, bool,
                       const Ahead&);
 // By the number of rows.
-constexpr Tile TILES[] = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
+template <class Input>
+constexpr Tile<Input> TILES[] = {
+    nullptr,        tile<Input, 1>,  tile<Input, 2>,  tile<Input, 3>,
+    tile<Input, 4>, tile<Input, 5>,  tile<Input, 6>,
 #if defined(__AVX512F__)
-    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+    tile<Input, 7>, tile<Input, 8>,  tile<Input, 9>,  tile<Input, 10>,
+    tile<Input, 11>, tile<Input, 12>,
 #endif
 };
 
