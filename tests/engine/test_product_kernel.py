@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.layer import ByToken, Scale
 from server.engine.kernels import product as product_module
+from server.engine.kernels.build import NUMBERS
 from server.engine.kernels.product import KernelProduct, Scales
 from server.engine.packing import Pack, packing_works
 
@@ -22,7 +23,7 @@ ENTRIES = 4
 def widening(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """For bfloat16, where the processor has no instruction for it."""
     folder: Path = tmp_path_factory.mktemp("widening")
-    flags = ("-DBFLOAT16", "-mno-avx512bf16")
+    flags = (*NUMBERS[torch.bfloat16], "-mno-avx512bf16")
     return partial(KernelProduct, product_module._load(flags, folder))
 
 

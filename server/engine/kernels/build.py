@@ -17,7 +17,11 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 # Linked apart: with -ffast-math it would turn subnormal numbers off, for all of the process.
 _LINK = ("-shared", "-fopenmp")
 
-NUMBERS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+NUMBERS: dict[torch.dtype, tuple[str, ...]] = {
+    torch.float32: (),
+    # Products read two numbers as one.
+    torch.bfloat16: ("-DBFLOAT16", "-fno-strict-aliasing"),
+}
 """Flags that say what a kernel's tensors hold, as `number.h` reads them."""
 
 

@@ -165,9 +165,7 @@ def _array(rescalings: Sequence[_Rescaling]) -> "ctypes.Array[_Rescaling] | None
 
 def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
     """What packs a layer for a kernel. Raises what `load_kernel` does."""
-    return {
-        dtype: partial(KernelProduct, _load(flags, cache)) for dtype, flags in NUMBERS.items()
-    }
+    return {dtype: partial(KernelProduct, _load(flags, cache)) for dtype, flags in NUMBERS.items()}
 
 
 def _load(flags: Sequence[str], cache: Path) -> ctypes.CDLL:

@@ -60,6 +60,8 @@ struct Ahead {
 };
 
 constexpr int64_t STRETCH = 96;
+constexpr int64_t SOON = 24;  // Inputs until a tile's own panel is to be in the nearest cache.
+constexpr int64_t LINE = 16;  // Numbers of a cache's line.
 
 // y[ROWS, WIDTH] = x[ROWS, inputs] * panel[inputs, WIDTH], or is added to y where it is not `first`.
 template <class Input, int ROWS>
@@ -79,6 +81,9 @@ void tile(const Input* x, int64_t x_stride, const Input* panel, int64_t inputs, 
 #pragma GCC unroll 2
     for (; i < end; ++i, panel += WIDTH, next += step) {
       __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 2
+      for (int64_t line = 0; line < WIDTH; line += LINE)
+        __builtin_prefetch(panel + SOON * WIDTH + line);
       const Weights left = *(const Weights*)panel, right = *(const Weights*)(panel + LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r) {
