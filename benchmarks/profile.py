@@ -1,4 +1,5 @@
-"""Where a decode step's time goes: `python -m benchmarks.profile NAME` adds a column of that name.
+"""Where a decode step's time goes: `python -m benchmarks.profile NAME` adds a column of that name,
+`python -m benchmarks.profile NAME bfloat16` one of the model in that dtype.
 
 The parts are timed in the engine's own steps: by torch's profiler where they are its operators, by
 clocks around functions elsewhere. What lies between products, attention and adapters inside a
@@ -58,15 +59,16 @@ class Clocks:
         setattr(owner, function, timed)
 
 
-def main(name: str) -> None:
+def main(name: str, dtype: str = "float32") -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        parts, step = measure(Path(scratch))
+        parts, step = measure(Path(scratch), dtype)
     found = json.loads(PROFILE.read_text()) if PROFILE.exists() else {}
+    found.pop(name, None)
     found[name] = {"rows": ROWS, "step_ms": step, "parts_ms": parts}
     PROFILE.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def measure(folder: Path) -> tuple[dict[str, float], float]:
+def measure(folder: Path, dtype: str) -> tuple[dict[str, float], float]:
     """Milliseconds by part, in the mean of the steps, and of a step in the median of those that
     were not timed within. 32 rows decode, each on an adapter of its own."""
     model = default_model_folder()
@@ -76,6 +78,7 @@ def measure(folder: Path) -> tuple[dict[str, float], float]:
         template.write(folder / "adapters" / each, seed)
     services = load_services(
         Settings(
+            dtype=dtype,
             adapters_dir=folder / "store",
             preload_adapters=folder / "adapters",
             max_model_len=1024,
@@ -148,4 +151,4 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -48,7 +48,8 @@ _TITLES = {
 }
 
 
-def page(results: Results) -> str:
+def page(results: Results, elsewhere: Sequence[Results] = ()) -> str:
+    """`elsewhere`: what was measured on other processors."""
     parts = [_INTRODUCTION, "## Targets", _JUDGED, targets(verdicts(results))]
     if "profile" in results:
         parts += ["## Where a step's time goes", profile(results["profile"])]
@@ -57,6 +58,8 @@ def page(results: Results) -> str:
             parts += [f"## {title}", *section(name, results[name])]
             parts += [f"![{title}](performance/{file}.svg)" for file in pictures_of(name, results)]
     parts += ["## Measured on", stamps(results)]
+    for others in elsewhere:
+        parts += ["## On another processor", targets(verdicts(others)), stamps(others)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,6 +123,15 @@ def speeds(found: dict[str, Any]) -> str:
             for name, each in found.items()
         ],
     )
+
+
+def bfloat16(found: dict[str, Any]) -> list[str]:
+    """The ratios, which no target is about."""
+    ratios = found.get("ratios", {})
+    medians = [
+        f"{ratio['median']:.2f} with {name.rpartition('_')[2]}" for name, ratio in ratios.items()
+    ]
+    return [f"Infuse over vLLM: {', '.join(medians)} in flight (medians)."] if medians else []
 
 
 def prefix(found: dict[str, Any]) -> list[str]:
@@ -217,6 +229,7 @@ def memory(found: dict[str, Any]) -> list[str]:
 
 
 _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "bfloat16": bfloat16,
     "http": http,
     "prefix": prefix,
     "speculation": speculation,

@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="The base's number format; auto: the checkpoint's on a GPU, else float32.",
+        description="The base's number format; auto: the checkpoint's on a GPU; on a CPU float32, "
+        "or a checkpoint's bfloat16 where this processor is faster in it.",
         examples=["bfloat16"],
     )
     quantization: Literal["none", "int8", "int4"] = Field(

@@ -4,7 +4,6 @@ oneDNN's two operators are torch's own (its Inductor backend uses them) but not 
 dtype is tried on a small example first, and layers of one that fails stay as they are.
 """
 
-import math
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,9 @@ _USUAL_TOKENS = 128
 """oneDNN chooses the layout for products of so many rows; it serves all numbers, one row too."""
 _MEASURED_ROWS = (1, 32, 512)
 """One decoding row, many of them, a prompt's chunk."""
+_MEASURED_BYTES = 1 << 26
+"""Of weights: no cache holds them, as none holds a model's."""
+_TURNS = 5
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -131,7 +133,7 @@ def speed_of(dtype: torch.dtype) -> float:
     measurement; 0 where it does not compute rightly."""
     if not packing_works(dtype):
         return 0.0
-    usual, other = (_seconds(pack_for_onednn, each, 32) for each in (torch.float32, dtype))
+    usual, other = _costs([(pack_for_onednn, each) for each in (torch.float32, dtype)], [32])
     return usual / other
 
 
@@ -139,19 +141,37 @@ def fastest(packs: Sequence[Pack], dtype: torch.dtype) -> Pack | None:
     """Of those that compute rightly, the one that is fastest over small and large batches, by a
     short measurement; None where none is right."""
     right = [pack for pack in packs if packing_works(dtype, pack)]
-
-    def seconds(pack: Pack) -> float:
-        return math.prod(_seconds(pack, dtype, rows) for rows in _MEASURED_ROWS)
-
-    return min(right, key=seconds) if len(right) > 1 else next(iter(right), None)
+    if len(right) < 2:
+        return next(iter(right), None)
+    costs = _costs([(pack, dtype) for pack in right], _MEASURED_ROWS)
+    return right[costs.index(min(costs))]
 
 
 @torch.inference_mode()
-def _seconds(pack: Pack, dtype: torch.dtype, rows: int) -> float:
-    """What a product takes."""
-    product = pack(torch.randn(1024, 1024).to(dtype), None)
-    x = torch.randn(1, rows, 1024).to(dtype)
-    return min(timeit.repeat(partial(product, x), repeat=9, number=3))
+def _costs(kinds: Sequence[tuple[Pack, torch.dtype]], rows: Sequence[int]) -> list[float]:
+    """Of each kind, seconds for so many rows at their least, multiplied. All are measured in turns:
+    a busy moment must not decide."""
+    costs = [1.0] * len(kinds)
+    layers = [
+        [pack(weight, None) for _ in range(_MEASURED_BYTES // weight.nbytes)]
+        for pack, dtype in kinds
+        for weight in [torch.randn(1024, 1024).to(dtype)]
+    ]
+    for tokens in rows:
+        # A large product reads its weights many times, so that one layer is enough.
+        calls = [
+            partial(_run, each[: max(1, 512 // tokens)], torch.randn(1, tokens, 1024).to(dtype))
+            for each, (_, dtype) in zip(layers, kinds, strict=True)
+        ]
+        turns = [[timeit.timeit(call, number=1) for call in calls] for _ in range(_TURNS)]
+        least = map(min, zip(*turns, strict=True))
+        costs = [cost * seconds for cost, seconds in zip(costs, least, strict=True)]
+    return costs
+
+
+def _run(layers: Sequence[Product], x: torch.Tensor) -> None:
+    for layer in layers:
+        layer(x)
 
 
 @contextmanager

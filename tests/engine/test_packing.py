@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,10 @@ from server.engine import packing
 from server.engine.packing import (
     PackedLinear,
     PackedSibling,
+    Product,
+    fastest,
     noting_siblings,
+    pack_for_onednn,
     pack_linears,
     packing_works,
     speed_of,
@@ -133,6 +138,19 @@ def test_a_sibling_gives_its_own_part_whoever_was_asked_before(
             found = model["qkv"[member]](inputs[which])
             torch.testing.assert_close(found, wanted[member][which], atol=1e-5, rtol=1e-4)
             found.mul_(0.0)  # It belongs to whoever asked, as with any layer.
+
+
+def test_of_those_that_compute_rightly_the_fastest_is_taken() -> None:
+    def slow(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        product = pack_for_onednn(weight, bias)
+        return lambda x: (time.sleep(0.005), product(x))[1]
+
+    def wrong(weight: torch.Tensor, _bias: torch.Tensor | None) -> Product:
+        return lambda x: x.new_zeros(*x.shape[:-1], len(weight))
+
+    assert fastest([slow, pack_for_onednn, wrong], torch.float32) is pack_for_onednn
+    assert fastest([pack_for_onednn, wrong, slow], torch.float32) is pack_for_onednn
+    assert fastest([wrong], torch.float32) is None
 
 
 def test_the_speed_of_a_dtype_is_measured_against_float32(monkeypatch: pytest.MonkeyPatch) -> None:
