@@ -23,6 +23,9 @@ from server.engine.errors import UnsupportedModel
 
 Quantization = Literal["none", "int8", "int4"]
 
+_PACKED_OUTPUTS = 32
+"""Of 4-bit layers, as bitsandbytes lays them out for AVX512-BF16: whole groups of so many."""
+
 _LIBRARIES = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
 
 
@@ -85,7 +88,7 @@ def settle(model: PreTrainedModel, device: str) -> None:
     Raises UnsupportedModel.
     """
     _keep_activations(model)
-    _compute_in_own_dtype(model)
+    _compute_as_elsewhere(model)
     kinds = {
         # torchao says there how a layer rounds its activations, if it does.
         (type(module.weight), str(getattr(module.weight, "act_quant_kwargs", ""))): module
@@ -138,12 +141,16 @@ def _keep_activations(model: PreTrainedModel) -> None:
             model.set_submodule(name, linear)
 
 
-def _compute_in_own_dtype(model: PreTrainedModel) -> None:
-    """Where a processor has AVX512-BF16, bitsandbytes computes 4-bit layers of any dtype in it."""
-    if model.dtype is not torch.bfloat16:
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+def _compute_as_elsewhere(model: PreTrainedModel) -> None:
+    """Where a processor has AVX512-BF16, bitsandbytes computes 4-bit layers of any dtype in it, in
+    a layout that not every width fits."""
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        block = module.weight.quant_state.blocksize  # type: ignore[union-attr]
+        fits = module.in_features % block == module.out_features % _PACKED_OUTPUTS == 0  # type: ignore[operator]
+        if model.dtype is not torch.bfloat16 or not fits:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @torch.inference_mode()

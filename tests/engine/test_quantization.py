@@ -181,6 +181,18 @@ def test_a_processor_with_bfloat16_does_not_round_a_float32_base(
     assert torch.equal(found, wanted)
 
 
+def test_layers_too_narrow_for_the_layout_of_bfloat16_do_not_use_it(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor that has none, bitsandbytes could not run the others."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    monkeypatch.setattr(quantization, "_rows_stand_alone", lambda *_: True)
+    model = load_model(str(folder("llama")), "cpu", "bfloat16", "int4").model
+
+    packs = {m.in_features: m.support_avx512bf16_for_cpu for _, m in quantized_linears(model)}
+    assert packs == {32: False, 64: True}
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_checkpoint_that_is_quantised_loads_as_it_is(
     folder: Callable[[str], Path], tmp_path: Path, bits: Any
