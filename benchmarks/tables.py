@@ -33,8 +33,7 @@ distribution; with fewer than 5 pairs, or one measurement, the figure itself). C
 in transformers has a cache of the size that the batch needs: by default it takes most of the
 memory, and was half as fast. It falls behind with the length of the answers: with 32 + 32 tokens
 Infuse was 3.3 times as fast (2 pairs, measured once, with AVX2). Where there is AVX512, torch's own
-products come nearer to what the processor can, and so do all peers: a decode step of 32 rows is 47
-of 63 ms products there, at four fifths of the processor's peak."""
+products come nearer to what the processor can, and so do all peers."""
 
 _TITLES = {
     "adapters": "Adapters beside the base",

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from server.engine import packing
 from server.engine.kernels.product import product_kernels
-from server.engine.packing import Pack
+from server.engine.packing import Pack, pack_for_onednn
 from tests.engine.harness import Harness
 from tests.factories import save_adapter, tiny_model
 
@@ -54,6 +55,25 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[torch.dtype, Pa
 def kernel(kernels: Mapping[torch.dtype, Pack]) -> Pack:
     """What packs a float32 layer for our own kernel."""
     return kernels[torch.float32]
+
+
+@pytest.fixture
+def prefer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Which product is fastest, "onednn" or "kernel", of those that compute rightly here, is not
+    measured."""
+
+    def prefer(name: str) -> None:
+        def costs(kinds: Sequence[tuple[Pack, torch.dtype]], _rows: Sequence[int]) -> list[float]:
+            return [float((pack is pack_for_onednn) == (name == "kernel")) for pack, _ in kinds]
+
+        monkeypatch.setattr(packing, "_costs", costs)
+
+    return prefer
+
+
+@pytest.fixture
+def only_kernels(prefer: Callable[[str], None]) -> None:
+    prefer("kernel")
 
 
 @pytest.fixture(scope="session")

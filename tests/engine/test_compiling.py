@@ -16,7 +16,7 @@ from torch._inductor.graph import GraphLowering
 from torch._ops import OpOverload
 from transformers import PreTrainedModel
 
-from server.engine import compiling, packing, tracing
+from server.engine import compiling, tracing
 from server.engine.kernels.attention import AttentionKernel
 from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
@@ -53,12 +53,10 @@ def test_compiled_blocks_equal_peft_for_every_kind_of_adapter(
     llama: PreTrainedModel,
     adapters: dict[str, Path],
     cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    prefer: Callable[[str], None],
     fastest: str,
 ) -> None:
-    monkeypatch.setattr(
-        packing, "fastest", lambda packs, _: packs[0] if fastest == "onednn" else packs[-1]
-    )
+    prefer(fastest)
     engine = start(compile_cache=cache, prefill_chunk_tokens=4)
 
     assert engine.engine.stats().compiled
@@ -67,6 +65,7 @@ def test_compiled_blocks_equal_peft_for_every_kind_of_adapter(
     check_all(engine, llama, adapters)
 
 
+@pytest.mark.usefixtures("only_kernels")
 def test_a_compiled_step_calls_its_kernels_without_python(
     start: Callable[..., Harness],
     llama: PreTrainedModel,
@@ -74,7 +73,6 @@ def test_a_compiled_step_calls_its_kernels_without_python(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing, "fastest", lambda packs, _: packs[-1])
     engine = start(compile_cache=cache)
     one = dict(list(adapters.items())[:1])
     monkeypatch.setattr(KernelProduct, "__call__", Mock(side_effect=AssertionError))
@@ -115,12 +113,11 @@ def test_a_model_in_bfloat16_is_compiled_to_the_bit(
     adapters: dict[str, Path],
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
+    prefer: Callable[[str], None],
     fastest: str,
 ) -> None:
     """What is fused is rounded where torch's operators round."""
-    monkeypatch.setattr(
-        packing, "fastest", lambda packs, _: packs[0] if fastest == "onednn" else packs[-1]
-    )
+    prefer(fastest)
     monkeypatch.setattr(compiling, "_ROUNDINGS", 0)
     monkeypatch.setattr(compiling, "_ERROR", 0)
     engine = start(tiny_model("llama").bfloat16(), compile_cache=cache)
@@ -171,10 +168,10 @@ def test_a_damaged_cache_is_made_anew(start: Callable[..., Harness], cache: Path
     assert start(compile_cache=cache).engine.stats().compiled
 
 
+@pytest.mark.usefixtures("only_kernels")
 def test_a_later_start_neither_traces_nor_compiles(
     start: Callable[..., Harness], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "fastest", lambda packs, _: packs[-1])
     kept = {"compile_cache": cache, "trace_cache": tmp_path / "traces"}
     start(**kept)
     torch.compiler.reset()

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine import packing
 from server.engine.kernels.product import panel_width_of
-from server.engine.packing import pack_for_onednn
 from tests.engine.harness import Harness, Oracle, worst_error
 from tests.factories import TOKENS, save_adapter, tiny_model
 
@@ -28,6 +26,7 @@ PROMPTS = [[5 + (11 * row + n) % 250 for n in range(4 + 7 * row)] for row in ran
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize(
     ("family", "dtype", "compiled"),
     [
@@ -44,9 +43,6 @@ def test_a_mixed_batch_errs_at_most_twice_as_much_as_peft_in_the_same_dtype(
     compiled: bool,
 ) -> None:
     """Compiled, products are by our kernel."""
-    monkeypatch.setattr(
-        packing, "_costs", lambda kinds, _: [float(pack is pack_for_onednn) for pack, _ in kinds]
-    )
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     base = tiny_model(family)
     adapters = {

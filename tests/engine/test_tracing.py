@@ -11,7 +11,6 @@ from adapters.bank import Segment
 from adapters.checkpoint import AdapterVectors
 from adapters.model import IA3Model
 from adapters.targets import Side, Target
-from server.engine import packing
 from server.engine.attention import Probe, StepContext, install, run_probe
 from server.engine.compiling import compile_forward
 from server.engine.kernels.operators import load_operators
@@ -73,12 +72,6 @@ def test_flat_families_are_traced_to_the_bit(family: str, pack: bool) -> None:
     ia3, context, modules = prepared(tiny_model(family), pack)
 
     assert_equal(context, trace(ia3, context, modules), modules)
-
-
-@pytest.fixture
-def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is the fastest is not measured."""
-    monkeypatch.setattr(packing, "fastest", lambda packs, _: packs[-1])
 
 
 @pytest.mark.usefixtures("only_kernels")

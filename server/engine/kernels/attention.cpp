@@ -41,7 +41,7 @@ struct Heads {
 struct Attention {
   Heads query;
   const Number *keys, *values;  // A layer's memory.
-  Number* out;                 // [tokens, heads, VALUE_DIM].
+  Number* out;                  // [tokens, heads, VALUE_DIM].
   int64_t heads, kv_heads;
   float scaling;
   int64_t window;  // A token sees so many keys at most; 0: all.

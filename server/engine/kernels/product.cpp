@@ -67,7 +67,7 @@ struct Scales {
 };
 
 // Sums as a Number can hold them.
-void round(float* sums, int64_t count) {
+void round_sums(float* sums, int64_t count) {
   for (int64_t n = 0; n < count; ++n) sums[n] = rounded(sums[n]);
 }
 
@@ -157,7 +157,7 @@ void finish(float* sums, int64_t from, int64_t to, int64_t left, const Weight& w
   for (int64_t n = 0; n < scales.count; ++n) {
     const Rescaling& by = scales.outputs[n];
     if (by.start >= right || by.stop <= left) continue;
-    round(sums, (to - from) * WIDTH);
+    round_sums(sums, (to - from) * WIDTH);
     rescale(sums, from, to, left, by);
   }
 }

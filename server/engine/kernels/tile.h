@@ -111,11 +111,11 @@ using Tile = void (*)(const Input*, int64_t, const Input*, int64_t, float*, int6
 // By the number of rows.
 template <class Input>
 constexpr Tile<Input> TILES[] = {
-    nullptr,        tile<Input, 1>,  tile<Input, 2>,  tile<Input, 3>,
-    tile<Input, 4>, tile<Input, 5>,  tile<Input, 6>,
+    nullptr, tile<Input, 1>, tile<Input, 2>, tile<Input, 3>,
+    tile<Input, 4>, tile<Input, 5>, tile<Input, 6>,
 #if defined(__AVX512F__)
-    tile<Input, 7>, tile<Input, 8>,  tile<Input, 9>,  tile<Input, 10>,
-    tile<Input, 11>, tile<Input, 12>,
+    tile<Input, 7>, tile<Input, 8>, tile<Input, 9>,
+    tile<Input, 10>, tile<Input, 11>, tile<Input, 12>,
 #endif
 };
 
