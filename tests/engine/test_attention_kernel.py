@@ -1,6 +1,7 @@
 """Attention by our kernel, for heads of any size; the rest of what it does is in test_caches.py."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,3 +78,43 @@ def test_it_gives_what_torch_does(
     for mine, wanted in zip(by_kernel, by_torch, strict=True):
         error = max(1e-4, torch.finfo(shape.dtype).eps)
         torch.testing.assert_close(mine.float(), wanted, atol=2e-5, rtol=error)
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=[str(s) for s in SHAPES])
+@settings(max_examples=15)
+@given(
+    cuts=st.sets(st.integers(1, 1199), min_size=1, max_size=8),
+    window=st.one_of(st.none(), st.integers(1, 700)),
+    softcap=st.one_of(st.none(), st.floats(0.5, 30)),
+)
+def test_a_token_gets_the_same_to_the_bit_in_any_chunk(
+    caches: tuple[StripCache, StripCache],
+    number: int,
+    cuts: set[int],
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Also alone, as a decoding row: what was computed of a prompt before changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    cache, shape = caches[0], SHAPES[number]
+    layer = LayerAttention(number, 0.2, window, softcap)
+    edges = sorted({0, 1200, *cuts, *(cut + 1 for cut in cuts)})
+    heads = [
+        torch.randn(count, edges[-1], dim, generator=generator).to(shape.dtype)
+        for count, dim in (
+            (HEADS, shape.key_dim),
+            (KV_HEADS, shape.key_dim),
+            (KV_HEADS, shape.value_dim),
+        )
+    ]
+    assert cache.reserve(0, edges[-1])
+    whole = cache.plan([], [Chunk(0, 0, edges[-1])]).attend(*heads, layer)
+    cache.release(0)
+    assert cache.reserve(0, edges[-1])
+    parts = []
+    for start, end in pairwise(edges):
+        chunk = [Chunk(0, start, end - start)]
+        plan = cache.plan(chunk, []) if end - start == 1 else cache.plan([], chunk)
+        parts.append(plan.attend(*(each[:, start:end] for each in heads), layer))
+    cache.release(0)
+    assert torch.equal(torch.cat(parts), whole)

@@ -1,5 +1,6 @@
 // Attention over keys and values in strips: decoding rows and prompts' chunks. Scores and sums are
-// float. KEY_DIM and VALUE_DIM are given by the command line.
+// float, and each is of the same numbers in the same order whether its token decodes or is one of a
+// chunk. KEY_DIM and VALUE_DIM are given by the command line.
 
 #include <algorithm>
 #include <cfloat>
@@ -7,15 +8,25 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "number.h"
 #include "tile.h"
 
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(LANES * 4)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
+
 namespace {
 
 constexpr int64_t QUERIES = 64;  // Tokens of a chunk at a time,
 constexpr int64_t KEYS = 512;    // over so many keys at a time.
+constexpr int64_t SHARES = 8;    // At least, for each thread; else heads of a row stay together.
+constexpr int64_t KEY_INPUTS = (KEY_DIM + TOGETHER - 1) / TOGETHER;
 constexpr int64_t VALUE_PANELS = (VALUE_DIM + WIDTH - 1) / WIDTH;
 constexpr int64_t VALUE_WIDTH = VALUE_PANELS * WIDTH;
 
@@ -55,89 +66,208 @@ struct Attention {
 };
 
 // Memory that a thread keeps, aligned for a tile's panels.
+template <class Item>
 class Buffer {
  public:
-  float* at_least(int64_t count) {
+  Item* at_least(int64_t count) {
     if (kept_ < count) {
       kept_ = (count + 15) / 16 * 16;
-      memory_.reset((float*)std::aligned_alloc(64, kept_ * sizeof(float)));
+      memory_.reset((Item*)std::aligned_alloc(64, kept_ * sizeof(Item)));
     }
     return memory_.get();
   }
 
  private:
-  std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, std::free};
+  std::unique_ptr<Item, decltype(&std::free)> memory_{nullptr, std::free};
   int64_t kept_ = 0;
 };
 
 struct Scratch {
-  Buffer scores, keys, values, out;
+  Buffer<Input> queries, keys;
+  Buffer<float> scores, values, out;
 };
 
-// The softmax of a row whose scores come in parts.
+// Lanes before `left`, and those from `right` on, become `value`.
+inline void cover(Lanes& lanes, int64_t left, int64_t right, float value) {
+#pragma omp simd
+  for (int64_t l = 0; l < LANES; ++l) lanes[l] = l < left || l >= right ? value : lanes[l];
+}
+
+constexpr float LEAST = -87;  // Of what a weight is the exponential of: less takes exp a long time.
+
+// The softmax of a row whose scores come in parts. Inlined, a function may be computed in one place
+// otherwise than in another.
 struct Softmax {
   float most = -FLT_MAX, sum = 0;
 
-  // Turns the next scores into weights, and says what the earlier ones are to be multiplied by.
-  float take(float* scores, int64_t count, float softcap) {
-    if (softcap > 0)
-      for (int64_t t = 0; t < count; ++t) scores[t] = softcap * std::tanh(scores[t] / softcap);
-    const float before = most;
-    for (int64_t t = 0; t < count; ++t) most = std::max(most, scores[t]);
-    const float factor = std::exp(before - most);
-    float added = 0;
-    for (int64_t t = 0; t < count; ++t) {
-      scores[t] = std::exp(scores[t] - most);
-      added += scores[t];
+  // Turns a query's products with the keys `left` to `right` into weights, and those beside them,
+  // up to whole Lanes, into zeros. Returns what the earlier weights are to be multiplied by.
+  __attribute__((noinline)) float take(float* products, int64_t left, int64_t right, float scaling,
+                                       float softcap) {
+    Lanes* const first = (Lanes*)products + left / LANES;
+    Lanes* const last = (Lanes*)products + (right - 1) / LANES;
+    if (softcap > 0) {
+      for (float* score = (float*)first; score < (float*)(last + 1); ++score)
+        *score = softcap * std::tanh(*score * scaling / softcap);
+      scaling = 1;
     }
+    const int64_t before = left % LANES, until = (right - 1) % LANES + 1;
+    cover(*first, before, LANES, -FLT_MAX);
+    cover(*last, 0, until, -FLT_MAX);
+    Lanes tops = *first, sums{};
+    for (const Lanes* some = first + 1; some <= last; ++some) tops = *some > tops ? *some : tops;
+    float top = most, factor = 0, added = 0;
+    for (int64_t l = 0; l < LANES; ++l) top = std::max(top, tops[l]);
+    for (Lanes* some = first; some <= last; ++some)
+#pragma omp simd
+      for (int64_t l = 0; l < LANES; ++l)
+        (*some)[l] = std::exp(std::max(((*some)[l] - top) * scaling, LEAST));
+    cover(*first, before, LANES, 0);
+    cover(*last, 0, until, 0);
+    for (const Lanes* some = first; some <= last; ++some) sums += *some;
+    for (int64_t l = 0; l < LANES; ++l) added += sums[l];
+    if (sum > 0) factor = std::exp((most - top) * scaling);
     sum = sum * factor + added;
+    most = top;
     return factor;
+  }
+
+  // What a row gets of the weighted sum.
+  __attribute__((noinline)) void share(const float* sums, Number* out) const {
+    const float each = 1 / sum;
+    for (int d = 0; d < VALUE_DIM; ++d) out[d] = sums[d] * each;
   }
 };
 
-// One query over `count` keys.
-void attend_one(const Number* query, const Number* keys, const Number* values, Number* out,
-                float* scores, int64_t count, float scaling, float softcap) {
-  float q[KEY_DIM];
-  for (int d = 0; d < KEY_DIM; ++d) q[d] = query[d] * scaling;
-  for (int64_t t = 0; t < count; ++t) {
-    const Number* key = keys + t * KEY_DIM;
-    float score = 0;
-    for (int d = 0; d < KEY_DIM; ++d) score += q[d] * key[d];
-    scores[t] = score;
+// A query or a key, filled up with zeros to whole inputs.
+void take_inputs(const Number* numbers, Input* inputs) {
+  inputs[KEY_INPUTS - 1] = 0;
+  std::copy_n(numbers, KEY_DIM, (Number*)inputs);
+}
+
+typedef Vector<Input>::Type Inputs;
+
+// Of two rows, exchanges the second's inputs at places without the bit S and the first's S further.
+template <int S, size_t... J>
+inline void exchange(Inputs& first, Inputs& second, std::index_sequence<J...>) {
+  const Inputs low = SHUFFLE(first, second, (J & S ? LANES + J - S : J)...);
+  second = SHUFFLE(first, second, (J & S ? LANES + J : J + S)...);
+  first = low;
+}
+
+template <int S = LANES / 2>
+inline void transpose(Inputs (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r)
+    if ((r & S) == 0) exchange<S>(rows[r], rows[r + S], std::make_index_sequence<LANES>());
+  if constexpr (S > 1) transpose<S / 2>(rows);
+}
+
+// Up to WIDTH keys as [KEY_INPUTS, WIDTH], filled up with zeros. `soon`: those that come next.
+void turn_keys(const Number* keys, int64_t count, const Number* soon, Input* panel) {
+  typedef Inputs Unaligned __attribute__((aligned(sizeof(Number))));
+  constexpr int64_t WHOLE = KEY_DIM / TOGETHER / LANES * LANES;
+  const char* next = (const char*)soon;
+  for (int64_t left = 0; left < WIDTH; left += LANES) {
+    for (int64_t i = 0; i < WHOLE; i += LANES) {
+      for (int line = 0; line < LANES * LANES / LINE; ++line, next += LINE * sizeof(float))
+        __builtin_prefetch(next, 0, 2);
+      Inputs rows[LANES];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; ++k) {
+        const Number* key = keys + (left + k) * KEY_DIM + i * TOGETHER;
+        rows[k] = left + k < count ? (Inputs) * (const Unaligned*)key : Inputs{};
+      }
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < LANES; ++k) *(Inputs*)(panel + (i + k) * WIDTH + left) = rows[k];
+    }
+    for (int64_t k = left; k < left + LANES && WHOLE < KEY_INPUTS; ++k) {
+      Input key[KEY_INPUTS] = {};
+      if (k < count) take_inputs(keys + k * KEY_DIM, key);
+      for (int64_t i = WHOLE; i < KEY_INPUTS; ++i) panel[i * WIDTH + k] = key[i];
+    }
   }
-  Softmax softmax;
-  softmax.take(scores, count, softcap);
-  const float share = 1 / softmax.sum;
-  float sum[VALUE_DIM] = {};
-  for (int64_t t = 0; t < count; ++t) {
-    const Number* value = values + t * VALUE_DIM;
-    for (int d = 0; d < VALUE_DIM; ++d) sum[d] += scores[t] * value[d];
+}
+
+inline Lanes widened(const float* numbers) { return *(const AnyLanes*)numbers; }
+#if defined(BFLOAT16)
+inline Lanes widened(const Number* numbers) {
+  typedef uint16_t Bits __attribute__((vector_size(LANES * 2), aligned(2)));
+  return (Lanes)(__builtin_convertvector(*(const Bits*)numbers, PairLanes) << 16);
+}
+#endif
+
+// Adds `count` values by their weights, [ROWS, KEYS], to `out`, [ROWS, VALUE_WIDTH].
+template <int ROWS>
+void weigh(const float* weights, const Number* values, int64_t count, float* out) {
+  constexpr int VECTORS = (VALUE_DIM + LANES - 1) / LANES, REST = VALUE_DIM % LANES;
+  Lanes sums[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) sums[r][v] = ((Lanes*)(out + r * VALUE_WIDTH))[v];
+  for (int64_t t = 0; t < count; ++t, values += VALUE_DIM) {
+#pragma GCC unroll 32
+    for (int v = 0; v < VECTORS; ++v) {
+      Lanes value{};
+      if (REST == 0 || v + 1 < VECTORS)
+        value = widened(values + v * LANES);
+      else
+        for (int d = 0; d < REST; ++d) value[d] = values[v * LANES + d];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sums[r][v] += weights[r * KEYS + t] * value;
+    }
   }
-  for (int d = 0; d < VALUE_DIM; ++d) out[d] = sum[d] * share;
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < VECTORS; ++v) ((Lanes*)(out + r * VALUE_WIDTH))[v] = sums[r][v];
+}
+
+// By the number of rows; WEIGHED: as many as registers hold sums of.
+constexpr void (*WEIGH[])(const float*, const Number*, int64_t, float*) = {
+    nullptr, weigh<1>, weigh<2>, weigh<3>, weigh<4>};
+constexpr int64_t WEIGHED = std::clamp<int64_t>(TALL * 2 / ((VALUE_DIM + LANES - 1) / LANES), 1, 4);
+
+// Products of queries and a panel's keys, [rows, KEYS].
+void score(const Input* queries, int64_t rows, const Input* panel, float* products) {
+  const Ahead nothing{(const char*)queries, 0};
+  for (; rows > 0; rows -= TALL, queries += TALL * KEY_INPUTS, products += TALL * KEYS)
+    TILES<Input>[std::min<int64_t>(TALL, rows)](queries, KEY_INPUTS, panel, KEY_INPUTS, products,
+                                                KEYS, true, nothing);
 }
 
 // The heads of a chunk's only token that share a key head.
 void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& scratch) {
-  const int64_t strip = chunk.strip + kv_head * chunk.length, first = a.first_seen(chunk.start);
-  const int64_t count = chunk.start + 1 - first;
-  float* scores = scratch.scores.at_least(count);
-  for (int64_t head = kv_head * a.group(); head < (kv_head + 1) * a.group(); ++head)
-    attend_one(a.query.at(head, chunk.first), a.keys + (strip + first) * KEY_DIM,
-               a.values + (strip + first) * VALUE_DIM,
-               a.out + (chunk.first * a.heads + head) * VALUE_DIM, scores, count, a.scaling,
-               a.softcap);
-}
-
-// Keys as [panel, KEY_DIM, WIDTH keys], the last panel filled with zeros.
-void turn_keys(const Number* keys, int64_t count, float* panels) {
-  for (int64_t t = 0; t < count; t += WIDTH) {
-    const int64_t some = std::min<int64_t>(WIDTH, count - t);
-    float* panel = panels + t * KEY_DIM;
-    for (int64_t k = 0; k < WIDTH; ++k)
-      for (int d = 0; d < KEY_DIM; ++d)
-        panel[d * WIDTH + k] = k < some ? float(keys[(t + k) * KEY_DIM + d]) : 0;
+  const int64_t strip = chunk.strip + kv_head * chunk.length, end = chunk.start + 1;
+  const int64_t first = a.first_seen(chunk.start), group = a.group();
+  Input* queries = scratch.queries.at_least(group * KEY_INPUTS);
+  Input* panel = scratch.keys.at_least(KEYS * KEY_INPUTS);
+  float* scores = scratch.scores.at_least(group * KEYS);
+  float* out = scratch.out.at_least(group * VALUE_WIDTH);
+  std::fill_n(out, group * VALUE_WIDTH, 0.0f);
+  std::vector<Softmax> softmax(group);
+  for (int64_t h = 0; h < group; ++h)
+    take_inputs(a.query.at(kv_head * group + h, chunk.first), queries + h * KEY_INPUTS);
+  for (int64_t block = first / KEYS * KEYS; block < end; block += KEYS) {
+    const int64_t left = std::max<int64_t>(first - block, 0), right = std::min(KEYS, end - block);
+    for (int64_t t = left / WIDTH * WIDTH; t < right; t += WIDTH) {
+      const Number* keys = a.keys + (strip + block + t) * KEY_DIM;
+      // As a rule the next head is this thread's.
+      const bool more = t + WIDTH < right;
+      const Number* soon = more ? keys + WIDTH * KEY_DIM : a.keys + (strip + chunk.length) * KEY_DIM;
+      turn_keys(keys, std::min<int64_t>(WIDTH, right - t), soon, panel);
+      score(queries, group, panel, scores + t);
+    }
+    for (int64_t h = 0; h < group; ++h) {
+      const float factor = softmax[h].take(scores + h * KEYS, left, right, a.scaling, a.softcap);
+      for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[h * VALUE_WIDTH + d] *= factor;
+    }
+    const Number* values = a.values + (strip + block + left) * VALUE_DIM;
+    for (int64_t h = 0; h < group; h += WEIGHED)
+      WEIGH[std::min(WEIGHED, group - h)](scores + h * KEYS + left, values, right - left,
+                                          out + h * VALUE_WIDTH);
   }
+  Number* result = a.out + (chunk.first * a.heads + kv_head * group) * VALUE_DIM;
+  for (int64_t h = 0; h < group; ++h)
+    softmax[h].share(out + h * VALUE_WIDTH, result + h * VALUE_DIM);
 }
 
 // Values as [panel, KEYS, WIDTH numbers], the last panel filled with zeros.
@@ -166,28 +296,31 @@ struct Rows {
 
 // Rows `begin` to `begin + some` over keys `block` to `block + count`, adding to what they have.
 void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int64_t count,
-                  const float* keys, const float* values, Softmax* softmax, float* out) {
+                  const Input* keys, const float* values, Softmax* softmax, float* out) {
   const Attention& a = rows.a;
   const int64_t seen = std::min(count, rows.place(begin + some - 1) + 1 - block);
   if (seen <= 0 || a.first_seen(rows.place(begin)) >= block + count) return;
-  float query[TALL][KEY_DIM], scores[TALL][KEYS];
-  for (int r = 0; r < some; ++r) {
-    const Number* given = a.query.at(rows.head(begin + r), rows.chunk.first + rows.token(begin + r));
-    for (int d = 0; d < KEY_DIM; ++d) query[r][d] = given[d] * a.scaling;
-  }
-  const Ahead nothing{(const char*)query, 0};
+  Input queries[TALL][KEY_INPUTS];
+  alignas(64) float scores[TALL][KEYS];
+  for (int r = 0; r < some; ++r)
+    take_inputs(a.query.at(rows.head(begin + r), rows.chunk.first + rows.token(begin + r)),
+                queries[r]);
   for (int64_t t = 0; t < seen; t += WIDTH)
-    TILES<float>[some](query[0], KEY_DIM, keys + t * KEY_DIM, KEY_DIM, scores[0] + t, KEYS, true, nothing);
+    score(queries[0], some, keys + t * KEY_INPUTS, scores[0] + t);
   for (int r = 0; r < some; ++r) {
     const int64_t place = rows.place(begin + r);
     const int64_t right = std::clamp<int64_t>(place + 1 - block, 0, seen);
     const int64_t left = std::clamp<int64_t>(a.first_seen(place) - block, 0, right);
-    std::fill(scores[r], scores[r] + left, 0.0f);
-    std::fill(scores[r] + right, scores[r] + seen, 0.0f);
-    if (left == right) continue;
-    const float factor = softmax[begin + r].take(scores[r] + left, right - left, a.softcap);
+    if (left == right) {
+      std::fill_n(scores[r], seen, 0.0f);
+      continue;
+    }
+    for (int64_t t = 0; t < left / LANES * LANES; ++t) scores[r][t] = 0;
+    for (int64_t t = (right + LANES - 1) / LANES * LANES; t < seen; ++t) scores[r][t] = 0;
+    const float factor = softmax[begin + r].take(scores[r], left, right, a.scaling, a.softcap);
     for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[(begin + r) * VALUE_WIDTH + d] *= factor;
   }
+  const Ahead nothing{(const char*)queries, 0};
   for (int64_t p = 0; p < VALUE_PANELS; ++p)
     TILES<float>[some](scores[0], KEYS, values + p * KEYS * WIDTH, seen,
                 out + begin * VALUE_WIDTH + p * WIDTH, VALUE_WIDTH, false, nothing);
@@ -197,7 +330,7 @@ void prefill(const Rows& rows, Scratch& scratch) {
   const Attention& a = rows.a;
   const int64_t strip = rows.chunk.strip + rows.kv_head * rows.chunk.length;
   const int64_t end = rows.chunk.start + rows.to;
-  float* keys = scratch.keys.at_least(KEYS * KEY_DIM);
+  Input* keys = scratch.keys.at_least(KEYS * KEY_INPUTS);
   float* values = scratch.values.at_least(KEYS * VALUE_WIDTH);
   float* out = scratch.out.at_least(rows.count() * VALUE_WIDTH);
   std::fill_n(out, rows.count() * VALUE_WIDTH, 0.0f);
@@ -206,7 +339,11 @@ void prefill(const Rows& rows, Scratch& scratch) {
   int64_t block = a.first_seen(rows.chunk.start + rows.from) / KEYS * KEYS;
   for (; block < end; block += KEYS) {
     const int64_t count = std::min(KEYS, end - block);
-    turn_keys(a.keys + (strip + block) * KEY_DIM, count, keys);
+    for (int64_t t = 0; t < count; t += WIDTH) {
+      const Number* some = a.keys + (strip + block + t) * KEY_DIM;
+      turn_keys(some, std::min<int64_t>(WIDTH, count - t), some + WIDTH * KEY_DIM,
+                keys + t * KEY_INPUTS);
+    }
     part_values(a.values + (strip + block) * VALUE_DIM, count, values);
     for (int64_t begin = 0; begin < rows.count(); begin += TALL)
       attend_block(rows, begin, int(std::min<int64_t>(TALL, rows.count() - begin)), block, count,
@@ -214,9 +351,7 @@ void prefill(const Rows& rows, Scratch& scratch) {
   }
   for (int64_t row = 0; row < rows.count(); ++row) {
     const int64_t place = (rows.chunk.first + rows.token(row)) * a.heads + rows.head(row);
-    const float share = 1 / softmax[row].sum;
-    for (int d = 0; d < VALUE_DIM; ++d)
-      a.out[place * VALUE_DIM + d] = out[row * VALUE_WIDTH + d] * share;
+    softmax[row].share(out + row * VALUE_WIDTH, a.out + place * VALUE_DIM);
   }
 }
 
@@ -246,6 +381,7 @@ extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* n
                        float softcap, int threads) {
   const Attention a{*query, keys, values, out, heads, kv_heads, scaling, window, softcap};
   const std::vector<Work> all = divide(chunks, count, kv_heads);
+  const int64_t together = std::clamp<int64_t>(all.size() / threads / SHARES, 1, kv_heads);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -259,7 +395,7 @@ extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* n
       }
     }
     thread_local Scratch scratch;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, together)
     for (size_t each = 0; each < all.size(); ++each) {
       const Work& work = all[each];
       if (work.chunk->tokens == 1)

@@ -16,6 +16,8 @@ from server.engine.kernels.build import NUMBERS, load_kernel
 from server.engine.slabs import LayerMemory
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+# Of glibc's functions for several numbers at once, but with the order of sums as it is written.
+_MATH = ("-ffast-math", "-fno-associative-math", "-fno-reciprocal-math")
 
 Kernels = Mapping[LayerShape, "AttentionKernel"]
 """For layers of a shape."""
@@ -123,5 +125,5 @@ def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Kernels:
 
 def _kernel(shape: LayerShape, cache: Path) -> AttentionKernel:
     dims = (f"-DKEY_DIM={shape.key_dim}", f"-DVALUE_DIM={shape.value_dim}")
-    flags = ("-ffast-math", *dims, *NUMBERS[shape.dtype])
+    flags = (*_MATH, *dims, *NUMBERS[shape.dtype])
     return AttentionKernel(load_kernel(_SOURCE, flags, cache))

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "number.h"
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -23,13 +22,6 @@ extern "C" float expf(float) noexcept;
 #endif
 
 namespace {
-
-#if defined(BFLOAT16)
-typedef Pair Input;
-#else
-typedef float Input;
-#endif
-constexpr int64_t TOGETHER = sizeof(Input) / sizeof(Number);
 
 constexpr int64_t INPUTS = 768;  // Of a panel at a time; more would not stay in the nearest cache.
 constexpr int64_t TOKENS = 48;   // At a time, likewise.

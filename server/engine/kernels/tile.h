@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "number.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -26,7 +28,15 @@ typedef float AnyLanes __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t Pair;
 typedef Pair PairLanes __attribute__((vector_size(LANES * 4)));
 
-template <class Input>
+// What a tile reads of a token at a time.
+#if defined(BFLOAT16)
+typedef Pair Input;
+#else
+typedef float Input;
+#endif
+constexpr int64_t TOGETHER = sizeof(Input) / sizeof(Number);
+
+template <class Each>
 struct Vector;
 template <>
 struct Vector<float> {
@@ -64,10 +74,10 @@ constexpr int64_t SOON = 24;  // Inputs until a tile's own panel is to be in the
 constexpr int64_t LINE = 16;  // Numbers of a cache's line.
 
 // y[ROWS, WIDTH] = x[ROWS, inputs] * panel[inputs, WIDTH], or is added to y where it is not `first`.
-template <class Input, int ROWS>
-void tile(const Input* x, int64_t x_stride, const Input* panel, int64_t inputs, float* y,
+template <class Each, int ROWS>
+void tile(const Each* x, int64_t x_stride, const Each* panel, int64_t inputs, float* y,
           int64_t y_stride, bool first, const Ahead& ahead) {
-  typedef typename Vector<Input>::Type Weights;
+  typedef typename Vector<Each>::Type Weights;
   Lanes sums[ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) {
@@ -87,7 +97,7 @@ void tile(const Input* x, int64_t x_stride, const Input* panel, int64_t inputs, 
       const Weights left = *(const Weights*)panel, right = *(const Weights*)(panel + LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; ++r) {
-        const Input value = x[r * x_stride + i];
+        const Each value = x[r * x_stride + i];
         add_product(sums[r][0], value, left);
         add_product(sums[r][1], value, right);
       }
@@ -105,17 +115,17 @@ void tile(const Input* x, int64_t x_stride, const Input* panel, int64_t inputs, 
   }
 }
 
-template <class Input>
-using Tile = void (*)(const Input*, int64_t, const Input*, int64_t, float*, int64_t, bool,
+template <class Each>
+using Tile = void (*)(const Each*, int64_t, const Each*, int64_t, float*, int64_t, bool,
                       const Ahead&);
 // By the number of rows.
-template <class Input>
-constexpr Tile<Input> TILES[] = {
-    nullptr, tile<Input, 1>, tile<Input, 2>, tile<Input, 3>,
-    tile<Input, 4>, tile<Input, 5>, tile<Input, 6>,
+template <class Each>
+constexpr Tile<Each> TILES[] = {
+    nullptr, tile<Each, 1>, tile<Each, 2>, tile<Each, 3>,
+    tile<Each, 4>, tile<Each, 5>, tile<Each, 6>,
 #if defined(__AVX512F__)
-    tile<Input, 7>, tile<Input, 8>, tile<Input, 9>,
-    tile<Input, 10>, tile<Input, 11>, tile<Input, 12>,
+    tile<Each, 7>, tile<Each, 8>, tile<Each, 9>,
+    tile<Each, 10>, tile<Each, 11>, tile<Each, 12>,
 #endif
 };
 
