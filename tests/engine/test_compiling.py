@@ -20,6 +20,7 @@ from server.engine import compiling, tracing
 from server.engine.kernels.attention import AttentionKernel
 from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
+from tests.engine.test_speculation import FreeTokens
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 
 PROMPT = [5, 9, 14, 6, 5, 9]
@@ -125,6 +126,31 @@ def test_a_model_in_bfloat16_is_compiled_to_the_bit(
     assert engine.engine.stats().compiled
     ask_all(engine, adapters)
     assert all(len(engine.answers[name].tokens) == 8 for name in [*adapters, "base"])
+
+
+@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_what_was_computed_before_or_guessed(
+    start: Callable[..., Harness], cache: Path, dtype: torch.dtype
+) -> None:
+    """A prompt's last token alone, an answer's tokens one by one, or several of them as a chunk."""
+    asked = [3 + (7 * n) % 200 for n in range(70)]
+    scored = {"max_tokens": 24, "logprobs": 3}
+    plain = start(tiny_model("llama").to(dtype), compile_cache=cache, prefix_cache=False)
+    engine = start(tiny_model("llama").to(dtype), compile_cache=cache, speculation=True)
+    engine.engine._speculation.costs = FreeTokens()
+    assert engine.engine.stats().compiled
+
+    first = plain.ask(asked, "default", **scored)
+    for prediction in ([], [], first.tokens):
+        again = engine.ask(asked, "default", prediction=prediction, **scored)
+        assert again.logprobs == first.logprobs
+    assert again.predicted > 8
+    said = [*asked, *first.tokens, 9]
+    assert (
+        engine.ask(said, "default", **scored).logprobs
+        == plain.ask(said, "default", **scored).logprobs
+    )
 
 
 def test_layers_of_two_kinds_are_compiled_apart(start: Callable[..., Harness], cache: Path) -> None:
