@@ -43,7 +43,7 @@ class Plan:
     sections: tuple[str, ...] | None
     """None: all."""
     adapter_turns: int
-    """Of adapters beside the base, by fours: any two of these make two pairs. 2: of 32 adapters
+    """Of adapters beside the base, by fours: each side is once on each server. 2: of 32 adapters
     only."""
     skew_turns: int
     """The same of popularities that no target is about."""
@@ -62,7 +62,7 @@ class Plan:
     """Of LoRA in vLLM, which does too."""
     registered: int
     http_turns: int
-    """Over HTTP and in process: two make a pair."""
+    """Over HTTP and in process, by twos."""
     loads: Mapping[float, float]
     """Part of the saturation -> seconds of Poisson arrivals. A p99 takes hundreds of them."""
     repeats: int
@@ -71,7 +71,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    adapter_turns=20,
+    adapter_turns=24,
     skew_turns=4,
     peer_turns=5,
     peft_turns=2,

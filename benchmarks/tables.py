@@ -19,12 +19,11 @@ All engines of a section run on one machine in one run, each in a process of its
 same prompts in turns, in changing order. The rounds of a turn go on in slices of a tenth of a
 second, all engines but one being stopped, and only the time in which an engine ran counts
 ([decision 25](decisions/0025-slices-of-time.md)); adapters and base take each other's server from
-turn to turn, and two turns in which two of them had each other's are a pair. "Measured on" says
-which commit a section is of. So a ratio means something, and a speed by itself little. Model:
-SmolLM2-135M-Instruct in float32, greedy, end tokens passed over, random prompts; IA3 on keys,
-values and `down_proj` (PEFT's default), LoRA of rank 8 on the same modules. Infuse runs with
-`--compile`, as vLLM compiles by default. Prefix caches and prompt lookup are off except where they
-are what is measured."""
+turn to turn. What two sides gave in one turn is a pair. "Measured on" says which commit a section
+is of. So a ratio means something, and a speed by itself little. Model: SmolLM2-135M-Instruct in
+float32, greedy, end tokens passed over, random prompts; IA3 on keys, values and `down_proj` (PEFT's
+default), LoRA of rank 8 on the same modules. Infuse runs with `--compile`, as vLLM compiles by
+default. Prefix caches and prompt lookup are off except where they are what is measured."""
 
 _JUDGED = """\
 A target is reached where the 95% bound of the median that makes it harder keeps the limit: the
@@ -34,6 +33,10 @@ in transformers has a cache of the size that the batch needs: by default it take
 memory, and was half as fast. It falls behind with the length of the answers: with 32 + 32 tokens
 Infuse was 3.3 times as fast (2 pairs, measured once, with AVX2). Where there is AVX512, torch's own
 products come nearer to what the processor can, and so do all peers."""
+
+_ELSEWHERE = """\
+Measured at an earlier commit. Two turns in which two sides had each other's server were one pair
+then."""
 
 _TITLES = {
     "adapters": "Adapters beside the base",
@@ -60,7 +63,7 @@ def page(results: Results, elsewhere: Sequence[Results] = ()) -> str:
             parts += [f"![{title}](performance/{file}.svg)" for file in pictures_of(name, results)]
     parts += ["## Measured on", stamps(results)]
     for others in elsewhere:
-        parts += ["## On another processor", targets(verdicts(others)), stamps(others)]
+        parts += ["## On another processor", _ELSEWHERE, targets(verdicts(others)), stamps(others)]
     return "\n\n".join(parts) + "\n"
 
 

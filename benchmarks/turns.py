@@ -1,6 +1,5 @@
 """Engines that answer in turns, so that whatever disturbs the machine meets all of them alike."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +34,6 @@ class Turns:
     tokens: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """The reason, by side. What it did before it failed is kept."""
-    crossed: bool = False
-    """Sides took each other's engines: two turns make a pair, see `take_turns`."""
 
     def speeds(self, name: str) -> list[float]:
         """Generated tokens a second."""
@@ -51,22 +48,15 @@ class Turns:
         `of` says what is compared, of a side's name and round; left out, tokens a second.
         """
         measure = of or (lambda side, each: self.tokens[side] / each.seconds)
-        pairs = [
-            None if mine is None or theirs is None else measure(name, mine) / measure(other, theirs)
-            for mine, theirs in zip(
-                self.rounds.get(name, []), self.rounds.get(other, []), strict=False
-            )
-        ]
-        if self.crossed and pairs:
-            names = list(self.rounds)
-            apart = names.index(name) ^ names.index(other)
-            pairs = [
-                None if first is None or second is None else math.sqrt(first * second)
-                for turn, first in enumerate(pairs)
-                if turn < turn ^ apart
-                for second in [pairs[turn ^ apart]]
+        return ratio_of(
+            [
+                measure(name, mine) / measure(other, theirs)
+                for mine, theirs in zip(
+                    self.rounds.get(name, []), self.rounds.get(other, []), strict=False
+                )
+                if mine is not None and theirs is not None
             ]
-        return ratio_of([pair for pair in pairs if pair is not None])
+        )
 
 
 def report(*measured: Turns) -> dict[str, Any]:
@@ -98,15 +88,14 @@ def take_turns(sides: Sequence[Side], turns: int, crossed: bool = False) -> Turn
     one engine one after the other. A side that fails sits out from there on.
 
     `crossed`: sides (two or four) take each other's engines, the i-th in turn t that of number
-    `i xor t`, and with it the place in the order. Any two have each other's in some other turn, and
-    what the two turns have in common is a pair: processes of one kind differ by up to 3% in speed
-    for as long as they live.
+    `i xor t`, and with it the place in the order. Processes of one kind differ by up to 3% in speed
+    for as long as they live; any two sides have each other's in as many turns as their own, so that
+    what an engine is better by lowers as many ratios as it raises.
     """
     assert not crossed or turns % len(sides) == 0
     result = Turns(
         rounds={side.name: [] for side in sides},
         tokens={side.name: side.tokens for side in sides},
-        crossed=crossed,
     )
     for turn in range(turns):
         found: dict[str, Round] = {}
