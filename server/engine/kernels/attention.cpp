@@ -95,8 +95,8 @@ inline void cover(Lanes& lanes, int64_t left, int64_t right, float value) {
 
 constexpr float LEAST = -87;  // Of what a weight is the exponential of: less takes exp a long time.
 
-// The softmax of a row whose scores come in parts. Inlined, a function may be computed in one place
-// otherwise than in another.
+// The softmax of a row whose scores come in parts. Its functions are not inlined, for a compiler may
+// make other arithmetic of them in each place.
 struct Softmax {
   float most = -FLT_MAX, sum = 0;
 
