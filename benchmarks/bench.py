@@ -71,7 +71,7 @@ class Plan:
 
 FULL = Plan(
     sections=None,
-    adapter_turns=24,
+    adapter_turns=28,
     skew_turns=4,
     peer_turns=5,
     peft_turns=2,
@@ -81,7 +81,7 @@ FULL = Plan(
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
-    http_turns=10,
+    http_turns=8,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
