@@ -35,8 +35,7 @@ Infuse was 3.3 times as fast (2 pairs, measured once, with AVX2). Where there is
 products come nearer to what the processor can, and so do all peers."""
 
 _ELSEWHERE = """\
-Measured at an earlier commit. Two turns in which two sides had each other's server were one pair
-then."""
+Before b4c019e two turns in which two sides had each other's server were one pair."""
 
 _TITLES = {
     "adapters": "Adapters beside the base",

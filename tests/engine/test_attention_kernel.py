@@ -20,6 +20,18 @@ SHAPES = [
 ]
 
 
+def random_heads(shape: LayerShape, tokens: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Queries, keys and values, `[heads, tokens, dim]`, in the shape's dtype."""
+    return [
+        torch.randn(count, tokens, dim, generator=generator).to(shape.dtype)
+        for count, dim in (
+            (HEADS, shape.key_dim),
+            (KV_HEADS, shape.key_dim),
+            (KV_HEADS, shape.value_dim),
+        )
+    ]
+
+
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[StripCache, StripCache]:
     """One that attends by kernels, and one by torch, in float32."""
@@ -62,14 +74,7 @@ def test_it_gives_what_torch_does(
         generator = torch.Generator().manual_seed(1)
         for step in ((), past), (decode, prefill):
             tokens = sum(chunk.tokens for part in step for chunk in part)
-            heads = [
-                torch.randn(count, tokens, dim, generator=generator).to(shape.dtype).to(dtype)
-                for count, dim in (
-                    (HEADS, shape.key_dim),
-                    (KV_HEADS, shape.key_dim),
-                    (KV_HEADS, shape.value_dim),
-                )
-            ]
+            heads = [each.to(dtype) for each in random_heads(shape, tokens, generator)]
             if tokens:
                 found.append(each.plan(*step).attend(*heads, layer))
         for row in range(len(chunks)):
@@ -99,14 +104,7 @@ def test_a_token_gets_the_same_to_the_bit_in_any_chunk(
     cache, shape = caches[0], SHAPES[number]
     layer = LayerAttention(number, 0.2, window, softcap)
     edges = sorted({0, 1200, *cuts, *(cut + 1 for cut in cuts)})
-    heads = [
-        torch.randn(count, edges[-1], dim, generator=generator).to(shape.dtype)
-        for count, dim in (
-            (HEADS, shape.key_dim),
-            (KV_HEADS, shape.key_dim),
-            (KV_HEADS, shape.value_dim),
-        )
-    ]
+    heads = random_heads(shape, edges[-1], generator)
     assert cache.reserve(0, edges[-1])
     whole = cache.plan([], [Chunk(0, 0, edges[-1])]).attend(*heads, layer)
     cache.release(0)

@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "number.h"
 #include "tile.h"
 
 #if defined(__clang__)
@@ -101,14 +100,15 @@ struct Softmax {
   float most = -FLT_MAX, sum = 0;
 
   // Turns a query's products with the keys `left` to `right` into weights, and those beside them,
-  // up to whole Lanes, into zeros. Returns what the earlier weights are to be multiplied by.
-  __attribute__((noinline)) float take(float* products, int64_t left, int64_t right, float scaling,
-                                       float softcap) {
+  // up to whole Lanes, into zeros. `out`: the weighted sums until now, which follow.
+  __attribute__((noinline)) void take(const Attention& a, float* products, int64_t left,
+                                      int64_t right, float* out) {
+    float scaling = a.scaling;
     Lanes* const first = (Lanes*)products + left / LANES;
     Lanes* const last = (Lanes*)products + (right - 1) / LANES;
-    if (softcap > 0) {
+    if (a.softcap > 0) {
       for (float* score = (float*)first; score < (float*)(last + 1); ++score)
-        *score = softcap * std::tanh(*score * scaling / softcap);
+        *score = a.softcap * std::tanh(*score * scaling / a.softcap);
       scaling = 1;
     }
     const int64_t before = left % LANES, until = (right - 1) % LANES + 1;
@@ -129,7 +129,7 @@ struct Softmax {
     if (sum > 0) factor = std::exp((most - top) * scaling);
     sum = sum * factor + added;
     most = top;
-    return factor;
+    for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[d] *= factor;
   }
 
   // What a row gets of the weighted sum.
@@ -190,13 +190,15 @@ void turn_keys(const Number* keys, int64_t count, const Number* soon, Input* pan
   }
 }
 
-inline Lanes widened(const float* numbers) { return *(const AnyLanes*)numbers; }
-#if defined(BFLOAT16)
+// LANES numbers.
 inline Lanes widened(const Number* numbers) {
+#if defined(BFLOAT16)
   typedef uint16_t Bits __attribute__((vector_size(LANES * 2), aligned(2)));
   return (Lanes)(__builtin_convertvector(*(const Bits*)numbers, PairLanes) << 16);
-}
+#else
+  return *(const AnyLanes*)numbers;
 #endif
+}
 
 // Adds `count` values by their weights, [ROWS, KEYS], to `out`, [ROWS, VALUE_WIDTH].
 template <int ROWS>
@@ -256,10 +258,8 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
       turn_keys(keys, std::min<int64_t>(WIDTH, right - t), soon, panel);
       score(queries, group, panel, scores + t);
     }
-    for (int64_t h = 0; h < group; ++h) {
-      const float factor = softmax[h].take(scores + h * KEYS, left, right, a.scaling, a.softcap);
-      for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[h * VALUE_WIDTH + d] *= factor;
-    }
+    for (int64_t h = 0; h < group; ++h)
+      softmax[h].take(a, scores + h * KEYS, left, right, out + h * VALUE_WIDTH);
     const Number* values = a.values + (strip + block + left) * VALUE_DIM;
     for (int64_t h = 0; h < group; h += WEIGHED)
       WEIGH[std::min(WEIGHED, group - h)](scores + h * KEYS + left, values, right - left,
@@ -317,8 +317,7 @@ void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int6
     }
     for (int64_t t = 0; t < left / LANES * LANES; ++t) scores[r][t] = 0;
     for (int64_t t = (right + LANES - 1) / LANES * LANES; t < seen; ++t) scores[r][t] = 0;
-    const float factor = softmax[begin + r].take(scores[r], left, right, a.scaling, a.softcap);
-    for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[(begin + r) * VALUE_WIDTH + d] *= factor;
+    softmax[begin + r].take(a, scores[r], left, right, out + (begin + r) * VALUE_WIDTH);
   }
   const Ahead nothing{(const char*)queries, 0};
   for (int64_t p = 0; p < VALUE_PANELS; ++p)
