@@ -32,7 +32,13 @@ from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
-from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
+from server.errors import (
+    ERRORS_OF_ALL,
+    AnswerAll,
+    ApiError,
+    error_response,
+    install_error_handlers,
+)
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.services import Services
@@ -41,6 +47,8 @@ from server.settings import MEBIBYTE, Settings
 log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
+_SLOWEST = 16 << 10
+"""Bytes a second that a body may take, beside the time that each gets."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI page only: `Authorize` has looked at the key already."""
 _PRELOADED = Origin(source="preload")
@@ -61,7 +69,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await to_thread.run_sync(services.merges.close)
-            await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
+            # Requests had their time before: now nobody listens any more.
+            await to_thread.run_sync(services.engine.stop, 0.0)
             services.store.close()
 
     app = FastAPI(
@@ -75,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(Authorize, keys=keys)
+    app.add_middleware(AnswerAll)
     return app
 
 
@@ -198,13 +208,15 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
 
 
 class LimitBodies:
-    """ASGI middleware: a body over its limit is refused by its header, or while it comes."""
+    """ASGI middleware: a body over its limit is refused by its header, or while it comes; so is one
+    that comes too slowly."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._upload_limit = settings.max_upload_bytes + MEBIBYTE
         """The form around the files needs some room of its own."""
         self._body_limit = settings.max_body_bytes
+        self._seconds = settings.receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -219,11 +231,20 @@ class LimitBodies:
             refusal = ApiError(413, _too_large(limit), code="body_too_large")
             await error_response(refusal)(scope, receive, send)
             return
-        received = 0
+        until = asyncio.get_running_loop().time() + self._seconds
+        received, more = 0, True
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, more
+            if not more:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until + received / _SLOWEST):
+                    message = await receive()
+            except TimeoutError:
+                problem = f"The body does not come: {received} bytes so far. Send it faster."
+                raise HTTPException(408, problem, headers={"Connection": "close"}) from None
+            more = bool(message.get("more_body", False))
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, _too_large(limit))

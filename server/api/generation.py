@@ -1,5 +1,6 @@
 """One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ from server.engine.request import FinishReason, GenerationRequest, Output, Sampl
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
 from server.services import Services
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -390,6 +393,10 @@ async def _events(generation: Generation, writer: Writer, with_usage: bool) -> A
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:
         events.append(format_sse_event(data_str=error_body(error)))
+    except Exception as error:
+        log.error("The stream %s failed.", generation.order.id, exc_info=error)
+        failure = ApiError(500, "The server failed; its log says why.")
+        events.append(format_sse_event(data_str=error_body(failure)))
     yield b"".join([*events, format_sse_event(data_str="[DONE]")])
 
 

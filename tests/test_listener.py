@@ -1,0 +1,169 @@
+"""The HTTP server's own manners: how it ends, and what it bounds, over real sockets."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.factories import CHAT_TEMPLATE, save_tiny_model
+
+INFUSE = Path(sys.executable).with_name("infuse")
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SLOW_TEMPLATE = (
+    "{% if slow %}{% for a in range(5000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}"
+    "{% endif %}" + CHAT_TEMPLATE
+)
+SLOW_SCHEMA = {"type": "integer", "multipleOf": 1_000_003}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "A", "ignore_eos": True, "max_tokens": 250}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", SLOW_TEMPLATE)
+
+
+Process = tuple[subprocess.Popen[bytes], str]
+
+
+@pytest.fixture
+def start(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[float], Process]]:
+    """Start `infuse serve` with one batch row and so many seconds to drain."""
+
+    def start(drain_timeout: float) -> Process:
+        command = [str(INFUSE), "serve", "--port", "0"]
+        command += ["--model", str(model_folder), "--served-model-name", "tiny"]
+        command += ["--adapters-dir", str(tmp_path / "store"), "--max-batch-rows", "1"]
+        command += ["--drain-timeout", str(drain_timeout)]
+        log = tmp_path / "log"
+        with log.open("w") as output:
+            server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        servers.callback(server.wait)
+        servers.callback(server.kill)
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        return server, found[1]
+
+    with ExitStack() as servers:
+        yield start
+
+
+async def half_an_upload(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which the second half of an upload is still to be sent."""
+    address = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    kind = "multipart/form-data; boundary=x"
+    head = f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    writer.write(f"{head}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+    await writer.drain()
+    return reader, writer
+
+
+def response_of(received: bytes) -> httpx.Response:
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *headers = head.decode().split("\r\n")
+    pairs = [header.split(": ", 1) for header in headers]
+    return httpx.Response(int(status.split()[1]), headers=pairs, content=body)
+
+
+async def until_in_flight(client: httpx.AsyncClient, requests: int) -> None:
+    count = 0
+    while count < requests:
+        text = (await client.get("/metrics")).text
+        found = re.findall(r"^infuse_requests_(?:running|waiting) (\d+)", text, re.M)
+        count = sum(map(int, found))
+
+
+def test_the_drain_answers_all_that_is_in_flight(
+    start: Callable[[float], Process],
+) -> None:
+    server, url = start(0.5)
+    message = {"messages": [{"role": "user", "content": "A"}], "model": "tiny"}
+    many: dict[str, tuple[str, dict[str, Any]]] = {
+        "whole": (COMPLETIONS, LONG | {"n": 100}),
+        "constraint": (COMPLETIONS, LONG | {"structured_outputs": {"json": SLOW_SCHEMA}}),
+        "template": (CHAT, message | {"chat_template_kwargs": {"slow": True}}),
+        "rank": ("/v1/rank", {"model": "tiny", "inputs": [{"prompt": "A", "choices": ["b"] * 40}]}),
+    }
+
+    async def ask() -> tuple[dict[str, httpx.Response], list[str]]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            streamed = LONG | {"n": 100, "stream": True}
+            async with client.stream("POST", COMPLETIONS, json=streamed) as stream:
+                lines = stream.aiter_lines()
+                first = await anext(lines)
+                received, sent = await half_an_upload(url)
+                tasks = {
+                    name: asyncio.create_task(client.post(path, json=body))
+                    for name, (path, body) in many.items()
+                }
+                await until_in_flight(client, 230)
+                server.send_signal(signal.SIGTERM)
+                events = [first] + [line async for line in lines]
+                answers = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+            answers["upload"] = response_of(await received.read())
+            sent.close()
+            return answers, [line.removeprefix("data: ") for line in events if line]
+
+    answers, events = asyncio.run(ask())
+
+    for name, answer in answers.items():
+        assert answer.status_code == 503, (name, answer.text)
+        assert int(answer.headers["retry-after"]) >= 1, name
+        assert answer.json()["error"]["type"] == "server_error", name
+    *_, last, done = events
+    assert done == "[DONE]"
+    assert "shutting down" in json.loads(last)["error"]["message"]
+    assert server.wait(30) == 0
+
+
+def test_a_clean_drain_lets_answers_end_and_the_process_ends_with_0(
+    start: Callable[[float], Process],
+) -> None:
+    server, url = start(30.0)
+    body = LONG | {"stream": True, "max_tokens": 100}
+
+    with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=60) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        next(lines)
+        server.send_signal(signal.SIGINT)
+        *_, last, done = lines
+
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert done == "data: [DONE]"
+    assert server.wait(30) == 0
+
+
+def test_a_second_signal_ends_the_process_at_once(start: Callable[[float], Process]) -> None:
+    server, url = start(300.0)
+
+    with httpx.stream("POST", url + COMPLETIONS, json=LONG | {"stream": True, "n": 200}) as stream:
+        next(stream.iter_lines())
+        server.send_signal(signal.SIGTERM)
+        while is_listening(url):
+            pass
+        server.send_signal(signal.SIGTERM)
+
+        assert server.wait(10) == 128 + signal.SIGTERM
+
+
+def is_listening(url: str) -> bool:
+    address = httpx.URL(url)
+    try:
+        with socket.create_connection((address.host, address.port or 80), timeout=1):
+            return True
+    except OSError:
+        return False
