@@ -18,7 +18,7 @@ from server.errors import ApiError, error_response
 log = logging.getLogger(__name__)
 
 Role = Literal["generate", "admin", "metrics"]
-"""Any key may read `/metrics`; one with `metrics` alone may do nothing else."""
+"""`metrics` may read `/metrics` alone, and so may `admin`: they tell of every key's requests."""
 _CALLER = "infuse.caller"
 _ADMIN = ("/v1/adapters", "/v1/merges")
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
@@ -87,9 +87,10 @@ class Authorize:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        role: Role | None = _role(path)
-        if role is not None and role not in key.roles:
-            message = f"The key '{key.name}' lacks the role '{role}', which {path} needs."
+        roles = _roles(path)
+        if not key.roles & set(roles):
+            named = " or ".join(f"'{role}'" for role in roles)
+            message = f"The key '{key.name}' lacks the role {named}, which {path} needs."
             return ApiError(403, message, code="missing_role")
         scope[_CALLER] = key.name
         return None
@@ -103,11 +104,11 @@ class Authorize:
         return found
 
 
-def _role(path: str) -> Role | None:
-    """What a path needs; None: any key will do."""
+def _roles(path: str) -> tuple[Role, ...]:
+    """What a path needs, one of them."""
     if path == "/metrics":
-        return None
-    return "admin" if path.startswith(_ADMIN) else "generate"
+        return "metrics", "admin"
+    return ("admin",) if path.startswith(_ADMIN) else ("generate",)
 
 
 async def get_caller(request: Request) -> str | None:

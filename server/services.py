@@ -34,6 +34,10 @@ class Services:
     compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
 
+    def cache_scope(self, caller: str | None) -> str:
+        """Whose caches a key's requests use: its own, unless keys share theirs."""
+        return "" if caller is None or self.settings.keys_share_caches else caller
+
 
 async def get_services(request: Request) -> Services:
     """FastAPI dependency. Async, as FastAPI runs others in a thread."""

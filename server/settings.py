@@ -123,6 +123,12 @@ class Settings(BaseSettings):
         description="Keep what was computed of prompts and answers for requests that begin alike.",
         examples=[True],
     )
+    keys_share_caches: bool = Field(
+        False,
+        description="Keys trust each other: what was computed of one key's prompts and grammars "
+        "serves the others too, who can tell by the time that it saves.",
+        examples=[False],
+    )
     max_queue: int = Field(
         256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
     )

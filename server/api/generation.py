@@ -1,5 +1,6 @@
 """One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
 
+import json
 import logging
 import time
 import uuid
@@ -126,6 +127,7 @@ def place_order(
     """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
+    salt = json.dumps([services.cache_scope(caller), body.cache_salt])
     with ExitStack() as undo:
         leases = [
             None if lease is None else undo.enter_context(lease.again())
@@ -142,7 +144,7 @@ def place_order(
                 speculation=speculation,
                 prediction=prediction,
                 order=order_id,
-                cache_salt=body.cache_salt or "",
+                cache_salt=salt,
             )
             for number, own in enumerate(leases)
         )
