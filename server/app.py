@@ -30,6 +30,7 @@ from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
+from server.engine.fair_turns import FairTurns
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
 from server.errors import (
@@ -116,6 +117,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     except BaseException:
         store.close()
         raise
+    each = _threads_for(settings)
     return partial(
         Services,
         settings=settings,
@@ -130,15 +132,16 @@ def _load_services(settings: Settings) -> "partial[Services]":
         ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
-        preparing=CapacityLimiter(_threads_for(settings)),
+        threads=CapacityLimiter(2 * each),
+        preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
 
 
 def _threads_for(settings: Settings) -> int:
-    """On which requests are made ready. More than a few only take Python's lock from each other;
-    but where adapters come from a bucket, some wait for it, and the others must not wait for them.
-    """
+    """On which one key's requests are made ready. More than a few only take Python's lock from each
+    other; but where adapters come from a bucket, some wait for it, and the others must not wait for
+    them."""
     return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 

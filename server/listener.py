@@ -174,7 +174,7 @@ class Server(uvicorn.Server):
                 connection.check(now)
         return await super().on_tick(counter)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """The first signal begins the drain, after which the process ends with 0; the second ends
         it at once, with the status that shells give a signal."""
         if self.should_exit:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -28,6 +28,7 @@ from server.api.schemas import (
     ModelBody,
     Usage,
 )
+from server.engine.constraints import GrammarMissing, RequestGrammars
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
@@ -307,15 +308,25 @@ class Writer(Protocol):
     def usage_chunk(self, usage: Usage) -> Chunk: ...
 
 
-async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
+async def prepared(
+    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+) -> _T:
     """What `prepare` makes on a thread, to be submitted right after.
 
-    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
+    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
+    once that is done: neither a thread nor the engine waits meanwhile. Raises ApiError where the
+    client leaves until then.
     """
-    if is_constrained:
-        return await to_thread.run_sync(prepare, limiter=services.compiling)
-    with services.engine.expecting():
-        return await to_thread.run_sync(prepare, limiter=services.preparing)
+    tenant = caller or ""
+    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+    while True:
+        try:
+            with services.engine.expecting(), grammars.asked():
+                async with services.preparing.turn(tenant):
+                    return await to_thread.run_sync(prepare, limiter=services.threads)
+        except GrammarMissing as missing:
+            wanted = missing
+        await unless_client_leaves(request, grammars.compile(wanted))
 
 
 async def respond(
@@ -326,19 +337,18 @@ async def respond(
     if body.stream:
         return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
     try:
-        outputs = await unless_client_leaves(request, generation)
-        if outputs is None:
-            return Response(status_code=CLIENT_GONE)
+        outputs = await unless_client_leaves(request, generation.whole())
         answer = writer.whole(outputs, generation.usage)
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
 
 
-async def unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
-    """Each choice's outputs joined; None where nobody is left who wants them. Raises ApiError."""
-    outputs: list[Output] | None = None
-    failure: ApiError | None = None
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
+    whatever `work` raises."""
+    result: list[_T] = []
+    failure: Exception | None = None
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -348,14 +358,16 @@ async def unless_client_leaves(request: Request, generation: Generation) -> list
     async with anyio.create_task_group() as group:
         group.start_soon(watch)
         try:
-            outputs = await generation.whole()
-        except ApiError as error:
+            result.append(await work)
+        except Exception as error:
             # Raised inside, the group would wrap it.
             failure = error
         group.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return outputs
+    if not result:
+        raise ApiError(CLIENT_GONE, "The client has left.")
+    return result[0]
 
 
 def to_json(answer: BaseModel) -> str:
