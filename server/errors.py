@@ -278,7 +278,7 @@ async def _engine_error(_: Request, error: Exception) -> Response:
 def from_engine_error(error: EngineError) -> ApiError:
     match error:
         case QueueFull(retry_after=seconds):
-            headers = {"Retry-After": str(round(seconds))}
+            headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="queue_full", headers=headers)
         case BadConstraint(where=where):
             return ApiError(400, str(error), code="invalid_constraint", param=where)

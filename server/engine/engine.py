@@ -3,7 +3,6 @@
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
@@ -104,10 +103,8 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._seconds_per_finish = 1.0
         self._unsettled = ""
         """Why the adapters that are kept are not all on the device."""
-        self._last_finish = time.monotonic()
 
     # Any thread.
 
@@ -133,8 +130,8 @@ class Engine:
             if self._state != "running":
                 raise EngineStopping
             if not self._places.take(requests):
-                retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
-                raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
+                waiting = self._places.taken - len(self._scheduler.running)
+                raise QueueFull(waiting, self._places.seconds_until_free(requests))
             self._inbox.put(requests)
 
     def room_after(self, prompt_tokens: int) -> int:
@@ -354,9 +351,6 @@ class Engine:
             sequence.request.lease.release()
         del self._sequences[sequence.request.id]
         self._ended.append(sequence.request)
-        now = time.monotonic()
-        self._seconds_per_finish += 0.1 * (now - self._last_finish - self._seconds_per_finish)
-        self._last_finish = now
         return Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
