@@ -84,7 +84,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
-    app.add_middleware(Authorize, keys=keys)
+    most_at_once = max(1, settings.max_connections // 2)
+    app.add_middleware(Authorize, keys=keys, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
     return app
 

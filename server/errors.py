@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
-_MERGE_RETRY_AFTER = "60"
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
@@ -252,8 +251,8 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(404, str(error), code="merge_not_found", param="id")
         case MergeNotDone():
             return ApiError(409, str(error), code="merge_not_done", param="id")
-        case TooManyMerges():
-            headers = {"Retry-After": _MERGE_RETRY_AFTER}
+        case TooManyMerges(retry_after=seconds):
+            headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case SourceError():
             status, code = _SOURCE_ERRORS[type(error)]

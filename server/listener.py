@@ -85,7 +85,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         was_in_head = self._in_head
         self._has_begun = True
-        super().data_received(data)  # type: ignore[misc]
+        super().data_received(data)
         if was_in_head and self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:

@@ -1,6 +1,7 @@
 """The HTTP server's own manners: how it ends, and what it bounds, over real sockets."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from server.settings import Settings
+from tests.api.conftest import RunningServer, run_server
+from tests.api.test_streaming import at_rest, eventually
 from tests.factories import CHAT_TEMPLATE, save_tiny_model
 
 INFUSE = Path(sys.executable).with_name("infuse")
@@ -167,3 +171,151 @@ def is_listening(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+# Limits, in a server of this process
+
+
+@pytest.fixture(scope="module")
+def limited(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """Four connections, and a second for everything."""
+    folder = tmp_path_factory.mktemp("limited")
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=folder / "store",
+        max_connections=4,
+        receive_timeout=1.0,
+        send_timeout=1.0,
+    )
+    with run_server(settings) as (url, services):
+        yield RunningServer(url, services, model_folder, {})
+
+
+@contextmanager
+def connection(server: RunningServer, **options: int) -> Iterator[socket.socket]:
+    address = httpx.URL(server.base_url)
+    with closing(socket.socket()) as connected:
+        connected.settimeout(30)
+        for name, value in options.items():
+            connected.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connected.connect((address.host, address.port))
+        yield connected
+
+
+def received(connected: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    parts = []
+    while part := connected.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def request(method: str, path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+
+
+def error_of(answer: bytes, status: int) -> dict[str, Any]:
+    response = response_of(answer)
+    assert response.status_code == status, answer
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert list(error) == ["message", "type", "param", "code", "details"]
+    return dict(error)
+
+
+def test_a_head_that_does_not_come_is_refused(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.sendall(request("GET", "/health/live")[:-2])
+
+        assert error_of(received(connected), 408)["code"] == "request_timeout"
+
+
+def test_a_head_that_comes_byte_by_byte_is_refused_all_the_same(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.settimeout(0.1)
+        answer = b""
+        while not answer:
+            with contextlib.suppress(TimeoutError):
+                connected.sendall(b"G")
+                answer = connected.recv(1000)
+        assert b" 408 " in answer or b" 400 " in answer
+
+
+def test_a_connection_without_a_request_is_closed_without_a_word(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        assert received(connected) == b""
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/adapters"])
+def test_a_body_that_does_not_come_is_refused(limited: RunningServer, path: str) -> None:
+    kind = "application/json" if path == COMPLETIONS else "multipart/form-data; boundary=x"
+    with connection(limited) as connected:
+        headers = (f"Content-Type: {kind}", "Content-Length: 1000")
+        connected.sendall(request("POST", path, *headers) + b"--x\r\n")
+
+        assert error_of(received(connected), 408)["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("start", ["GET / HTTP/1.1\r\nX: ", "GET /"])
+def test_a_head_without_end_is_refused(limited: RunningServer, start: str) -> None:
+    with connection(limited) as connected:
+        connected.sendall(start.encode())
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                connected.sendall(b"x" * (1 << 16))
+        with contextlib.suppress(ConnectionResetError):
+            answer = received(connected)
+            assert not answer or response_of(answer).status_code in (400, 431)
+    assert httpx.get(f"{limited.base_url}/health/live").status_code == 200
+
+
+def test_what_is_no_http_is_refused_in_our_shape(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
+
+        assert error_of(received(connected), 400)["code"] == "invalid_request"
+
+
+def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None:
+    body = json.dumps(LONG | {"n": 200, "stream": True, "logprobs": 5}).encode()
+    headers = ("Content-Type: application/json", f"Content-Length: {len(body)}")
+    before = limited.services.engine.stats().generated_tokens
+    with connection(limited, SO_RCVBUF=4096) as connected:
+        connected.sendall(request("POST", COMPLETIONS, *headers) + body)
+        connected.recv(100)
+
+        assert eventually(lambda: at_rest(limited), 60)
+    assert limited.services.engine.stats().generated_tokens - before < 200 * 250
+
+
+def test_more_connections_than_there_may_be_replace_those_that_wait(
+    limited: RunningServer,
+) -> None:
+    with ExitStack() as opened:
+        idle = [opened.enter_context(connection(limited)) for _ in range(4)]
+        answers = []
+        for _ in range(6):
+            with connection(limited) as busy:
+                busy.sendall(request("GET", "/health/live", "Connection: close"))
+                answers.append(response_of(received(busy)).status_code)
+        with contextlib.suppress(ConnectionResetError):
+            assert received(idle[0]) == b""
+
+    assert answers == [200] * 6
+
+
+def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(
+    limited: RunningServer,
+) -> None:
+    slow = ("Content-Type: application/json", "Content-Length: 1000")
+    with ExitStack() as opened:
+        for _ in range(4):
+            opened.enter_context(connection(limited)).sendall(request("POST", COMPLETIONS, *slow))
+        answer = opened.enter_context(connection(limited))
+        refused = received(answer)
+
+    assert error_of(refused, 503)["code"] == "too_many_connections"
+    assert int(response_of(refused).headers["retry-after"]) >= 1

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+MAX_UNREAD = 1 << 16
+"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
 
@@ -186,6 +188,8 @@ class Generation:
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._is_unread = False
+        """Whether it was cancelled because nobody reads it."""
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -200,6 +204,10 @@ class Generation:
         }
 
     def _observe(self, output: Output) -> None:
+        if self._stream.unread > MAX_UNREAD:
+            self._is_unread = True
+            self.close()
+            return
         running = self._running[output.request_id]
         if output.token_ids:
             running.tokens += len(output.token_ids)
@@ -229,7 +237,11 @@ class Generation:
         return self._stream.finished
 
     async def next(self) -> list[tuple[int, Output]]:
-        """The choices' numbers and outputs that have come, one at least; none after the last."""
+        """The choices' numbers and outputs that have come, one at least; none after the last.
+        Raises ApiError where too many came that were not read."""
+        if self._is_unread:
+            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
+            raise ApiError(408, problem, code="unread_answer")
         return [(self._numbers[each.request_id], each) for each in await self._stream.next()]
 
     async def whole(self) -> list[Output]:
