@@ -33,15 +33,10 @@ from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.fair_turns import FairTurns
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
-from server.errors import (
-    ERRORS_OF_ALL,
-    AnswerAll,
-    ApiError,
-    error_response,
-    install_error_handlers,
-)
+from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.jobs import MergeJobs
 from server.metrics import Metrics
+from server.openapi import Application
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 
@@ -74,14 +69,14 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.engine.stop, 0.0)
             services.store.close()
 
-    app = FastAPI(
+    app = Application(
         title="Infuse",
         summary="One base model, thousands of IA3 adapters, one batch.",
         lifespan=lifespan,
     )
     install_error_handlers(app)
     for module in (completions, chat, rank, models, adapters, merges):
-        app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
+        app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
     most_at_once = max(1, settings.max_connections // 2)

@@ -116,7 +116,7 @@ def serve(context: typer.Context) -> None:
         application = create_app(settings)
     except (BadKeysFile, EngineError, AdapterError, OSError) as error:
         _refuse(str(error))
-    Server(application, settings).run(sockets=[listening])
+    Server(application, settings, application.state).run(sockets=[listening])
     _leave_threads()
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import uvicorn
 from anyio import to_thread
-from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.types import ASGIApp
 
 from server.errors import ApiError, error_body
 from server.services import Services
@@ -144,7 +145,8 @@ class Connection(asyncio.Protocol):
 class Server(uvicorn.Server):
     """Serves an application of `create_app`'s."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, state: State) -> None:
+        """`state`: the application's, which has its services once it has started."""
         config = uvicorn.Config(
             app,
             log_level=settings.log_level,
@@ -157,7 +159,7 @@ class Server(uvicorn.Server):
         bases = (Connection, config.http_protocol_class)
         config.http_protocol_class = type("Connection", bases, {"limits": limits})
         super().__init__(config)
-        self._app = app
+        self._state = state
         self._drain_timeout = settings.drain_timeout
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -195,7 +197,7 @@ class Server(uvicorn.Server):
             return
         count = len(self.server_state.tasks)
         log.warning("The drain's time is over; %d requests are answered 503.", count)
-        services: Services = self._app.state.services
+        services: Services = self._state.services
         stopping = asyncio.create_task(to_thread.run_sync(services.engine.stop, 0.0))
         if not await self._are_done(_ANSWERING_SECONDS):
             for task in self.server_state.tasks:
