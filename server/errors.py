@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -173,10 +173,11 @@ class AnswerAll:
             return
         has_begun = False
 
-        async def noting(message: Message) -> None:
+        def noting(message: Message) -> Awaitable[None]:
+            """No coroutine of its own: it is called for every token of a stream."""
             nonlocal has_begun
             has_begun = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, noting)
