@@ -27,9 +27,9 @@ MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers."""
 _BACKLOG = 2048
 """Connections that the system holds until they are accepted: uvicorn's."""
-_ANSWERING_SECONDS = 5.0
+ANSWERING_SECONDS = 5.0
 """What requests get, after the drain, to take notice that they were ended and to say so."""
-_WRITING_SECONDS = 1.0
+WRITING_SECONDS = 1.0
 """What clients get, after that, to read it."""
 
 
@@ -199,10 +199,10 @@ class Server(uvicorn.Server):
         log.warning("The drain's time is over; %d requests are answered 503.", count)
         services: Services = self._state.services
         stopping = asyncio.create_task(to_thread.run_sync(services.engine.stop, 0.0))
-        if not await self._are_done(_ANSWERING_SECONDS):
+        if not await self._are_done(ANSWERING_SECONDS):
             for task in self.server_state.tasks:
                 task.cancel()
-            if not await self._are_done(_WRITING_SECONDS):
+            if not await self._are_done(WRITING_SECONDS):
                 for connection in self._connections:
                     connection.transport.abort()
         await stopping

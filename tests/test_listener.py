@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server import listener
 from server.settings import Settings
 from tests.api.conftest import RunningServer, run_server
 from tests.api.test_streaming import at_rest, eventually
@@ -319,3 +320,12 @@ def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(
 
     assert error_of(refused, 503)["code"] == "too_many_connections"
     assert int(response_of(refused).headers["retry-after"]) >= 1
+
+
+def test_compose_gives_a_container_longer_than_the_drain_takes() -> None:
+    compose = (Path(__file__).parents[1] / "docker" / "compose.yaml").read_text()
+    grace = re.search(r"stop_grace_period: (\d+)s", compose)
+    drain = Settings.model_fields["drain_timeout"].default
+
+    assert grace is not None
+    assert int(grace[1]) > drain + listener.ANSWERING_SECONDS + listener.WRITING_SECONDS
