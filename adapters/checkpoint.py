@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import load, save_file
 
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
 from adapters.errors import CannotCombine, Fault, InvalidAdapter
+from adapters.peft_configs import BOTH_SIDES, names_of_targets
 from adapters.saved import (
     PREFIX,
     State,
@@ -29,8 +30,6 @@ from adapters.targets import BaseModules, Side, Target, resolve_targets
 
 PICKLED_FILE = "adapter_model.bin"
 _SUFFIX = ".ia3_l"
-_BOTH_SIDES = "infuse_both_sides"
-"""Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
 _INPUT_SUFFIX = ".ia3_l_input"
 _CONVERT = (
     "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
@@ -197,18 +196,28 @@ def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
 
     One of them may bring whole modules; raises CannotCombine where another one changes them too.
     """
+    check_product([(adapter.vectors.keys(), adapter.saved.keys()) for adapter in several])
     vectors: dict[Target, torch.Tensor] = {}
     for adapter in several:
         for target, vector in adapter.vectors.items():
             vectors[target] = vectors[target] * vector if target in vectors else vector
-    owners = [adapter.saved for adapter in several if adapter.saved]
-    if len(owners) > 1:
-        raise CannotCombine(next(iter(owners[1])))
-    saved = owners[0] if owners else {}
-    for module in saved:
-        if any(f"{target.module}.".startswith(f"{module}.") for target in vectors):
-            raise CannotCombine(module)
+    saved = next((adapter.saved for adapter in several if adapter.saved), {})
     return AdapterVectors(vectors, saved)
+
+
+def check_product(several: Iterable[tuple[Collection[Target], Collection[str]]]) -> None:
+    """Raises CannotCombine unless adapters with these targets and whole modules can be active at
+    once."""
+    targets: list[Target] = []
+    owned: list[str] = []
+    for mine, modules in several:
+        if owned and modules:
+            raise CannotCombine(next(iter(modules)))
+        targets += mine
+        owned += modules
+    for module in owned:
+        if any(f"{target.module}.".startswith(f"{module}.") for target in targets):
+            raise CannotCombine(module)
 
 
 def checkpoint_of(
@@ -219,26 +228,24 @@ def checkpoint_of(
     PEFT has one side for a module. One that is rescaled on both sides keeps its input's vector
     under a key of our own, which we read back and PEFT ignores.
     """
-    outputs = {target.module for target in vectors.vectors if target.side is Side.OUTPUT}
-    inputs = {target.module for target in vectors.vectors if target.side is Side.INPUT}
     config = IA3Config.model_validate(
-        {
-            "task_type": task_type,
-            "inference_mode": True,
-            "base_model_name_or_path": base,
-            "target_modules": sorted(outputs | inputs),
-            "feedforward_modules": sorted(inputs - outputs),
-        }
-        | ({_BOTH_SIDES: sorted(inputs & outputs)} if inputs & outputs else {})
+        {"task_type": task_type, "inference_mode": True, "base_model_name_or_path": base}
+        | names_of_targets(vectors.vectors.keys())
     )
+    return Checkpoint(config, tensors_of(vectors.vectors))
+
+
+def tensors_of(vectors: Mapping[Target, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors under PEFT's keys, in PEFT's shapes."""
+    outputs = {target.module for target in vectors if target.side is Side.OUTPUT}
     tensors = {}
-    for target, vector in vectors.vectors.items():
+    for target, vector in vectors.items():
         if target.side is Side.OUTPUT:
             tensors[f"{PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
         else:
             suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
             tensors[f"{PREFIX}{target.module}{suffix}"] = vector[None]
-    return Checkpoint(config, tensors)
+    return tensors
 
 
 def both_sides_warning(config: IA3Config) -> str | None:
@@ -252,10 +259,10 @@ def both_sides_warning(config: IA3Config) -> str | None:
 
 
 def _both_sides(config: IA3Config) -> list[str]:
-    modules = (config.model_extra or {}).get(_BOTH_SIDES, [])
+    modules = (config.model_extra or {}).get(BOTH_SIDES, [])
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         fix = "leave it out: only this server writes it"
-        raise InvalidAdapter([Fault(_BOTH_SIDES, "is no list of module names", fix)])
+        raise InvalidAdapter([Fault(BOTH_SIDES, "is no list of module names", fix)])
     return modules
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from adapters.errors import Fault, InvalidAdapter
 
@@ -44,6 +44,12 @@ class IA3Config(BaseModel):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
+
+    @field_validator("target_modules", "exclude_modules", "feedforward_modules", mode="before")
+    @classmethod
+    def _sets_are_lists(cls, names: object) -> object:
+        """PEFT's own config holds sets."""
+        return sorted(names) if isinstance(names, set) else names
 
     @model_validator(mode="after")
     def _feedforward_is_targeted(self) -> Self:

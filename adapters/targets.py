@@ -21,7 +21,7 @@ from adapters.config import IA3Config
 from adapters.errors import Fault, InvalidAdapter
 from adapters.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
 
-_ALL_LINEAR = "all-linear"
+ALL_LINEAR = "all-linear"
 _MAX_PATTERN = 2000
 """Characters of a regular expression."""
 _MAX_REPEAT = 100
@@ -150,7 +150,7 @@ def _resolve(
         "feedforward_modules", feedforward, FEEDFORWARD_MODULES, modules
     )
     clock = _Clock()
-    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = tuple(name for name in modules.sizes if name != modules.output_embedding)
     is_target = _NameMatcher("target_modules", targets, clock)
     is_excluded = _NameMatcher("exclude_modules", excluded or (), clock)

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import AdapterError, NoFreeSlot
+from adapters.errors import AdapterError, WrongCall
 from server.errors import from_adapter_error
 from server.services import Services
 from tests.api.conftest import RunningServer
@@ -128,7 +128,7 @@ def test_an_unforeseen_failure_tells_the_log_and_not_the_client(
     assert httpx.get(f"{broken}/health/live").status_code == 200
 
 
-@pytest.mark.parametrize("error", [AdapterError("odd"), NoFreeSlot(3)])
+@pytest.mark.parametrize("error", [AdapterError("odd"), WrongCall("odd")])
 def test_an_error_without_a_status_is_a_500_and_logged(
     error: AdapterError, caplog: pytest.LogCaptureFixture
 ) -> None:
