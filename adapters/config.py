@@ -55,7 +55,9 @@ class IA3Config(BaseModel):
     def _feedforward_is_targeted(self) -> Self:
         targets, feedforward = self.target_modules, self.feedforward_modules
         if isinstance(targets, list) and isinstance(feedforward, list):
-            stray = sorted(set(feedforward) - set(targets))
+            # PEFT 0.14 and later shortened the targets alone, and then refused what it had written.
+            ends = tuple(f".{name}" for name in targets)
+            stray = sorted(n for n in feedforward if n not in targets and not n.endswith(ends))
             if stray:
                 raise ValueError(
                     f"feedforward_modules must be a subset of target_modules; not in it: {stray}"

@@ -178,7 +178,8 @@ class SourceNotAllowed(SourceError):
 class SourceNotFound(SourceError):
     def __init__(self, source: str) -> None:
         super().__init__(
-            f"There is no adapter at {source}: check the name, the folder, and the revision."
+            f"There is no adapter at {source}: check the name, the folder, and the revision. PEFT "
+            "writes an adapter that is not called 'default' to a folder of its name: add that."
         )
 
 
