@@ -32,10 +32,12 @@ NOT_SERVED = {
     "get_prompt": "IA3 has no prompt",
     "get_prompt_embedding_to_save": "IA3 has no prompt",
     "inject_adapter": "call add_adapter(name, config)",
+    "prepare_model_for_gradient_checkpointing": "model.enable_input_require_grads()",
     "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
     "supports_lora_conversion": "IA3 does not add to weights, so it cannot become a LoRA",
     "targeted_parameter_names": "IA3 targets modules: targeted_module_names",
     "tuner_layer_cls": "layers here are adapters.tuned_layer.TunedLayer",
+    "uses_shared_state": "layers here share no vectors",
 }
 """What PEFT's models have and this one has not, and what to do instead."""
 
@@ -87,7 +89,7 @@ class IA3Model(nn.Module):
 
     @property
     def base_model(self) -> Self:
-        """This model: a notebook's `PeftModel.base_model`, whose `model` is the base."""
+        """As of a `PeftModel`: what has the base as its `model`."""
         return self
 
     def get_base_model(self) -> PreTrainedModel:
@@ -96,7 +98,6 @@ class IA3Model(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, IA3Config]:
-        """Each adapter's config, by its name."""
         return {name: attached.config for name, attached in self._tuning.attached.items()}
 
     @property
@@ -119,7 +120,6 @@ class IA3Model(nn.Module):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The modules that adapters rescale, or have rescaled."""
         return self._tuning.wrapped
 
     @property

@@ -64,7 +64,10 @@ class BaseModules:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        embeddings = model.get_input_embeddings()
+        try:
+            embeddings = model.get_input_embeddings()
+        except NotImplementedError:
+            embeddings = None  # Of images, say: it has none.
         names, sizes, read, output = [], {}, None, None
         for name, module in model.named_modules():
             if name:
@@ -161,7 +164,7 @@ def _resolve(
         if not is_excluded(name) and not is_saved(name) and is_target(name)
     ]
     faults = [
-        Fault("target_modules", f"'{name}' is no linear layer", "name linear layers only")
+        Fault("target_modules", _no_linear(name, modules), "name linear layers only")
         for name in matched
         if name not in modules.sizes
     ]
@@ -173,6 +176,10 @@ def _resolve(
         raise InvalidAdapter(faults)
     is_input = _FeedforwardMatcher(feedforward, clock)
     return tuple(Target(name, Side.INPUT if is_input(name) else Side.OUTPUT) for name in matched)
+
+
+def _no_linear(name: str, modules: BaseModules) -> str:
+    return f"'{name}' is a {type(modules.skeleton.get_submodule(name)).__name__}, no linear layer"
 
 
 def _names_or_default(

@@ -247,3 +247,15 @@ def test_more_rows_than_reserved_are_a_bug(known: Known) -> None:
         each.fill(2, known.vectors["default"])
         with pytest.raises(AssertionError, match="reserve_rows"):
             each.packed([1, 2], [])
+
+
+def test_a_slot_that_cannot_be_filled_keeps_what_it_had(known: Known) -> None:
+    model = IA3Slots(tiny_llama(), max_adapters=1)
+    model.fill_slot(1, known.vectors["default"])
+    before = packed_logits(model, [], [Segment(1, 6)])
+    broken = AdapterVectors(
+        known.vectors["queries"].vectors, {"lm_head": {"no.such": torch.ones(1)}}
+    )
+    with pytest.raises(AttributeError):
+        model.fill_slot(1, broken)
+    assert torch.equal(packed_logits(model, [], [Segment(1, 6)]), before)
