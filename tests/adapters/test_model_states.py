@@ -302,24 +302,18 @@ def plain(config: OurConfig) -> dict[str, Any]:
     return values
 
 
-def run(sequences: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    "sequences", [20, pytest.param(1000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+)
+def test_after_any_calls_the_state_is_peft_s(sequences: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_state_machine_as_test(
             Twins,
             settings=settings(
                 max_examples=sequences,
-                stateful_step_count=steps,
+                stateful_step_count=12,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )
-
-
-def test_after_any_calls_the_state_is_peft_s() -> None:
-    run(30, 15)
-
-
-@pytest.mark.full
-def test_after_any_calls_in_a_thousand_sequences_the_state_is_peft_s() -> None:
-    run(1000, 20)
