@@ -79,8 +79,7 @@ class IA3Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             problems = {_field(e["loc"]): _problem(e["msg"]) for e in error.errors()}
-            fix = "write the file with PEFT's save_pretrained"
-            faults = [Fault(field, problem, fix) for field, problem in problems.items()]
+            faults = [Fault(field, problem, _fix(problem)) for field, problem in problems.items()]
             raise InvalidAdapter(faults) from None
 
     def dump(self) -> bytes:
@@ -113,6 +112,12 @@ def _shown(value: object) -> str:
 
 def _field(location: tuple[int | str, ...]) -> str:
     return str(location[0]) if location else "feedforward_modules"
+
+
+def _fix(problem: str) -> str:
+    if "subset of target_modules" in problem:
+        return "take them out of feedforward_modules, or add them to target_modules"
+    return "write the file with PEFT's save_pretrained"
 
 
 def _problem(message: str) -> str:

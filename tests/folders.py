@@ -114,7 +114,7 @@ CASES = {
     "adapter_model.bin only": Case(pickled, (WEIGHTS_FILE, "pickled", "save_pretrained(")),
     "whole names in feedforward_modules": Case(whole_names),
     "stray feedforward_modules": Case(
-        stray_names, ("feedforward_modules", "not in it: ['up_proj']", "")
+        stray_names, ("feedforward_modules", "not in it: ['up_proj']", "take them out")
     ),
     "feedforward_modules []": Case(
         no_feedforward, ("down_proj.ia3_l", "does not name", "add it to feedforward_modules")
