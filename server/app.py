@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.bucket import BucketStorage
 from adapters.errors import AdapterError, UnknownAdapter
-from adapters.model import IA3Model
 from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.residency import Residency
 from adapters.revision import Origin
+from adapters.slots import IA3Slots
 from adapters.source_url import parse_prefixes
 from adapters.sources import Sources
 from adapters.storage import Storage
@@ -95,7 +95,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     try:
         loaded = _load_model(settings)
         name = settings.served_model_name or loaded.name
-        ia3 = IA3Model(
+        ia3 = IA3Slots(
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
         )
         registry = AdapterRegistry(
@@ -163,7 +163,7 @@ def warm_up(settings: Settings) -> bool:
     """Compile a model into the cache that later starts use. False: it does not compile, and the log
     says why."""
     loaded = _load_model(settings)
-    ia3 = IA3Model(loaded.model, max_adapters=1)
+    ia3 = IA3Slots(loaded.model, max_adapters=1)
     engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
     return engine.stats().compiled
 

@@ -24,7 +24,7 @@ from torch._inductor.utils import InputType
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import AttentionPlan, Chunk, StepContext
 from server.engine.kernels.attention import AttentionCall
 from server.engine.kernels.operators import ATTEND, ATTENTION, LINEAR, PRODUCT, library
@@ -55,7 +55,7 @@ class CompiledForward:
     """A compiled forward. A batch that its kernels cannot rescale runs as it was traced."""
 
     def __init__(
-        self, ia3: IA3Model, context: StepContext, cache: FlatCache, traced: TracedForward
+        self, ia3: IA3Slots, context: StepContext, cache: FlatCache, traced: TracedForward
     ) -> None:
         self._ia3 = ia3
         self._context = context
@@ -178,7 +178,7 @@ class CompiledForward:
 
 
 def compile_forward(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     context: StepContext,
     modules: Forward,
     traced: TracedForward,

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
-from adapters.model import IA3Model
 from adapters.residency import Residency
+from adapters.slots import IA3Slots
 from server.engine.config import EngineConfig, EngineStats
 from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
@@ -38,7 +38,7 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, ia3: IA3Model, residency: Residency, config: EngineConfig
+        self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
         self._bank = ia3.bank

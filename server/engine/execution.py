@@ -12,7 +12,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedModel
 
 from adapters.bank import BASE_SLOT
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import CompiledForward, compile_forward
 from server.engine.errors import UnsupportedModel
@@ -48,7 +48,7 @@ class Execution:
 
 
 def prepare(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     *,
     max_rows: int,
     max_tokens: int,
@@ -89,7 +89,7 @@ def prepare(
 
 
 def _trace(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     context: StepContext,
     modules: Modules,
     cache: FlatCache,
@@ -156,7 +156,7 @@ def _check_flat(model: PreTrainedModel) -> None:
 
 
 def _prepare_padded(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     max_tokens: int,
     max_rows: int,
     kv_cache_tokens: int | None,
@@ -190,7 +190,7 @@ def _lay_out(
 
 
 @torch.inference_mode()
-def _probe_padded(ia3: IA3Model) -> list[LayerShape]:
+def _probe_padded(ia3: IA3Slots) -> list[LayerShape]:
     """What each layer keeps of a token; and that two rows of unequal length, padded, come out as
     each does alone. Raises UnsupportedModel."""
     base = ia3.base

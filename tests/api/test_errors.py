@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import AdapterError, NoFreeSlot
+from adapters.errors import AdapterError, WrongCall
 from server.errors import from_adapter_error
 from server.services import Services
 from tests.api.conftest import RunningServer
@@ -191,7 +191,7 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     assert done == "[DONE]"
 
 
-@pytest.mark.parametrize("error", [AdapterError("odd"), NoFreeSlot(3)])
+@pytest.mark.parametrize("error", [AdapterError("odd"), WrongCall("odd")])
 def test_an_error_without_a_status_is_a_500_and_logged(
     error: AdapterError, caplog: pytest.LogCaptureFixture
 ) -> None:
