@@ -45,9 +45,10 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_atte
 """A config's fields that say how far attention sees."""
 _PLAIN = (nn.Linear, Conv1D)
 _ADAPTER_SLOT = 1
-_ERROR = 1e-4
-_ROUNDINGS = 8
-"""What logits may be off, of the greatest: kernels add up in another order."""
+_ERROR = 1e-3
+_ROUNDINGS = 16
+"""What logits may be off, of the greatest, in float32 and in roundings of other dtypes: kernels add
+up in another order, and deep models make that larger (decision 33)."""
 
 
 class Unfaithful(Exception):
@@ -103,7 +104,7 @@ class Fidelity:
             # A linear layer of a kind of its own may give more than one tensor (phimoe's router).
             plain = [t for t in targets if type(self._ia3.base.get_submodule(t.module)) in _PLAIN]
             return {
-                target: 0.5 + torch.rand(modules.size(target), generator=self._random)
+                target: 0.75 + torch.rand(modules.size(target), generator=self._random) / 2
                 for target in plain
             }
         return {}
