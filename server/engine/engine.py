@@ -41,7 +41,6 @@ class Engine:
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
-        self._bank = ia3.bank
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
         self.model_name = loaded.name
@@ -54,13 +53,16 @@ class Engine:
         self.decoder_start = loaded.decoder_start()
         execution = prepare(
             ia3,
+            tokenizer=loaded.tokenizer,
+            decoder_start=self.decoder_start,
             max_rows=config.max_rows,
-            max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
+            max_model_len=self.max_model_len,
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
             trace_cache=config.trace_cache,
             compile_cache=config.compile_cache,
         )
+        self._bank = ia3.bank
         self.runner_kind = execution.kind
         self._compiled = execution.compiled
         self._cache = execution.cache
