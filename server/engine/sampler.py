@@ -9,6 +9,7 @@ Guessed tokens are verified by drawing: at each place with the random number tha
 draw that token by in any case. So it takes the same tokens as without guesses, only sooner.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Sampler:
     ) -> tuple[list[int], list[bool]]:
         """A token for each row of `logits`, and whether the row is finite."""
         adjusted = _apply_masks(batch.adjust(logits), constrained)
-        adjusted = self._ban_ends(adjusted, batch.places)
+        adjusted = self._ban(adjusted, batch.places)
         tokens = _greatest(adjusted)
         finite = torch.isfinite(adjusted.gather(1, tokens[:, None])[:, 0]).tolist()
         for group in batch.random:
@@ -119,14 +120,16 @@ class Sampler:
     def close(self) -> None:
         self._masks.close()
 
-    def _ban_ends(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
-        """Rows below their `min_tokens` may not end, unless their grammar says that they must."""
+    def _ban(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
+        """Rows below their `min_tokens` may not end, and no row completes a bad word; unless what
+        it is held to leaves nothing else."""
         banned: list[tuple[int, int]] = []
         for row, place in enumerate(places):
-            ends = self._banned_ends(place)
-            constraint = place.sequence.constraint
-            if ends and (constraint is None or constraint.allows_others_than(ends)):
-                banned += [(row, token) for token in ends]
+            tokens = self._banned_ends(place)
+            if place.sequence.request.params.bad_words:
+                tokens |= _ends_of_bad_words(place.sequence)
+            if tokens and _allows_others(place.sequence, tokens):
+                banned += [(row, token) for token in tokens]
         if banned:
             rows, tokens = zip(*banned, strict=True)
             logits = logits.clone()
@@ -136,10 +139,29 @@ class Sampler:
     def _banned_ends(self, place: _Place) -> frozenset[int]:
         params = place.sequence.request.params
         if place.sequence.answer_tokens + place.ahead < params.min_tokens:
-            return self._eos | params.stop_token_ids
+            goes_on = params.ignore_eos and place.sequence.constraint is None
+            return params.stop_token_ids if goes_on else self._eos | params.stop_token_ids
         if params.ignore_eos and place.sequence.constraint is not None:
             return self._eos
         return frozenset()
+
+
+def _ends_of_bad_words(sequence: Sequence) -> frozenset[int]:
+    """The tokens that would complete a bad word, after what the answer ends with."""
+    words = sequence.request.params.bad_words
+    longest = max(len(word) for word in words) - 1
+    last = sequence.tokens[max(sequence.prompt_tokens, len(sequence.tokens) - longest) :]
+    return frozenset(
+        word[-1] for word in words if list(word[:-1]) == last[len(last) - len(word) + 1 :]
+    )
+
+
+def _allows_others(sequence: Sequence, tokens: frozenset[int]) -> bool:
+    """Whether the sequence may take another token than these."""
+    if sequence.constraint is not None:
+        return sequence.constraint.allows_others_than(tokens)
+    allowed = sequence.request.params.allowed_token_ids
+    return allowed is None or not allowed <= tokens
 
 
 def _greatest(logits: torch.Tensor) -> torch.Tensor:
@@ -188,6 +210,8 @@ class _Batch:
         ]
         bias = [(row, t, b) for row, p in enumerate(params) for t, b in p.logit_bias.items()]
         self._bias = _Bias(bias, device) if bias else None
+        allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
+        self._allowed = _Allowed(allowed, vocab, device) if allowed else None
         self._penalties: _Penalties | None = None
         penalised = [row for row, p in enumerate(params) if p.is_penalised]
         if penalised:
@@ -209,12 +233,15 @@ class _Batch:
         return True
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases."""
+        """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases, then
+        the tokens that are allowed at all."""
         if self._penalties is not None:
             penalised = self._penalties.apply(logits[self._penalised])
             logits = logits.index_copy(0, self._penalised, penalised)
         if self._bias is not None:
             logits = logits.index_put(self._bias.index, self._bias.values, accumulate=True)
+        if self._allowed is not None:
+            logits = self._allowed.apply(logits)
         return logits
 
     def count(self, tokens: torch.Tensor) -> None:
@@ -324,6 +351,24 @@ class _Bias:
         rows, tokens, values = zip(*entries, strict=True)
         self.index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
         self.values = torch.tensor(values, device=device)
+
+
+class _Allowed:
+    """Rows that take none but the given tokens."""
+
+    def __init__(
+        self, allowed: Mapping[int, frozenset[int]], vocab: int, device: torch.device
+    ) -> None:
+        self._rows = torch.tensor(list(allowed), device=device)
+        forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
+        for index, tokens in enumerate(allowed.values()):
+            forbidden[index, list(tokens)] = False
+        self._forbidden = forbidden.to(device)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[rows of the batch, vocab]`"""
+        held = logits[self._rows].masked_fill(self._forbidden, -torch.inf)
+        return logits.index_copy(0, self._rows, held)
 
 
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

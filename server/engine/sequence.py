@@ -77,6 +77,7 @@ class Sequence:
             request.prompt if decoder_start is None else (),
             request.params.stop,
             request.params.skip_special_tokens,
+            request.params.include_stop,
         )
         grammar = request.params.grammar
         self.constraint = None if grammar is None else Constraint(grammar)
@@ -111,6 +112,18 @@ class Sequence:
     @property
     def answer_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether `min_tokens` allows a stop string in the text of the latest token."""
+        return self.answer_tokens > self.request.params.min_tokens
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """What ended an answer that was stopped: a stop string, or one of `stop_token_ids`."""
+        last = self.tokens[-1]
+        is_stop_token = last in self.request.params.stop_token_ids
+        return self.detokenizer.stopped_by or (last if is_stop_token else None)
 
     @property
     def uncomputed(self) -> int:
