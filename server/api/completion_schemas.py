@@ -6,10 +6,11 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_val
 
 from server.api.schemas import (
     MAX_LOGPROBS,
+    STOP_REASON,
     USAGE_EXAMPLE,
     FinishedBecause,
     GenerationBody,
-    NotYet,
+    StopReason,
     Usage,
 )
 
@@ -87,9 +88,6 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(
         None, ge=1, description="Only accepted where it equals `n`.", examples=[1]
     )
-    suffix: NotYet = Field(
-        None, description="Text after the insertion: not supported, refused.", examples=[None]
-    )
 
     @field_validator("best_of")
     @classmethod
@@ -139,6 +137,7 @@ class CompletionChoice(BaseModel):
         "stream until the choice ends.",
         examples=["stop"],
     )
+    stop_reason: StopReason = STOP_REASON
 
 
 class Completion(BaseModel):

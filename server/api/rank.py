@@ -18,7 +18,7 @@ from server.api.generation import (
     CLIENT_GONE,
     Generation,
     Order,
-    check_fan_out,
+    check_order,
     describe,
     place_order,
     prepared,
@@ -116,7 +116,7 @@ async def rank(
     caller: Caller,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
-    check_fan_out(services, body, sum(len(each.choices) for each in body.inputs))
+    check_order(services, body, sum(len(each.choices) for each in body.inputs))
     order, scored = await prepared(services, False, partial(_prepare, services, body, caller))
     generation = Generation(services, order)
     try:

@@ -52,6 +52,16 @@ class Grammar:
     def copy(self) -> LLMatcher:
         return self._matcher.deep_copy()
 
+    def after(self, text: str) -> "Grammar | None":
+        """The grammar of what follows this text; None where no answer begins so."""
+        tokens = self.lexicon.greedy_tokenize(text)
+        if not tokens:
+            return self
+        matcher = self.copy()
+        if matcher.validate_tokens(tokens) < len(tokens) or not matcher.consume_tokens(tokens):
+            return None
+        return Grammar(matcher, self.lexicon)
+
 
 class Grammars:
     """Compiles constraints for one tokenizer, and keeps the latest. Any thread but the model's."""

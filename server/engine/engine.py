@@ -345,6 +345,7 @@ class Engine:
             shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
             return shown, FinishReason.STOP
         text, stopped = sequence.detokenizer.push(token, sequence.may_stop)
+        sequence.see(text)
         if stopped:
             return text, FinishReason.STOP
         return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+import regex
+
 from adapters.residency import Lease
 from server.engine.constraints import Grammar
 
@@ -57,6 +59,8 @@ class SamplingParams:
     prompt_logprobs_from: int = 1
     grammar: Grammar | None = None
     """What the answer must match as a whole. The end token comes exactly where it may end."""
+    grammar_begin: "regex.Pattern[str] | None" = None
+    """Where in the answer's text the grammar begins: behind the first match. None: at its start."""
 
     @property
     def is_penalised(self) -> bool:

@@ -125,11 +125,11 @@ class Sampler:
         it is held to leaves nothing else."""
         banned: list[tuple[int, int]] = []
         for row, place in enumerate(places):
-            tokens = self._banned_ends(place)
+            banned_here = self._banned_ends(place)
             if place.sequence.request.params.bad_words:
-                tokens |= _ends_of_bad_words(place.sequence)
-            if tokens and _allows_others(place.sequence, tokens):
-                banned += [(row, token) for token in tokens]
+                banned_here |= _ends_of_bad_words(place.sequence)
+            if banned_here and _allows_others(place.sequence, banned_here):
+                banned += [(row, token) for token in banned_here]
         if banned:
             rows, tokens = zip(*banned, strict=True)
             logits = logits.clone()

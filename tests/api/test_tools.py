@@ -89,8 +89,10 @@ def test_a_named_function_is_called_once(ai: OpenAI) -> None:
     [choice] = ask(ai, tool_choice=NAMED).choices
 
     [call] = choice.message.tool_calls
-    assert (call.function.name, call.function.arguments) == ("stop", "{}")
-    assert choice.finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("stop", {})
+    assert choice.finish_reason == "stop"
+    *_, last = ask(ai, tool_choice=NAMED, stream=True)
+    assert last.choices[0].finish_reason == "stop"
 
 
 def test_a_streamed_call_is_the_same(ai: OpenAI) -> None:
@@ -98,10 +100,13 @@ def test_a_streamed_call_is_the_same(ai: OpenAI) -> None:
     [whole] = ask(ai, **body).choices[0].message.tool_calls
     chunks = [chunk.choices[0] for chunk in ask(ai, stream=True, **body)]
 
-    [delta] = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-    assert (delta.index, delta.type, len(delta.id)) == (0, "function", 9)
-    assert delta.function.name == whole.function.name
-    assert delta.function.arguments == whole.function.arguments
+    first, *rest = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert (first.index, first.type, len(first.id)) == (0, "function", 9)
+    assert first.function.name == whole.function.name
+    assert all((each.index, each.id, each.function.name) == (0, None, None) for each in rest)
+    assert len(rest) > 5
+    written = first.function.arguments + "".join(each.function.arguments for each in rest)
+    assert written == whole.function.arguments
     assert not any(chunk.delta.content for chunk in chunks)
     assert chunks[-1].finish_reason == "tool_calls"
 
@@ -177,7 +182,7 @@ def test_the_model_may_answer_in_words(ai: OpenAI) -> None:
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "exclude"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing"),
-        ({"messages": [{"role": "assistant"}]}, "messages.0.content", "missing"),
+        ({"messages": [{"role": "tool", "tool_call_id": "a"}]}, "messages.0.content", "missing"),
         (
             {
                 "messages": [
