@@ -40,6 +40,7 @@ from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import CallPart, Reader, Said, make_reader
 from server.api.tool_schemas import CalledFunction, ToolCall
 from server.auth import Caller
+from server.engine.engine import Engine
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -80,7 +81,7 @@ def _prepare(
             raise ApiError(400, f"{field} must be at least 1.", param=field)
         text, prompt = encode_conversation(engine, vocabulary, body)
         prompt = truncated(engine, prompt, body, limit or 1)
-        calls = _call_format(vocabulary, body)
+        calls = _call_format(engine, vocabulary, body)
         params = sampling_params(
             engine,
             vocabulary,
@@ -109,10 +110,10 @@ def _prepare(
         return order, new_reader
 
 
-def _call_format(vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:
+def _call_format(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:
     if not body.offered_tools:
         return None
-    calls = find_format(vocabulary.tokenizer)
+    calls = find_format(vocabulary.tokenizer, engine.tokenizer.get_added_vocab())
     if calls is None:
         raise ApiError(
             400,

@@ -87,7 +87,7 @@ def _calls_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> 
 def _begun_calls(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Held:
     """The model decides whether it calls; where it has begun to, it is held to the schemas."""
     if calls is None or not calls.writes:
-        return Held()
+        return FREE
     tools = body.offered_tools
 
     def compiled(schemas: Mapping[str, Any]) -> Grammar:
@@ -95,12 +95,16 @@ def _begun_calls(engine: Engine, body: ChatBody, calls: CallFormat | None) -> He
         return engine.grammars.compile("grammar", f"start: calls\n{rules}", "tools")
 
     try:
-        try:
-            grammar = compiled({tool.function.name: parameters_of(tool) for tool in tools})
-        except BadConstraint:
-            grammar = compiled(_schemas_that_hold(engine, tools))
+        grammar = compiled({tool.function.name: parameters_of(tool) for tool in tools})
     except ConstraintsUnavailable:
-        return Held()
+        return FREE
+    except BadConstraint:
+        schemas = _schemas_that_hold(engine, tools)
+        try:
+            grammar = compiled(schemas)
+        except BadConstraint:
+            # Each can be held, and all together are too much: the calls are the model's own.
+            return FREE
     return Held(grammar, calls.beginning_of(tools))
 
 

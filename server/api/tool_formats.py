@@ -7,7 +7,7 @@ template is asked to write a call, and the known format that looks so is taken.
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import regex
@@ -24,7 +24,7 @@ from server.engine.vetting import JSON_OPTIONS, supported_schema
 log = logging.getLogger(__name__)
 
 _PROBE = {"name": "probe", "arguments": {"x": 1}}
-_BLANKS = "BLANKS: /[ \\t\\r\\n]{1,4}/"
+_BLANKS = "BLANKS: /[ \\n]{1,2}/"
 """A model may write its calls with other blanks than its template does; but not without end."""
 
 
@@ -47,6 +47,8 @@ class CallFormat:
     """False where only the reading is known, so that no grammar can be made."""
     response_template: ResponseTemplate | None = None
     """The tokenizer's own, where it has one."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Those of its parts that are tokens of their own, by their texts."""
 
     @property
     def has_own_reading(self) -> bool:
@@ -83,26 +85,31 @@ class CallFormat:
         `begun`: without the mark, which has come already. `schemas`: of the arguments, by the
         tool's name, where they are not the tools' own.
         """
-        mark = [] if begun or not self.mark else [json.dumps(self.mark)]
-        first = [*mark, *_literals(self.opening), "call"]
-        calls = " BLANKS? ".join(first)
+        mark = "" if begun else self.mark
+        calls = _with_blanks(*self._literals(mark), *self._literals(self.opening), "call")
         if parallel and self.separator is not None:
-            calls += f" (BLANKS? {' BLANKS? '.join([*_literals(self.separator), 'call'])})*"
-        if self.closing:
-            calls += " BLANKS? " + " BLANKS? ".join(_literals(self.closing))
+            calls += f" (BLANKS? {_with_blanks(*self._literals(self.separator), 'call')})*"
+        calls = _with_blanks(calls, *self._literals(self.closing))
         rules = [_BLANKS, f"calls: BLANKS? {calls}"]
         rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
         for index, tool in enumerate(tools):
             name = tool.function.name
             schema = parameters_of(tool) if schemas is None else schemas[name]
             parts = ["{", '"name"', ":", json.dumps(name), ",", f'"{self.arguments}"', ":"]
-            call = [*map(json.dumps, parts), json_rule(schema), '"}"']
-            rules.append(f"call_{index}: " + " BLANKS? ".join(call))
+            call = _with_blanks(*map(json.dumps, parts), json_rule(schema), '"}"')
+            rules.append(f"call_{index}: {call}")
         return "\n".join(rules)
 
+    def _literals(self, text: str) -> list[str]:
+        """In Lark, a text never matches a token of its own that is special, or looks so."""
+        return [
+            f"<[{self.tokens[part]}]>" if part in self.tokens else json.dumps(part)
+            for part in text.split()
+        ]
 
-def _literals(text: str) -> list[str]:
-    return [json.dumps(part) for part in text.split()]
+
+def _with_blanks(*parts: str) -> str:
+    return " BLANKS? ".join(parts)
 
 
 def parameters_of(tool: Tool) -> dict[str, Any]:
@@ -144,10 +151,16 @@ FORMATS = (
 )
 
 
-def find_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat | None:
-    """How this model's calls are read and written; None where its template does not say."""
+def find_format(
+    tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int] | None = None
+) -> CallFormat | None:
+    """How this model's calls are read and written; None where its template does not say.
+
+    `tokens`: those that the base's tokenizer has beside its vocabulary, by their texts.
+    """
     written = _written_call(tokenizer)
     known = next((each for each in FORMATS if each.writes_like(written)), None)
+    known = None if known is None else replace(known, tokens=tokens or {})
     own = _own_reading(tokenizer)
     if own is None:
         return known

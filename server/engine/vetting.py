@@ -5,6 +5,7 @@ intersection of patterns, can take minutes. Run as a script, this compiles what 
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -33,6 +34,8 @@ take tens of milliseconds then, not seconds."""
 
 _REAL_SECONDS = "^[^:]*:[0-9]{2}:[0-5]"
 """llguidance takes second 60 for one of any minute, and validators refuse it."""
+_TOKEN = re.compile(r"<\[\d+\]>")
+"""Lark's name of a token, by its id."""
 _VALUES = {"const", "enum", "default", "examples"}
 """Keywords whose values are no schemas."""
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
@@ -99,7 +102,8 @@ def error_of(matcher: LLMatcher) -> str:
 
 def vet(kind: GrammarKind, text: str) -> str:
     """Why this grammar is not to be compiled here; empty where it is harmless."""
-    asked = json.dumps([kind, text])
+    # The bytes that it is tried with have no tokens of the tokenizer's.
+    asked = json.dumps([kind, _TOKEN.sub("<[0]>", text) if kind == "grammar" else text])
     command = [sys.executable, "-I", __file__]
     try:
         tried = subprocess.run(
