@@ -174,6 +174,7 @@ class CompletionWriter:
             )
         writer = self._logprobs[number]
         if output.prompt_logprobs is not None:
+            writer.begin_prompt(echo)
             writer.write(zip(request.prompt, output.prompt_logprobs, strict=True))
             writer.begin_text(len(echo))
         writer.write((scored.token_id, scored) for scored in output.logprobs)
