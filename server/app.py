@@ -33,6 +33,7 @@ from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
 from server.errors import ApiError, error_response, install_error_handlers
+from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.openapi import Application
@@ -75,6 +76,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
+    app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Authorize, keys=keys)
     return app
 
@@ -196,6 +199,18 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
                     registry.add(source.name, staged, _PRELOADED)
             except AdapterError as error:
                 log.warning("The adapter in %s is not offered: %s", source, error)
+
+
+class HeadAsGet:
+    """ASGI middleware: what answers GET answers HEAD too. The server sends no body for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class LimitBodies:
