@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import Usage
 from server.api.chat_schemas import (
     AssistantMessage,
     ChatBody,
@@ -20,22 +21,20 @@ from server.api.chat_schemas import (
     Delta,
 )
 from server.api.constraining import chat_grammar
+from server.api.endings import finished_because, stopped_by
 from server.api.generation import (
     Chunk,
     Order,
     check_order,
     describe,
-    finished_because,
     place_order,
     prepared,
     respond,
-    stopped_by,
 )
 from server.api.leasing import leased
 from server.api.logprobs import TokenBytes, chat_logprobs
 from server.api.prompts import encode_conversation, encode_prediction, fit_to_window, truncated
 from server.api.sampling import sampling_params
-from server.api.schemas import Usage
 from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import CallPart, Reader, Said, make_reader
 from server.api.tool_schemas import CalledFunction, ToolCall

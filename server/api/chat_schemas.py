@@ -11,15 +11,8 @@ from pydantic import (
     field_validator,
 )
 
-from server.api.schemas import (
-    MAX_LOGPROBS,
-    STOP_REASON,
-    USAGE_EXAMPLE,
-    FinishedBecause,
-    GenerationBody,
-    StopReason,
-    Usage,
-)
+from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
+from server.api.schemas import MAX_LOGPROBS, GenerationBody
 from server.api.tool_schemas import NamedToolChoice, PastToolCall, ToolCall, ToolChoice, Tools
 
 MAX_MESSAGES = 4096

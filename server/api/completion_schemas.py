@@ -4,15 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
-from server.api.schemas import (
-    MAX_LOGPROBS,
-    STOP_REASON,
-    USAGE_EXAMPLE,
-    FinishedBecause,
-    GenerationBody,
-    StopReason,
-    Usage,
-)
+from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
+from server.api.schemas import MAX_LOGPROBS, GenerationBody
 
 Prompt = str | list[int]
 

@@ -8,28 +8,27 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import Usage
 from server.api.completion_schemas import (
     Completion,
     CompletionBody,
     CompletionLogprobs,
 )
 from server.api.constraining import Held, answer_grammar
+from server.api.endings import finished_because, stopped_by
 from server.api.generation import (
     Chunk,
     Order,
     check_order,
     describe,
-    finished_because,
     place_order,
     prepared,
     respond,
-    stopped_by,
 )
 from server.api.leasing import leased
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes
 from server.api.prompts import encode_prompts, fit_to_window, truncated
 from server.api.sampling import sampling_params
-from server.api.schemas import Usage
 from server.auth import Caller
 from server.engine.engine import Engine
 from server.engine.request import Output, SamplingParams

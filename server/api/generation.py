@@ -18,16 +18,12 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import CompletionTokensDetails, Usage
+from server.api.endings import join
 from server.api.foreign_fields import refuse_foreign
+from server.api.model_schemas import ModelBody
 from server.api.sampling import params_of_choice
-from server.api.schemas import (
-    CompletionTokensDetails,
-    FinishedBecause,
-    GenerationBody,
-    ModelBody,
-    StopReason,
-    Usage,
-)
+from server.api.schemas import GenerationBody
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
@@ -243,7 +239,7 @@ class Generation:
         for number, output in await self.next():
             _raise_if_failed(output)
             parts[number].append(output)
-        return [_join(outputs) for outputs in parts]
+        return [join(outputs) for outputs in parts]
 
     def close(self) -> None:
         self._stream.close()
@@ -274,35 +270,6 @@ def _raise_if_failed(output: Output) -> None:
             "The server is shutting down and could not finish this answer; send it again.",
             headers={"Retry-After": "5"},
         )
-
-
-def _join(outputs: Sequence[Output]) -> Output:
-    return Output(
-        request_id=outputs[-1].request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(scored for output in outputs for scored in output.logprobs),
-        prompt_logprobs=outputs[0].prompt_logprobs,
-        finish_reason=outputs[-1].finish_reason,
-        stop_reason=outputs[-1].stop_reason,
-    )
-
-
-def finished_because(output: Output) -> FinishedBecause | None:
-    match output.finish_reason:
-        case FinishReason.STOP:
-            return "stop"
-        case FinishReason.LENGTH:
-            return "length"
-        case _:
-            return None
-
-
-def stopped_by(body: GenerationBody, output: Output) -> StopReason:
-    """The stop string or stop token of the request that ended an answer; None for an end token,
-    which may be an adapter's own."""
-    reason = output.stop_reason
-    return reason if isinstance(reason, str) or reason in (body.stop_token_ids or ()) else None
 
 
 Chunk = Mapping[str, object]

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from server.api.answer_schemas import Usage
 from server.api.completion_schemas import check_text
 from server.api.generation import (
     CLIENT_GONE,
@@ -26,8 +27,8 @@ from server.api.generation import (
     unless_client_leaves,
 )
 from server.api.leasing import leased
+from server.api.model_schemas import ModelBody
 from server.api.prompts import encode_choice, encode_pair
-from server.api.schemas import ModelBody, Usage
 from server.auth import Caller
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services

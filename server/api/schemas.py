@@ -1,6 +1,5 @@
-"""What completions and chat completions have in common: the generation parameters, and usage."""
+"""What completions and chat completions take alike: the generation parameters."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,6 +18,7 @@ from server.api.constraint_schemas import (
     ResponseFormat,
     StructuredOutputs,
 )
+from server.api.model_schemas import ModelBody
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
@@ -27,9 +27,6 @@ MAX_BIASED_TOKENS = 1024
 MAX_BAD_WORDS = 256
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-MAX_MIXED_ADAPTERS = 16
-MAX_WEIGHT = 16.0
-INT32 = 2**31
 INT64 = 2**63
 
 
@@ -84,82 +81,6 @@ class StreamOptions(BaseModel):
         description="With `include_usage`: each chunk has the usage up to it instead of null.",
         examples=[False],
     )
-
-
-class AdapterWeight(BaseModel):
-    """One adapter of a mixture."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    name: str = Field(
-        min_length=1,
-        max_length=256,
-        description="An adapter's name, or `name@revision`.",
-        examples=["support-intent"],
-    )
-    weight: float = Field(
-        1.0,
-        ge=-MAX_WEIGHT,
-        le=MAX_WEIGHT,
-        description="How much of it: 0 is none, 1 all of it.",
-        examples=[0.7],
-    )
-
-
-class ModelBody(BaseModel):
-    """What a request runs on: the base model, an adapter, or a mixture of adapters."""
-
-    model_config = ConfigDict(
-        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
-    )
-
-    model: str = Field(
-        min_length=1,
-        max_length=1024,
-        description="The base model's name, an adapter's name, or `name@revision`.",
-        examples=["support-intent"],
-    )
-    strength: float | None = Field(
-        None,
-        ge=-MAX_WEIGHT,
-        le=MAX_WEIGHT,
-        description="How much of the adapter that `model` names: 0 is the base, 1 (the default) "
-        "the adapter, 2 twice what it changes.",
-        examples=[0.5],
-    )
-    adapters: list[AdapterWeight] | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_MIXED_ADAPTERS,
-        description="Mix several adapters for this request; `model` is the base then.",
-        examples=[[{"name": "support-intent", "weight": 0.7}, {"name": "sentiment"}]],
-    )
-    composition: Literal["product", "linear"] | None = Field(
-        None,
-        description="How `adapters` are mixed. `product` (the default): the factors "
-        "1 + weight * (l - 1) multiply, as in PEFT's `set_adapter` with several. `linear`: the "
-        "weighted sum of the vectors, as in PEFT's `add_weighted_adapter`.",
-        examples=["product"],
-    )
-    priority: int | None = Field(
-        None,
-        ge=-INT32,
-        lt=INT32,
-        description="Of the requests of one key, those with a lower number leave the queue "
-        "earlier (default 0); now and then a waiting one with a higher number has a turn.",
-        examples=[0],
-    )
-    cache_salt: str | None = Field(
-        None,
-        min_length=1,
-        max_length=256,
-        description="Only requests with the same salt share what was computed of their prompts.",
-        examples=["tenant-7f3a"],
-    )
-
-    @property
-    def choices_per_prompt(self) -> int:
-        return 1
 
 
 class GenerationBody(ModelBody):
@@ -426,69 +347,3 @@ class GenerationBody(ModelBody):
     def wants_usage_in_all_chunks(self) -> bool:
         options = self.stream_options
         return self.wants_usage_chunk and bool(options and options.continuous_usage_stats)
-
-
-class CompletionTokensDetails(BaseModel):
-    """What became of a prediction."""
-
-    accepted_prediction_tokens: int = Field(
-        description="Tokens of the answers that the prediction foretold.", examples=[25]
-    )
-    rejected_prediction_tokens: int = Field(
-        description="The prediction's other tokens, for each answer.", examples=[3]
-    )
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(
-        description="Prompt tokens that needed no computing: an earlier request had.", examples=[0]
-    )
-
-
-USAGE_EXAMPLE = {
-    "prompt_tokens": 12,
-    "completion_tokens": 30,
-    "total_tokens": 42,
-    "prompt_tokens_details": {"cached_tokens": 0},
-}
-
-
-class Usage(BaseModel):
-    """How many tokens a request took."""
-
-    prompt_tokens: int = Field(
-        description="Tokens of all prompts; a prompt with several choices counts once.",
-        examples=[12],
-    )
-    completion_tokens: int = Field(
-        description="Generated tokens of all choices, end tokens included.", examples=[30]
-    )
-    total_tokens: int = Field(description="Both together.", examples=[42])
-    prompt_tokens_details: PromptTokensDetails = Field(
-        description="What the prompt tokens are made of.", examples=[{"cached_tokens": 0}]
-    )
-    completion_tokens_details: CompletionTokensDetails | None = Field(
-        None, description="Set where the request had a prediction.", examples=[None]
-    )
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], completion_tokens: int, cached_tokens: int
-    ) -> "Usage":
-        prompt_tokens = sum(len(prompt) for prompt in prompts)
-        return cls(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-        )
-
-
-FinishedBecause = Literal["stop", "length"]
-StopReason = str | int | None
-STOP_REASON: Any = Field(
-    None,
-    description="vLLM's: the stop string or the one of `stop_token_ids` that ended the text; null "
-    "where an end token or the token limit did. In a stream only where the choice ends.",
-    examples=["\n\n"],
-)

@@ -9,13 +9,13 @@ Guessed tokens are verified by drawing: at each place with the random number tha
 draw that token by in any case. So it takes the same tokens as without guesses, only sooner.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from server.engine.adjustments import Allowed, Bias, Penalties, column
 from server.engine.constraints import Constraint, MaskMaker
 from server.engine.request import TokenLogprob
 from server.engine.scheduler import Draft
@@ -209,17 +209,17 @@ class _Batch:
             if rows
         ]
         bias = [(row, t, b) for row, p in enumerate(params) for t, b in p.logit_bias.items()]
-        self._bias = _Bias(bias, device) if bias else None
+        self._bias = Bias(bias, device) if bias else None
         allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
-        self._allowed = _Allowed(allowed, vocab, device) if allowed else None
-        self._penalties: _Penalties | None = None
+        self._allowed = Allowed(allowed, vocab, device) if allowed else None
+        self._penalties: Penalties | None = None
         penalised = [row for row, p in enumerate(params) if p.is_penalised]
         if penalised:
             self._penalised = torch.tensor(penalised, device=device)
             sequences = [places[row].sequence for row in penalised]
             known = None if previous is None else previous._penalties
             goes_on = known is not None and known.fits(sequences, vocab)
-            self._penalties = known if goes_on else _Penalties(sequences, vocab, device)
+            self._penalties = known if goes_on else Penalties(sequences, vocab, device)
 
     def fits(self, places: Rows[_Place], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
@@ -250,44 +250,6 @@ class _Batch:
             self._penalties.count(tokens[self._penalised])
 
 
-class _Penalties:
-    """Which tokens the penalised rows have, and how often; it stays while other rows change."""
-
-    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
-        self._sequences = sequences
-        self._lengths = [len(sequence.tokens) for sequence in sequences]
-        params = [sequence.request.params for sequence in sequences]
-        self._presence = _column([p.presence_penalty for p in params], device)
-        self._frequency = _column([p.frequency_penalty for p in params], device)
-        self._repetition = _column([p.repetition_penalty for p in params], device)
-        self._counts = torch.zeros(len(sequences), vocab, device=device)
-        self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
-        for index, mine in enumerate(sequences):
-            answer = torch.tensor(mine.answer, dtype=torch.long, device=device)
-            self._counts[index] += torch.bincount(answer, minlength=vocab)
-            self._seen[index, mine.tokens[mine.source_tokens :]] = True
-
-    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
-        """Whether these are the rows, and the tokens that are counted are all that they have."""
-        if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
-            return False
-        if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
-            return False
-        return [len(sequence.tokens) for sequence in sequences] == self._lengths
-
-    def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[penalised, vocab]`"""
-        repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
-        rows = torch.where(self._seen, repeated, rows)
-        return rows - self._frequency * self._counts - self._presence * (self._counts > 0)
-
-    def count(self, tokens: torch.Tensor) -> None:
-        index = torch.arange(len(tokens), device=tokens.device)
-        self._counts[index, tokens] += 1
-        self._seen[index, tokens] = True
-        self._lengths = [length + 1 for length in self._lengths]
-
-
 class _RandomRows:
     """Rows of a batch that draw at random: either all of them truncate (top-k, top-p), or none."""
 
@@ -298,10 +260,10 @@ class _RandomRows:
         self._draws = [(places[row].sequence.draws, places[row].ahead) for row in rows]
         self._truncates = truncates
         params = [places[row].sequence.request.params for row in rows]
-        self._temperature = _column([p.temperature for p in params], device)
-        self._top_k = _column([p.top_k for p in params], device)
-        self._top_p = _column([p.top_p for p in params], device)
-        self._min_p = _column([p.min_p for p in params], device)
+        self._temperature = column([p.temperature for p in params], device)
+        self._top_k = column([p.top_k for p in params], device)
+        self._top_p = column([p.top_p for p in params], device)
+        self._min_p = column([p.min_p for p in params], device)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows]` tokens for `[rows, vocab]`, by one of the sequence's own numbers each."""
@@ -340,35 +302,6 @@ class _RandomRows:
     def _keep_min_p(self, probabilities: torch.Tensor) -> torch.Tensor:
         floor = self._min_p * probabilities.amax(dim=-1, keepdim=True)
         return probabilities.masked_fill(probabilities < floor, 0.0)
-
-
-def _column(values: Rows[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor([float(value) for value in values], device=device)[:, None]
-
-
-class _Bias:
-    def __init__(self, entries: list[tuple[int, int, float]], device: torch.device) -> None:
-        rows, tokens, values = zip(*entries, strict=True)
-        self.index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
-        self.values = torch.tensor(values, device=device)
-
-
-class _Allowed:
-    """Rows that take none but the given tokens."""
-
-    def __init__(
-        self, allowed: Mapping[int, frozenset[int]], vocab: int, device: torch.device
-    ) -> None:
-        self._rows = torch.tensor(list(allowed), device=device)
-        forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
-        for index, tokens in enumerate(allowed.values()):
-            forbidden[index, list(tokens)] = False
-        self._forbidden = forbidden.to(device)
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[rows of the batch, vocab]`"""
-        held = logits[self._rows].masked_fill(self._forbidden, -torch.inf)
-        return logits.index_copy(0, self._rows, held)
 
 
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
