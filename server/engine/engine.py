@@ -318,7 +318,7 @@ class Engine:
             text += piece
         predicted = 0
         if reason is not None:
-            text += "" if error else sequence.detokenizer.finish()
+            text += "" if error else sequence.detokenizer.finish(sequence.may_stop)
             predicted = self._end(sequence, reason).predicted_tokens
         return Output(
             request_id=sequence.request.id,
@@ -328,6 +328,7 @@ class Engine:
             prompt_logprobs=scores,
             cached_tokens=0 if reason is None else sequence.cached_tokens or 0,
             finish_reason=reason,
+            stop_reason=sequence.stop_reason if reason is FinishReason.STOP else None,
             error=error,
             predicted_tokens=predicted,
         )
@@ -340,8 +341,10 @@ class Engine:
         goes_on = params.ignore_eos and sequence.constraint is None
         is_end = token in self.eos_token_ids and not goes_on
         if is_end or token in params.stop_token_ids:
-            return "", FinishReason.STOP
-        text, stopped = sequence.detokenizer.push(token)
+            shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
+            return shown, FinishReason.STOP
+        text, stopped = sequence.detokenizer.push(token, sequence.may_stop)
+        sequence.see(text)
         if stopped:
             return text, FinishReason.STOP
         return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None
