@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
+from server.engine.errors import EngineDead
 from server.errors import ERRORS_OF_ALL, ApiError, ErrorBody
 from server.services import Services, get_services
 
@@ -17,14 +18,22 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
 
 
-@router.get("/health/live")
-async def live() -> Health:
-    """The process answers."""
+@router.get(
+    "/health/live",
+    responses={503: {"model": ErrorBody, "description": "Never again: it must be restarted."}},
+)
+async def live(services: ServicesDep) -> Health:
+    """The process answers, and can compute. Where it says no, restart it."""
+    if not services.engine.stats().alive:
+        raise ApiError(503, str(EngineDead()), code="engine_dead")
     return Health(status="ok")
 
 
 @router.get(
-    "/health/ready", responses={503: {"model": ErrorBody, "description": "Not now: draining."}}
+    "/health/ready",
+    responses={
+        503: {"model": ErrorBody, "description": "Not now: it drains, or must be restarted."}
+    },
 )
 async def ready(services: ServicesDep) -> Health:
     """Requests are welcome."""
