@@ -62,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await to_thread.run_sync(services.merges.close)
             await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
+            await to_thread.run_sync(services.registry.close)
             services.store.close()
 
     app = FastAPI(

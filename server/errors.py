@@ -24,6 +24,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    SandboxUnavailable,
     SourceError,
     SourceFailed,
     SourceNotAllowed,
@@ -35,6 +36,7 @@ from adapters.errors import (
     StoreFull,
     StoreLocked,
     StoreUnreachable,
+    TemplateRefused,
     TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
@@ -240,6 +242,15 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case TemplateRefused():
+            return ApiError(
+                400,
+                f"The model's chat template does not take this conversation: {error}",
+                param="messages",
+            )
+        case SandboxUnavailable():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="sandbox_unavailable", headers=headers)
         case StoreUnreachable() | StoreLocked():
             headers = {"Retry-After": _DRAIN_RETRY_AFTER}
             return ApiError(503, str(error), code="storage_unavailable", headers=headers)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
 from starlette.requests import Request
@@ -33,6 +34,10 @@ class Services:
     """Threads on which requests are made ready."""
     compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
+    strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+        default_factory=WeakValueDictionary
+    )
+    """By what an adapter brings: threads for the requests that wait for it to be read or run."""
 
 
 async def get_services(request: Request) -> Services:

@@ -2,14 +2,13 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import anyio
 import pydantic_core
-from anyio import to_thread
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -30,8 +29,6 @@ from server.engine.request import FinishReason, GenerationRequest, Output, Sampl
 from server.errors import ApiError, ErrorBody, error_body
 from server.metrics import RequestMetrics
 from server.services import Services
-
-_T = TypeVar("_T")
 
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
@@ -300,17 +297,6 @@ class Writer(Protocol):
         """What the next output of choice `number` adds to a stream."""
 
     def usage_chunk(self, usage: Usage) -> Chunk: ...
-
-
-async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
-    """What `prepare` makes on a thread, to be submitted right after.
-
-    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
-    """
-    if is_constrained:
-        return await to_thread.run_sync(prepare, limiter=services.compiling)
-    with services.engine.expecting():
-        return await to_thread.run_sync(prepare, limiter=services.preparing)
 
 
 async def respond(

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 from transformers.utils.chat_parsing.response_templates import (
@@ -20,6 +19,8 @@ from transformers.utils.chat_parsing.response_templates import (
     load_response_template,
 )
 
+from adapters.errors import TemplateRefused
+from adapters.vocabulary import Vocabulary
 from server.api.tool_schemas import NO_PARAMETERS, CalledFunction, Tool, ToolCall
 from server.engine.vetting import JSON_OPTIONS
 
@@ -106,11 +107,11 @@ FORMATS = (
 )
 
 
-def find_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat | None:
+def find_format(vocabulary: Vocabulary) -> CallFormat | None:
     """How this model's calls are read and written; None where its template does not say."""
-    written = _written_call(tokenizer)
+    written = _written_call(vocabulary)
     known = next((each for each in FORMATS if each.writes_like(written)), None)
-    own = _own_reading(tokenizer)
+    own = _own_reading(vocabulary.tokenizer)
     if own is None:
         return known
     if known is None:
@@ -127,7 +128,7 @@ def _own_reading(tokenizer: PreTrainedTokenizerBase) -> ResponseTemplate | None:
         return None
 
 
-def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
+def _written_call(vocabulary: Vocabulary) -> str:
     """A conversation with a call, as the chat template writes it; empty where it refuses."""
     tools = [{"type": "function", "function": {"name": "probe", "parameters": NO_PARAMETERS}}]
     call = {"id": new_call_id(), "type": "function", "function": _PROBE}
@@ -136,8 +137,8 @@ def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))  # type: ignore[arg-type]
-    except (TemplateError, ValueError, TypeError):
+        return vocabulary.render(messages, tools)
+    except TemplateRefused:
         return ""
 
 
