@@ -190,7 +190,7 @@ class Sandbox:
             raise Exceeded(str(limits))
         found: dict[str, Any] = json.loads(answer)
         if "exceeded" in found:
-            raise Exceeded(f"{found['exceeded']} ({limits})")
+            raise Exceeded(found["exceeded"] or f"{limits.memory >> 20} MiB of memory")
         return found
 
     def _keep(self, key: str, worker: socket.socket) -> None:

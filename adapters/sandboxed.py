@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tokenizers import Tokenizer, processors
@@ -84,7 +85,7 @@ def render(job: Plain) -> Plain:
     try:
         _compile_jinja_template(job["template"])
     except MemoryError:
-        return {"exceeded": "memory"}
+        return {"exceeded": ""}
     except Exception as error:
         return {"malformed": str(error)[:500] or type(error).__name__}
     try:
@@ -98,11 +99,11 @@ def render(job: Plain) -> Plain:
         )
         text = str(rendered[0][0])
     except MemoryError:
-        return {"exceeded": "memory"}
+        return {"exceeded": ""}
     except Exception as error:
         return {"refused": str(error)[:500] or type(error).__name__}
     if len(text) > _MOST_CHARACTERS:
-        return {"exceeded": f"output, of more than {_MOST_CHARACTERS} characters"}
+        return {"exceeded": f"{_MOST_CHARACTERS} characters"}
     return {"text": text}
 
 
@@ -117,7 +118,7 @@ def compare(base: Tokenizer, data: bytes) -> Plain:
         theirs.no_padding()
         return _compared(base, theirs)
     except MemoryError:
-        return {"exceeded": "memory"}
+        return {"exceeded": ""}
     except BaseException as error:
         # The library raises bare Exceptions, and panics, which are none.
         return {"fault": f"is no tokenizer: {str(error)[:200]}"}
@@ -146,10 +147,15 @@ def _compared(base: Tokenizer, theirs: Tokenizer) -> Plain:
         around = None
     elif around is not None:
         surround(base, *around)
-    literals = [text for part in _different(ours, own) for text in _strings(part)]
+    different = _different(ours, own)
+    literals = [text for part in different for text in _strings(part)]
     sample = contents[:: max(1, len(contents) // 64)]
-    if difference := _difference(base, theirs, sample, literals):
-        return {"fault": difference}
+    difference = _in_texts(base, theirs, sample, literals)
+    if different and not difference:
+        # Written otherwise, it may still do the same.
+        difference = _in_tokens(base, theirs)
+    if difference:
+        return {"fault": f"{difference} otherwise than the base's with tokens added"}
     tokens = [
         {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
         for token in fresh
@@ -207,17 +213,22 @@ def _strings(value: Any) -> list[str]:
     return [text for each in inner for text in _strings(each)][:100]
 
 
-def _difference(base: Tokenizer, theirs: Tokenizer, added: list[str], literals: list[str]) -> str:
-    """The first text or token that the two read or write otherwise; empty where none is found."""
+def _in_texts(base: Tokenizer, theirs: Tokenizer, added: list[str], literals: list[str]) -> str:
+    """The first text that the two read or write otherwise; empty where none is found."""
     texts = [*_TEXTS, *literals, *(f"{text} {text}{text}" for text in literals)]
     texts += [f"a{token}b {token} {token}{token}\n{token}" for token in added]
     for text in texts:
         for special in (False, True):
             ours = base.encode(text, add_special_tokens=special).ids
             if ours != theirs.encode(text, add_special_tokens=special).ids:
-                return f"encodes {text[:40]!r} otherwise than the base's with tokens added"
+                return f"encodes {text[:40]!r}"
         if problem := _decoded(base, theirs, ours):
             return problem
+    return ""
+
+
+def _in_tokens(base: Tokenizer, theirs: Tokenizer) -> str:
+    """The first token, or run of a few, that the two write otherwise."""
     size = base.get_vocab_size()
     step = max(1, size // 50_000)
     for token in range(0, size, step):
@@ -234,7 +245,7 @@ def _decoded(base: Tokenizer, theirs: Tokenizer, ids: list[int]) -> str:
     for skip in (True, False):
         ours = base.decode(ids, skip_special_tokens=skip)
         if ours != theirs.decode(ids, skip_special_tokens=skip):
-            return f"decodes {ours[:40]!r} otherwise than the base's with tokens added"
+            return f"decodes {ours[:40]!r}"
     return ""
 
 
@@ -274,7 +285,7 @@ def _work(link: socket.socket, base: Tokenizer, parent: int) -> None:
         try:
             data = json.dumps(answer).encode()
         except MemoryError:
-            data = b'{"exceeded": "memory"}'
+            data = b'{"exceeded": ""}'
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(link, data)
 
@@ -292,6 +303,8 @@ def main() -> None:
     base = Tokenizer.from_str(receive(control).decode())
     _warm_up()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     send(control, b"ready")
     parent = os.getpid()
@@ -299,8 +312,12 @@ def main() -> None:
         message, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             # Whoever began it has gone, however; the workers go with this process.
+            os.killpg(0, signal.SIGTERM)
+            with suppress(ChildProcessError):
+                os.wait()
             return
         if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             control.close()
             try:
                 _work(socket.socket(fileno=fds[0]), base, parent)
