@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from adapters.errors import InvalidAdapter
 from adapters.sandbox import Limits
 from adapters.targets import BaseModules
 from adapters.vocabulary import Vocabularies
+from server.engine.loading import default_model_folder
 from tests.factories import byte_fallback_tokenizer, tiny_tokenizer
 
 Plain = dict[str, Any]
@@ -162,6 +164,26 @@ def test_the_bases_own_tokenizer_is_none_of_its_own(
     way(tmp_path)
 
     assert vocabularies.read(tmp_path, {}) is None
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("way", [reloaded, reserialised, written_by_an_older_library])
+def test_the_default_models_tokenizer_with_tokens_added_is_served(
+    tmp_path: Path, way: Callable[[Path], None]
+) -> None:
+    base = AutoTokenizer.from_pretrained(default_model_folder())
+    with closing(Vocabularies(base, NoEmbeddings())) as vocabularies:
+        tokenizer = AutoTokenizer.from_pretrained(default_model_folder())
+        tokenizer.add_tokens(["<tool>", AddedToken("<end>", special=True)])
+        tokenizer.save_pretrained(tmp_path)
+        way(tmp_path)
+        found = vocabularies.read(tmp_path, {})
+
+    assert found is not None
+    text = "It's 12 <tool> o'clock.<end>  \n\tdef f(x): 日本 😀"
+    ids = tokenizer.encode(text)
+    assert found.tokenizer.encode(text) == ids
+    assert found.tokenizer.decode(ids) == tokenizer.decode(ids)
 
 
 token = st.text(alphabet="ab <>|é▁Ġ\n", min_size=1, max_size=4)
