@@ -6,7 +6,8 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
 from server.engine.errors import EngineDead
-from server.errors import ERRORS_OF_ALL, ApiError, ErrorBody
+from server.errors import ApiError
+from server.openapi import errors
 from server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
@@ -19,22 +20,16 @@ class Health(BaseModel):
 
 
 @router.get(
-    "/health/live",
-    responses={503: {"model": ErrorBody, "description": "Never again: it must be restarted."}},
+    "/health/live", responses=errors(said={503: "The model thread has ended: restart the server."})
 )
 async def live(services: ServicesDep) -> Health:
     """The process answers, and can compute. Where it says no, restart it."""
     if not services.engine.stats().alive:
-        raise ApiError(503, str(EngineDead()), code="engine_dead")
+        raise ApiError(503, str(EngineDead()), code="engine_dead", headers={"Retry-After": "5"})
     return Health(status="ok")
 
 
-@router.get(
-    "/health/ready",
-    responses={
-        503: {"model": ErrorBody, "description": "Not now: it drains, or must be restarted."}
-    },
-)
+@router.get("/health/ready", responses=errors(503))
 async def ready(services: ServicesDep) -> Health:
     """Requests are welcome."""
     if not services.engine.stats().ready:
@@ -44,7 +39,11 @@ async def ready(services: ServicesDep) -> Health:
     return Health(status="ok")
 
 
-@router.get("/metrics", response_class=Response, responses={401: ERRORS_OF_ALL[401]})
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=errors(401) | {200: {"content": {"text/plain": {}}}},
+)
 def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.expose(), media_type="text/plain; version=0.0.4")

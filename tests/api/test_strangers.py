@@ -45,9 +45,7 @@ def admin(server: RunningServer) -> Iterator[AdminClient]:
 def bringing(server: RunningServer, tmp_path: Path) -> Callable[..., Path]:
     """An adapter with a chat template, or with the base's tokenizer as it is changed."""
 
-    def bringing(
-        template: str = "", change: Callable[[dict[str, Any]], None] | None = None
-    ) -> Path:
+    def bringing(template: str = "", change: Change | None = None) -> Path:
         folder = tmp_path / f"brings-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(server.adapter_folders["default"], folder)
         if template:
@@ -62,9 +60,7 @@ def bringing(server: RunningServer, tmp_path: Path) -> Callable[..., Path]:
     return bringing
 
 
-def ask(
-    client: httpx.Client, model: str, messages: list[dict[str, str]] = MESSAGES
-) -> httpx.Response:
+def ask(client: httpx.Client, model: str, messages: Messages = MESSAGES) -> httpx.Response:
     return client.post(
         CHAT, json={"model": model, "messages": messages, "max_tokens": 4, "temperature": 0}
     )
@@ -75,7 +71,7 @@ def test_a_tokenizer_that_does_something_else_is_refused_at_the_upload(
     client: httpx.Client,
     admin: AdminClient,
     bringing: Callable[..., Path],
-    change: Callable[[dict[str, Any]], None],
+    change: Change,
 ) -> None:
     before = ask(client, "tiny").json()["choices"]
 
@@ -128,7 +124,7 @@ def test_a_template_that_runs_away_later_ends_its_own_requests_only(
 def test_what_an_earlier_version_stored_is_refused_by_its_requests(
     start_server: StartServer,
     bringing: Callable[..., Path],
-    change: Callable[[dict[str, Any]], None],
+    change: Change,
 ) -> None:
     url, services = start_server()
     with services.store.staging() as staged:
