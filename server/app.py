@@ -68,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.merges.close)
             # Requests had their time before: now nobody listens any more.
             await to_thread.run_sync(services.engine.stop, 0.0)
+            await to_thread.run_sync(services.registry.close)
             services.store.close()
 
     app = Application(

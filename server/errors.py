@@ -26,6 +26,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    SandboxUnavailable,
     SourceError,
     SourceFailed,
     SourceNotAllowed,
@@ -37,6 +38,7 @@ from adapters.errors import (
     StoreFull,
     StoreLocked,
     StoreUnreachable,
+    TemplateRefused,
     TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
@@ -51,6 +53,7 @@ from server.engine.errors import (
     EngineStopping,
     QueueFull,
 )
+from server.engine.faults import is_panic
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +151,29 @@ def error_response(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
+class LibraryPanic(RuntimeError):
+    """What a panic in a library's Rust code becomes, which is no Exception itself."""
+
+
+class PanicsAsErrors:
+    """ASGI middleware: a panic in a library's Rust code is logged and answered as any other error
+    that nobody foresaw."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except BaseException as error:
+            within = error.split(is_panic)[0] if isinstance(error, BaseExceptionGroup) else None
+            if within is None and not is_panic(error):
+                raise
+            raise LibraryPanic(str(error)) from error
+
+
 def install_error_handlers(app: FastAPI) -> None:
+    app.add_middleware(PanicsAsErrors)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(EngineError, _engine_error)
@@ -252,6 +277,15 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case TemplateRefused():
+            return ApiError(
+                400,
+                f"The model's chat template does not take this conversation: {error}",
+                param="messages",
+            )
+        case SandboxUnavailable():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="sandbox_unavailable", headers=headers)
         case StoreUnreachable() | StoreLocked():
             headers = {"Retry-After": _DRAIN_RETRY_AFTER}
             return ApiError(503, str(error), code="storage_unavailable", headers=headers)

@@ -28,11 +28,11 @@ from server.api.generation import (
     check_order,
     describe,
     place_order,
-    prepared,
     respond,
 )
 from server.api.leasing import leased
 from server.api.logprobs import TokenBytes, chat_logprobs
+from server.api.preparing import prepared
 from server.api.prompts import encode_conversation, encode_prediction, fit_to_window, truncated
 from server.api.sampling import sampling_params
 from server.api.tool_formats import CallFormat, find_format
@@ -111,7 +111,7 @@ def _prepare(
 def _call_format(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:
     if not body.offered_tools:
         return None
-    calls = find_format(vocabulary.tokenizer, engine.tokenizer.get_added_vocab())
+    calls = find_format(vocabulary, engine.tokenizer.get_added_vocab())
     if calls is None:
         raise ApiError(
             400,

@@ -4,14 +4,13 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import anyio
 import pydantic_core
-from anyio import to_thread
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -26,7 +25,6 @@ from server.api.foreign_fields import refuse_foreign
 from server.api.model_schemas import ModelBody
 from server.api.sampling import params_of_choice
 from server.api.schemas import GenerationBody
-from server.engine.constraints import GrammarMissing, RequestGrammars
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
@@ -303,27 +301,6 @@ class Writer(Protocol):
         """What the next output of choice `number` adds to a stream."""
 
     def usage_chunk(self, usage: Usage) -> Chunk: ...
-
-
-async def prepared(
-    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
-) -> _T:
-    """What `prepare` makes on a thread, to be submitted right after.
-
-    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
-    once that is done: neither a thread nor the engine waits meanwhile. Raises ApiError where the
-    client leaves until then.
-    """
-    tenant = caller or ""
-    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
-    while True:
-        try:
-            with services.engine.expecting(), grammars.asked():
-                async with services.preparing.turn(tenant):
-                    return await to_thread.run_sync(prepare, limiter=services.threads)
-        except GrammarMissing as missing:
-            wanted = missing
-        await unless_client_leaves(request, grammars.compile(wanted))
 
 
 async def respond(

@@ -21,12 +21,12 @@ from server.api.generation import (
     check_order,
     describe,
     place_order,
-    prepared,
     to_json,
     unless_client_leaves,
 )
 from server.api.leasing import leased
 from server.api.model_schemas import ModelBody
+from server.api.preparing import prepared
 from server.api.prompts import encode_choice, encode_pair
 from server.auth import Caller
 from server.engine.request import Output, SamplingParams

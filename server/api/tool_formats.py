@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import regex
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing.response_templates import (
     ResponseTemplate,
     load_response_template,
 )
 
+from adapters.errors import TemplateRefused
+from adapters.vocabulary import Vocabulary
 from server.api.tool_schemas import NO_PARAMETERS, Tool, new_call_id
 from server.engine.vetting import JSON_OPTIONS, supported_schema
 
@@ -152,16 +153,16 @@ FORMATS = (
 
 
 def find_format(
-    tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int] | None = None
+    vocabulary: Vocabulary, tokens: Mapping[str, int] | None = None
 ) -> CallFormat | None:
     """How this model's calls are read and written; None where its template does not say.
 
     `tokens`: those that the base's tokenizer has beside its vocabulary, by their texts.
     """
-    written = _written_call(tokenizer)
+    written = _written_call(vocabulary)
     known = next((each for each in FORMATS if each.writes_like(written)), None)
     known = None if known is None else replace(known, tokens=tokens or {})
-    own = _own_reading(tokenizer)
+    own = _own_reading(vocabulary.tokenizer)
     if own is None:
         return known
     if known is None:
@@ -178,7 +179,7 @@ def _own_reading(tokenizer: PreTrainedTokenizerBase) -> ResponseTemplate | None:
         return None
 
 
-def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
+def _written_call(vocabulary: Vocabulary) -> str:
     """A conversation with a call, as the chat template writes it; empty where it refuses."""
     tools = [{"type": "function", "function": {"name": "probe", "parameters": NO_PARAMETERS}}]
     call = {"id": new_call_id(), "type": "function", "function": _PROBE}
@@ -187,6 +188,6 @@ def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))  # type: ignore[arg-type]
-    except (TemplateError, ValueError, TypeError):
+        return vocabulary.render(messages, tools)
+    except TemplateRefused:
         return ""

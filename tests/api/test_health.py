@@ -9,6 +9,7 @@ import pytest
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
+from tests.factories import panic
 
 StartServer = Callable[..., tuple[str, Services]]
 
@@ -30,6 +31,25 @@ def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> N
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "not_ready"
     assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("fails", [panic, lambda: 1 / 0])
+def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
+) -> None:
+    url, services = start_server()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+    monkeypatch.setattr(services.engine._scheduler, "schedule", fails)
+
+    answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
+
+    assert answer.status_code == 500
+    assert "must be restarted" in answer.json()["error"]["message"]
+    for path in ("/health/live", "/health/ready"):
+        response = httpx.get(f"{url}{path}")
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+    refused = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
 
 
 def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(

@@ -40,7 +40,7 @@ STATUSES = {
     ("get", "/v1/merges/{id}"): {200, 400, *KEYED, 404},
     ("delete", "/v1/merges/{id}"): {204, 400, *KEYED, 404},
     ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
-    ("get", "/health/live"): {200},
+    ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
     ("get", "/metrics"): {200, *KEYED},
 }

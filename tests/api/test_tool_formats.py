@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
+from adapters.vocabulary import Vocabulary
 from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import Reader, make_reader
 from server.api.tool_schemas import Tool
@@ -47,7 +49,7 @@ OWN = {
 
 
 def format_of(kind: str) -> CallFormat:
-    found = find_format(tiny_tokenizer(TEMPLATES[kind]))
+    found = of_tokenizer(tiny_tokenizer(TEMPLATES[kind]))
     assert found is not None
     return found
 
@@ -118,6 +120,10 @@ JSON = st.recursive(
     max_leaves=5,
 )
 ARGUMENTS = st.dictionaries(st.sampled_from(["city", "count"]), JSON)
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> CallFormat | None:
+    return find_format(Vocabulary(tokenizer, TOKENS))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -196,7 +202,7 @@ def test_a_call_that_is_cut_keeps_the_arguments_so_far(kind: str) -> None:
 def test_a_tokenizers_own_reading_is_used() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.response_template = OWN
-    found = find_format(tokenizer)
+    found = of_tokenizer(tokenizer)
     assert found is not None
     assert not found.writes
     text = '<think>so</think>Well. <call get_weather>{"city": "Rome"}</call>'
@@ -211,9 +217,9 @@ def test_unknown_and_missing_formats_are_none() -> None:
     malformed = tiny_tokenizer()
     malformed.response_template = {"version": 2}
 
-    assert find_format(tiny_tokenizer()) is None
-    assert find_format(malformed) is None
-    assert find_format(tiny_tokenizer("{{ raise_exception('never') }}")) is None
+    assert of_tokenizer(tiny_tokenizer()) is None
+    assert of_tokenizer(malformed) is None
+    assert of_tokenizer(tiny_tokenizer("{{ raise_exception('never') }}")) is None
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

@@ -11,13 +11,14 @@ import pytest
 from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
+from adapters.vocabulary import Vocabulary
 from server.api.tool_formats import find_format
 from server.settings import Settings
 from tests.api.conftest import RunningServer, run_server
 from tests.api.test_bad_generation_input import refused
 from tests.api.test_streaming import CHAT
 from tests.chat_templates import HERMES, MISTRAL
-from tests.factories import save_tiny_model, tiny_tokenizer
+from tests.factories import TOKENS, save_tiny_model, tiny_tokenizer
 
 ASKED: list[Any] = [{"role": "user", "content": "Is it warm?"}]
 
@@ -271,7 +272,7 @@ def test_ids_fit_mistrals_templates(
     start_server: Callable[..., tuple[str, Any]], tmp_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "mistral", MISTRAL, max_position_embeddings=2048)
-    assert find_format(tiny_tokenizer(MISTRAL)) is not None
+    assert find_format(Vocabulary(tiny_tokenizer(MISTRAL), TOKENS)) is not None
     url, _ = start_server(model=str(model))
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as ai:
         [call] = ask(ai, tool_choice=NAMED).choices[0].message.tool_calls
