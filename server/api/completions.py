@@ -21,11 +21,11 @@ from server.api.generation import (
     describe,
     finished_because,
     place_order,
-    prepared,
     respond,
 )
 from server.api.leasing import leased
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes
+from server.api.preparing import prepared
 from server.api.prompts import encode_prompts, fit_to_window
 from server.api.sampling import sampling_params
 from server.api.schemas import Usage

@@ -4,14 +4,12 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import anyio
 import pydantic_core
-from anyio import to_thread
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -20,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
+from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
 from server.api.schemas import (
     CompletionTokensDetails,
@@ -28,7 +27,6 @@ from server.api.schemas import (
     ModelBody,
     Usage,
 )
-from server.engine.constraints import GrammarMissing, RequestGrammars
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
@@ -41,8 +39,6 @@ _T = TypeVar("_T")
 
 MAX_UNREAD = 1 << 16
 """Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
-CLIENT_GONE = 499
-"""nginx's status for a client that left before its answer; only logs ever see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,27 +311,6 @@ class Writer(Protocol):
     def usage_chunk(self, usage: Usage) -> Chunk: ...
 
 
-async def prepared(
-    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
-) -> _T:
-    """What `prepare` makes on a thread, to be submitted right after.
-
-    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
-    once that is done: neither a thread nor the engine waits meanwhile. Raises ApiError where the
-    client leaves until then.
-    """
-    tenant = caller or ""
-    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
-    while True:
-        try:
-            with services.engine.expecting(), grammars.asked():
-                async with services.preparing.turn(tenant):
-                    return await to_thread.run_sync(prepare, limiter=services.threads)
-        except GrammarMissing as missing:
-            wanted = missing
-        await unless_client_leaves(request, grammars.compile(wanted))
-
-
 async def respond(
     request: Request, services: Services, body: GenerationBody, order: Order, writer: Writer
 ) -> Response:
@@ -349,32 +324,6 @@ async def respond(
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
-
-
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
-    whatever `work` raises."""
-    result: list[_T] = []
-    failure: Exception | None = None
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        group.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch)
-        try:
-            result.append(await work)
-        except Exception as error:
-            # Raised inside, the group would wrap it.
-            failure = error
-        group.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    if not result:
-        raise ApiError(CLIENT_GONE, "The client has left.")
-    return result[0]
 
 
 def to_json(answer: BaseModel) -> str:

@@ -20,11 +20,10 @@ from server.api.generation import (
     check_fan_out,
     describe,
     place_order,
-    prepared,
     to_json,
-    unless_client_leaves,
 )
 from server.api.leasing import leased
+from server.api.preparing import prepared, unless_client_leaves
 from server.api.prompts import encode_choice, encode_pair
 from server.api.schemas import ModelBody, Usage
 from server.auth import Caller

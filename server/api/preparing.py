@@ -1,0 +1,64 @@
+"""Making a request ready on a thread, in turns among keys, for as long as its client is there."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import anyio
+from anyio import to_thread
+from fastapi import Request
+
+from server.engine.constraints import GrammarMissing, RequestGrammars
+from server.errors import ApiError
+from server.services import Services
+
+_T = TypeVar("_T")
+
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its answer; only logs ever see it."""
+
+
+async def prepared(
+    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+) -> _T:
+    """What `prepare` makes on a thread, to be submitted right after.
+
+    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
+    once that is done: neither a thread nor the engine waits meanwhile. Raises ApiError where the
+    client leaves until then.
+    """
+    tenant = caller or ""
+    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+    while True:
+        try:
+            with services.engine.expecting(), grammars.asked():
+                async with services.preparing.turn(tenant):
+                    return await to_thread.run_sync(prepare, limiter=services.threads)
+        except GrammarMissing as missing:
+            wanted = missing
+        await unless_client_leaves(request, grammars.compile(wanted))
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
+    whatever `work` raises."""
+    result: list[_T] = []
+    failure: Exception | None = None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        try:
+            result.append(await work)
+        except Exception as error:
+            # Raised inside, the group would wrap it.
+            failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if not result:
+        raise ApiError(CLIENT_GONE, "The client has left.")
+    return result[0]
