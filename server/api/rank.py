@@ -22,11 +22,10 @@ from server.api.generation import (
     describe,
     place_order,
     to_json,
-    unless_client_leaves,
 )
 from server.api.leasing import leased
 from server.api.model_schemas import ModelBody
-from server.api.preparing import prepared
+from server.api.preparing import prepared, unless_client_leaves
 from server.api.prompts import encode_choice, encode_pair
 from server.auth import Caller
 from server.engine.request import Output, SamplingParams
