@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from adapters.saved import (
     saved_modules,
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
+from adapters.weights import StagedTensors, pieces_of
 
 PICKLED_FILE = "adapter_model.bin"
 _SUFFIX = ".ia3_l"
@@ -41,6 +42,10 @@ PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", 
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
 """Characters of a key."""
+_MAX_HEADER_BYTES = 16 << 20
+"""Of an upload's weights file: a tensor takes about a hundred."""
+_UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
+"""What safetensors raises for a file that is none."""
 
 
 Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -99,14 +104,38 @@ class AdapterVectors:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read what `save_pretrained` wrote. Raises InvalidAdapter with the faults of both files."""
+    return _both(
+        lambda: _read_config(folder / CONFIG_FILE),
+        lambda: parse_weights(_weights_path(folder).read_bytes()),
+    )
+
+
+def parse_checkpoint(files: Mapping[str, bytes]) -> Checkpoint:
+    """`read_checkpoint` for the two files' bytes."""
+    return _both(
+        lambda: IA3Config.parse(files[CONFIG_FILE]), lambda: parse_weights(files[WEIGHTS_FILE])
+    )
+
+
+def staged_checkpoint(folder: Path) -> Checkpoint:
+    """`read_checkpoint` for files that are to be checked only: the tensors stay on the disk, and
+    have shapes and dtypes but no values. See StagedTensors."""
+    return _both(
+        lambda: _read_config(folder / CONFIG_FILE), lambda: _stage_weights(_weights_path(folder))
+    )
+
+
+def _both(
+    read_config: Callable[[], IA3Config], read_weights: Callable[[], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
     faults: list[Fault] = []
     config, tensors = None, None
     try:
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_config()
     except InvalidAdapter as error:
         faults += error.faults
     try:
-        tensors = _read_weights(folder)
+        tensors = read_weights()
     except InvalidAdapter as error:
         faults += error.faults
     if config is None or tensors is None:
@@ -169,7 +198,9 @@ def _vectors_of(
     if not usable:
         return {}, faults
     # By numpy: torch would compute on several cores, and take them from the model.
-    together = numpy.concatenate([_flat(tensors[key]) for key in usable])
+    together = numpy.concatenate(
+        [_flat(piece) for key in usable for piece in pieces_of(tensors, key)]
+    )
     sizes = [tensors[key].numel() for key in usable]
     parts = torch.split(torch.from_numpy(together), sizes)
     vectors = dict(zip(usable.values(), parts, strict=True))
@@ -275,28 +306,45 @@ def _read_config(path: Path) -> IA3Config:
         return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _weights_path(folder: Path) -> Path:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / PICKLED_FILE).exists():
             raise InvalidAdapter([PICKLED])
         fix = "upload both files that PEFT's save_pretrained writes"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
-    return parse_weights(path.read_bytes())
+    return path
 
 
 def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
     """What a weights file holds. Raises InvalidAdapter."""
     try:
         return load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
-        if data[:2] == b"PK" or data[:1] == b"\x80":
-            problem = "holds pickled weights, which can run code"
-            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)]) from None
-        fix = "upload the file whole, as PEFT's save_pretrained wrote it"
-        problem = f"is no safetensors file, or is damaged: {error}"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
+    except _UNREADABLE as error:
+        raise _unreadable(data, error) from None
+
+
+def _stage_weights(path: Path) -> StagedTensors:
+    with path.open("rb") as file:
+        start = file.read(8)
+    header = int.from_bytes(start, "little")
+    if _MAX_HEADER_BYTES < header <= path.stat().st_size:
+        problem = f"says that its list of tensors takes {header} bytes"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, "upload the adapter's tensors alone")])
+    try:
+        return StagedTensors(path)
+    except _UNREADABLE as error:
+        raise _unreadable(start, error) from None
+
+
+def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
+    # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        problem = "holds pickled weights, which can run code"
+        return InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)])
+    fix = "upload the file whole, as PEFT's save_pretrained wrote it"
+    problem = f"is no safetensors file, or is damaged: {error}"
+    return InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)])
 
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:

@@ -6,6 +6,7 @@ AdapterError
 ├── UnknownRevision      the name exists, that revision of it does not
 ├── AdapterExists        the name is taken
 ├── RevisionConflict     the adapter changed since the caller last looked
+├── RevisionDamaged      the stored files of a revision are not those that were uploaded
 ├── AdapterDisabled      an operator has switched the adapter off
 ├── TooManyPinned        one more pinned adapter would leave no slot for the others
 ├── CannotCombine        whole modules cannot be mixed or weighted
@@ -15,9 +16,10 @@ AdapterError
 ├── MergeNotDone         the merge has no result, or none yet
 ├── TooManyMerges        one more would wait too long
 ├── NoFreeSlot           more adapters attached than the bank was made for
+├── BaseNameTaken        an adapter has the name that the base model is to be served under
 ├── StoreLocked          another process owns the store's folder or bucket
 ├── StoreFull            the disk or the bucket has no room left
-├── StoreUnreachable     the bucket refuses, or does not answer
+├── StoreUnreachable     the bucket refuses or does not answer, or the folder was taken away
 ├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
 └── SourceError          an adapter cannot be fetched from where it was published
     ├── BadSource          the URL is none that this server reads
@@ -84,6 +86,16 @@ class RevisionConflict(AdapterError):
         super().__init__(f"The adapter '{name}' has changed; its ETag is now {current}.")
 
 
+class RevisionDamaged(AdapterError):
+    def __init__(self, name: str, revision: int) -> None:
+        self.name = name
+        self.revision = revision
+        super().__init__(
+            f"The stored files of '{name}@{revision}' are damaged, so it is not served: upload "
+            f"the same files again (PUT /v1/adapters/{name}), or roll back to another revision."
+        )
+
+
 class AdapterDisabled(AdapterError):
     def __init__(self, name: str) -> None:
         self.name = name
@@ -135,6 +147,10 @@ class NoFreeSlot(AdapterError):
         super().__init__(
             f"All {capacity} adapter slots are taken; delete an adapter or raise max_adapters."
         )
+
+
+class BaseNameTaken(AdapterError):
+    pass
 
 
 class StoreLocked(AdapterError):

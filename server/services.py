@@ -10,6 +10,7 @@ from adapters.registry import AdapterRegistry
 from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.streams import Streams
+from server.api.uploads import UploadBudget
 from server.engine import Engine
 from server.jobs import MergeJobs
 from server.metrics import Metrics
@@ -26,6 +27,7 @@ class Services:
     sources: Sources
     metrics: Metrics
     streams: Streams
+    uploads: UploadBudget
     model_name: str
     """What requests call the base model."""
     started: datetime
@@ -33,6 +35,8 @@ class Services:
     """Threads on which requests are made ready."""
     compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
+    probing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """The thread that asks the storage whether it is there, for probes."""
 
 
 async def get_services(request: Request) -> Services:

@@ -31,6 +31,7 @@ VALUES = {
     "prefix_cache": "false",
     "max_queue": "9",
     "max_upload_bytes": "1000",
+    "max_uploads_bytes": "2000000",
     "max_body_bytes": "100",
     "source_prefixes": "hf://org/,s3://bucket/a",
     "source_timeout": "2.5",

@@ -1,13 +1,14 @@
 """What the admin API takes and gives."""
 
+import json
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters.combine import SPARSE, Method
-from adapters.revision import Revision
-from adapters.store import NAME_PATTERN
+from adapters.names import NAME_PATTERN
+from adapters.revision import Details, Revision
 from server.api.schemas import AdapterWeight
 from server.errors import ErrorBody
 from server.services import Services
@@ -27,7 +28,9 @@ _ERRORS: dict[int, dict[str, Any]] = {
         409: "The name is taken, or all but one slot is pinned.",
         412: "The adapter has changed since.",
         413: "The upload is too large.",
+        500: "The stored files of the adapter are damaged: upload it again.",
         502: "The source failed.",
+        503: "The storage is away, or too many uploads are in progress.",
         504: "The source took too long.",
         507: "The disk is full.",
     }.items()
@@ -40,9 +43,22 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 class AdminBody(BaseModel):
-    """Unknown fields are refused: a typo must not pass for a change."""
+    """Unknown fields are refused: a typo must not pass for a change. So are texts that no answer
+    could repeat."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_are_whole(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise ValueError(
+                f"a text has half of a surrogate pair, {half!r}; write whole characters"
+            ) from None
+        return values
 
 
 class AdapterRevision(BaseModel):
@@ -62,6 +78,11 @@ class AdapterRevision(BaseModel):
     recipe: dict[str, Any] | None = Field(
         description="How it was combined out of others.",
         examples=[{"method": "ties", "adapters": [{"name": "a@1", "weight": 1.0}]}],
+    )
+    damaged: bool = Field(
+        description="Whether its stored files were found to be damaged: it is not served then, "
+        "until they are uploaded again.",
+        examples=[False],
     )
 
 
@@ -192,8 +213,8 @@ class CombineBody(AdminBody):
         return self
 
 
-def revision_of(revision: Revision) -> AdapterRevision:
-    return AdapterRevision(**_shown(revision))
+def revision_of(services: Services, revision: Revision) -> AdapterRevision:
+    return AdapterRevision(**_shown(services, revision))
 
 
 def adapter_of(
@@ -201,11 +222,14 @@ def adapter_of(
     revision: Revision,
     warnings: list[str] | None = None,
     unchanged: bool = False,
+    details: Details | None = None,
 ) -> Adapter:
-    """Raises UnknownAdapter where the name has gone meanwhile."""
-    details = services.store.details(revision.name)
+    """`details`: where they are not those of now. The revision was asked for before: so its ETag is
+    never newer than what is said here. Raises UnknownAdapter where the name has gone meanwhile."""
+    if details is None:
+        details = services.store.details(revision.name)
     return Adapter(
-        **_shown(revision),
+        **_shown(services, revision),
         name=revision.name,
         parent=services.model_name,
         description=details.description,
@@ -217,7 +241,7 @@ def adapter_of(
     )
 
 
-def _shown(revision: Revision) -> dict[str, Any]:
+def _shown(services: Services, revision: Revision) -> dict[str, Any]:
     return {
         "revision": revision.number,
         "digest": revision.digest,
@@ -226,4 +250,5 @@ def _shown(revision: Revision) -> dict[str, Any]:
         "source": revision.origin.source,
         "by": revision.origin.by,
         "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
+        "damaged": services.store.is_damaged(revision),
     }

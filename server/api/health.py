@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
+from adapters.errors import StoreUnreachable
 from server.errors import ERRORS_OF_ALL, ApiError, ErrorBody
 from server.services import Services, get_services
 
@@ -24,14 +26,22 @@ async def live() -> Health:
 
 
 @router.get(
-    "/health/ready", responses={503: {"model": ErrorBody, "description": "Not now: draining."}}
+    "/health/ready",
+    responses={503: {"model": ErrorBody, "description": "Not now: draining, or no storage."}},
 )
 async def ready(services: ServicesDep) -> Health:
-    """Requests are welcome."""
+    """Requests are welcome, and changes of adapters would last."""
     if not services.engine.stats().ready:
         raise ApiError(
             503, "The server takes no requests now.", code="not_ready", headers={"Retry-After": "5"}
         )
+    try:
+        # On a thread of its own: a disk that hangs must not stop the server too.
+        await to_thread.run_sync(services.store.check, limiter=services.probing)
+    except StoreUnreachable as error:
+        raise ApiError(
+            503, str(error), code="storage_unavailable", headers={"Retry-After": "5"}
+        ) from None
     return Health(status="ok")
 
 

@@ -6,6 +6,7 @@ import gzip
 import lzma
 import stat
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ _MAX_READ = 1 << 20
 """Bytes at once. Parsers read as much as a header says that a name or a directory takes."""
 _TAR_ROOM = 4 << 20
 """Bytes of headers and padding around a tar's files."""
+_RETRY_AFTER = "5"
+"""Seconds: most uploads are over by then."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
     b"\x1f\x8b": gzip.open,
@@ -31,19 +34,62 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
 }
 
 
-def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int) -> None:
-    """The two files as they come. `limit` is in bytes, for both. Raises ApiError 413."""
+Take = Callable[[int], object]
+"""Hears of bytes before they are written; may raise."""
+
+
+class UploadBudget:
+    """The bytes that all uploads in progress take together, on the disk and in temporary files.
+    Thread-safe.
+
+    One that finds no room is refused rather than made to wait: it would hold its connection and
+    what it has sent so far, and its client knows best whether it may come again.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._left = total
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def share(self) -> Iterator[Take]:
+        """Within: takes bytes for one upload, or raises ApiError 503. All are given back."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            with self._mutex:
+                if count > self._left:
+                    raise ApiError(
+                        503,
+                        "Other uploads in progress leave no room for this one; send it again.",
+                        code="too_many_uploads",
+                        headers={"Retry-After": _RETRY_AFTER},
+                    )
+                self._left -= count
+                taken += count
+
+        try:
+            yield take
+        finally:
+            with self._mutex:
+                self._left += taken
+
+
+def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int, take: Take) -> None:
+    """The two files as they come. `limit` is in bytes, for both; `take` is told of each piece.
+    Raises ApiError 413, and what `take` raises."""
     left = limit
     for name, source in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
-        left -= _copy(source, folder / name, left, limit)
+        left -= _copy(source, folder / name, left, limit, take)
 
 
-def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
+def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
     """A zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in one folder.
 
     Only the adapter's own files are written, under fixed names, so no entry can climb out; what
     unpacks to more than `limit` bytes is cut off while it is read, whatever its header says.
-    Raises InvalidAdapter with all faults, and ApiError 413.
+    `take` is told of each piece. Raises InvalidAdapter with all faults, ApiError 413, and what
+    `take` raises.
     """
     try:
         with _entries(archive, limit) as files:
@@ -52,7 +98,7 @@ def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
             for path, opener in files:
                 if path.name in _WANTED:
                     with opener as source:
-                        left -= _copy(source, folder / path.name, left, limit)
+                        left -= _copy(source, folder / path.name, left, limit, take)
     except (InvalidAdapter, ApiError):
         raise
     except Exception as error:
@@ -202,7 +248,7 @@ def _climbing(name: str, why: str) -> InvalidAdapter:
     return InvalidAdapter([Fault("archive", f"{name[:200]!r} {why}", "pack plain files only")])
 
 
-def _copy(source: IO[bytes], target: Path, left: int, limit: int) -> int:
+def _copy(source: IO[bytes], target: Path, left: int, limit: int, take: Take) -> int:
     """Copy at most `left` bytes; returns how many."""
     copied = 0
     with target.open("xb") as file:
@@ -210,6 +256,7 @@ def _copy(source: IO[bytes], target: Path, left: int, limit: int) -> int:
             copied += len(chunk)
             if copied > left:
                 raise _too_large(limit)
+            take(len(chunk))
             file.write(chunk)
     return copied
 
