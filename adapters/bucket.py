@@ -110,9 +110,8 @@ class BucketStorage:
             place = self._places.setdefault(digest, new)
             files = {f"{place}/{file.name}": file for file in staged.iterdir()}
             self._objects.put_all(files)
-            strays = set(self._objects.list(place)) - files.keys()
-            if strays:
-                self._objects.delete(strays)
+            if place != new:
+                self._objects.delete(set(self._objects.list(place)) - files.keys())
         with self._one_at_a_time(digest):
             self._cache.keep(staged, digest)
         return not is_whole

@@ -95,8 +95,10 @@ class Objects:
 
     def delete(self, keys: Iterable[str]) -> None:
         """What is gone already does not matter."""
+        gone = list(keys)
         with _failures_of(self.url), suppress(*_ABSENT):
-            obstore.delete(self._store, list(keys))
+            if gone:
+                obstore.delete(self._store, gone)
 
     def _put(self, key: str, path: Path) -> None:
         obstore.put(self._store, key, path)

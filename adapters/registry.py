@@ -138,8 +138,6 @@ class AdapterRegistry:
         """A new revision with an old content, and whether it is new."""
         with self._changing:
             old = self._store.current(name)
-            # A damaged revision is not gone back to: its requests would only fail.
-            self._store.verified(self._store.revision(name, number))
             revision, changed = self._store.roll_back(name, number, if_match, by)
             self._moved(old, revision)
         return revision, changed

@@ -10,7 +10,7 @@ import threading
 from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,13 +129,16 @@ class AdapterStore:
     ) -> tuple[Revision, bool]:
         """A new revision with the content of `number`; (the current one, False) where it has that.
 
-        Raises UnknownAdapter, UnknownRevision, RevisionConflict.
+        Raises UnknownAdapter, UnknownRevision, RevisionConflict, and RevisionDamaged: requests
+        would only fail.
         """
         with self._changing():
             current = self._require(name, if_match)
             wanted = self.revision(name, number)
             if wanted.digest == current.digest:
                 return current, False
+            if self._read(wanted, ()) is None:
+                self._read_again(wanted, ())
             origin = replace(wanted.origin, source=f"rollback to {number}", by=by)
             return self._add_revision(name, None, wanted.digest, wanted.size, origin), True
 
@@ -210,13 +213,14 @@ class AdapterStore:
         are others, from then on at once until they are stored anew; StoreUnreachable where they
         cannot be read now; UnknownAdapter and UnknownRevision where it was deleted meanwhile.
         """
-        if revision.digest not in self._damaged:
-            try:
-                found = self._read(revision, names)
-            except StoreDamaged:
-                found = None
-            return self._read_again(revision, names) if found is None else found
-        raise RevisionDamaged(revision.name, revision.number)
+        found = self._read(revision, names)
+        if found is None:
+            with self._changes:
+                # Deleted meanwhile, it only seemed to be damaged.
+                self.revision(revision.name, revision.number)
+                self._storage.check()
+                found = self._read_again(revision, names)
+        return found
 
     def verified(self, revision: Revision) -> Path:
         """`files`, after `read` found nothing wrong with them."""
@@ -317,10 +321,12 @@ class AdapterStore:
             self._damaged.difference_update(unused)
 
     def _read(self, revision: Revision, names: Container[str]) -> dict[str, bytes] | None:
-        """None where the files are not those that were stored."""
+        """None where the files are not those that were stored, as far as was seen now."""
+        if revision.digest in self._damaged:
+            raise RevisionDamaged(revision.name, revision.number)
         try:
             digest, _, found = read_files(self._storage.files(revision), names)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except (StoreDamaged, FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
             raise StoreUnreachable(
@@ -329,22 +335,16 @@ class AdapterStore:
         return found if digest == revision.digest else None
 
     def _read_again(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
-        """What was found damaged is looked at once more: in peace, and from where it is kept."""
-        damaged = RevisionDamaged(revision.name, revision.number)
-        with self._changes:
-            self.revision(revision.name, revision.number)
-            if revision.digest in self._damaged:
-                raise damaged
-            self._storage.check()
-            try:
-                self._storage.refresh(revision)
-                found = self._read(revision, names)
-            except StoreDamaged:
-                found = None
+        """What seems damaged is looked at once more while nothing changes, in a bucket where it is
+        kept; then it is known to be."""
+        with suppress(StoreDamaged):
+            self._storage.refresh(revision)
+            found = self._read(revision, names)
             if found is not None:
                 return found
-            with self._mutex:
-                self._damaged.add(revision.digest)
+        with self._mutex:
+            self._damaged.add(revision.digest)
+        damaged = RevisionDamaged(revision.name, revision.number)
         log.error("%s Its digest is %s.", damaged, revision.digest)
         raise damaged
 

@@ -80,6 +80,7 @@ def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         400: "The request is malformed, or longer than the model's window.",
         404: "There is no such model.",
         429: "The queue is full; `Retry-After` says when to come back.",
+        500: "The stored files of the adapter are damaged: upload it again.",
         503: "The server is shutting down.",
     }
     answers: dict[int | str, dict[str, Any]] = {

@@ -33,9 +33,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "What was sent has faults; all of them are listed.",
+        403: "The adapter is disabled, or the key lacks the role that this needs.",
         404: "There is no such merge, or no such adapter.",
         409: "The base model cannot be merged into, or the merge is not done.",
         429: "Too many merges wait.",
+        500: "The stored files of an adapter are damaged: upload it again.",
+        503: "The folder or the bucket is away.",
         507: "The disk is too small.",
     }.items()
 }
@@ -105,7 +108,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _ERRORS[status] for status in statuses}
 
 
-@router.post("", status_code=202, responses=_errors(400, 404, 409, 429, 507))
+@router.post("", status_code=202, responses=_errors(400, 403, 404, 409, 429, 500, 503, 507))
 def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller) -> Merge:
     """Fold adapters, as they are now, into a copy of the base model."""
     vectors, recipe = services.registry.mixture(body.parts, body.composition or "product")
@@ -139,7 +142,7 @@ def get(id: Id, services: ServicesDep) -> Merge:
 
 @router.get(
     "/{id}/archive",
-    responses=_errors(404, 409)
+    responses=_errors(404, 409, 503)
     | {200: {"content": {"application/x-tar": {}}, "description": "The model's folder, as a tar."}},
     response_class=StreamingResponse,
 )
@@ -165,7 +168,7 @@ def download(id: Id, services: ServicesDep) -> StreamingResponse:
     )
 
 
-@router.delete("/{id}", status_code=204, responses=_errors(404))
+@router.delete("/{id}", status_code=204, responses=_errors(404, 503))
 def delete(id: Id, services: ServicesDep) -> None:
     """Cancel a merge that waits or runs; forget one that has ended, and its model with it."""
     services.merges.remove(id)

@@ -12,21 +12,21 @@ Json = dict[str, Any]
 EXAMPLES = ("example", "examples")
 ERROR = {"$ref": "#/components/schemas/ErrorBody"}
 ADMIN_ERRORS = {
-    ("post", "/v1/adapters"): {"400", "409", "413", "502", "504", "507"},
+    ("post", "/v1/adapters"): {"400", "409", "413", "502", "503", "504", "507"},
     ("get", "/v1/adapters"): {"400"},
     ("get", "/v1/adapters/{name}"): {"404"},
-    ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "502", "504", "507"},
-    ("delete", "/v1/adapters/{name}"): {"404", "412", "507"},
-    ("get", "/v1/adapters/{name}/files/{file}"): {"400", "404"},
-    ("patch", "/v1/adapters/{name}"): {"400", "404", "409", "412", "507"},
+    ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "502", "503", "504", "507"},
+    ("delete", "/v1/adapters/{name}"): {"404", "412", "503", "507"},
+    ("get", "/v1/adapters/{name}/files/{file}"): {"400", "404", "500", "503"},
+    ("patch", "/v1/adapters/{name}"): {"400", "404", "409", "412", "500", "503", "507"},
     ("get", "/v1/adapters/{name}/revisions"): {"404"},
-    ("post", "/v1/adapters/{name}/rollback"): {"400", "404", "412", "507"},
-    ("post", "/v1/adapters/combine"): {"400", "404", "409", "507"},
-    ("post", "/v1/merges"): {"400", "404", "409", "429", "507"},
+    ("post", "/v1/adapters/{name}/rollback"): {"400", "404", "412", "500", "503", "507"},
+    ("post", "/v1/adapters/combine"): {"400", "404", "409", "500", "503", "507"},
+    ("post", "/v1/merges"): {"400", "404", "409", "429", "500", "503", "507"},
     ("get", "/v1/merges"): {"400"},
     ("get", "/v1/merges/{id}"): {"404"},
-    ("get", "/v1/merges/{id}/archive"): {"404", "409"},
-    ("delete", "/v1/merges/{id}"): {"404"},
+    ("get", "/v1/merges/{id}/archive"): {"404", "409", "503"},
+    ("delete", "/v1/merges/{id}"): {"404", "503"},
 }
 
 
