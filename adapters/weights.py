@@ -6,22 +6,27 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-_PIECE = 1 << 23
+_PIECE = 1 << 18
 """Values of a tensor that are looked at together."""
+_MAPPED = 1 << 22
+"""Bytes that are looked at before the file is opened again: they stay in memory until then."""
 
 
 class StagedTensors(Mapping[str, torch.Tensor]):
     """A safetensors file's tensors by their keys, on the meta device: they have shapes and dtypes,
-    and `pieces_of` reads their values. A stranger's file may say that a tensor takes gigabytes."""
+    and `pieces` reads their values. A stranger's file may say that a tensor takes gigabytes.
+
+    For one thread, and as long as the file is there.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads the header alone. Raises what `safe_open` raises for a file that is damaged."""
         self._path = path
-        with safe_open(path, framework="pt") as file:
-            self._tensors = {
-                key: torch.empty_like(file.get_tensor(key), device="meta")
-                for key in list(file.keys())
-            }
+        self._file = safe_open(path, framework="pt")
+        self._looked_at = 0
+        """Bytes, since the file was opened."""
+        keys: list[str] = self._file.keys()  # type: ignore[no-untyped-call]
+        self._tensors = {key: torch.empty_like(self._find(key), device="meta") for key in keys}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._tensors[key]
@@ -35,9 +40,17 @@ class StagedTensors(Mapping[str, torch.Tensor]):
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
         """The values of a tensor in the file's order, `[values]`, a few at a time."""
         for start in range(0, self._tensors[key].numel(), _PIECE):
-            # Opened again for each: pages that were looked at stay in memory until it is closed.
-            with safe_open(self._path, framework="pt") as file:
-                yield file.get_tensor(key).flatten()[start : start + _PIECE]
+            if self._looked_at > _MAPPED:
+                self._file = safe_open(self._path, framework="pt")
+                self._looked_at = 0
+            piece = self._find(key).flatten()[start : start + _PIECE]
+            self._looked_at += piece.nbytes
+            yield piece
+
+    def _find(self, key: str) -> torch.Tensor:
+        """A view of the file, of which nothing is in memory yet."""
+        tensor: torch.Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
+        return tensor
 
 
 def pieces_of(tensors: Mapping[str, torch.Tensor], key: str) -> Iterator[torch.Tensor]:
