@@ -3,6 +3,7 @@
 import bz2
 import errno
 import gzip
+import io
 import lzma
 import stat
 import tarfile
@@ -11,11 +12,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
 _PICKLED = "adapter_model.bin"
@@ -27,10 +31,59 @@ _TAR_ROOM = 4 << 20
 _RETRY_AFTER = "5"
 """Seconds: most uploads are over by then."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
+_XZ_MEMORY = 70 << 20
+"""Bytes that unpacking xz may take: an archive says itself how many, and `xz -9` needs 65 MiB."""
+_XZ_CHUNK = 1 << 16
+
+
+class _Xz(io.RawIOBase):
+    """What an xz file unpacks to, within _XZ_MEMORY: `lzma.open` has no limit. One stream only."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._rewind()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        data = b""
+        while not data and not self._unpacking.eof:
+            packed = self._file.read(_XZ_CHUNK) if self._unpacking.needs_input else b""
+            if self._unpacking.needs_input and not packed:
+                raise EOFError("it ends before its end")
+            data = self._unpacking.decompress(packed, len(view))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Not from the end, which is not known. Going back unpacks again."""
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        if offset < self._position:
+            self._rewind()
+        while self._position < offset and self.read(min(_MAX_READ, offset - self._position)):
+            pass
+        return self._position
+
+    def _rewind(self) -> None:
+        self._file.seek(0)
+        self._unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+        self._position = 0
+
+
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
+    b"\xfd7zXZ": lambda file: io.BufferedReader(_Xz(file)),
 }
 
 
