@@ -75,21 +75,6 @@ def test_an_adapter_is_checked_added_listed_replaced_and_removed(
     assert infuse(url, "list").stdout == ""
 
 
-def test_a_name_may_have_an_owner_and_leads_nowhere_else(url: str, adapter: Path) -> None:
-    name = "my-org/support"
-    assert infuse(url, "add", name, adapter).stdout == f"{name} is revision 1\n"
-    assert infuse(url, "add", name, adapter, "--replace").stdout == f"{name} is unchanged\n"
-    assert infuse(url, "revisions", name).stdout.startswith("1\t")
-    assert infuse(url, "combine", "my-org/other", f"{name}@1=0.5").exit_code == 0
-    assert infuse(url, "rollback", name, 1).stdout == f"{name} is unchanged\n"
-    assert infuse(url, "list").stdout.startswith("my-org/other\t1\t")
-    for other in ("../adapters/my-org/support", "my-org/other/../support", "my-org/support?x"):
-        assert infuse(url, "remove", other).exit_code == 1
-    assert infuse(url, "remove", name).exit_code == 0
-    assert infuse(url, "remove", "my-org/other").exit_code == 0
-    assert infuse(url, "list").stdout == ""
-
-
 def test_a_published_adapter_is_fetched_by_the_server(url: str, adapter: Path, hub: Hub) -> None:
     commit = hub.commit("org/name", {file.name: file.read_bytes() for file in adapter.iterdir()})
 
@@ -283,21 +268,6 @@ def test_a_file_in_a_folders_place_is_one_line(
     said = result.stderr.splitlines()[-1]
     assert said.startswith("infuse serve: ")
     assert str(file) in said
-
-
-def test_a_base_with_an_adapter_s_name_is_one_line(
-    model_folder: Path, adapter: Path, tmp_path: Path
-) -> None:
-    settings = {"--model": model_folder, "--adapters-dir": tmp_path / "store", "--port": 0}
-    settings |= {"--preload-adapters": adapter.parent, "--served-model-name": adapter.name}
-    flags = [str(each) for pair in settings.items() for each in pair]
-
-    result = CliRunner().invoke(app, ["serve", *flags])
-
-    assert result.exit_code == 2
-    said = result.stderr.splitlines()[-1]
-    assert said.startswith(f"infuse serve: the base model is to be served as '{adapter.name}'")
-    assert "--served-model-name" in said
 
 
 def test_keys_that_cannot_be_used_are_one_line_without_a_key(

@@ -6,8 +6,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner, Result
 
+from server.cli import app
 from tests.api.archives import CONFIG, WEIGHTS, form_of, read_adapter
+from tests.api.conftest import RunningServer
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Serve, complete, error_of, text_of
 from tests.api.stores import place as place
@@ -127,3 +130,31 @@ def test_what_the_api_itself_has_may_be_an_owner_s_name(
         assert client.get(f"{ADAPTERS}/{name}/files/{CONFIG}").status_code == 200
         assert client.get(f"{ADAPTERS}/{name}/revisions").status_code == 200
         assert client.delete(f"{ADAPTERS}/{name}").status_code == 204
+
+
+# From the command line
+
+
+def infuse(url: str, *arguments: object) -> Result:
+    environment = {"INFUSE_URL": url}
+    return CliRunner().invoke(app, ["adapters", *map(str, arguments)], env=environment)
+
+
+def test_a_name_may_have_an_owner_and_leads_nowhere_else(
+    server: RunningServer, adapter_folders: dict[str, Path]
+) -> None:
+    name, adapter = "my-org/support", adapter_folders["mlp"]
+    assert infuse(server.base_url, "add", name, adapter).stdout == f"{name} is revision 1\n"
+    assert (
+        infuse(server.base_url, "add", name, adapter, "--replace").stdout
+        == f"{name} is unchanged\n"
+    )
+    assert infuse(server.base_url, "revisions", name).stdout.startswith("1\t")
+    assert infuse(server.base_url, "combine", "my-org/other", f"{name}@1=0.5").exit_code == 0
+    assert infuse(server.base_url, "rollback", name, 1).stdout == f"{name} is unchanged\n"
+    assert "my-org/other\t1\t" in infuse(server.base_url, "list").stdout
+    for other in ("../adapters/my-org/support", "my-org/other/../support", "my-org/support?x"):
+        assert infuse(server.base_url, "remove", other).exit_code == 1
+    assert infuse(server.base_url, "remove", name).exit_code == 0
+    assert infuse(server.base_url, "remove", "my-org/other").exit_code == 0
+    assert "my-org" not in infuse(server.base_url, "list").stdout

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from adapters.errors import BaseNameTaken
+from server.cli import app
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Serve, complete, error_of, text_of
 from tests.api.stores import place as place
@@ -98,3 +100,18 @@ def test_nor_where_that_is_the_model_s_own_name(
         assert upload(client, model_folder.name, adapter_folders["mlp"]).status_code == 201
     with pytest.raises(BaseNameTaken, match=model_folder.name), serve(served_model_name=None):
         pass
+
+
+def test_a_base_with_an_adapter_s_name_is_one_line(
+    model_folder: Path, offered: Path, tmp_path: Path
+) -> None:
+    settings = {"--model": model_folder, "--adapters-dir": tmp_path / "store", "--port": 0}
+    settings |= {"--preload-adapters": offered, "--served-model-name": "a"}
+    flags = [str(each) for pair in settings.items() for each in pair]
+
+    result = CliRunner().invoke(app, ["serve", *flags])
+
+    assert result.exit_code == 2
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("infuse serve: the base model is to be served as 'a'")
+    assert "--served-model-name" in said
