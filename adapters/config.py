@@ -112,6 +112,8 @@ def _undecodable(value: object) -> str | None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"has half of a surrogate pair, {error.object[error.start : error.end]!r}"
+    except RecursionError:
+        return "is nested too deeply"
     return None
 
 

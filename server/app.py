@@ -35,9 +35,10 @@ from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
-from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
+from server.errors import ApiError, error_response, install_error_handlers
 from server.jobs import MergeJobs
 from server.metrics import Metrics
+from server.openapi import Application
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 
@@ -67,14 +68,14 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
             services.store.close()
 
-    app = FastAPI(
+    app = Application(
         title="Infuse",
         summary="One base model, thousands of IA3 adapters, one batch.",
         lifespan=lifespan,
     )
     install_error_handlers(app)
     for module in (completions, chat, rank, models, adapters, merges):
-        app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
+        app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(Authorize, keys=keys)

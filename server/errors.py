@@ -105,14 +105,6 @@ class ErrorBody(BaseModel):
     )
 
 
-ERRORS_OF_ALL: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorBody, "description": "No valid API key was given."},
-    403: {"model": ErrorBody, "description": "The key lacks the role that this needs."},
-    "default": {"model": ErrorBody, "description": "Every other error has this shape too."},
-}
-"""For the OpenAPI page. The default also stands for FastAPI's 422, which is a 400 here."""
-
-
 class ApiError(Exception):
     """An answer that is no success. `details` lists every fault, not the first one."""
 

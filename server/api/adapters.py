@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
 from adapters.names import MAX_NAME
@@ -23,14 +25,14 @@ from server.api.adapter_schemas import (
     RollbackBody,
     SourceBody,
     adapter_of,
-    errors,
     revision_of,
 )
 from server.api.forms import NAME_FIELD, Upload, form, read_upload
 from server.api.published import Published, read_published
 from server.api.uploads import Take
 from server.auth import Caller
-from server.errors import ApiError
+from server.errors import ApiError, error_response
+from server.openapi import CHANGES, ETAG, READS, errors, header
 from server.services import Services, get_services
 from server.settings import MEBIBYTE
 
@@ -65,13 +67,16 @@ IfMatch = Annotated[
     ),
 ]
 DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.", examples=[True])]
+_NOT_ALLOWED = "The key lacks the role that this needs, or the source is not allowed."
+_CREATED = {"headers": ETAG | {"Location": header("The new adapter.")}}
+_FILE: dict[str, object] = {"application/json": {}, "application/octet-stream": {}}
 
 
 @router.post(
     "",
     status_code=201,
-    responses=errors(400, 403, 409, 413, 502, 503, 504, 507)
-    | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
+    responses=errors(409, 502, 504, *CHANGES, said={403: _NOT_ALLOWED})
+    | {200: {"model": CheckedUpload, "description": "The dry run's result."}, 201: _CREATED},
     openapi_extra=form(NAME_FIELD, NamedSourceBody),
 )
 async def add(
@@ -122,7 +127,7 @@ async def _check(upload: Upload | Published, services: Services, take: Take) -> 
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
 
-@router.post("/combine", status_code=201, responses=errors(400, 403, 404, 409, 500, 503, 507))
+@router.post("/combine", status_code=201, responses=errors(404, 409, *READS) | {201: _CREATED})
 def combine(body: CombineBody, response: Response, services: ServicesDep, by: Caller) -> Adapter:
     """Make a new adapter out of others. It records how it was made."""
     revision, warnings = services.registry.combine(
@@ -139,7 +144,7 @@ def combine(body: CombineBody, response: Response, services: ServicesDep, by: Ca
     return adapter_of(services, revision, warnings)
 
 
-@router.get("", responses=errors(400))
+@router.get("")
 def list_adapters(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
@@ -157,7 +162,7 @@ def list_adapters(
     return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/{name:adapter}", responses=errors(404))
+@router.get("/{name:adapter}", responses=errors(404) | {200: {"headers": ETAG}})
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.store.current(name)
@@ -167,7 +172,8 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
 
 @router.put(
     "/{name:adapter}",
-    responses=errors(400, 403, 404, 412, 413, 502, 503, 504, 507),
+    responses=errors(404, 412, 502, 504, *READS, said={403: _NOT_ALLOWED})
+    | {200: {"headers": {"ETag": header("Of the new revision.", always=False)}}},
     openapi_extra=form({}, SourceBody),
 )
 async def replace(
@@ -197,7 +203,7 @@ async def replace(
     return adapter_of(services, revision, warnings, unchanged=not is_new)
 
 
-@router.patch("/{name:adapter}", responses=errors(400, 404, 409, 412, 500, 503, 507))
+@router.patch("/{name:adapter}", responses=errors(404, 409, 412, *READS) | {200: {"headers": ETAG}})
 def describe(
     name: Name,
     body: DetailsBody,
@@ -219,7 +225,7 @@ def describe(
     return adapter_of(services, revision, details=details)
 
 
-@router.delete("/{name:adapter}", status_code=204, responses=errors(404, 412, 503, 507))
+@router.delete("/{name:adapter}", status_code=204, responses=errors(404, 412, *CHANGES))
 def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match, by)
@@ -234,7 +240,9 @@ def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
     )
 
 
-@router.post("/{name:adapter}/rollback", responses=errors(400, 404, 412, 500, 503, 507))
+@router.post(
+    "/{name:adapter}/rollback", responses=errors(404, 412, *READS) | {200: {"headers": ETAG}}
+)
 def roll_back(
     name: Name,
     body: RollbackBody,
@@ -252,7 +260,11 @@ def roll_back(
 
 @router.get(
     "/{name:adapter}/files/{file}",
-    responses=errors(400, 404, 500, 503),
+    responses=errors(404, 416, *READS)
+    | {
+        status: {"description": text, "content": _FILE, "headers": ETAG}
+        for status, text in {200: "The file.", 206: "The bytes that `Range` asks for."}.items()
+    },
     response_class=FileResponse,
 )
 def download(
@@ -277,4 +289,29 @@ def download(
     path = services.store.verified(revision) / file
     if not path.is_file():
         raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
-    return FileResponse(path, filename=file, headers={"ETag": revision.etag})
+    return File(path, filename=file, headers={"ETag": revision.etag})
+
+
+class File(FileResponse):
+    """A file or a part of it; a `Range` that cannot be served is refused in our shape."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: ApiError | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                bounds = Headers(raw=message["headers"]).get("content-range")
+                refusal = ApiError(
+                    message["status"],
+                    f"The file cannot be cut to this Range; {bounds or 'send bytes=first-last'}.",
+                    code="invalid_range",
+                    param="Range",
+                    headers={} if bounds is None else {"Content-Range": bounds},
+                )
+            elif refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, watched)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)

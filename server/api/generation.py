@@ -27,8 +27,9 @@ from server.api.schemas import (
     Usage,
 )
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
-from server.errors import ApiError, ErrorBody, error_body
+from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
+from server.openapi import READS, errors, header
 from server.services import Services
 
 _T = TypeVar("_T")
@@ -76,22 +77,15 @@ class Order:
 def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The answers of a generation endpoint, for the OpenAPI page."""
     events = {"text/event-stream": {"example": 'data: {"id": "…"}\n\ndata: [DONE]\n\n'}}
-    errors = {
-        400: "The request is malformed, or longer than the model's window.",
-        404: "There is no such model.",
-        429: "The queue is full; `Retry-After` says when to come back.",
-        500: "The stored files of the adapter are damaged: upload it again.",
-        503: "The server is shutting down.",
-    }
-    answers: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody, "description": text} for status, text in errors.items()
-    }
-    answers[200] = {
+    which = header("Which revision answered; the base has none.", always=False)
+    answer = {
         "model": whole,
         "description": "The answer; with `stream`, its chunks as events.",
         "content": events,
+        "headers": {"Infuse-Adapter": which},
     }
-    return answers
+    disabled = "The key lacks the role that this needs, or the adapter is disabled."
+    return {200: answer} | errors(404, 429, *READS, said={403: disabled})
 
 
 def check_fan_out(services: Services, body: ModelBody, prompts: int) -> None:

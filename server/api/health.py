@@ -7,7 +7,8 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
 from adapters.errors import StoreUnreachable
-from server.errors import ERRORS_OF_ALL, ApiError, ErrorBody
+from server.errors import ApiError
+from server.openapi import errors
 from server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
@@ -25,10 +26,7 @@ async def live() -> Health:
     return Health(status="ok")
 
 
-@router.get(
-    "/health/ready",
-    responses={503: {"model": ErrorBody, "description": "Not now: draining, or no storage."}},
-)
+@router.get("/health/ready", responses=errors(503))
 async def ready(services: ServicesDep) -> Health:
     """Requests are welcome, and changes of adapters would last."""
     if not services.engine.stats().ready:
@@ -45,7 +43,11 @@ async def ready(services: ServicesDep) -> Health:
     return Health(status="ok")
 
 
-@router.get("/metrics", response_class=Response, responses={401: ERRORS_OF_ALL[401]})
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=errors(401) | {200: {"content": {"text/plain": {}}}},
+)
 def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.expose(), media_type="text/plain; version=0.0.4")

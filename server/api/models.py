@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
 from adapters.revision import Revision
 from server.api.leasing import unknown_model
-from server.errors import ErrorBody
+from server.openapi import errors
 from server.services import Services, get_services
 
 router = APIRouter(tags=["models"])
@@ -68,7 +68,7 @@ def list_models(services: Annotated[Services, Depends(get_services)]) -> ModelLi
 @router.get(
     "/v1/models/{model:path}",
     summary="Look a model up",
-    responses={404: {"model": ErrorBody, "description": "There is no such model."}},
+    responses=errors(404),
 )
 def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],

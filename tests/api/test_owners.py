@@ -110,8 +110,6 @@ def test_a_name_that_leads_elsewhere_is_refused(
         ("GET", "..%2F..%2Fetc", 404),
         ("GET", "mlp%2F..%2Fqueries", 404),
         ("DELETE", "mlp/files", 404),
-        ("PUT", "mlp/revisions", 405),
-        ("GET", "mlp/rollback", 405),
     ],
 )
 def test_a_path_means_one_thing(client: httpx.Client, method: str, path: str, status: int) -> None:
