@@ -26,6 +26,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    RevisionDamaged,
     SandboxUnavailable,
     SourceError,
     SourceFailed,
@@ -255,6 +256,8 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(
                 412, str(error), code="revision_conflict", param="If-Match", headers=headers
             )
+        case RevisionDamaged():
+            return ApiError(500, str(error), code="adapter_damaged", param="model")
         case AdapterDisabled():
             return ApiError(403, str(error), code="adapter_disabled", param="model")
         case TooManyPinned():
