@@ -30,6 +30,7 @@ AdapterError
     └── SourceFailed       the place answered something that cannot be worked with
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,8 +131,12 @@ class MergeNotDone(AdapterError):
 
 
 class TooManyMerges(AdapterError):
-    def __init__(self, most: int) -> None:
-        super().__init__(f"{most} merges wait already; cancel some, or ask again later.")
+    def __init__(self, most: int, seconds: float) -> None:
+        self.retry_after = min(max(math.ceil(seconds), 1), 3600)
+        """Whole seconds until the one that runs is likely to have ended."""
+        super().__init__(
+            f"{most} merges wait already; cancel some, or ask again in {self.retry_after} s."
+        )
 
 
 class WrongCall(AdapterError, ValueError):

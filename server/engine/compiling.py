@@ -59,7 +59,7 @@ class CompiledForward:
     ) -> None:
         self._ia3 = ia3
         self._context = context
-        self._traced = traced
+        self.traced = traced
         self._graph = traced.trace.opened()
         _move_gates(self._graph)
         _open_hypots(self._graph)
@@ -105,7 +105,7 @@ class CompiledForward:
             self._rescale()
             self._scaled = scaled
         if not self._can_rescale:
-            return self._traced(ids, positions, keep)
+            return self.traced(ids, positions, keep)
         plan = self._context.plan
         if self.has_attention:
             assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
@@ -116,7 +116,7 @@ class CompiledForward:
         except RuntimeError as error:
             # It does not say what failed, want of memory say; as it was traced it does.
             log.warning("A compiled step failed and runs again uncompiled: %s", error)
-            return self._traced(ids, positions, keep)
+            return self.traced(ids, positions, keep)
         return logits
 
     def linear(self, x: torch.Tensor, number: int) -> torch.Tensor:
@@ -125,7 +125,7 @@ class CompiledForward:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
     ) -> torch.Tensor:
-        attend = attend_in(self._context, self._traced.trace.layers[number])
+        attend = attend_in(self._context, self.traced.trace.layers[number])
         return attend(query, key, value)
 
     def _rescale(self) -> None:
@@ -148,7 +148,7 @@ class CompiledForward:
                 self._use_product(node, calls, addresses)
             elif node.target is ATTEND:
                 *tensors, number = node.args
-                call = cache.attention_call(self._traced.trace.layers[number])
+                call = cache.attention_call(self.traced.trace.layers[number])
                 if call is not None:
                     node.target, node.args = ATTENTION, (*tensors, calls, len(addresses))
                     self._attentions.append(call)

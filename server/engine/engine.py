@@ -3,7 +3,6 @@
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
@@ -42,7 +41,6 @@ class Engine:
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
-        self._bank = ia3.bank
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
         self.model_name = loaded.name
@@ -55,13 +53,16 @@ class Engine:
         self.decoder_start = loaded.decoder_start()
         execution = prepare(
             ia3,
+            tokenizer=loaded.tokenizer,
+            decoder_start=self.decoder_start,
             max_rows=config.max_rows,
-            max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
+            max_model_len=self.max_model_len,
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
             trace_cache=config.trace_cache,
             compile_cache=config.compile_cache,
         )
+        self._bank = ia3.bank
         self.runner_kind = execution.kind
         self._compiled = execution.compiled
         self._cache = execution.cache
@@ -104,10 +105,8 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._seconds_per_finish = 1.0
         self._unsettled = ""
         """Why the adapters that are kept are not all on the device."""
-        self._last_finish = time.monotonic()
 
     # Any thread.
 
@@ -133,8 +132,8 @@ class Engine:
             if self._state != "running":
                 raise EngineStopping
             if not self._places.take(requests):
-                retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
-                raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
+                waiting = self._places.taken - len(self._scheduler.running)
+                raise QueueFull(waiting, self._places.seconds_until_free(requests))
             self._inbox.put(requests)
 
     def room_after(self, prompt_tokens: int) -> int:
@@ -319,7 +318,7 @@ class Engine:
             text += piece
         predicted = 0
         if reason is not None:
-            text += "" if error else sequence.detokenizer.finish()
+            text += "" if error else sequence.detokenizer.finish(sequence.may_stop)
             predicted = self._end(sequence, reason).predicted_tokens
         return Output(
             request_id=sequence.request.id,
@@ -329,6 +328,7 @@ class Engine:
             prompt_logprobs=scores,
             cached_tokens=0 if reason is None else sequence.cached_tokens or 0,
             finish_reason=reason,
+            stop_reason=sequence.stop_reason if reason is FinishReason.STOP else None,
             error=error,
             predicted_tokens=predicted,
         )
@@ -341,8 +341,10 @@ class Engine:
         goes_on = params.ignore_eos and sequence.constraint is None
         is_end = token in self.eos_token_ids and not goes_on
         if is_end or token in params.stop_token_ids:
-            return "", FinishReason.STOP
-        text, stopped = sequence.detokenizer.push(token)
+            shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
+            return shown, FinishReason.STOP
+        text, stopped = sequence.detokenizer.push(token, sequence.may_stop)
+        sequence.see(text)
         if stopped:
             return text, FinishReason.STOP
         return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None
@@ -354,9 +356,6 @@ class Engine:
             sequence.request.lease.release()
         del self._sequences[sequence.request.id]
         self._ended.append(sequence.request)
-        now = time.monotonic()
-        self._seconds_per_finish += 0.1 * (now - self._last_finish - self._seconds_per_finish)
-        self._last_finish = now
         return Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
