@@ -7,8 +7,12 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api.generation import CLIENT_GONE
+
 UNFORESEEN = b"The server failed; its log says why."
 """What no document foresees."""
+UNDOCUMENTED = (405, CLIENT_GONE)
+"""Of a method that there is not, so of no operation; and what nobody is left to read."""
 
 
 class Documented:
@@ -44,7 +48,7 @@ class Documented:
 
     def _look(self, scope: Scope, operation: dict[str, Any], start: Message, body: bytes) -> None:
         status = str(start["status"])
-        if UNFORESEEN in body:
+        if UNFORESEEN in body or start["status"] in UNDOCUMENTED:
             return
         where = f"{scope['method']} {scope['path']}: {status}"
         documented = operation["responses"].get(status)
