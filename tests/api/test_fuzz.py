@@ -7,6 +7,7 @@ one's files: what is made up whole seldom comes further than the first check.
 Cases are the same in every run; `--hypothesis-seed` takes others.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,7 @@ CHECKS = [
     response_schema_conformance,
     unsupported_method,
 ]
+WITH_BODIES = [each for each in STATUSES if each[0] in ("post", "put", "patch")]
 CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "stranger"]
 """Whose key goes with a request: a name of KEYS, no key, or one that the server does not know."""
 NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new"]
@@ -70,6 +72,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "/v1/merges": {"adapter": "default"},
     "/v1/adapters": {"name": "new"},
 }
+HALF = "\ud800"
+"""Half a surrogate pair: JSON can carry it, UTF-8 cannot."""
 LONGEST = 8
 """Tokens of an answer, so that 20,000 take minutes. Nothing else of a case is held back."""
 
@@ -83,7 +87,7 @@ class Fuzzed:
         self.document.config.generation.with_security_parameters = False
         self.files = {name: read_adapter(path) for name, path in server.adapter_folders.items()}
         self._session = requests.Session()
-        self._client = httpx.Client(
+        self.client = httpx.Client(
             base_url=server.base_url, headers=bearer("everything"), timeout=SECONDS
         )
         self._said = self._say()
@@ -91,13 +95,13 @@ class Fuzzed:
     def restore(self) -> None:
         """Every adapter is there again."""
         for name, files in self.files.items():
-            answer = self._client.put(f"/v1/adapters/{name}", files=form_of(files))
+            answer = self.client.put(f"/v1/adapters/{name}", files=form_of(files))
             if answer.status_code == 404:
                 form = {"data": {"name": name}, "files": form_of(files)}
-                answer = self._client.post("/v1/adapters", **form)
+                answer = self.client.post("/v1/adapters", **form)
             answer.raise_for_status()
             as_new = {"enabled": True, "pinned": False}
-            self._client.patch(f"/v1/adapters/{name}", json=as_new).raise_for_status()
+            self.client.patch(f"/v1/adapters/{name}", json=as_new).raise_for_status()
 
     def send(self, case: Case, caller: str) -> requests.Response:
         """Raises what is wrong with the answer."""
@@ -128,7 +132,7 @@ class Fuzzed:
 
     def _say(self) -> str:
         body = {"model": "tiny", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 16}
-        answer = self._client.post("/v1/completions", json=body)
+        answer = self.client.post("/v1/completions", json=body)
         return str(answer.json()["choices"][0]["text"])
 
 
@@ -167,6 +171,30 @@ def requests_to(draw: DrawFn, fuzzed: Fuzzed, operation: Any) -> tuple[Case, str
             case.body["model"] = draw(st.sampled_from(NAMES))
     shorten(case)
     return case, draw(st.sampled_from(CALLERS))
+
+
+def halved(value: Any) -> Iterator[Any]:
+    """The value with half a surrogate pair in one of its texts or names, each in turn."""
+    if isinstance(value, str):
+        yield value + HALF
+    if isinstance(value, dict):
+        yield {**value, HALF: "x"}
+        yield from ({**value, name: half} for name in value for half in halved(value[name]))
+    if isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from ([*value[:place], half, *value[place + 1 :]] for half in halved(each))
+
+
+def half_bodies(fuzzed: Fuzzed, method: str, path: str) -> Iterator[Any]:
+    """Ordinary bodies with one more field, as its example in the document, and halved."""
+    document = fuzzed.document.raw_schema
+    schema = document["paths"][path][method]["requestBody"]["content"]["application/json"]["schema"]
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    yield from halved(PLAIN[path])
+    for name, field in schema["properties"].items():
+        for half in halved(field["examples"][0]):
+            yield PLAIN[path] | {name: half}
 
 
 @st.composite
@@ -248,6 +276,21 @@ def test_the_edges_of_every_field_are_answered(fuzzed: Fuzzed, operation: tuple[
             case.body["model"] = "default"
         shorten(case)
         fuzzed.send(case, "everything")
+    fuzzed.check()
+
+
+@pytest.mark.parametrize("operation", WITH_BODIES)
+def test_half_a_character_is_refused_or_does_no_harm(
+    fuzzed: Fuzzed, operation: tuple[str, str]
+) -> None:
+    """schemathesis sends none: its own client cannot."""
+    method, path = operation
+    fuzzed.restore()
+    url = path.replace("{name}", "default")
+    headers = {"Content-Type": "application/json"}
+    for body in half_bodies(fuzzed, method, path):
+        answer = fuzzed.client.request(method, url, content=json.dumps(body), headers=headers)
+        assert answer.status_code < 500, (body, answer.text)
     fuzzed.check()
 
 
