@@ -87,6 +87,7 @@ class Fuzzed:
         self.server = server
         self.document = schemathesis.openapi.from_url(f"{server.base_url}/openapi.json")
         self.document.config.generation.with_security_parameters = False
+        self.document.config.output.sanitization.enabled = False
         self.files = {name: read_adapter(path) for name, path in server.adapter_folders.items()}
         self._session = requests.Session()
         self.client = httpx.Client(
