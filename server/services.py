@@ -1,6 +1,6 @@
 """What the routes work with, made once by `create_app`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 from anyio import CapacityLimiter
@@ -11,6 +11,7 @@ from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.streams import Streams
 from server.engine import Engine
+from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.settings import Settings
@@ -29,10 +30,13 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
-    preparing: CapacityLimiter
-    """Threads on which requests are made ready."""
-    compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
-    """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
+    threads: CapacityLimiter
+    """On which requests are made ready, as many as have a turn."""
+    preparing: FairTurns
+
+    def cache_scope(self, caller: str | None) -> str:
+        """Whose caches a key's requests use: its own, unless keys share theirs."""
+        return "" if caller is None or self.settings.keys_share_caches else caller
 
 
 async def get_services(request: Request) -> Services:

@@ -1,8 +1,10 @@
 """One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
 
+import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -26,14 +28,19 @@ from server.api.schemas import (
     ModelBody,
     Usage,
 )
+from server.engine.constraints import GrammarMissing, RequestGrammars
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
 from server.openapi import READS, errors, header
 from server.services import Services
 
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
+MAX_UNREAD = 1 << 16
+"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
 
@@ -118,6 +125,7 @@ def place_order(
     """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
+    salt = json.dumps([services.cache_scope(caller), body.cache_salt])
     with ExitStack() as undo:
         leases = [
             None if lease is None else undo.enter_context(lease.again())
@@ -134,7 +142,7 @@ def place_order(
                 speculation=speculation,
                 prediction=prediction,
                 order=order_id,
-                cache_salt=body.cache_salt or "",
+                cache_salt=salt,
             )
             for number, own in enumerate(leases)
         )
@@ -175,6 +183,8 @@ class Generation:
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._is_unread = False
+        """Whether it was cancelled because nobody reads it."""
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -189,6 +199,10 @@ class Generation:
         }
 
     def _observe(self, output: Output) -> None:
+        if self._stream.unread > MAX_UNREAD:
+            self._is_unread = True
+            self.close()
+            return
         running = self._running[output.request_id]
         if output.token_ids:
             running.tokens += len(output.token_ids)
@@ -218,7 +232,11 @@ class Generation:
         return self._stream.finished
 
     async def next(self) -> list[tuple[int, Output]]:
-        """The choices' numbers and outputs that have come, one at least; none after the last."""
+        """The choices' numbers and outputs that have come, one at least; none after the last.
+        Raises ApiError where too many came that were not read."""
+        if self._is_unread:
+            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
+            raise ApiError(408, problem, code="unread_answer")
         return [(self._numbers[each.request_id], each) for each in await self._stream.next()]
 
     async def whole(self) -> list[Output]:
@@ -297,15 +315,25 @@ class Writer(Protocol):
     def usage_chunk(self, usage: Usage) -> Chunk: ...
 
 
-async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
+async def prepared(
+    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+) -> _T:
     """What `prepare` makes on a thread, to be submitted right after.
 
-    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
+    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
+    once that is done: neither a thread nor the engine waits meanwhile. Raises ApiError where the
+    client leaves until then.
     """
-    if is_constrained:
-        return await to_thread.run_sync(prepare, limiter=services.compiling)
-    with services.engine.expecting():
-        return await to_thread.run_sync(prepare, limiter=services.preparing)
+    tenant = caller or ""
+    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+    while True:
+        try:
+            with services.engine.expecting(), grammars.asked():
+                async with services.preparing.turn(tenant):
+                    return await to_thread.run_sync(prepare, limiter=services.threads)
+        except GrammarMissing as missing:
+            wanted = missing
+        await unless_client_leaves(request, grammars.compile(wanted))
 
 
 async def respond(
@@ -316,19 +344,18 @@ async def respond(
     if body.stream:
         return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
     try:
-        outputs = await unless_client_leaves(request, generation)
-        if outputs is None:
-            return Response(status_code=CLIENT_GONE)
+        outputs = await unless_client_leaves(request, generation.whole())
         answer = writer.whole(outputs, generation.usage)
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
 
 
-async def unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
-    """Each choice's outputs joined; None where nobody is left who wants them. Raises ApiError."""
-    outputs: list[Output] | None = None
-    failure: ApiError | None = None
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
+    whatever `work` raises."""
+    result: list[_T] = []
+    failure: Exception | None = None
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -338,14 +365,16 @@ async def unless_client_leaves(request: Request, generation: Generation) -> list
     async with anyio.create_task_group() as group:
         group.start_soon(watch)
         try:
-            outputs = await generation.whole()
-        except ApiError as error:
+            result.append(await work)
+        except Exception as error:
             # Raised inside, the group would wrap it.
             failure = error
         group.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return outputs
+    if not result:
+        raise ApiError(CLIENT_GONE, "The client has left.")
+    return result[0]
 
 
 def to_json(answer: BaseModel) -> str:
@@ -385,6 +414,10 @@ async def _events(generation: Generation, writer: Writer, with_usage: bool) -> A
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:
         events.append(format_sse_event(data_str=error_body(error)))
+    except Exception as error:
+        log.error("The stream %s failed.", generation.order.id, exc_info=error)
+        failure = ApiError(500, "The server failed; its log says why.")
+        events.append(format_sse_event(data_str=error_body(failure)))
     yield b"".join([*events, format_sse_event(data_str="[DONE]")])
 
 
