@@ -19,6 +19,8 @@ AdapterError
 ├── StoreLocked          another process owns the store's folder or bucket
 ├── StoreFull            the disk or the bucket has no room left
 ├── StoreUnreachable     the bucket refuses, or does not answer
+├── TemplateRefused      a chat template does not take a conversation, or takes too long over it
+├── SandboxUnavailable   no limited process can be had for what an adapter brings
 ├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
 └── SourceError          an adapter cannot be fetched from where it was published
     ├── BadSource          the URL is none that this server reads
@@ -161,6 +163,18 @@ class StoreUnreachable(AdapterError):
 
 class StoreDamaged(AdapterError):
     pass
+
+
+class TemplateRefused(AdapterError):
+    pass
+
+
+class SandboxUnavailable(AdapterError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The process that reads adapters' own tokenizers and chat templates cannot be had "
+            f"now ({reason}); try again."
+        )
 
 
 class SourceError(AdapterError):

@@ -34,6 +34,7 @@ from server.engine.fair_turns import FairTurns
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
+from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.openapi import Application
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.merges.close)
             # Requests had their time before: now nobody listens any more.
             await to_thread.run_sync(services.engine.stop, 0.0)
+            await to_thread.run_sync(services.registry.close)
             services.store.close()
 
     app = Application(
@@ -79,6 +81,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
+    app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
+    app.add_middleware(HeadAsGet)
     most_at_once = max(1, settings.max_connections // 2)
     app.add_middleware(Authorize, keys=keys, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
@@ -204,6 +208,18 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
                     registry.add(source.name, staged, _PRELOADED)
             except AdapterError as error:
                 log.warning("The adapter in %s is not offered: %s", source, error)
+
+
+class HeadAsGet:
+    """ASGI middleware: what answers GET answers HEAD too. The server sends no body for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class LimitBodies:

@@ -26,6 +26,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    SandboxUnavailable,
     SourceError,
     SourceFailed,
     SourceNotAllowed,
@@ -37,6 +38,7 @@ from adapters.errors import (
     StoreFull,
     StoreLocked,
     StoreUnreachable,
+    TemplateRefused,
     TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
@@ -51,6 +53,7 @@ from server.engine.errors import (
     EngineStopping,
     QueueFull,
 )
+from server.engine.faults import is_panic
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +151,29 @@ def error_response(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
+class LibraryPanic(RuntimeError):
+    """What a panic in a library's Rust code becomes, which is no Exception itself."""
+
+
+class PanicsAsErrors:
+    """ASGI middleware: a panic in a library's Rust code is logged and answered as any other error
+    that nobody foresaw."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except BaseException as error:
+            within = error.split(is_panic)[0] if isinstance(error, BaseExceptionGroup) else None
+            if within is None and not is_panic(error):
+                raise
+            raise LibraryPanic(str(error)) from error
+
+
 def install_error_handlers(app: FastAPI) -> None:
+    app.add_middleware(PanicsAsErrors)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(EngineError, _engine_error)
@@ -252,6 +277,15 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case TemplateRefused():
+            return ApiError(
+                400,
+                f"The model's chat template does not take this conversation: {error}",
+                param="messages",
+            )
+        case SandboxUnavailable():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="sandbox_unavailable", headers=headers)
         case StoreUnreachable() | StoreLocked():
             headers = {"Retry-After": _DRAIN_RETRY_AFTER}
             return ApiError(503, str(error), code="storage_unavailable", headers=headers)
@@ -287,12 +321,17 @@ def from_engine_error(error: EngineError) -> ApiError:
             return ApiError(500, str(error))
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(each) for each in error.errors()]
+    if isinstance(error.body, bytes) and error.body:
+        # It has not been read as JSON.
+        given = request.headers.get("content-type")
+        problem = "is missing" if given is None else f"is {given[:80]!r}"
+        faults = [Fault("Content-Type", problem, "send JSON, as application/json")]
     first = faults[0]
-    message = f"{first.field}: {first.problem}"
+    message = f"{first.field}: {first.problem}" + (f"; {first.fix}" if first.fix else "")
     api_error = ApiError(400, message, code="invalid_request", param=first.field, details=faults)
     return error_response(api_error)
 
@@ -319,7 +358,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
-    return error_response(ApiError(error.status_code, message, code=code, headers=headers))
+    param = None
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        packed = error.__cause__.object.startswith(b"\x1f\x8b")
+        is_what = "is gzip" if packed else "is not UTF-8"
+        message = f"The body {is_what}; a packed body comes with the header Content-Encoding: gzip."
+        param = "Content-Encoding" if packed else "body"
+    return error_response(
+        ApiError(error.status_code, message, code=code, param=param, headers=headers)
+    )
 
 
 def _allowed(request: Request) -> list[str]:

@@ -232,7 +232,8 @@ class MergeJobs:
                     self._end(job, "cancelled")
             except AdapterError as error:
                 self._end(job, "failed", error=str(error))
-            except Exception as error:
+            except BaseException as error:
+                # Whatever ends a merge, a panic in a library's Rust code too, ends no other.
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
             else:

@@ -1,7 +1,8 @@
 """What the routes work with, made once by `create_app`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
 from starlette.requests import Request
@@ -33,6 +34,11 @@ class Services:
     threads: CapacityLimiter
     """On which requests are made ready, as many as have a turn."""
     preparing: FairTurns
+
+    strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+        default_factory=WeakValueDictionary
+    )
+    """By what an adapter brings: threads for the requests that wait for it to be read or run."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""

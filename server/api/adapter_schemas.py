@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from adapters.combine import SPARSE, Method
 from adapters.revision import Revision
 from adapters.store import NAME_PATTERN
-from server.api.schemas import AdapterWeight
+from server.api.model_schemas import AdapterWeight
 from server.services import Services
 
 MAX_COMBINED = 64

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
+from server.engine.errors import EngineDead
 from server.errors import ApiError
 from server.openapi import errors
 from server.services import Services, get_services
@@ -18,9 +19,13 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
 
 
-@router.get("/health/live")
-async def live() -> Health:
-    """The process answers."""
+@router.get(
+    "/health/live", responses=errors(said={503: "The model thread has ended: restart the server."})
+)
+async def live(services: ServicesDep) -> Health:
+    """The process answers, and can compute. Where it says no, restart it."""
+    if not services.engine.stats().alive:
+        raise ApiError(503, str(EngineDead()), code="engine_dead", headers={"Retry-After": "5"})
     return Health(status="ok")
 
 

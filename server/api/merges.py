@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 from adapters.errors import MergeNotDone
 from adapters.registry import Composition, Part
 from server.api.adapter_schemas import MAX_COMBINED, AdminBody
-from server.api.schemas import MAX_WEIGHT, AdapterWeight
+from server.api.model_schemas import MAX_WEIGHT, AdapterWeight
 from server.auth import Caller
 from server.jobs import Merge
 from server.openapi import READS, errors, header

@@ -66,6 +66,16 @@ class Grammar:
     def copy(self) -> LLMatcher:
         return self._matcher.deep_copy()
 
+    def after(self, text: str) -> "Grammar | None":
+        """The grammar of what follows this text; None where no answer begins so."""
+        tokens = self.lexicon.greedy_tokenize(text)
+        if not tokens:
+            return self
+        matcher = self.copy()
+        if matcher.validate_tokens(tokens) < len(tokens) or not matcher.consume_tokens(tokens):
+            return None
+        return Grammar(matcher, self.lexicon)
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

@@ -14,7 +14,9 @@ from server.errors import from_adapter_error
 from server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.test_adapters import ADAPTERS, PROMPT
+from tests.factories import panic
 
+RANKED = {"prompt": "x", "choices": ["a", "b"]}
 StartServer = Callable[..., tuple[str, Services]]
 
 
@@ -189,6 +191,27 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     error, done = (line.removeprefix("data: ") for line in text.splitlines() if line)
     assert json.loads(error)["error"]["message"] == "The server failed; its log says why."
     assert done == "[DONE]"
+
+
+def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, services = start_server()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    encode = services.engine.tokenizer.encode
+    monkeypatch.setattr(services.engine.tokenizer, "encode", lambda *_, **__: panic())
+    monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
+
+    for _ in range(6):
+        for answer in (
+            httpx.post(f"{url}/v1/completions", json=body | {"stream": True}),
+            httpx.post(f"{url}/v1/rank", json={"model": "tiny", "inputs": [RANKED]}),
+            httpx.get(url + ADAPTERS),
+        ):
+            assert "log says why" in error_of(answer, 500)["message"]
+
+    monkeypatch.setattr(services.engine.tokenizer, "encode", encode)
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("error", [AdapterError("odd"), WrongCall("odd")])

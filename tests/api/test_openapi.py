@@ -23,7 +23,7 @@ STATUSES = {
     ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
     ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
     ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 507},
-    ("get", "/v1/models"): {200, *KEYED},
+    ("get", "/v1/models"): {200, 400, *KEYED},
     ("get", "/v1/models/{model}"): {200, *KEYED, 404},
     ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},
     ("get", "/v1/adapters"): {200, 400, *KEYED},
@@ -40,7 +40,7 @@ STATUSES = {
     ("get", "/v1/merges/{id}"): {200, 400, *KEYED, 404},
     ("delete", "/v1/merges/{id}"): {204, 400, *KEYED, 404},
     ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
-    ("get", "/health/live"): {200},
+    ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
     ("get", "/metrics"): {200, *KEYED},
 }

@@ -1,0 +1,49 @@
+"""On which threads requests are made ready, so that nobody waits for what another one brings."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import Request
+
+from adapters.sandbox import WouldWait, without_waiting
+from server.api.generation import unless_client_leaves
+from server.engine.constraints import GrammarMissing, RequestGrammars
+from server.services import Services
+
+_T = TypeVar("_T")
+
+_AT_ONCE = 2
+"""Requests that wait for one adapter's tokenizer or chat template."""
+
+
+async def prepared(
+    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+) -> _T:
+    """What `prepare` makes on a thread, to be submitted right after.
+
+    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
+    once that is done: neither a thread nor the engine waits meanwhile. Where it would wait for what
+    an adapter brings, it is called again on threads that only requests for that adapter wait for.
+    Raises ApiError where the client leaves until then.
+    """
+    tenant = caller or ""
+    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+
+    def without_strangers() -> _T:
+        with without_waiting():
+            return prepare()
+
+    stranger: CapacityLimiter | None = None
+    while True:
+        try:
+            with grammars.asked():
+                if stranger is not None:
+                    return await to_thread.run_sync(prepare, limiter=stranger)
+                with services.engine.expecting():
+                    async with services.preparing.turn(tenant):
+                        return await to_thread.run_sync(without_strangers, limiter=services.threads)
+        except WouldWait as wait:
+            stranger = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
+        except GrammarMissing as missing:
+            await unless_client_leaves(request, grammars.compile(missing))
