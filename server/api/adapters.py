@@ -225,7 +225,12 @@ def describe(
     return adapter_of(services, revision, details=details)
 
 
-@router.delete("/{name:adapter}", status_code=204, responses=errors(404, 412, *CHANGES))
+@router.delete(
+    "/{name:adapter}",
+    status_code=204,
+    response_class=Response,
+    responses=errors(404, 412, *CHANGES),
+)
 def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match, by)
