@@ -1,0 +1,108 @@
+"""A tiny random model of every class with a causal or encoder-decoder head that transformers has."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from tests.factories import TOKENS
+from tests.families import FAMILIES
+
+CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+SEQ2SEQ = sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+WINDOW = 8
+
+_SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "kv_lora_rank", "q_lora_rank"), 8),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner"), 64),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("expert_ffn_hidden_size", "ffn_hidden_size", "dense_intermediate_size"), 32),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length", "n_ctx"), 256),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.2),
+    "sliding_window": WINDOW,
+    "use_sliding_window": True,
+    "max_window_layers": 0,
+    "attention_window": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "window_size": WINDOW,
+    "vocab_size_per_layer_input": TOKENS,
+    "hidden_size_per_layer_input": 8,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "word_embed_proj_dim": 32,
+}
+"""What a config's field is in a tiny model, wherever a config has that field."""
+_DECODER = {"is_decoder": True}
+_OWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+            _DECODER,
+        ),
+        **dict.fromkeys(
+            ("reformer", "rembert", "roberta", "roc_bert", "roformer", "xlm-roberta"), _DECODER
+        ),
+        **dict.fromkeys(("bert-generation", "roberta-prelayernorm", "xlm-roberta-xl"), _DECODER),
+        "xmod": _DECODER | {"default_language": "en_XX"},
+        "codegen": {"rotary_dim": 8},
+        "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+        "gemma3n_text": {"num_kv_shared_layers": 0},
+    }
+)
+"""What else a type needs. Those that were made for other tasks are causal as decoders only."""
+
+
+def config_of(kind: str, **overrides: Any) -> PreTrainedConfig:
+    """A config with everything small, and with every window that it knows."""
+    tokens = {"vocab_size": TOKENS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    usual = AutoConfig.for_model(kind)
+    known = usual.get_text_config().to_dict()
+    small = {name: value for name, value in _SMALL.items() if name in known}
+    if isinstance(known.get("layer_types"), list):
+        small["layer_types"] = _layer_types(known["layer_types"])
+        for name in ("num_hidden_layers", "num_layers"):
+            if name in small:
+                small[name] = len(small["layer_types"])
+    if "kv_lora_rank" in known:
+        # Latent attention has keys of its own for each head, and rotates a part of them.
+        small |= {"num_key_value_heads": 4, "head_dim": 8}
+    if kind in FAMILIES:
+        small = {**FAMILIES[kind].config}
+    return AutoConfig.for_model(kind, **(small | tokens | _OWN.get(kind, {}) | overrides))
+
+
+def _layer_types(usual: list[str]) -> list[str]:
+    """One layer of each kind, two at least."""
+    kinds = list(dict.fromkeys(usual))
+    return kinds if len(kinds) > 1 else kinds * 2
+
+
+def tiny_of(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    config = config_of(kind, **overrides)
+    torch.manual_seed(seed)
+    auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ and kind not in CAUSAL else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config).eval()
+    return model
