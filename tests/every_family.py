@@ -1,4 +1,4 @@
-"""A tiny random model of every class with a causal or encoder-decoder head that transformers has."""
+"""A tiny random model of every causal and encoder-decoder class that transformers has."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -22,6 +23,7 @@ from tests.families import FAMILIES
 
 CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SEQ2SEQ = sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+TYPES = sorted({*CAUSAL, *SEQ2SEQ})
 WINDOW = 8
 
 _SMALL: dict[str, Any] = {
@@ -56,23 +58,65 @@ _SMALL: dict[str, Any] = {
 }
 """What a config's field is in a tiny model, wherever a config has that field."""
 _DECODER = {"is_decoder": True}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_GEMMA2 = {
+    **{name: _SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+    **{name: _SMALL[name] for name in ("num_key_value_heads", "head_dim", "intermediate_size")},
+    **{name: _SMALL[name] for name in ("max_position_embeddings", "initializer_range")},
+    "query_pre_attn_scalar": 8,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size": TOKENS,
+}
 _OWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         **dict.fromkeys(
             ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
             _DECODER,
         ),
-        **dict.fromkeys(
-            ("reformer", "rembert", "roberta", "roc_bert", "roformer", "xlm-roberta"), _DECODER
-        ),
+        **dict.fromkeys(("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta"), _DECODER),
         **dict.fromkeys(("bert-generation", "roberta-prelayernorm", "xlm-roberta-xl"), _DECODER),
         "xmod": _DECODER | {"default_language": "en_XX"},
         "codegen": {"rotary_dim": 8},
-        "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+        "cohere_compass_text": {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+        },
+        "dots3_note_text": {
+            "per_layer_config": {},
+            "mlp_layer_types": ["dense", "sparse"],
+            "index_head_dim": 8,
+            "index_n_heads": 4,
+            "index_topk": 8,
+        },
+        "dbrx": {
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+            "ffn_config": {
+                "hidden_size": 32,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+            },
+        },
+        "reformer": _DECODER
+        | {
+            "axial_pos_embds_dim": (16, 16),
+            "axial_pos_shape": (16, 16),
+            "attention_head_size": 8,
+            "attn_layers": ["local", "lsh"],
+            "local_attn_chunk_length": 8,
+            "lsh_attn_chunk_length": 8,
+            "num_buckets": 4,
+        },
+        "t5gemma": {"encoder": _GEMMA2, "decoder": _GEMMA2, "decoder_start_token_id": 2},
         "gemma3n_text": {"num_kv_shared_layers": 0},
     }
 )
 """What else a type needs. Those that were made for other tasks are causal as decoders only."""
+_WHOLE = {"dbrx", "moshi", "mpt", "t5gemma"}
+"""Types whose parts' configs do not make them several models, or whose parts are as small."""
+_NOT_TRIED: Mapping[str, str] = MappingProxyType({})
+"""Types of one model of which no tiny one was made, and why."""
 
 
 def config_of(kind: str, **overrides: Any) -> PreTrainedConfig:
@@ -92,6 +136,23 @@ def config_of(kind: str, **overrides: Any) -> PreTrainedConfig:
     if kind in FAMILIES:
         small = {**FAMILIES[kind].config}
     return AutoConfig.for_model(kind, **(small | tokens | _OWN.get(kind, {}) | overrides))
+
+
+def parts_of(kind: str) -> tuple[str, ...]:
+    """The models that a type is made of, where it is more than one decoder or encoder-decoder."""
+    parts = CONFIG_MAPPING[kind].sub_configs
+    return () if kind in _WHOLE else tuple(parts)
+
+
+def not_tried(kind: str) -> str:
+    """Why there is no tiny model of a type; empty where there is one."""
+    if kind in _NOT_TRIED:
+        return _NOT_TRIED[kind]
+    if not (parts := parts_of(kind)):
+        return ""
+    text = getattr(CONFIG_MAPPING[kind].sub_configs.get("text_config"), "model_type", "")
+    part = f"; its text part is `{text}`" if text in TYPES else ""
+    return f"made of several models ({', '.join(parts)}){part}"
 
 
 def _layer_types(usual: list[str]) -> list[str]:

@@ -32,5 +32,5 @@ class FamilyOracle:
         else:
             given = {"input_ids": torch.tensor([prompt])}
             given["decoder_input_ids"] = torch.tensor([[self._start, *answer[:-1]]])
-        logits: torch.Tensor = self._model(**given).logits[0, -len(answer) :]
+        logits: torch.Tensor = self._model(**given, use_cache=False).logits[0, -len(answer) :]
         return logits.double().log_softmax(-1)

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from tests.every_family import TYPES, not_tried
 from tests.families import FAMILIES
 
 _PROPERTY = "models_page"
+_OUTCOME = "models_page_outcome"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _ABOUT = """# Model families
 
@@ -33,6 +36,18 @@ Not supported in any family: images and sound beside text, attention that is not
 sinks. A window scaled by `dynamic` or `longrope` positions ends where the original one did
 ([why](decisions/0004-positions-that-depend-on-the-longest-row.md)).
 """
+_EVERY_CLASS = f"""
+## Every class of transformers {transformers.__version__.rpartition(".")[0]}
+
+All model types with a causal or encoder-decoder head, each tried as a tiny random model with the
+windows that its config knows switched on, at 8 tokens, and with packed linear layers: greedy
+answers to two prompts, one longer than the windows, equal the plain model's full forwards, or the
+start-up check refuses the model. *Why*: why not flat, why refused, or why there is no tiny model
+of it; the start-up check judges those as all others.
+
+| model type | runs | why |
+|---|---|---|
+"""
 
 
 @dataclass(frozen=True)
@@ -49,20 +64,43 @@ class Seen:
         return _PROPERTY, asdict(self)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a test saw of a model type. It travels as Seen does."""
+
+    kind: str
+    runs: str
+    """"flat", "padded", "refused" or "not tried"."""
+    why: str
+
+    @property
+    def as_property(self) -> tuple[str, dict[str, Any]]:
+        return _OUTCOME, asdict(self)
+
+
 class ModelsPage:
-    """A pytest plugin that writes the page when the session ends, if it saw every family."""
+    """A pytest plugin that writes the page when the session ends, if it saw every family and every
+    model type."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Seen] = {}
+        self._outcomes = {
+            kind: Outcome(kind, "not tried", reason)
+            for kind in TYPES
+            if (reason := not_tried(kind))
+        }
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties if report.when == "call" else ():
             if name == _PROPERTY:
                 seen = Seen(**value)
                 self._seen[seen.family] = seen
+            if name == _OUTCOME:
+                outcome = Outcome(**value)
+                self._outcomes[outcome.kind] = outcome
 
     def pytest_sessionfinish(self) -> None:
-        if self._seen.keys() == FAMILIES.keys():
+        if self._seen.keys() == FAMILIES.keys() and self._outcomes.keys() == set(TYPES):
             self._write()
 
     def _write(self) -> None:
@@ -71,10 +109,20 @@ class ModelsPage:
             f"{self._seen[family].our_error:.1e} | equal | {' '.join(FAMILIES[family].remarks)} |"
             for family in FAMILIES
         ]
-        PAGE.write_text(_ABOUT + "\n".join(rows) + "\n" + _FOR_ALL)
+        types = [
+            f"{beginning_of_type(kind)} {self._outcomes[kind].runs} | {self._outcomes[kind].why} |"
+            for kind in TYPES
+        ]
+        tables = [_ABOUT.rstrip(), *rows, _FOR_ALL.rstrip(), _EVERY_CLASS.rstrip(), *types]
+        PAGE.write_text("\n".join(tables) + "\n")
 
 
 def beginning(family: str, runner: str) -> str:
     """How the row of a family begins."""
     model_type, _, variant = family.partition("-")
     return f"| `{model_type}`{f' ({variant})' * bool(variant)} | {runner} |"
+
+
+def beginning_of_type(kind: str) -> str:
+    """How the row of a model type begins in the table of all."""
+    return f"| `{kind}` |"

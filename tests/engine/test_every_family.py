@@ -1,0 +1,96 @@
+"""Every causal and encoder-decoder class of transformers is served exactly, or refused."""
+
+import logging
+import re
+from collections.abc import Callable
+
+import pytest
+
+from server.engine import UnsupportedModel
+from tests.engine.family_oracle import FamilyOracle
+from tests.engine.harness import Answer, Harness
+from tests.engine.models_page import PAGE, Outcome, beginning_of_type
+from tests.every_family import TYPES, WINDOW, not_tried, tiny_of
+
+TOKENS_OUT = 6
+PROMPTS = {"short": 5, "beyond-the-window": 2 * WINDOW + 4}
+"""Tokens of each."""
+_TOLERANCE = 1e-3
+"""Of log-probabilities of tiny models, in float32: added up in another order."""
+QUICK = {
+    "diffllama": "padded",
+    "longcat_flash": "flat",
+    "phimoe": "padded",
+    "qwen2_moe": "flat",
+    "ministral": "flat",
+    "pegasus": "padded",
+    "rwkv": "refused",
+}
+
+
+def outcome_of(kind: str, start: Callable[..., Harness], logs: pytest.LogCaptureFixture) -> Outcome:
+    """Serve a tiny model of a type, and compare its answers with plain forwards."""
+    oracle = FamilyOracle(tiny_of(kind))
+    try:
+        with logs.at_level(logging.INFO, "server.engine"):
+            engine = start(tiny_of(kind), {}, max_model_len=128, kv_cache_tokens=2048)
+    except UnsupportedModel as error:
+        return Outcome(kind, "refused", _line(str(error)))
+    with engine.held():
+        for name, length in PROMPTS.items():
+            engine.submit(name, prompt_of(length), max_tokens=TOKENS_OUT, logprobs=5)
+    engine.wait()
+    for name, length in PROMPTS.items():
+        assert_exact(engine.answers[name], oracle, prompt_of(length))
+    runs = engine.engine.runner_kind
+    return Outcome(kind, runs, _why_padded(logs.text) if runs == "padded" else "")
+
+
+def prompt_of(length: int) -> list[int]:
+    return [5 + 7 * n % 250 for n in range(length)]
+
+
+def assert_exact(answer: Answer, oracle: FamilyOracle, prompt: list[int]) -> None:
+    assert not answer.error
+    wanted = oracle.logprobs(prompt, answer.tokens)
+    assert answer.tokens == wanted.argmax(-1).tolist()
+    for scored, row in zip(answer.logprobs, wanted, strict=True):
+        tokens, values = zip(*scored.top, strict=True)
+        assert list(values) == pytest.approx(row[list(tokens)].tolist(), abs=_TOLERANCE)
+
+
+def _why_padded(logs: str) -> str:
+    reason = re.search(r"Running \w+ padded: (.*)", logs)
+    assert reason is not None
+    return _line(reason[1])
+
+
+def _line(reason: str) -> str:
+    """The padded runner's reason, which is the last one, on a line of a table."""
+    first = reason.split("; and it cannot be run flat")[0].strip().split("\n")[0]
+    return first.replace("|", "\\|")
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_class_is_served_exactly_or_refused(
+    start: Callable[..., Harness], caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    assert outcome_of(kind, start, caplog).runs == QUICK[kind]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if not not_tried(kind)])
+def test_every_class_is_served_exactly_or_refused(
+    start: Callable[..., Harness],
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+    kind: str,
+) -> None:
+    outcome = outcome_of(kind, start, caplog)
+    request.node.user_properties.append(outcome.as_property)
+
+
+def test_the_page_about_models_names_every_class() -> None:
+    """`make test-full` writes it."""
+    page = PAGE.read_text()
+    assert [kind for kind in TYPES if beginning_of_type(kind) not in page] == []
