@@ -90,7 +90,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "index_topk": 8,
         },
         "dbrx": {
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
             "ffn_config": {
                 "hidden_size": 32,
                 "ffn_hidden_size": 32,
