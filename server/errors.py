@@ -373,15 +373,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of a path: Starlette names those of the first route that has the path."""
-    return [
+    """The methods of a path: Starlette names those of the first route that has the path. What
+    answers GET answers HEAD."""
+    routed = {
         method
         for method in _METHODS
-        if any(
-            route.matches(_bare_scope(request, method))[0] is Match.FULL
-            for route in request.app.routes
-        )
-    ]
+        for route in request.app.routes
+        if route.matches(_bare_scope(request, method))[0] is Match.FULL
+    }
+    return [each for each in _METHODS if each in routed or (each == "HEAD" and "GET" in routed)]
 
 
 def _bare_scope(request: Request, method: str) -> Scope:
