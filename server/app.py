@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.bucket import BucketStorage
 from adapters.errors import AdapterError, UnknownAdapter
-from adapters.model import IA3Model
 from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.residency import Residency
 from adapters.revision import Origin
+from adapters.slots import IA3Slots
 from adapters.source_url import parse_prefixes
 from adapters.sources import Sources
 from adapters.storage import Storage
@@ -30,9 +30,10 @@ from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
+from server.engine.fair_turns import FairTurns
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
-from server.errors import ApiError, error_response, install_error_handlers
+from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.openapi import Application
@@ -42,6 +43,8 @@ from server.settings import MEBIBYTE, Settings
 log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
+_SLOWEST = 16 << 10
+"""Bytes a second that a body may take, beside the time that each gets."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI page only: `Authorize` has looked at the key already."""
 _PRELOADED = Origin(source="preload")
@@ -62,7 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await to_thread.run_sync(services.merges.close)
-            await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
+            # Requests had their time before: now nobody listens any more.
+            await to_thread.run_sync(services.engine.stop, 0.0)
             await to_thread.run_sync(services.registry.close)
             services.store.close()
 
@@ -76,7 +80,9 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
-    app.add_middleware(Authorize, keys=keys)
+    most_at_once = max(1, settings.max_connections // 2)
+    app.add_middleware(Authorize, keys=keys, most_at_once=most_at_once)
+    app.add_middleware(AnswerAll)
     return app
 
 
@@ -90,7 +96,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     try:
         loaded = _load_model(settings)
         name = settings.served_model_name or loaded.name
-        ia3 = IA3Model(
+        ia3 = IA3Slots(
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
         )
         registry = AdapterRegistry(
@@ -108,6 +114,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     except BaseException:
         store.close()
         raise
+    each = _threads_for(settings)
     return partial(
         Services,
         settings=settings,
@@ -122,15 +129,16 @@ def _load_services(settings: Settings) -> "partial[Services]":
         ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
-        preparing=CapacityLimiter(_threads_for(settings)),
+        threads=CapacityLimiter(2 * each),
+        preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
 
 
 def _threads_for(settings: Settings) -> int:
-    """On which requests are made ready. More than a few only take Python's lock from each other;
-    but where adapters come from a bucket, some wait for it, and the others must not wait for them.
-    """
+    """On which one key's requests are made ready. More than a few only take Python's lock from each
+    other; but where adapters come from a bucket, some wait for it, and the others must not wait for
+    them."""
     return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 
@@ -156,7 +164,7 @@ def warm_up(settings: Settings) -> bool:
     """Compile a model into the cache that later starts use. False: it does not compile, and the log
     says why."""
     loaded = _load_model(settings)
-    ia3 = IA3Model(loaded.model, max_adapters=1)
+    ia3 = IA3Slots(loaded.model, max_adapters=1)
     engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
     return engine.stats().compiled
 
@@ -200,13 +208,15 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
 
 
 class LimitBodies:
-    """ASGI middleware: a body over its limit is refused by its header, or while it comes."""
+    """ASGI middleware: a body over its limit is refused by its header, or while it comes; so is one
+    that comes too slowly."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._upload_limit = settings.max_upload_bytes + MEBIBYTE
         """The form around the files needs some room of its own."""
         self._body_limit = settings.max_body_bytes
+        self._seconds = settings.receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -221,11 +231,20 @@ class LimitBodies:
             refusal = ApiError(413, _too_large(limit), code="body_too_large")
             await error_response(refusal)(scope, receive, send)
             return
-        received = 0
+        until = asyncio.get_running_loop().time() + self._seconds
+        received, more = 0, True
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, more
+            if not more:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until + received / _SLOWEST):
+                    message = await receive()
+            except TimeoutError:
+                problem = f"The body does not come: {received} bytes so far. Send it faster."
+                raise HTTPException(408, problem, headers={"Connection": "close"}) from None
+            more = bool(message.get("more_body", False))
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, _too_large(limit))

@@ -1,7 +1,8 @@
 """The OpenAPI document: each route names every status that it answers with, and no other.
 
 A route says which errors it raises: `errors(404, 409)`. What follows from its shape is added here:
-401 and 403 where a key is needed, 400 where something is checked, 413 where a body is read.
+401, 403, 429 and 503 where a key is needed, which may ask too much at once, of a server that may be
+stopping; 400 where something is checked, 408 and 413 where a body is read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ _ERRORS: dict[int, Json] = {
     },
     403: {"description": "The key lacks the role that this needs."},
     404: {"description": "There is nothing of this name."},
+    408: {"description": "The body did not come in time."},
     409: {"description": "What there is already stands in the way; the message says what."},
     412: {"description": "The adapter has changed since.", "headers": ETAG},
     413: {"description": "The body is larger than this server takes."},
@@ -89,10 +91,10 @@ def _complete(operation: Json) -> None:
 
 def _derived(operation: Json) -> Iterator[int]:
     if "security" in operation:
-        yield from (401, 403)
+        yield from (401, 403, 429, 503)
     has_body = "requestBody" in operation
     if has_body:
-        yield 413
+        yield from (408, 413)
     if has_body or any(_is_checked(each["schema"]) for each in operation.get("parameters", ())):
         yield 400
 

@@ -60,9 +60,8 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, 1)
-    order, make_reader = await prepared(
-        services, body.is_constrained, partial(_prepare, services, body, caller)
-    )
+    prepare = partial(_prepare, services, body, caller)
+    order, make_reader = await prepared(request, services, caller, prepare)
     return await respond(request, services, body, order, ChatWriter(body, order, make_reader))
 
 

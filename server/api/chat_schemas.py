@@ -209,11 +209,6 @@ class ChatBody(GenerationBody):
         return choice
 
     @property
-    def is_constrained(self) -> bool:
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        return has_format or bool(self.tools_to_call) or super().is_constrained
-
-    @property
     def offered_tools(self) -> Tools:
         return [] if self.tool_choice == "none" else self.tools or []
 

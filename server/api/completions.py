@@ -55,7 +55,8 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_fan_out(services, body, len(body.prompt))
-    order = await prepared(services, body.is_constrained, partial(_prepare, services, body, caller))
+    prepare = partial(_prepare, services, body, caller)
+    order = await prepared(request, services, caller, prepare)
     return await respond(request, services, body, order, CompletionWriter(body, order))
 
 

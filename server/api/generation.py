@@ -1,11 +1,13 @@
 """One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
 
+import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import pydantic_core
@@ -31,6 +33,12 @@ from server.metrics import RequestMetrics
 from server.openapi import READS, errors, header
 from server.services import Services
 
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+MAX_UNREAD = 1 << 16
+"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
 
@@ -115,6 +123,7 @@ def place_order(
     """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
+    salt = json.dumps([services.cache_scope(caller), body.cache_salt])
     with ExitStack() as undo:
         leases = [
             None if lease is None else undo.enter_context(lease.again())
@@ -131,7 +140,7 @@ def place_order(
                 speculation=speculation,
                 prediction=prediction,
                 order=order_id,
-                cache_salt=body.cache_salt or "",
+                cache_salt=salt,
             )
             for number, own in enumerate(leases)
         )
@@ -172,6 +181,8 @@ class Generation:
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._is_unread = False
+        """Whether it was cancelled because nobody reads it."""
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -186,6 +197,10 @@ class Generation:
         }
 
     def _observe(self, output: Output) -> None:
+        if self._stream.unread > MAX_UNREAD:
+            self._is_unread = True
+            self.close()
+            return
         running = self._running[output.request_id]
         if output.token_ids:
             running.tokens += len(output.token_ids)
@@ -215,7 +230,11 @@ class Generation:
         return self._stream.finished
 
     async def next(self) -> list[tuple[int, Output]]:
-        """The choices' numbers and outputs that have come, one at least; none after the last."""
+        """The choices' numbers and outputs that have come, one at least; none after the last.
+        Raises ApiError where too many came that were not read."""
+        if self._is_unread:
+            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
+            raise ApiError(408, problem, code="unread_answer")
         return [(self._numbers[each.request_id], each) for each in await self._stream.next()]
 
     async def whole(self) -> list[Output]:
@@ -302,19 +321,18 @@ async def respond(
     if body.stream:
         return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
     try:
-        outputs = await unless_client_leaves(request, generation)
-        if outputs is None:
-            return Response(status_code=CLIENT_GONE)
+        outputs = await unless_client_leaves(request, generation.whole())
         answer = writer.whole(outputs, generation.usage)
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
 
 
-async def unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
-    """Each choice's outputs joined; None where nobody is left who wants them. Raises ApiError."""
-    outputs: list[Output] | None = None
-    failure: ApiError | None = None
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
+    whatever `work` raises."""
+    result: list[_T] = []
+    failure: Exception | None = None
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -324,14 +342,16 @@ async def unless_client_leaves(request: Request, generation: Generation) -> list
     async with anyio.create_task_group() as group:
         group.start_soon(watch)
         try:
-            outputs = await generation.whole()
-        except ApiError as error:
+            result.append(await work)
+        except Exception as error:
             # Raised inside, the group would wrap it.
             failure = error
         group.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return outputs
+    if not result:
+        raise ApiError(CLIENT_GONE, "The client has left.")
+    return result[0]
 
 
 def to_json(answer: BaseModel) -> str:
@@ -371,6 +391,10 @@ async def _events(generation: Generation, writer: Writer, with_usage: bool) -> A
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:
         events.append(format_sse_event(data_str=error_body(error)))
+    except Exception as error:
+        log.error("The stream %s failed.", generation.order.id, exc_info=error)
+        failure = ApiError(500, "The server failed; its log says why.")
+        events.append(format_sse_event(data_str=error_body(failure)))
     yield b"".join([*events, format_sse_event(data_str="[DONE]")])
 
 

@@ -42,7 +42,7 @@ async def ready(services: ServicesDep) -> Health:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses=errors(401) | {200: {"content": {"text/plain": {}}}},
+    responses=errors(401, 403, 429, 503) | {200: {"content": {"text/plain": {}}}},
 )
 def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""

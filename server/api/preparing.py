@@ -4,8 +4,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
+from fastapi import Request
 
 from adapters.sandbox import WouldWait, without_waiting
+from server.api.generation import unless_client_leaves
+from server.engine.constraints import GrammarMissing, RequestGrammars
 from server.services import Services
 
 _T = TypeVar("_T")
@@ -14,22 +17,35 @@ _AT_ONCE = 2
 """Requests that wait for one adapter's tokenizer or chat template."""
 
 
-async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
+async def prepared(
+    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+) -> _T:
     """What `prepare` makes on a thread, to be submitted right after.
 
-    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
-    So may what an adapter brings: nobody else waits for that.
+    Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
+    once that is done: neither a thread nor the engine waits meanwhile. Where it needs what an
+    adapter brings, read or run in a limited process, it is called again on a thread that waits for
+    that alone. Raises ApiError where the client leaves until then.
     """
+    tenant = caller or ""
+    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+    limiter: CapacityLimiter | None = None
 
     def without_strangers() -> _T:
         with without_waiting():
             return prepare()
 
-    try:
-        if is_constrained:
-            return await to_thread.run_sync(without_strangers, limiter=services.compiling)
-        with services.engine.expecting():
-            return await to_thread.run_sync(without_strangers, limiter=services.preparing)
-    except WouldWait as wait:
-        limiter = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
-        return await to_thread.run_sync(prepare, limiter=limiter)
+    while True:
+        try:
+            if limiter is not None:
+                with grammars.asked():
+                    return await to_thread.run_sync(prepare, limiter=limiter)
+            with services.engine.expecting(), grammars.asked():
+                async with services.preparing.turn(tenant):
+                    return await to_thread.run_sync(without_strangers, limiter=services.threads)
+        except WouldWait as wait:
+            limiter = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
+            continue
+        except GrammarMissing as missing:
+            wanted = missing
+        await unless_client_leaves(request, grammars.compile(wanted))

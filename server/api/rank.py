@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from server.api.completion_schemas import check_text
 from server.api.generation import (
-    CLIENT_GONE,
     Generation,
     Order,
     check_fan_out,
@@ -117,14 +116,13 @@ async def rank(
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
     check_fan_out(services, body, sum(len(each.choices) for each in body.inputs))
-    order, scored = await prepared(services, False, partial(_prepare, services, body, caller))
+    prepare = partial(_prepare, services, body, caller)
+    order, scored = await prepared(request, services, caller, prepare)
     generation = Generation(services, order)
     try:
-        outputs = await unless_client_leaves(request, generation)
+        outputs = await unless_client_leaves(request, generation.whole())
     finally:
         generation.close()
-    if outputs is None:
-        return Response(status_code=CLIENT_GONE)
     answer = RankAnswer(
         id=order.id,
         object="rank",

@@ -308,11 +308,6 @@ class GenerationBody(ModelBody):
         return self.n or 1
 
     @property
-    def is_constrained(self) -> bool:
-        """Whether a grammar must be compiled for it."""
-        return self.structured_outputs is not None
-
-    @property
     def token_limit(self) -> tuple[str, int | None]:
         """The field that bounds the answer's length, and its value."""
         if self.max_completion_tokens is not None:

@@ -3,12 +3,11 @@
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
-from adapters.model import IA3Model
 from adapters.residency import Residency
+from adapters.slots import IA3Slots
 from server.engine.config import EngineConfig, EngineStats
 from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
@@ -40,10 +39,9 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, ia3: IA3Model, residency: Residency, config: EngineConfig
+        self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
-        self._bank = ia3.bank
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
         self.model_name = loaded.name
@@ -56,13 +54,16 @@ class Engine:
         self.decoder_start = loaded.decoder_start()
         execution = prepare(
             ia3,
+            tokenizer=loaded.tokenizer,
+            decoder_start=self.decoder_start,
             max_rows=config.max_rows,
-            max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
+            max_model_len=self.max_model_len,
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
             trace_cache=config.trace_cache,
             compile_cache=config.compile_cache,
         )
+        self._bank = ia3.bank
         self.runner_kind = execution.kind
         self._compiled = execution.compiled
         self._cache = execution.cache
@@ -105,10 +106,8 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._seconds_per_finish = 1.0
         self._unsettled = ""
         """Why the adapters that are kept are not all on the device."""
-        self._last_finish = time.monotonic()
 
     # Any thread.
 
@@ -134,8 +133,8 @@ class Engine:
             if self._state != "running":
                 raise EngineStopping
             if not self._places.take(requests):
-                retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
-                raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
+                waiting = self._places.taken - len(self._scheduler.running)
+                raise QueueFull(waiting, self._places.seconds_until_free(requests))
             self._inbox.put(requests)
 
     def room_after(self, prompt_tokens: int) -> int:
@@ -313,9 +312,6 @@ class Engine:
         """The one place where a request ends: its row, its cache, its pin and its lease go."""
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
-        now = time.monotonic()
-        self._seconds_per_finish += 0.1 * (now - self._last_finish - self._seconds_per_finish)
-        self._last_finish = now
         output = Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,

@@ -2,32 +2,33 @@
 
 import logging
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapters.bank import BASE_SLOT
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import CompiledForward, compile_forward
 from server.engine.errors import UnsupportedModel
+from server.engine.fidelity import Fidelity, Unfaithful
 from server.engine.kernels.attention import Kernels, attention_kernels
 from server.engine.kernels.operators import load_operators
 from server.engine.kernels.product import panel_width_of, product_kernels
 from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Pack, noting_siblings, pack_linears
+from server.engine.packing import Pack, noting_reads, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
 from server.engine.trace_cache import find_or_trace
-from server.engine.tracing import NotTraced, TracedForward
+from server.engine.tracing import Forward, NotTraced, TracedForward
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,72 @@ class Execution:
 
 
 def prepare(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     *,
+    tokenizer: PreTrainedTokenizerFast,
+    decoder_start: tuple[int, ...] | None,
+    max_rows: int,
+    max_model_len: int,
+    kv_cache_tokens: int | None,
+    pack: bool,
+    trace_cache: Path | None,
+    compile_cache: Path | None,
+) -> Execution:
+    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
+    what was made there. None: do not. The bank is made anew.
+
+    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
+    """
+    base = ia3.base
+    kept = base.config._attn_implementation
+    max_tokens = max_model_len * (1 if decoder_start is None else 2)
+    fidelity, read = _plain_logits(ia3, tokenizer, decoder_start, max_model_len, max_rows)
+    try:
+        return _prepare_flat(
+            ia3,
+            fidelity,
+            read,
+            max_rows,
+            max_tokens,
+            kv_cache_tokens,
+            pack,
+            trace_cache,
+            compile_cache,
+        )
+    except UnsupportedModel as error:
+        why_not_flat = str(error)
+    log.info("Running %s padded: %s", type(base).__name__, why_not_flat)
+    base.set_attn_implementation(kept)
+    try:
+        return _prepare_padded(
+            ia3, fidelity, read, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache
+        )
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; and it cannot be run flat: {why_not_flat}") from error
+
+
+def _plain_logits(
+    ia3: IA3Slots,
+    tokenizer: PreTrainedTokenizerFast,
+    decoder_start: tuple[int, ...] | None,
+    max_model_len: int,
+    max_rows: int,
+) -> tuple[Fidelity, set[str]]:
+    """What to compare a runner with; and the layers whose weights the model reads itself. Raises
+    UnsupportedModel."""
+    try:
+        with noting_reads(ia3.base) as read:
+            fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows)
+    except Exception as error:  # Whatever a model's code does.
+        name = type(ia3.base).__name__
+        raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
+    return fidelity, read
+
+
+def _prepare_flat(
+    ia3: IA3Slots,
+    fidelity: Fidelity,
+    read: set[str],
     max_rows: int,
     max_tokens: int,
     kv_cache_tokens: int | None,
@@ -57,39 +122,67 @@ def prepare(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
-    what was made there. None: do not.
-
-    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
-    """
+    """Raises UnsupportedModel where a flat batch would be computed wrongly."""
     base = ia3.base
-    kept = base.config._attn_implementation
+    _check_flat(base)
+    context = install(base)
     try:
-        _check_flat(base)
-        context = install(base)
         with noting_siblings(base) as siblings:
             shapes = probe(base, context)
-    except UnsupportedModel as error:
-        log.info("Running %s padded: %s", type(base).__name__, error)
-        base.set_attn_implementation(kept)
-        return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise UnsupportedModel(f"{type(base).__name__} fails on a flat batch: {error}") from error
     kernels = _kernels(base.device, pack, compile_cache, shapes)
-    _lay_out(base, pack, kernels.products, siblings)
-    width = panel_width_of(base)
-    if width is not None:
-        ia3.bank.use_panels(width)
+    _lay_out(base, pack, kernels.products, siblings, read)
+    _renew_bank(ia3)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     modules = Modules(base)
+
+    def runner(forward: Forward | None) -> FlatRunner:
+        return FlatRunner(ia3, context, cache, modules, forward, max_rows, max_tokens)
+
+    try:
+        fidelity.compare("by its modules", runner(None), cache)
+    except Unfaithful as error:
+        raise UnsupportedModel(f"in a flat batch {error}") from error
+    _renew_bank(ia3)
     traced = _trace(ia3, context, modules, cache, trace_cache, compile_cache)
-    runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
-    return Execution("flat", cache, runner, isinstance(traced, CompiledForward))
+    # What is compiled runs as it was traced now and then, so that both must be right.
+    faithful = None
+    for forward in _forwards(traced):
+        what = "compiled" if isinstance(forward, CompiledForward) else "as traced"
+        try:
+            fidelity.compare(what, runner(forward), cache)
+        except Unfaithful as error:
+            log.warning("The model does not run %s: %s", what, error)
+            break
+        faithful = forward
+    if base.device.type != "cpu" and faithful is not traced:
+        faithful = None
+    _renew_bank(ia3)
+    return Execution("flat", cache, runner(faithful), isinstance(faithful, CompiledForward))
+
+
+def _forwards(
+    traced: TracedForward | CompiledForward | None,
+) -> list[TracedForward | CompiledForward]:
+    if traced is None:
+        return []
+    return [traced.traced, traced] if isinstance(traced, CompiledForward) else [traced]
+
+
+def _renew_bank(ia3: IA3Slots) -> None:
+    """As it is before any adapter: what was compared has left columns in it."""
+    ia3.unload()
+    width = panel_width_of(ia3.base)
+    if width is not None:
+        ia3.bank.use_panels(width)
 
 
 def _trace(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     context: StepContext,
     modules: Modules,
     cache: FlatCache,
@@ -156,7 +249,9 @@ def _check_flat(model: PreTrainedModel) -> None:
 
 
 def _prepare_padded(
-    ia3: IA3Model,
+    ia3: IA3Slots,
+    fidelity: Fidelity,
+    read: set[str],
     max_tokens: int,
     max_rows: int,
     kv_cache_tokens: int | None,
@@ -164,15 +259,23 @@ def _prepare_padded(
     compile_cache: Path | None,
 ) -> Execution:
     base = ia3.base
+    ia3.unload()
     shapes = _probe_padded(ia3)
-    _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products)
+    _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products, read=read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
         both, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = PaddedCache(shapes, tokens, max_tokens, base.device, crosses)
-    return Execution("padded", cache, PaddedRunner(ia3, cache))
+    runner = PaddedRunner(ia3, cache)
+    try:
+        fidelity.compare("padded", runner, cache)
+    except Unfaithful as error:
+        name = type(base).__name__
+        raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
+    ia3.unload()
+    return Execution("padded", cache, runner)
 
 
 def _lay_out(
@@ -180,17 +283,18 @@ def _lay_out(
     pack: bool,
     products: Mapping[torch.dtype, Pack],
     siblings: Sequence[Sequence[str]] = (),
+    read: Collection[str] = (),
 ) -> None:
+    """Once: what is packed and fused already stays."""
     if model.device.type == "cpu":
         fuse_norms(model)
-    if pack:
-        layers = pack_linears(model, siblings, products)
+    if pack and (layers := pack_linears(model, siblings, products, read)):
         which = "oneDNN" if panel_width_of(model) is None else "our kernel"
         log.info("Packed %d linear layers for %s.", layers, which)
 
 
 @torch.inference_mode()
-def _probe_padded(ia3: IA3Model) -> list[LayerShape]:
+def _probe_padded(ia3: IA3Slots) -> list[LayerShape]:
     """What each layer keeps of a token; and that two rows of unequal length, padded, come out as
     each does alone. Raises UnsupportedModel."""
     base = ia3.base
@@ -209,13 +313,12 @@ def _probe_padded(ia3: IA3Model) -> list[LayerShape]:
             ]
             together = runner.forward(pieces, every=False)[:, -1]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise UnsupportedModel(f"{name} cannot be run flat, nor padded: {error}") from error
+        raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
     wanted = torch.stack(alone).float()
     tolerance = 64 * torch.finfo(base.dtype).eps * float(wanted.abs().max())
     if not torch.allclose(together.float(), wanted, rtol=0, atol=max(tolerance, 1e-5)):
         raise UnsupportedModel(
-            f"{name} cannot be run flat, and its rows do not come out of a padded batch as they do "
-            "alone"
+            f"{name} cannot be run padded: its rows do not come out of a batch as they do alone"
         )
     return shapes
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.padded_cache import Group, Mark, PaddedCache
 from server.engine.runner import Logits, slot_of
 from server.engine.scheduler import Step
@@ -52,7 +52,7 @@ class Piece:
 
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Model, cache: PaddedCache) -> None:
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache) -> None:
         self._ia3 = ia3
         self._cache = cache
         self._device = ia3.base.device

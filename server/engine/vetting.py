@@ -6,7 +6,6 @@ intersection of patterns, can take minutes. Run as a script, this compiles what 
 
 import json
 import resource
-import subprocess
 import sys
 from typing import Any, Literal
 
@@ -65,21 +64,6 @@ def error_of(matcher: LLMatcher) -> str:
     """Why a matcher cannot go on; empty where it can."""
     error = matcher.get_error().removesuffix("<non-verbose/>").strip()
     return "comes to a dead end, where nothing matches" if error == "NoExtensionBias" else error
-
-
-def vet(kind: GrammarKind, text: str) -> str:
-    """Why this grammar is not to be compiled here; empty where it is harmless."""
-    asked = json.dumps([kind, text])
-    command = [sys.executable, "-I", __file__]
-    try:
-        tried = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=WALL_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return "takes too long to compile"
-    if tried.returncode != 0:
-        return "takes too much time or memory to compile"
-    return str(json.loads(tried.stdout))
 
 
 def main() -> None:

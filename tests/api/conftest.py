@@ -12,12 +12,12 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-import uvicorn
 from transformers import AutoModelForCausalLM
 
 from adapters.base_checkpoint import BaseCheckpoint
 from server.app import create_app
 from server.engine.tracing import NotTraced
+from server.listener import Server
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 from tests.api.documented import Documented
@@ -48,9 +48,8 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     # A socket that does not say TCP gets no TCP_NODELAY from asyncio, and answers 40 ms late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(documented, log_level="warning", timeout_graceful_shutdown=5)
-    )
+    quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": 5.0})
+    server = Server(documented, quiet, app.state)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

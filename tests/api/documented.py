@@ -7,6 +7,8 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api.generation import CLIENT_GONE
+
 UNFORESEEN = b"The server failed; its log says why."
 """What no document foresees."""
 
@@ -44,7 +46,8 @@ class Documented:
 
     def _look(self, scope: Scope, operation: dict[str, Any], start: Message, body: bytes) -> None:
         status = str(start["status"])
-        if UNFORESEEN in body:
+        if UNFORESEEN in body or start["status"] in (405, CLIENT_GONE):
+            # 405 is for what no operation is; nobody is there to see the other.
             return
         where = f"{scope['method']} {scope['path']}: {status}"
         documented = operation["responses"].get(status)

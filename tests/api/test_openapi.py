@@ -15,31 +15,34 @@ Json = dict[str, Any]
 E = TypeVar("E", bound=Exception)
 EXAMPLES = ("example", "examples")
 ERROR = {"$ref": "#/components/schemas/ErrorBody"}
+KEYED = (401, 403, 429, 503)
+"""No key, one that may not or that asks too much at once; and the server may be stopping."""
+BODY = (408, 413)
+"""One that comes too slowly, or is too large."""
 STATUSES = {
-    ("post", "/v1/completions"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 507},
-    ("post", "/v1/chat/completions"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 507},
-    ("post", "/v1/rank"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 507},
-    ("get", "/v1/models"): {200, 401, 403},
-    ("get", "/v1/models/{model}"): {200, 401, 403, 404},
-    ("post", "/v1/adapters"): {200, 201, 400, 401, 403, 409, 413, 502, 503, 504, 507},
-    ("get", "/v1/adapters"): {200, 400, 401, 403},
-    ("post", "/v1/adapters/combine"): {201, 400, 401, 403, 404, 409, 413, 500, 503, 507},
-    ("get", "/v1/adapters/{name}"): {200, 400, 401, 403, 404},
-    ("put", "/v1/adapters/{name}"): {200, 400, 401, 403, 404, 412, 413} | {500, 502, 503, 504, 507},
-    ("patch", "/v1/adapters/{name}"): {200, 400, 401, 403, 404, 409, 412, 413, 500, 503, 507},
-    ("delete", "/v1/adapters/{name}"): {204, 400, 401, 403, 404, 412, 503, 507},
-    ("get", "/v1/adapters/{name}/revisions"): {200, 400, 401, 403, 404},
-    ("post", "/v1/adapters/{name}/rollback"): {200, 400, 401, 403, 404, 412, 413, 500, 503, 507},
-    ("get", "/v1/adapters/{name}/files/{file}"): {200, 206, 400, 401, 403, 404, 416}
-    | {500, 503, 507},
-    ("post", "/v1/merges"): {202, 400, 401, 403, 404, 409, 413, 429, 500, 503, 507},
-    ("get", "/v1/merges"): {200, 400, 401, 403},
-    ("get", "/v1/merges/{id}"): {200, 400, 401, 403, 404},
-    ("delete", "/v1/merges/{id}"): {204, 400, 401, 403, 404},
-    ("get", "/v1/merges/{id}/archive"): {200, 400, 401, 403, 404, 409},
+    ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("get", "/v1/models"): {200, *KEYED},
+    ("get", "/v1/models/{model}"): {200, *KEYED, 404},
+    ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},
+    ("get", "/v1/adapters"): {200, 400, *KEYED},
+    ("post", "/v1/adapters/combine"): {201, 400, *KEYED, 404, 409, *BODY, 500, 507},
+    ("get", "/v1/adapters/{name}"): {200, 400, *KEYED, 404},
+    ("put", "/v1/adapters/{name}"): {200, 400, *KEYED, 404, 412, *BODY} | {500, 502, 504, 507},
+    ("patch", "/v1/adapters/{name}"): {200, 400, *KEYED, 404, 409, 412, *BODY, 500, 507},
+    ("delete", "/v1/adapters/{name}"): {204, 400, *KEYED, 404, 412, 507},
+    ("get", "/v1/adapters/{name}/revisions"): {200, 400, *KEYED, 404},
+    ("post", "/v1/adapters/{name}/rollback"): {200, 400, *KEYED, 404, 412, *BODY, 500, 507},
+    ("get", "/v1/adapters/{name}/files/{file}"): {200, 206, 400, *KEYED, 404, 416} | {500, 507},
+    ("post", "/v1/merges"): {202, 400, *KEYED, 404, 409, *BODY, 500, 507},
+    ("get", "/v1/merges"): {200, 400, *KEYED},
+    ("get", "/v1/merges/{id}"): {200, 400, *KEYED, 404},
+    ("delete", "/v1/merges/{id}"): {204, 400, *KEYED, 404},
+    ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
     ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
-    ("get", "/metrics"): {200, 401},
+    ("get", "/metrics"): {200, *KEYED},
 }
 """Of each operation, what it may answer. That every answer of every test is among them is seen by
 `tests.api.documented`."""
