@@ -4,12 +4,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import anyio
 import pydantic_core
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
@@ -19,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
+from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
 from server.api.schemas import (
     CompletionTokensDetails,
@@ -35,12 +35,8 @@ from server.services import Services
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 MAX_UNREAD = 1 << 16
 """Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
-CLIENT_GONE = 499
-"""nginx's status for a client that left before its answer; only logs ever see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,32 +322,6 @@ async def respond(
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
-
-
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
-    whatever `work` raises."""
-    result: list[_T] = []
-    failure: Exception | None = None
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        group.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch)
-        try:
-            result.append(await work)
-        except Exception as error:
-            # Raised inside, the group would wrap it.
-            failure = error
-        group.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    if not result:
-        raise ApiError(CLIENT_GONE, "The client has left.")
-    return result[0]
 
 
 def to_json(answer: BaseModel) -> str:

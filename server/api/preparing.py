@@ -1,20 +1,23 @@
 """On which threads requests are made ready, so that nobody waits for what another one brings."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
+import anyio
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
 from adapters.sandbox import WouldWait, without_waiting
-from server.api.generation import unless_client_leaves
 from server.engine.constraints import GrammarMissing, RequestGrammars
+from server.errors import ApiError
 from server.services import Services
 
 _T = TypeVar("_T")
 
 _AT_ONCE = 2
 """Requests that wait for one adapter's tokenizer or chat template."""
+CLIENT_GONE = 499
+"""nginx's status for a client that left before its answer; only logs ever see it."""
 
 
 async def prepared(
@@ -49,3 +52,29 @@ async def prepared(
         except GrammarMissing as missing:
             wanted = missing
         await unless_client_leaves(request, grammars.compile(wanted))
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
+    whatever `work` raises."""
+    result: list[_T] = []
+    failure: Exception | None = None
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        try:
+            result.append(await work)
+        except Exception as error:
+            # Raised inside, the group would wrap it.
+            failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if not result:
+        raise ApiError(CLIENT_GONE, "The client has left.")
+    return result[0]

@@ -21,10 +21,9 @@ from server.api.generation import (
     describe,
     place_order,
     to_json,
-    unless_client_leaves,
 )
 from server.api.leasing import leased
-from server.api.preparing import prepared
+from server.api.preparing import prepared, unless_client_leaves
 from server.api.prompts import encode_choice, encode_pair
 from server.api.schemas import ModelBody, Usage
 from server.auth import Caller

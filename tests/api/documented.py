@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.generation import CLIENT_GONE
+from server.api.preparing import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 """What no document foresees."""
