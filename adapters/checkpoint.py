@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from adapters.saved import (
     saved_modules,
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
+from adapters.weights import StagedTensors, pieces_of
 
 _SUFFIX = ".ia3_l"
 _INPUT_SUFFIX = ".ia3_l_input"
@@ -36,6 +37,10 @@ _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
 """Characters of a key."""
+_MAX_HEADER_BYTES = 16 << 20
+"""Of an upload's weights file: a tensor takes about a hundred."""
+_UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
+"""What safetensors raises for a file that is none."""
 
 
 Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -94,19 +99,49 @@ class AdapterVectors:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read what `save_pretrained` wrote. Raises InvalidAdapter with the faults of both files."""
+    return _of_folder(folder, lambda weights: parse_weights(weights.read_bytes()))
+
+
+def parse_checkpoint(files: Mapping[str, bytes]) -> Checkpoint:
+    """`read_checkpoint` for the two files' bytes."""
+    return _both(
+        lambda: IA3Config.parse(files[CONFIG_FILE]), lambda: parse_weights(files[WEIGHTS_FILE])
+    )
+
+
+def staged_checkpoint(folder: Path) -> Checkpoint:
+    """`read_checkpoint` for files that are to be checked only: the tensors stay on the disk, and
+    have shapes and dtypes but no values. See StagedTensors."""
+    return _of_folder(folder, _stage_weights)
+
+
+def _of_folder(
+    folder: Path, read_weights: Callable[[Path], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
     folder = folder_with_adapter(folder)
-    faults = missing_files({file.name for file in folder.iterdir() if file.is_file()})
-    missing = {fault.field for fault in faults}
+    missing = missing_files({file.name for file in folder.iterdir() if file.is_file()})
+
+    def present(name: str) -> Path:
+        if faults := [fault for fault in missing if fault.field == name]:
+            raise InvalidAdapter(faults)
+        return folder / name
+
+    return _both(
+        lambda: _read_config(present(CONFIG_FILE)), lambda: read_weights(present(WEIGHTS_FILE))
+    )
+
+
+def _both(
+    read_config: Callable[[], IA3Config], read_weights: Callable[[], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
+    faults: list[Fault] = []
     config, tensors = None, None
     try:
-        if CONFIG_FILE not in missing:
-            with (folder / CONFIG_FILE).open("rb") as file:
-                config = IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
+        config = read_config()
     except InvalidAdapter as error:
         faults += error.faults
     try:
-        if WEIGHTS_FILE not in missing:
-            tensors = parse_weights((folder / WEIGHTS_FILE).read_bytes())
+        tensors = read_weights()
     except InvalidAdapter as error:
         faults += error.faults
     if config is None or tensors is None:
@@ -174,7 +209,9 @@ def _vectors_of(
     if not usable:
         return {}, faults
     # By numpy: torch would compute on several cores, and take them from the model.
-    together = numpy.concatenate([_flat(tensors[key]) for key in usable])
+    together = numpy.concatenate(
+        [_flat(piece) for key in usable for piece in pieces_of(tensors, key)]
+    )
     sizes = [tensors[key].numel() for key in usable]
     parts = torch.split(torch.from_numpy(together), sizes)
     vectors = dict(zip(usable.values(), parts, strict=True))
@@ -280,31 +317,54 @@ def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
     return f"the adapter was trained on '{trained}', and this server runs '{served}'"
 
 
+def _read_config(path: Path) -> IA3Config:
+    with path.open("rb") as file:
+        return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
+
+
 def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
     """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
     try:
-        return _without_name(load(data))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
-        if data[:2] == b"PK" or data[:1] == b"\x80":
-            problem = "holds pickled weights, which can run code"
-            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)]) from None
-        fix = "upload the file whole, as PEFT's save_pretrained wrote it"
-        problem = f"is no safetensors file, or is damaged: {error}"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
+        tensors = load(data)
+    except _UNREADABLE as error:
+        raise _unreadable(data, error) from None
+    return {plain: tensors[key] for plain, key in _without_name(tensors).items()}
 
 
-def _without_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's whole state names the adapter: `…ia3_l.default`. PEFT loads it, and so do we."""
-    names = {key.rpartition(".")[2] for key in tensors if _SUFFIX in key}
+def _stage_weights(path: Path) -> StagedTensors:
+    with path.open("rb") as file:
+        start = file.read(8)
+    header = int.from_bytes(start, "little")
+    if _MAX_HEADER_BYTES < header <= path.stat().st_size:
+        problem = f"says that its list of tensors takes {header} bytes"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, "upload the adapter's tensors alone")])
+    try:
+        return StagedTensors(path, _without_name)
+    except _UNREADABLE as error:
+        raise _unreadable(start, error) from None
+
+
+def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
+    # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        problem = "holds pickled weights, which can run code"
+        return InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)])
+    fix = "upload the file whole, as PEFT's save_pretrained wrote it"
+    problem = f"is no safetensors file, or is damaged: {error}"
+    return InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)])
+
+
+def _without_name(keys: Collection[str]) -> dict[str, str]:
+    """The keys of `save_pretrained`, and those of a file. A model's whole state names the adapter:
+    `…ia3_l.default`. PEFT loads it, and so do we."""
+    names = {key.rpartition(".")[2] for key in keys if _SUFFIX in key}
     if len(names) != 1 or names == {_SUFFIX[1:]}:
-        return tensors
+        return {key: key for key in keys}
     [name] = names
     plain = {
-        key.removesuffix(f".{name}") if f"{_SUFFIX}.{name}" in key else key: tensor
-        for key, tensor in tensors.items()
+        key.removesuffix(f".{name}") if f"{_SUFFIX}.{name}" in key else key: key for key in keys
     }
-    return {key.replace(f".modules_to_save.{name}.", "."): t for key, t in plain.items()}
+    return {each.replace(f".modules_to_save.{name}.", "."): key for each, key in plain.items()}
 
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:

@@ -26,6 +26,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    RevisionDamaged,
     SandboxUnavailable,
     SourceError,
     SourceFailed,
@@ -232,6 +233,8 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(
                 412, str(error), code="revision_conflict", param="If-Match", headers=headers
             )
+        case RevisionDamaged():
+            return ApiError(500, str(error), code="adapter_damaged", param="model")
         case AdapterDisabled():
             return ApiError(403, str(error), code="adapter_disabled", param="model")
         case TooManyPinned():
@@ -298,12 +301,17 @@ def from_engine_error(error: EngineError) -> ApiError:
             return ApiError(500, str(error))
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(each) for each in error.errors()]
+    if isinstance(error.body, bytes) and error.body:
+        # It has not been read as JSON.
+        given = request.headers.get("content-type")
+        problem = "is missing" if given is None else f"is {given[:80]!r}"
+        faults = [Fault("Content-Type", problem, "send JSON, as application/json")]
     first = faults[0]
-    message = f"{first.field}: {first.problem}"
+    message = f"{first.field}: {first.problem}" + (f"; {first.fix}" if first.fix else "")
     api_error = ApiError(400, message, code="invalid_request", param=first.field, details=faults)
     return error_response(api_error)
 
@@ -330,7 +338,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed(request))
-    return error_response(ApiError(error.status_code, message, code=code, headers=headers))
+    param = None
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        packed = error.__cause__.object.startswith(b"\x1f\x8b")
+        is_what = "is gzip" if packed else "is not UTF-8"
+        message = f"The body {is_what}; a packed body comes with the header Content-Encoding: gzip."
+        param = "Content-Encoding" if packed else "body"
+    return error_response(
+        ApiError(error.status_code, message, code=code, param=param, headers=headers)
+    )
 
 
 def _allowed(request: Request) -> list[str]:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pydantic_core
 from fastapi import Request
@@ -18,15 +18,13 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import CompletionTokensDetails, Usage
+from server.api.endings import join
+from server.api.foreign_fields import refuse_foreign
+from server.api.model_schemas import ModelBody
 from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
-from server.api.schemas import (
-    CompletionTokensDetails,
-    FinishedBecause,
-    GenerationBody,
-    ModelBody,
-    Usage,
-)
+from server.api.schemas import GenerationBody
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
 from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
@@ -34,6 +32,8 @@ from server.openapi import READS, errors, header
 from server.services import Services
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_UNREAD = 1 << 16
 """Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
@@ -89,8 +89,10 @@ def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: answer} | errors(404, 429, *READS, said={403: disabled})
 
 
-def check_fan_out(services: Services, body: ModelBody, prompts: int) -> None:
-    """Refuse more choices than the queue holds: they could never be admitted together."""
+def check_order(services: Services, body: ModelBody, prompts: int) -> None:
+    """Refuse what asks for something that is not served, and more choices than the queue holds:
+    they could never be admitted together. Raises ApiError 400."""
+    refuse_foreign(body.model_extra or {})
     wanted = prompts * body.choices_per_prompt
     if wanted > services.settings.max_queue:
         raise ApiError(
@@ -221,6 +223,17 @@ class Generation:
         return usage
 
     @property
+    def usage_so_far(self) -> Mapping[str, int]:
+        """Tokens alone: what was cached or predicted is known at the end."""
+        prompt = sum(len(prompt) for prompt in self.order.prompts)
+        tokens = self._completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+        }
+
+    @property
     def ended(self) -> bool:
         """Whether nothing comes any more; what has come may still be read."""
         return self._stream.finished
@@ -240,7 +253,7 @@ class Generation:
         for number, output in await self.next():
             _raise_if_failed(output)
             parts[number].append(output)
-        return [_join(outputs) for outputs in parts]
+        return [join(outputs) for outputs in parts]
 
     def close(self) -> None:
         self._stream.close()
@@ -273,27 +286,6 @@ def _raise_if_failed(output: Output) -> None:
         )
 
 
-def _join(outputs: Sequence[Output]) -> Output:
-    return Output(
-        request_id=outputs[-1].request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(scored for output in outputs for scored in output.logprobs),
-        prompt_logprobs=outputs[0].prompt_logprobs,
-        finish_reason=outputs[-1].finish_reason,
-    )
-
-
-def finished_because(output: Output) -> FinishedBecause | None:
-    match output.finish_reason:
-        case FinishReason.STOP:
-            return "stop"
-        case FinishReason.LENGTH:
-            return "length"
-        case _:
-            return None
-
-
 Chunk = Mapping[str, object]
 """An event of a stream, as it becomes JSON. Models take four times as long, at every token."""
 
@@ -315,7 +307,7 @@ async def respond(
     """Run the order and answer: at once where it cannot run, else as a stream or as a whole."""
     generation = Generation(services, order)
     if body.stream:
-        return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
+        return GenerationStream(generation, writer, body)
     try:
         outputs = await unless_client_leaves(request, generation.whole())
         answer = writer.whole(outputs, generation.usage)
@@ -332,11 +324,11 @@ def to_json(answer: BaseModel) -> str:
 class GenerationStream(EventSourceResponse):
     """The outputs as server-sent events, then `[DONE]`; whoever leaves early cancels the rest."""
 
-    def __init__(self, generation: Generation, writer: Writer, *, with_usage: bool) -> None:
+    def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
         self._generation = generation
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(
-            _events(generation, writer, with_usage), headers=headers | generation.order.headers
+            _events(generation, writer, body), headers=headers | generation.order.headers
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -346,18 +338,24 @@ class GenerationStream(EventSourceResponse):
             self._generation.close()
 
 
-async def _events(generation: Generation, writer: Writer, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    generation: Generation, writer: Writer, body: GenerationBody
+) -> AsyncIterator[bytes]:
     """What a step brings is sent as one piece; what ends the stream goes with the last one."""
+    counts = body.wants_usage_in_all_chunks
     events: list[bytes] = []
     try:
         while outputs := await generation.next():
             for number, output in outputs:
                 _raise_if_failed(output)
-                events += [_event(chunk) for chunk in writer.chunks(number, output)]
+                chunks = writer.chunks(number, output)
+                if counts:
+                    chunks = [{**chunk, "usage": generation.usage_so_far} for chunk in chunks]
+                events += [_event(chunk) for chunk in chunks]
             if events and not generation.ended:
                 yield b"".join(events)
                 events.clear()
-        if with_usage:
+        if body.wants_usage_chunk:
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:
         events.append(format_sse_event(data_str=error_body(error)))

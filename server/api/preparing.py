@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
-from fastapi import Request
+from starlette.requests import Request
 
 from adapters.sandbox import WouldWait, without_waiting
 from server.engine.constraints import GrammarMissing, RequestGrammars
@@ -14,10 +14,10 @@ from server.services import Services
 
 _T = TypeVar("_T")
 
-_AT_ONCE = 2
-"""Requests that wait for one adapter's tokenizer or chat template."""
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
+_AT_ONCE = 2
+"""Requests that wait for one adapter's tokenizer or chat template."""
 
 
 async def prepared(
@@ -26,32 +26,30 @@ async def prepared(
     """What `prepare` makes on a thread, to be submitted right after.
 
     Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
-    once that is done: neither a thread nor the engine waits meanwhile. Where it needs what an
-    adapter brings, read or run in a limited process, it is called again on a thread that waits for
-    that alone. Raises ApiError where the client leaves until then.
+    once that is done: neither a thread nor the engine waits meanwhile. Where it would wait for what
+    an adapter brings, it is called again on threads that only requests for that adapter wait for.
+    Raises ApiError where the client leaves until then.
     """
     tenant = caller or ""
     grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
-    limiter: CapacityLimiter | None = None
 
     def without_strangers() -> _T:
         with without_waiting():
             return prepare()
 
+    stranger: CapacityLimiter | None = None
     while True:
         try:
-            if limiter is not None:
-                with grammars.asked():
-                    return await to_thread.run_sync(prepare, limiter=limiter)
-            with services.engine.expecting(), grammars.asked():
-                async with services.preparing.turn(tenant):
-                    return await to_thread.run_sync(without_strangers, limiter=services.threads)
+            with grammars.asked():
+                if stranger is not None:
+                    return await to_thread.run_sync(prepare, limiter=stranger)
+                with services.engine.expecting():
+                    async with services.preparing.turn(tenant):
+                        return await to_thread.run_sync(without_strangers, limiter=services.threads)
         except WouldWait as wait:
-            limiter = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
-            continue
+            stranger = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
         except GrammarMissing as missing:
-            wanted = missing
-        await unless_client_leaves(request, grammars.compile(wanted))
+            await unless_client_leaves(request, grammars.compile(missing))
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

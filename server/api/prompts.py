@@ -10,6 +10,7 @@ from adapters.errors import TemplateRefused
 from adapters.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
+from server.api.schemas import GenerationBody
 from server.api.tool_schemas import Tool
 from server.engine.engine import Engine
 from server.errors import ApiError
@@ -23,7 +24,10 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 
 
 def encode_prompts(
-    engine: Engine, vocabulary: Vocabulary, prompts: Sequence[str | list[int]]
+    engine: Engine,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str | list[int]],
+    add_special_tokens: bool = True,
 ) -> list[tuple[int, ...]]:
     """The token ids of each prompt. Raises ApiError 400 where one is empty, too long or unknown."""
     several = len(prompts) > 1
@@ -31,7 +35,11 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         where = f"prompt[{index}]" if several else "prompt"
         if isinstance(prompt, str):
-            encoded.append(_encode_text(engine, vocabulary, prompt, where, add_special_tokens=True))
+            encoded.append(
+                _encode_text(
+                    engine, vocabulary, prompt, where, add_special_tokens=add_special_tokens
+                )
+            )
         else:
             encoded.append(_check_ids(vocabulary, prompt, where))
     return encoded
@@ -58,7 +66,8 @@ def encode_conversation(
             "in a message of your own.",
             param="tools",
         )
-    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=False)
+    adds = bool(body.add_special_tokens)
+    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=adds)
 
 
 def encode_prediction(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> tuple[int, ...]:
@@ -157,6 +166,10 @@ def _encode_text(
 ) -> tuple[int, ...]:
     if len(text) > engine.max_model_len * MAX_CHARACTERS_PER_TOKEN:
         raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
+    try:
+        check_text(text, where)
+    except ValueError as error:
+        raise ApiError(400, f"{error}.", param=where.partition("[")[0]) from None
     ids = vocabulary.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
     if not ids:
         raise _empty(where)
@@ -201,6 +214,20 @@ def fit_to_window(
             field if room > 0 else "prompt",
         )
     return limit
+
+
+def truncated(
+    engine: Engine, prompt: tuple[int, ...], body: GenerationBody, room: int
+) -> tuple[int, ...]:
+    """As many tokens of the prompt as `truncate_prompt_tokens` says, or as leave `room`."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most == -1:
+        most = engine.max_model_len - (room if engine.decoder_start is None else 0)
+    if len(prompt) <= most or most < 1:
+        return prompt
+    return prompt[:most] if body.truncation_side == "right" else prompt[-most:]
 
 
 def shown(number: int) -> str:

@@ -9,8 +9,6 @@ import asyncio
 import hashlib
 import json
 import sys
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from server.engine import vetting
 from server.engine.errors import BadConstraint, ConstraintsUnavailable
 from server.engine.fair_turns import FairTurns
+from server.engine.kept_grammars import Key, Latest
 from server.engine.vetting import GrammarKind, compiled, error_of
 
 MAX_CHARACTERS = 1 << 16
@@ -66,6 +65,16 @@ class Grammar:
     def copy(self) -> LLMatcher:
         return self._matcher.deep_copy()
 
+    def after(self, text: str) -> "Grammar | None":
+        """The grammar of what follows this text; None where no answer begins so."""
+        tokens = self.lexicon.greedy_tokenize(text)
+        if not tokens:
+            return self
+        matcher = self.copy()
+        if matcher.validate_tokens(tokens) < len(tokens) or not matcher.consume_tokens(tokens):
+            return None
+        return Grammar(matcher, self.lexicon)
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -73,14 +82,6 @@ class Refusal:
 
     problem: str
     fix: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    scope: str
-    """Whose cache it is in: the time that a hit saves tells what others have asked."""
-    kind: GrammarKind
-    digest: bytes
 
 
 class GrammarMissing(Exception):
@@ -109,9 +110,9 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._eos = sorted(eos_token_ids)
-        self._grammars = _Latest[Grammar](MAX_CACHED)
-        self._refusals = _Latest[Refusal](MAX_REFUSALS)
-        self._jobs: dict[_Key, _Job] = {}
+        self._grammars = Latest[Grammar](MAX_CACHED)
+        self._refusals = Latest[Refusal](MAX_REFUSALS)
+        self._jobs: dict[Key, _Job] = {}
         self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
@@ -156,7 +157,7 @@ class Grammars:
                 if self._jobs.get(key) is job:
                     del self._jobs[key]
 
-    async def _make(self, tenant: str, key: _Key, text: str) -> "Grammar | Refusal":
+    async def _make(self, tenant: str, key: Key, text: str) -> "Grammar | Refusal":
         async with self._turns.turn(tenant):
             problem = await _vet(key.kind, text)
             if problem == _TOO_BUSY:
@@ -230,33 +231,8 @@ class RequestGrammars:
 _REQUEST: ContextVar[RequestGrammars | None] = ContextVar("request", default=None)
 
 
-class _Latest(Generic[_T]):
-    """The latest results, a bounded number: of the scope that has most, the one unused longest
-    goes. Thread-safe."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._results: dict[_Key, _T] = {}
-        """The one used last stands last."""
-
-    def get(self, key: _Key) -> _T | None:
-        with self._lock:
-            result = self._results.pop(key, None)
-            if result is not None:
-                self._results[key] = result
-            return result
-
-    def put(self, key: _Key, result: _T) -> None:
-        with self._lock:
-            self._results[key] = result
-            if len(self._results) > self._most:
-                [(largest, _)] = Counter(each.scope for each in self._results).most_common(1)
-                del self._results[next(each for each in self._results if each.scope == largest)]
-
-
-def _key(scope: str, kind: GrammarKind, text: str) -> _Key:
-    return _Key(scope, kind, hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+def _key(scope: str, kind: GrammarKind, text: str) -> Key:
+    return Key(scope, kind, hashlib.sha256(text.encode(errors="surrogatepass")).digest())
 
 
 def _text_of(kind: GrammarKind, source: object, where: str) -> str:

@@ -32,7 +32,9 @@ class Detokenizer:
         prompt: Sequence[int],
         stop: Sequence[str],
         skip_special_tokens: bool,
+        include_stop: bool = False,
     ) -> None:
+        """`include_stop`: a stop string ends the text as its last part, rather than being cut."""
         self._tokenizer = tokenizer.backend_tokenizer
         self._prompt = prompt
         self._skip_special_tokens = skip_special_tokens
@@ -54,21 +56,26 @@ class Detokenizer:
         self._undecided = ""
         """What stands behind it: a half character, or a whole one that says so."""
         self._stop = [s for s in stop if s]
+        self._include_stop = include_stop
+        self.stopped_by: str | None = None
+        """The stop string that has come up."""
         self._held = ""
         """Text that may be the beginning of a stop string."""
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string has come up (and was cut).
+    def push(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
+        """The text that is now certain, and whether a stop string has come up.
 
-        Raises RuntimeError where the tokenizer cannot decode the token, not even alone."""
+        Without `may_stop` none can: what comes up then is text like any other, and stays it. Raises
+        RuntimeError where the tokenizer cannot decode the token, not even alone.
+        """
         piece = None if self._stream is None else self._next_piece(self._stream, token)
         if piece is None:
             piece = self._text_of(token)
-        return self._release(self._held + piece) if piece and self._stop else (piece, False)
+        return self._release(piece, may_stop) if piece and self._stop else (piece, False)
 
-    def finish(self) -> str:
+    def finish(self, may_stop: bool = True) -> str:
         """What is left when no more tokens come."""
-        text, stopped = self._release(self._held + self._undecided + self._rest_of_bytes())
+        text, stopped = self._release(self._undecided + self._rest_of_bytes(), may_stop)
         return text if stopped else text + self._held
 
     def _next_piece(self, stream: DecodeStream, token: int) -> str | None:
@@ -207,11 +214,17 @@ class Detokenizer:
                 return None
             raise
 
-    def _release(self, text: str) -> tuple[str, bool]:
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
+    def _release(self, piece: str, may_stop: bool) -> tuple[str, bool]:
+        text = self._held + piece
+        if may_stop and self._stop:
+            # A stop string ends in what is new: one that was held has been passed already.
+            fresh = len(self._held) + 1
+            found = [(text.find(s, max(0, fresh - len(s))), s) for s in self._stop]
+            at, stop = min((each for each in found if each[0] >= 0), default=(-1, ""))
+            if at >= 0:
+                self._held = ""
+                self.stopped_by = stop
+                return text[: at + len(stop)] if self._include_stop else text[:at], True
         kept = max((_overlap(text, stop) for stop in self._stop), default=0)
         certain = len(text) - kept
         self._held = text[certain:]

@@ -32,7 +32,7 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
         piece, reason = _append(sequence, choice.token, eos_token_ids)
         text += piece
     if reason is not None and not error:
-        text += sequence.detokenizer.finish()
+        text += sequence.detokenizer.finish(sequence.may_stop)
     return Output(
         request_id=sequence.request.id,
         token_ids=tuple(choice.token for choice in taken),
@@ -41,6 +41,7 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
         prompt_logprobs=scores,
         cached_tokens=0 if reason is None else sequence.cached_tokens or 0,
         finish_reason=reason,
+        stop_reason=sequence.stop_reason if reason is FinishReason.STOP else None,
         error=error,
         predicted_tokens=0 if reason is None else sequence.predicted_tokens,
     )
@@ -55,8 +56,10 @@ def _append(
     goes_on = params.ignore_eos and sequence.constraint is None
     is_end = token in eos_token_ids and not goes_on
     if is_end or token in params.stop_token_ids:
-        return "", FinishReason.STOP
-    text, stopped = sequence.detokenizer.push(token)
+        shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
+        return shown, FinishReason.STOP
+    text, stopped = sequence.detokenizer.push(token, sequence.may_stop)
+    sequence.see(text)
     if stopped:
         return text, FinishReason.STOP
     return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None

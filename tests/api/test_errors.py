@@ -214,6 +214,27 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     assert done == "[DONE]"
 
 
+def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, services = start_server()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    encode = services.engine.tokenizer.encode
+    monkeypatch.setattr(services.engine.tokenizer, "encode", lambda *_, **__: panic())
+    monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
+
+    for _ in range(6):
+        for answer in (
+            httpx.post(f"{url}/v1/completions", json=body | {"stream": True}),
+            httpx.post(f"{url}/v1/rank", json={"model": "tiny", "inputs": [RANKED]}),
+            httpx.get(url + ADAPTERS),
+        ):
+            assert "log says why" in error_of(answer, 500)["message"]
+
+    monkeypatch.setattr(services.engine.tokenizer, "encode", encode)
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
 @pytest.mark.parametrize("error", [AdapterError("odd"), WrongCall("odd")])
 def test_an_error_without_a_status_is_a_500_and_logged(
     error: AdapterError, caplog: pytest.LogCaptureFixture

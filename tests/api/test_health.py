@@ -69,3 +69,17 @@ def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(
         stopped.result()
 
     assert text == alone
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/v1/models"])
+def test_what_answers_get_answers_head_without_a_body(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+
+    assert head.status_code == get.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_what_does_not_answer_get_does_not_answer_head(client: httpx.Client) -> None:
+    assert client.head(COMPLETIONS).status_code == 405
+    assert client.head("/nowhere").status_code == 404

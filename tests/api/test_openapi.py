@@ -23,7 +23,7 @@ STATUSES = {
     ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
     ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
     ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 507},
-    ("get", "/v1/models"): {200, *KEYED},
+    ("get", "/v1/models"): {200, 400, *KEYED},
     ("get", "/v1/models/{model}"): {200, *KEYED, 404},
     ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},
     ("get", "/v1/adapters"): {200, 400, *KEYED},
@@ -60,9 +60,9 @@ def operations(page: Json) -> Iterator[tuple[str, str, Json]]:
 
 
 def below(root: type[E]) -> Iterator[type[E]]:
+    """The kinds of error that are raised: those that have no kinds below them."""
     for each in root.__subclasses__():
-        yield each
-        yield from below(each)
+        yield from below(each) if each.__subclasses__() else [each]
 
 
 def made(kind: type[E]) -> E:

@@ -61,6 +61,43 @@ def test_text_that_cannot_become_a_stop_string_is_not_held() -> None:
     assert pieces("abxy", ["ab!"]) == ["", "", "abx", "y", ""]
 
 
+def test_what_came_up_before_it_may_stop_is_never_taken_for_a_stop_string() -> None:
+    for stop, expected in (("aa", "a"), ("ab", "aa"), ("abc", "aa"), ("aab", "a")):
+        detokenizer = Detokenizer(TOKENIZER, (5,), (stop, "abcd"), skip_special_tokens=True)
+        released, stopped = "", False
+        for number, token in enumerate(TOKENIZER.encode("aaabcab"), start=1):
+            piece, stopped = detokenizer.push(token, number > 2)
+            released += piece
+            if stopped:
+                break
+        assert (released, stopped, detokenizer.stopped_by) == (expected, True, stop)
+
+
+def test_a_held_stop_string_is_passed_where_it_could_not_stop() -> None:
+    detokenizer = Detokenizer(TOKENIZER, (5,), ("b", "abc"), skip_special_tokens=True)
+    first, second, third = TOKENIZER.encode("abx")
+
+    assert detokenizer.push(first, False) == ("", False)
+    assert detokenizer.push(second, False) == ("", False)
+    assert detokenizer.push(third) == ("abx", False)
+
+
+@given(texts, stops)
+def test_an_included_stop_string_is_the_texts_end(text: str, stop: list[str]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, (5,), stop, True, include_stop=True)
+    released, stopped = "", False
+    for token in TOKENIZER.encode(text):
+        piece, stopped = detokenizer.push(token)
+        released += piece
+        if stopped:
+            break
+    if stopped:
+        assert detokenizer.stopped_by in stop
+        assert released == cut(text, stop) + detokenizer.stopped_by
+    else:
+        assert released + detokenizer.finish() == text
+
+
 def test_a_character_cut_off_by_the_end_is_marked() -> None:
     detokenizer = Detokenizer(TOKENIZER, (5,), (), skip_special_tokens=True)
     first_byte_of_euro = TOKENIZER.encode("€", add_special_tokens=False)[0]
