@@ -146,27 +146,6 @@ def test_an_unforeseen_failure_tells_the_log_and_not_the_client(
     assert httpx.get(f"{broken}/health/live").status_code == 200
 
 
-def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url, services = start_server()
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
-    encode = services.engine.tokenizer.encode
-    monkeypatch.setattr(services.engine.tokenizer, "encode", lambda *_, **__: panic())
-    monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
-
-    for _ in range(6):
-        for answer in (
-            httpx.post(f"{url}/v1/completions", json=body | {"stream": True}),
-            httpx.post(f"{url}/v1/rank", json={"model": "tiny", "inputs": [RANKED]}),
-            httpx.get(url + ADAPTERS),
-        ):
-            assert "log says why" in error_of(answer, 500)["message"]
-
-    monkeypatch.setattr(services.engine.tokenizer, "encode", encode)
-    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
-
-
 class Panic(BaseException):
     """As a library in Rust raises one: no Exception."""
 
