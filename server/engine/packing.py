@@ -5,7 +5,7 @@ dtype is tried on a small example first, and layers of one that fails stay as th
 """
 
 import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -205,17 +205,21 @@ def pack_linears(
     model: nn.Module,
     siblings: Sequence[Sequence[str]] = (),
     kernels: Mapping[torch.dtype, Pack] = MappingProxyType({}),
+    packable: Collection[str] | None = None,
 ) -> int:
     """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; groups of
     `siblings`, which read the same tensor, become one product.
 
     `kernels`: what else than oneDNN may compute a dtype's products. A weight that another module
-    also uses (a tied LM head's) stays for that module. Returns how many layers were packed.
+    also uses (a tied LM head's) stays for that module. `packable`: the layers that a forward calls;
+    of others (Mamba's `dt_proj`) the model may read the weight itself. None: all.
+    Returns how many layers were packed.
     """
     linears = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
+        and (packable is None or name in packable)
         and not is_quantized(module)
         and module.weight.device.type == "cpu"
     }
