@@ -84,12 +84,15 @@ def _family(
     )
 
 
+_MIXERS = ["linear_attn", "conv", "mamba", "mixer", "self_attn"]
 _NO_CHUNKS = "Prompts are computed in one piece: the scan of Mamba 1 does not go on from a state."
 _PROJ = ["k_proj", "v_proj", "down_proj"]
 _NO_WINDOW = "Its config names no window: set `max-model-len`."
 HYBRIDS: dict[str, Hybrid] = {
     "qwen3_next": _family(
-        _DECODER | _DELTA | _SHARED, ["in_proj_qkvz", "out_proj", *_PROJ], ["out_proj", "down_proj"]
+        _DECODER | _DELTA | _SHARED | {"initializer_range": 0.1},
+        ["in_proj_qkvz", "out_proj", *_PROJ],
+        ["out_proj", "down_proj"],
     ),
     "qwen3_5_text": _family(_DECODER | _DELTA, ["in_proj_qkv", "in_proj_a", *_PROJ], ["down_proj"]),
     "qwen3_5_moe_text": _family(
@@ -214,9 +217,17 @@ HYBRIDS: dict[str, Hybrid] = {
         ["out_proj"],
     ),
     "inkling_text": _family(
-        _DECODER | {"logits_mup_width_multiplier": 1.0}, ["k_proj", "v_proj", "o_proj"], ["o_proj"]
+        _DECODER
+        | {
+            "logits_mup_width_multiplier": 1.0,
+            "sliding_window_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+        ["k_proj", "v_proj", "o_proj"],
+        ["o_proj"],
     ),
-    "inkling2_text": _family(_DECODER, ["k_proj", "v_proj", "o_proj"], ["o_proj"]),
     "mamba": _family(
         _PURE | {"time_step_rank": 4},
         ["in_proj", "x_proj", "out_proj"],
