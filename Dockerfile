@@ -56,8 +56,9 @@ USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
+# Whoever restarts what is unhealthy should: a server that drains, or lacks its disk, stays healthy.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"INFUSE_PORT\"]}/health/ready', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"INFUSE_PORT\"]}/health/live', timeout=4)"]
 # Beyond loopback the server starts only with INFUSE_KEYS_FILE, or INFUSE_ALLOW_ANONYMOUS=true
 # where something else guards it.
 ENTRYPOINT ["infuse", "serve"]

@@ -246,15 +246,6 @@ class AdapterBank:
         """To whole panels."""
         return size + -size % (self._panel_width or 1)
 
-    def uniform(self, slot: int) -> dict[Target, Scale]:
-        """Every row of any batch uses `slot`."""
-        return {
-            target: Scale(sheet.slots[slot, column])
-            for sheet in self._sheets
-            if slot in sheet.used
-            for target, column in sheet.columns.items()
-        }
-
     def by_row(self, slots: Sequence[int]) -> dict[Target, Scale]:
         """Row i of a `[batch, tokens, size]` batch uses `slots[i]`."""
         scales = {}

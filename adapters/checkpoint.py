@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from adapters.adapter_files import CONVERT, folder_with_adapter, missing_files
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
 from adapters.errors import CannotCombine, Fault, InvalidAdapter
+from adapters.peft_configs import BOTH_SIDES, names_of_targets
 from adapters.saved import (
     PREFIX,
     State,
@@ -27,17 +29,10 @@ from adapters.saved import (
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
 
-PICKLED_FILE = "adapter_model.bin"
 _SUFFIX = ".ia3_l"
-_BOTH_SIDES = "infuse_both_sides"
-"""Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
 _INPUT_SUFFIX = ".ia3_l_input"
-_CONVERT = (
-    "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
-    ".save_pretrained(new_folder, safe_serialization=True)"
-)
-PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", _CONVERT)
-"""What is wrong with a folder that has no other weights."""
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT's task types that bring a head, which a model that generates text has not."""
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
 """Characters of a key."""
@@ -99,14 +94,19 @@ class AdapterVectors:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read what `save_pretrained` wrote. Raises InvalidAdapter with the faults of both files."""
-    faults: list[Fault] = []
+    folder = folder_with_adapter(folder)
+    faults = missing_files({file.name for file in folder.iterdir() if file.is_file()})
+    missing = {fault.field for fault in faults}
     config, tensors = None, None
     try:
-        config = _read_config(folder / CONFIG_FILE)
+        if CONFIG_FILE not in missing:
+            with (folder / CONFIG_FILE).open("rb") as file:
+                config = IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
     except InvalidAdapter as error:
         faults += error.faults
     try:
-        tensors = _read_weights(folder)
+        if WEIGHTS_FILE not in missing:
+            tensors = parse_weights((folder / WEIGHTS_FILE).read_bytes())
     except InvalidAdapter as error:
         faults += error.faults
     if config is None or tensors is None:
@@ -132,7 +132,12 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     expected = keys_of_vectors(config, targets)
     names = saved_modules(config, modules, tensors.keys())
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
-    faults = [*cannot_serve(names, targets, modules), *_unknown_keys(tensors, known)]
+    faults = cannot_serve(names, targets, modules)
+    if config.task_type in _HEADS:
+        head = {key for key in tensors.keys() - known if not key.endswith(_SUFFIX)}
+        faults += [_head_fault(config, head)] if head else []
+        known |= head
+    faults += _unknown_keys(tensors, known)
     vectors, found = _vectors_of(expected, tensors, modules)
     faults += found
     saved = {}
@@ -162,7 +167,7 @@ def _vectors_of(
         if key not in tensors:
             fix = f"target_modules names {target.module}; save the adapter again with PEFT"
             faults.append(Fault(key, f"is missing in {WEIGHTS_FILE}", fix))
-        elif fault := _tensor_fault(key, tensors[key], target, modules.size(target)):
+        elif fault := _tensor_fault(key, tensors[key], target, modules):
             faults.append(fault)
         else:
             usable[key] = target
@@ -197,18 +202,28 @@ def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
 
     One of them may bring whole modules; raises CannotCombine where another one changes them too.
     """
+    check_product([(adapter.vectors.keys(), adapter.saved.keys()) for adapter in several])
     vectors: dict[Target, torch.Tensor] = {}
     for adapter in several:
         for target, vector in adapter.vectors.items():
             vectors[target] = vectors[target] * vector if target in vectors else vector
-    owners = [adapter.saved for adapter in several if adapter.saved]
-    if len(owners) > 1:
-        raise CannotCombine(next(iter(owners[1])))
-    saved = owners[0] if owners else {}
-    for module in saved:
-        if any(f"{target.module}.".startswith(f"{module}.") for target in vectors):
-            raise CannotCombine(module)
+    saved = next((adapter.saved for adapter in several if adapter.saved), {})
     return AdapterVectors(vectors, saved)
+
+
+def check_product(several: Iterable[tuple[Collection[Target], Collection[str]]]) -> None:
+    """Raises CannotCombine unless adapters with these targets and whole modules can be active at
+    once."""
+    targets: list[Target] = []
+    owned: list[str] = []
+    for mine, modules in several:
+        if owned and modules:
+            raise CannotCombine(next(iter(modules)))
+        targets += mine
+        owned += modules
+    for module in owned:
+        if any(f"{target.module}.".startswith(f"{module}.") for target in targets):
+            raise CannotCombine(module)
 
 
 def checkpoint_of(
@@ -219,26 +234,24 @@ def checkpoint_of(
     PEFT has one side for a module. One that is rescaled on both sides keeps its input's vector
     under a key of our own, which we read back and PEFT ignores.
     """
-    outputs = {target.module for target in vectors.vectors if target.side is Side.OUTPUT}
-    inputs = {target.module for target in vectors.vectors if target.side is Side.INPUT}
     config = IA3Config.model_validate(
-        {
-            "task_type": task_type,
-            "inference_mode": True,
-            "base_model_name_or_path": base,
-            "target_modules": sorted(outputs | inputs),
-            "feedforward_modules": sorted(inputs - outputs),
-        }
-        | ({_BOTH_SIDES: sorted(inputs & outputs)} if inputs & outputs else {})
+        {"task_type": task_type, "inference_mode": True, "base_model_name_or_path": base}
+        | names_of_targets(vectors.vectors.keys())
     )
+    return Checkpoint(config, tensors_of(vectors.vectors))
+
+
+def tensors_of(vectors: Mapping[Target, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors under PEFT's keys, in PEFT's shapes."""
+    outputs = {target.module for target in vectors if target.side is Side.OUTPUT}
     tensors = {}
-    for target, vector in vectors.vectors.items():
+    for target, vector in vectors.items():
         if target.side is Side.OUTPUT:
             tensors[f"{PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
         else:
             suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
             tensors[f"{PREFIX}{target.module}{suffix}"] = vector[None]
-    return Checkpoint(config, tensors)
+    return tensors
 
 
 def both_sides_warning(config: IA3Config) -> str | None:
@@ -252,10 +265,10 @@ def both_sides_warning(config: IA3Config) -> str | None:
 
 
 def _both_sides(config: IA3Config) -> list[str]:
-    modules = (config.model_extra or {}).get(_BOTH_SIDES, [])
+    modules = (config.model_extra or {}).get(BOTH_SIDES, [])
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         fix = "leave it out: only this server writes it"
-        raise InvalidAdapter([Fault(_BOTH_SIDES, "is no list of module names", fix)])
+        raise InvalidAdapter([Fault(BOTH_SIDES, "is no list of module names", fix)])
     return modules
 
 
@@ -267,36 +280,31 @@ def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
     return f"the adapter was trained on '{trained}', and this server runs '{served}'"
 
 
-def _read_config(path: Path) -> IA3Config:
-    if not path.is_file():
-        fix = "upload both files that PEFT's save_pretrained writes"
-        raise InvalidAdapter([Fault(CONFIG_FILE, "is missing", fix)])
-    with path.open("rb") as file:
-        return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / PICKLED_FILE).exists():
-            raise InvalidAdapter([PICKLED])
-        fix = "upload both files that PEFT's save_pretrained writes"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, "is missing", fix)])
-    return parse_weights(path.read_bytes())
-
-
 def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
-    """What a weights file holds. Raises InvalidAdapter."""
+    """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
     try:
-        return load(data)
+        return _without_name(load(data))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
         if data[:2] == b"PK" or data[:1] == b"\x80":
             problem = "holds pickled weights, which can run code"
-            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, _CONVERT)]) from None
+            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)]) from None
         fix = "upload the file whole, as PEFT's save_pretrained wrote it"
         problem = f"is no safetensors file, or is damaged: {error}"
         raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
+
+
+def _without_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's whole state names the adapter: `…ia3_l.default`. PEFT loads it, and so do we."""
+    names = {key.rpartition(".")[2] for key in tensors if _SUFFIX in key}
+    if len(names) != 1 or names == {_SUFFIX[1:]}:
+        return tensors
+    [name] = names
+    plain = {
+        key.removesuffix(f".{name}") if f"{_SUFFIX}.{name}" in key else key: tensor
+        for key, tensor in tensors.items()
+    }
+    return {key.replace(f".modules_to_save.{name}.", "."): t for key, t in plain.items()}
 
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:
@@ -316,15 +324,39 @@ def _unknown_key(key: str, expected: Collection[str]) -> Fault:
     return Fault(shown, "belongs to no module that the config targets in this base model", fix)
 
 
+def _head_fault(config: IA3Config, keys: Collection[str]) -> Fault:
+    first = min(keys).removeprefix(PREFIX)[:_MAX_SHOWN]
+    problem = f"is {config.task_type}: its head ({first}) is not in a base that generates text"
+    fix = (
+        "train with task_type CAUSAL_LM; for the vectors alone, delete the head from "
+        f"{WEIGHTS_FILE} and from modules_to_save"
+    )
+    return Fault("task_type", problem, fix)
+
+
 def _flat(tensor: torch.Tensor) -> Float32s:
     return tensor.detach().to(torch.float32).numpy().ravel()
 
 
-def _tensor_fault(key: str, tensor: torch.Tensor, target: Target, size: int) -> Fault | None:
-    shape = (1, size) if target.side is Side.INPUT else (size, 1)
-    if tuple(tensor.shape) != shape:
-        problem = f"has shape {tuple(tensor.shape)}, and the base model's layer needs {shape}"
+def _tensor_fault(
+    key: str, tensor: torch.Tensor, target: Target, modules: BaseModules
+) -> Fault | None:
+    found, shape = tuple(tensor.shape), _shape(target, modules)
+    other = Side.OUTPUT if target.side is Side.INPUT else Side.INPUT
+    if found != shape and found == _shape(Target(target.module, other), modules):
+        last = target.module.rpartition(".")[2]
+        names = "names" if other is Side.OUTPUT else "does not name"
+        problem = f"is a vector of the {other}, and feedforward_modules {names} the module"
+        mend = "take it out of" if other is Side.OUTPUT else "add it to"
+        return Fault(key, problem, f"'{last}': {mend} feedforward_modules in {CONFIG_FILE}")
+    if found != shape:
+        problem = f"has shape {found}, and the base model's layer needs {shape}"
         return Fault(key, problem, "train the adapter on the base model that is served here")
     if not tensor.is_floating_point():
         return Fault(key, f"has dtype {tensor.dtype}", "save the vectors as float32")
     return None
+
+
+def _shape(target: Target, modules: BaseModules) -> tuple[int, int]:
+    size = modules.size(target)
+    return (1, size) if target.side is Side.INPUT else (size, 1)

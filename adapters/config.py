@@ -3,7 +3,7 @@
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from adapters.errors import Fault, InvalidAdapter
 
@@ -45,11 +45,19 @@ class IA3Config(BaseModel):
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
+    @field_validator("target_modules", "exclude_modules", "feedforward_modules", mode="before")
+    @classmethod
+    def _sets_are_lists(cls, names: object) -> object:
+        """PEFT's own config holds sets."""
+        return sorted(names) if isinstance(names, set) else names
+
     @model_validator(mode="after")
     def _feedforward_is_targeted(self) -> Self:
         targets, feedforward = self.target_modules, self.feedforward_modules
         if isinstance(targets, list) and isinstance(feedforward, list):
-            stray = sorted(set(feedforward) - set(targets))
+            # PEFT 0.14 and later shortened the targets alone, and then refused what it had written.
+            ends = tuple(f".{name}" for name in targets)
+            stray = sorted(n for n in feedforward if n not in targets and not n.endswith(ends))
             if stray:
                 raise ValueError(
                     f"feedforward_modules must be a subset of target_modules; not in it: {stray}"
@@ -71,8 +79,7 @@ class IA3Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             problems = {_field(e["loc"]): _problem(e["msg"]) for e in error.errors()}
-            fix = "write the file with PEFT's save_pretrained"
-            faults = [Fault(field, problem, fix) for field, problem in problems.items()]
+            faults = [Fault(field, problem, _fix(problem)) for field, problem in problems.items()]
             raise InvalidAdapter(faults) from None
 
     def dump(self) -> bytes:
@@ -105,6 +112,12 @@ def _shown(value: object) -> str:
 
 def _field(location: tuple[int | str, ...]) -> str:
     return str(location[0]) if location else "feedforward_modules"
+
+
+def _fix(problem: str) -> str:
+    if "subset of target_modules" in problem:
+        return "take them out of feedforward_modules, or add them to target_modules"
+    return "write the file with PEFT's save_pretrained"
 
 
 def _problem(message: str) -> str:

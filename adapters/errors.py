@@ -14,10 +14,13 @@ AdapterError
 ├── UnknownMerge         no merge of that id
 ├── MergeNotDone         the merge has no result, or none yet
 ├── TooManyMerges        one more would wait too long
-├── NoFreeSlot           more adapters attached than the bank was made for
+├── WrongCall            IA3Model cannot do that now, or not with these values; a ValueError
+├── WrongType            IA3Model was given something of another type; a TypeError
 ├── StoreLocked          another process owns the store's folder or bucket
 ├── StoreFull            the disk or the bucket has no room left
 ├── StoreUnreachable     the bucket refuses, or does not answer
+├── TemplateRefused      a chat template does not take a conversation, or takes too long over it
+├── SandboxUnavailable   no limited process can be had for what an adapter brings
 ├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
 └── SourceError          an adapter cannot be fetched from where it was published
     ├── BadSource          the URL is none that this server reads
@@ -29,6 +32,7 @@ AdapterError
     └── SourceFailed       the place answered something that cannot be worked with
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +50,10 @@ class Fault:
 
 
 class AdapterError(Exception):
-    """Root of everything that this package raises on purpose."""
+    """Root of everything that this package raises on purpose.
+
+    What PEFT refuses with a ValueError or a TypeError is one here too, for code that catches it.
+    """
 
 
 class InvalidAdapter(AdapterError):
@@ -56,7 +63,7 @@ class InvalidAdapter(AdapterError):
         super().__init__("; ".join(str(fault) for fault in self.faults))
 
 
-class UnknownAdapter(AdapterError):
+class UnknownAdapter(AdapterError, ValueError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(f"There is no adapter named '{name}'.")
@@ -69,7 +76,7 @@ class UnknownRevision(AdapterError):
         super().__init__(f"The adapter '{name}' has no revision {revision}.")
 
 
-class AdapterExists(AdapterError):
+class AdapterExists(AdapterError, ValueError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(
@@ -98,7 +105,7 @@ class TooManyPinned(AdapterError):
         )
 
 
-class CannotCombine(AdapterError):
+class CannotCombine(AdapterError, ValueError):
     def __init__(self, module: str) -> None:
         super().__init__(
             f"An adapter brings its own copy of {module}, which cannot be mixed or weighted; use "
@@ -126,15 +133,20 @@ class MergeNotDone(AdapterError):
 
 
 class TooManyMerges(AdapterError):
-    def __init__(self, most: int) -> None:
-        super().__init__(f"{most} merges wait already; cancel some, or ask again later.")
-
-
-class NoFreeSlot(AdapterError):
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, most: int, seconds: float) -> None:
+        self.retry_after = min(max(math.ceil(seconds), 1), 3600)
+        """Whole seconds until the one that runs is likely to have ended."""
         super().__init__(
-            f"All {capacity} adapter slots are taken; delete an adapter or raise max_adapters."
+            f"{most} merges wait already; cancel some, or ask again in {self.retry_after} s."
         )
+
+
+class WrongCall(AdapterError, ValueError):
+    pass
+
+
+class WrongType(AdapterError, TypeError):
+    pass
 
 
 class StoreLocked(AdapterError):
@@ -151,6 +163,18 @@ class StoreUnreachable(AdapterError):
 
 class StoreDamaged(AdapterError):
     pass
+
+
+class TemplateRefused(AdapterError):
+    pass
+
+
+class SandboxUnavailable(AdapterError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The process that reads adapters' own tokenizers and chat templates cannot be had "
+            f"now ({reason}); try again."
+        )
 
 
 class SourceError(AdapterError):
@@ -173,7 +197,8 @@ class SourceNotAllowed(SourceError):
 class SourceNotFound(SourceError):
     def __init__(self, source: str) -> None:
         super().__init__(
-            f"There is no adapter at {source}: check the name, the folder, and the revision."
+            f"There is no adapter at {source}: check the name, the folder, and the revision. PEFT "
+            "writes an adapter that is not called 'default' to a folder of its name: add that."
         )
 
 

@@ -1,7 +1,7 @@
 """The layer around a target module: scales what goes in, calls the base, scales what comes out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -128,6 +128,38 @@ class Wrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
+
+
+W = TypeVar("W", bound=Wrapper)
+
+
+class Wrapping:
+    """What has been wrapped in a base model, so that it can be undone."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        """Whose attribute was replaced, which one, and what it was; the last one last."""
+
+    def wrap(self, name: str, make: Callable[[nn.Module], W]) -> W:
+        """Put a wrapper in the place of the module of that name, as the base alone names it."""
+        parent, _, attribute = name.rpartition(".")
+        owner = self._base.get_submodule(parent)
+        while isinstance(owner, Wrapper):
+            owner = owner.base_layer
+        inner = getattr(owner, attribute)
+        while isinstance(inner, Wrapper) and inner.outermost:
+            owner, attribute, inner = inner, "base_layer", inner.base_layer
+        layer = make(inner)
+        setattr(owner, attribute, layer)
+        self._replaced.append((owner, attribute, inner))
+        return layer
+
+    def undo(self) -> None:
+        """Put back all that was wrapped."""
+        for owner, attribute, module in reversed(self._replaced):
+            setattr(owner, attribute, module)
+        self._replaced.clear()
 
 
 class IA3Layer(Wrapper):

@@ -90,6 +90,8 @@ class Layouts:
             return
         targets = resolve_targets(checkpoint.config, self._modules)
         keys = keys_of_vectors(checkpoint.config, targets)
+        if keys.keys() != {key for key, _, _ in described}:
+            return  # They end in the adapter's name.
         by_target = {target: key for key, target in keys.items()}
         ordered = tuple(sorted(by_target))
         if len(self._known) >= _KEPT:

@@ -1,335 +1,399 @@
-"""IA3 on a base model: PEFT's calls, and a forward in which every row has its own adapter."""
+"""IA3 by names, for a notebook: what PEFT's `IA3Model`, and `PeftModel` around it, can do."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters.bank import BASE_SLOT, AdapterBank, Segment
-from adapters.checkpoint import AdapterVectors, effective_vectors, product, read_checkpoint
-from adapters.errors import AdapterExists, NoFreeSlot, UnknownAdapter
-from adapters.layer import IA3Layer, Scale, Wrapper
-from adapters.saved_layer import Layout, SavedLayer, copy_of
-from adapters.targets import BaseModules, Side, Target
+from adapters.checkpoint import AdapterVectors, effective_vectors, read_checkpoint, write_checkpoint
+from adapters.config import IA3Config
+from adapters.errors import (
+    AdapterExists,
+    CannotCombine,
+    UnknownAdapter,
+    WrongCall,
+    WrongType,
+)
+from adapters.peft_configs import config_of, names_of_targets, united
+from adapters.targets import resolve_targets
+from adapters.tuned_layer import BASE_NAME
+from adapters.tuning import Tuning
 
-BASE_NAME = "__base__"
-"""The base model in a list of adapter names, as in PEFT's mixed batches."""
-DEFAULT_SAVED_BYTES = 512 << 20
-
-W = TypeVar("W", bound=Wrapper)
+NOT_SERVED = {
+    "create_or_update_model_card": "write the README.md that you want beside the adapter's files",
+    "get_layer_status": "peft_config, active_adapters and merged_adapters tell the same",
+    "get_model_config": "model.config.to_dict()",
+    "get_model_status": "peft_config, active_adapters and merged_adapters tell the same",
+    "get_prompt": "IA3 has no prompt",
+    "get_prompt_embedding_to_save": "IA3 has no prompt",
+    "inject_adapter": "call add_adapter(name, config)",
+    "prepare_model_for_gradient_checkpointing": "model.enable_input_require_grads()",
+    "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
+    "supports_lora_conversion": "IA3 does not add to weights, so it cannot become a LoRA",
+    "targeted_parameter_names": "IA3 targets modules: targeted_module_names",
+    "tuner_layer_cls": "layers here are adapters.tuned_layer.TunedLayer",
+    "uses_shared_state": "layers here share no vectors",
+}
+"""What PEFT's models have and this one has not, and what to do instead."""
 
 
 class IA3Model(nn.Module):
-    """A causal language model with up to `max_adapters` IA3 adapters attached.
+    """A transformers model with IA3 adapters attached by name, as `peft.IA3Model`.
 
-    As a library, adapters go by name::
+    A notebook that uses PEFT's class, or `PeftModel` around it, runs on this one::
 
-        model = IA3Model(AutoModelForCausalLM.from_pretrained("…"))
-        model.load_adapter("folder/saved/by/peft", "support")
-        model.set_adapter("support")                       # every row
-        model(input_ids, adapter_names=["support", "__base__"])   # each row its own
+        model = IA3Model.from_pretrained(AutoModelForCausalLM.from_pretrained("…"), "saved/by/peft")
+        model.load_adapter("another/folder", "other")
+        model.set_adapter(["default", "other"])                  # the product of both
+        model(input_ids, adapter_names=["other", "__base__"])    # or each row its own
 
-    A server keeps its own names and uses slots: `fill_slot`, then `set_packed` before a step.
-    Inference only, and not thread-safe: one thread loads, sets and runs.
+    Vectors are parameters: they move with the model's dtype and device, and train as PEFT's do.
+    Every method either does all of what it says or raises and changes nothing. Where PEFT lets a
+    wrong name pass, this raises UnknownAdapter. Not thread-safe.
     """
 
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        max_adapters: int = 64,
-        max_saved_bytes: int = DEFAULT_SAVED_BYTES,
-    ) -> None:
-        """`max_saved_bytes`: what the saved modules of a server's resident adapters may take."""
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.modules_of_base = BaseModules.of(base)
-        self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
-        self.saved_capacity = max_saved_bytes
-        self._layers: dict[str, IA3Layer] = {}
-        self._saved: dict[str, SavedLayer] = {}
-        self._wrapped: list[tuple[nn.Module, str, nn.Module]] = []
-        """Whose attribute was replaced, which one, and what it was; the last one last."""
-        self.changes = 0
-        """How often a module of the base was wrapped, or all of them unwrapped."""
-        self.scaled = 0
-        """How often scales were set."""
-        self._with_copies: set[int] = set()
-        """Slots whose adapter has modules of its own."""
-        self._scaled: dict[Target, Scale] = {}
-        self._packed: tuple[object, ...] | None = None
-        """The batch that the scales are set for, and the state of the bank then; no segments at
-        all: a padded batch."""
-        self._names: dict[str, tuple[int, AdapterVectors]] = {}
-        self._active: tuple[str, ...] = ()
-        self._product_slot: int | None = None
-        self._enabled = True
+    prefix = "ia3_"
 
-    # Slots: what a server uses.
+    def __init__(
+        self, model: PreTrainedModel, peft_config: object = None, adapter_name: str = "default"
+    ) -> None:
+        """With a config, a new adapter that changes nothing yet is attached and active. Raises
+        WrongType for anything but a transformers model, InvalidAdapter."""
+        if not isinstance(model, PreTrainedModel):
+            raise WrongType(
+                f"IA3Model takes a transformers PreTrainedModel, and {type(model).__name__} is "
+                "none: its config, embeddings and generate are needed"
+            )
+        super().__init__()
+        self._tuning = Tuning(model)
+        self.model = model.requires_grad_(False)
+        self.training = model.training
+        self.active_adapter: str | list[str] = []
+        if peft_config is not None:
+            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=False)
+            self.set_adapter(adapter_name, self.peft_config[adapter_name].inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        """The base model's attributes are ours, as in PEFT."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in NOT_SERVED:
+                raise AttributeError(f"IA3Model has no {name}: {NOT_SERVED[name]}") from None
+            return getattr(super().__getattr__("model"), name)
 
     @property
-    def capacity(self) -> int:
-        """How many adapters can be resident at once."""
-        return self.bank.capacity
+    def base_model(self) -> Self:
+        """As of a `PeftModel`: what has the base as its `model`."""
+        return self
 
-    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
-        """Copy an adapter to the device; modules that it is the first to change are wrapped."""
-        self._drop_copies(slot)
-        self.bank.fill(slot, vectors)
-        for target in vectors.vectors:
-            if target.module not in self._layers:
-                self._layers[target.module] = self._wrap(target.module, IA3Layer)
-        if vectors.saved:
-            self._with_copies.add(slot)
-        for module, state in vectors.saved.items():
-            if module not in self._saved:
-                self._saved[module] = self._wrap(module, SavedLayer)
-            skeleton = self.modules_of_base.skeleton.get_submodule(module)
-            self._saved[module].copies[slot] = copy_of(skeleton, state, self.bank.device)
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, with the layers of the adapters in it."""
+        return self.model
 
-    def clear_slot(self, slot: int) -> None:
-        """Forget a slot's adapter; no row may use the slot any more."""
-        self.bank.clear(slot)
-        self._drop_copies(slot)
+    @property
+    def peft_config(self) -> dict[str, IA3Config]:
+        return {name: attached.config for name, attached in self._tuning.attached.items()}
 
-    def has_copies(self, slots: Iterable[int]) -> bool:
-        """Whether one of these slots' adapters has modules of its own."""
-        return not self._with_copies.isdisjoint(slots)
-
-    def _drop_copies(self, slot: int) -> None:
-        if slot in self._with_copies:
-            self._with_copies.remove(slot)
-            for layer in self._saved.values():
-                layer.drop(slot)
-
-    def _wrap(self, name: str, kind: type[W]) -> W:
-        parent, _, attribute = name.rpartition(".")
-        owner = self.base.get_submodule(parent)
-        while isinstance(owner, Wrapper):
-            owner = owner.base_layer
-        inner = getattr(owner, attribute)
-        while isinstance(inner, Wrapper) and inner.outermost:
-            owner, attribute, inner = inner, "base_layer", inner.base_layer
-        layer = kind(inner)
-        setattr(owner, attribute, layer)
-        self._wrapped.append((owner, attribute, inner))
-        self.changes += 1
-        return layer
-
-    def set_packed(
-        self,
-        rows: Sequence[int],
-        segments: Sequence[Segment] = (),
-        kept: Sequence[Segment] | None = None,
-    ) -> None:
-        """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
-        the segments. Costs nothing while the batch stays as it is.
-
-        `kept`: what the LM head sees of the segments, where it does not see all of them
-        (`logits_to_keep`). It sees all rows.
-        """
-        kept = segments if kept is None else kept
-        packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
-        if packed != self._packed:
-            self._packed = None
-            scales = self.bank.packed(rows, segments)
-            name = self.modules_of_base.output_embedding
-            head = {target for target in self.bank.columns if target.module == name}
-            if kept != segments and head:
-                of_head = self.bank.packed(rows, kept, only=head)
-                scales = {t: s for t, s in scales.items() if t not in head} | of_head
-            self._set_scales(scales)
-            if self._saved:
-                self._set_copies(_by_token(rows, segments), _by_token(rows, kept))
-            self._packed = packed
-
-    def set_rows(self, slots: Sequence[int]) -> None:
-        """For the next forwards: a `[batch, tokens]` batch whose row i uses `slots[i]`. Costs
-        nothing while the batch stays as it is."""
-        rows = (self.bank.fills, tuple(slots), None)
-        if rows != self._packed:
-            self._packed = None
-            self._set_scales(self.bank.by_row(slots))
-            self._set_copies(slots, flat=False)
-            self._packed = rows
-
-    def _set_copies(
-        self, slots: Sequence[int], head_slots: Sequence[int] | None = None, *, flat: bool = True
-    ) -> None:
-        """The slot of each token or row; the LM head may see fewer."""
-        device = self.bank.device
-        layout = Layout(slots, self._with_copies, device, flat=flat)
-        of_head = layout
-        if head_slots is not None and head_slots != slots:
-            of_head = Layout(head_slots, self._with_copies, device, flat=flat)
-        for name, layer in self._saved.items():
-            layer.use(of_head if name == self.modules_of_base.output_embedding else layout)
-
-    def _set_scales(self, scales: dict[Target, Scale]) -> None:
-        self._packed = None
-        if scales == self._scaled:
-            return  # A batch's own vectors are found by what the bank has written for it.
-        self.scaled += 1
-        for target in self._scaled.keys() - scales.keys():
-            self._set_scale(target, None)
-        for target, scale in scales.items():
-            self._set_scale(target, scale)
-        self._scaled = scales
-
-    def _set_scale(self, target: Target, scale: Scale | None) -> None:
-        layer = self._layers[target.module]
-        if target.side is Side.INPUT:
-            layer.input_scale = scale
-        else:
-            layer.output_scale = scale
-
-    # Names: what a notebook uses.
+    @property
+    def active_peft_config(self) -> IA3Config:
+        if not self.active_adapters:
+            raise WrongCall("No adapter is active: call set_adapter")
+        return self.peft_config[self.active_adapters[0]]
 
     @property
     def adapter_names(self) -> list[str]:
-        return list(self._names)
+        return list(self._tuning.attached)
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._active)
+        return list(self._tuning.in_force.active)
 
-    def load_adapter(self, folder: str | Path, name: str) -> None:
-        """Load what PEFT's `save_pretrained` wrote. The adapter is attached, not yet active.
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self._tuning.in_force.enabled and bool(self.active_adapters)
 
-        Raises InvalidAdapter, AdapterExists, NoFreeSlot.
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return self._tuning.wrapped
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Those whose vectors are in the base's weights now, in some layer at least."""
+        return self._tuning.merged
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        configs = self.peft_config.values()
+        return {name for config in configs for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.model, "dtype", None)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers can be trained now, and how many there are."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        some, all_ = self.get_nb_trainable_parameters()
+        share = 100 * some / all_
+        print(f"trainable params: {some:,d} || all params: {all_:,d} || trainable%: {share:.4f}")
+
+    # Attaching.
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: object, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Attach a new adapter for training: ones, and copies of its `modules_to_save`.
+
+        It is not active yet. Raises AdapterExists, InvalidAdapter, WrongType.
         """
-        self.add_adapter(
-            name, effective_vectors(read_checkpoint(Path(folder)), self.modules_of_base)
+        self._check_new(adapter_name)
+        config = config_of(peft_config)
+        fresh = self._tuning.fresh(config)
+        self._tuning.attach(adapter_name, config, fresh, autocast=autocast_adapter_dtype)
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,  # noqa: ARG002
+        *,
+        subfolder: str = "",
+    ) -> None:
+        """Attach what PEFT's `save_pretrained` wrote to a folder. It is not active yet.
+
+        `low_cpu_mem_usage` is PEFT's and changes nothing: vectors are small. Raises InvalidAdapter
+        with all faults of the files, AdapterExists.
+        """
+        self._check_new(adapter_name)
+        checkpoint = read_checkpoint(Path(model_id) / subfolder)
+        loaded = effective_vectors(checkpoint, self._tuning.modules)
+        config = checkpoint.config.model_copy(update={"inference_mode": not is_trainable})
+        self._tuning.attach(adapter_name, config, loaded, autocast=autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,  # noqa: ARG003
+        *,
+        subfolder: str = "",
+    ) -> Self:
+        """A model with the adapter of a folder attached and active. Raises as `load_adapter`."""
+        made = cls(model)
+        made.load_adapter(
+            model_id, adapter_name, is_trainable, autocast_adapter_dtype, subfolder=subfolder
         )
+        made.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return made
 
-    def add_adapter(self, name: str, vectors: AdapterVectors) -> None:
-        if name in self._names or name == BASE_NAME:
-            raise AdapterExists(name)
-        slot = self._free_slot()
-        self.fill_slot(slot, vectors)
-        self._names[name] = (slot, vectors)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+    ) -> None:
+        """Write adapters as `PeftModel.save_pretrained` does: `default` into the folder itself,
+        others into one of their name in it. Raises WrongCall, UnknownAdapter."""
+        folder = Path(save_directory)
+        if not safe_serialization:
+            raise WrongCall("Adapters are saved as safetensors only: a pickle can run code")
+        names = self.adapter_names if selected_adapters is None else list(selected_adapters)
+        checkpoints = {name: self._tuning.checkpoint(self._known(name)) for name in names}
+        if folder.is_file():
+            raise WrongCall(f"{folder} is a file; name a folder")
+        for name, checkpoint in checkpoints.items():
+            write_checkpoint(checkpoint, folder if name == "default" else folder / name)
 
-    def set_adapter(self, name: str | Sequence[str]) -> None:
+    # Which adapters are in force.
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or the product of several, active for every row.
 
-        PEFT: `IA3Model.set_adapter`, on `PeftModel.base_model` for a list. A product takes a slot
-        of its own: raises UnknownAdapter, NoFreeSlot.
+        Their parameters train, unless `inference_mode`. Merged adapters are unmerged first. Raises
+        UnknownAdapter, CannotCombine.
         """
-        names = (name,) if isinstance(name, str) else tuple(name)
-        for each in names:
-            self._slot(each)
-        if len(names) > 1 and self._product_slot is None:
-            self._free_slot()  # Refused before anything changes.
-        self._active = names
-        self._set_active()
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self._known(name, or_base=True)
+        self._tuning.activate(names, trains=not inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
 
-    def delete_adapter(self, name: str) -> None:
-        """Detach an adapter; the other active ones, or the base, stay active."""
-        if name == BASE_NAME:
-            raise UnknownAdapter(name)
-        slot = self._slot(name)
-        self._active = tuple(each for each in self._active if each != name)
-        self._set_active()
-        del self._names[name]
-        self.clear_slot(slot)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Where it was the last active one, the first of the others by name
+        becomes active, as in PEFT. Raises UnknownAdapter; WrongCall while it is merged."""
+        self._known(adapter_name)
+        if adapter_name in self._tuning.merged:
+            raise WrongCall(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please "
+                "unmerge them first."
+            )
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            if not left:
+                left = sorted(name for name in self._tuning.attached if name != adapter_name)[:1]
+                if left:
+                    warnings.warn(
+                        f"Adapter {adapter_name} was active which is now deleted. Setting active "
+                        f"adapter to {left[0]}.",
+                        stacklevel=2,
+                    )
+            self._tuning.put_in_force(left, trains=True)
+            self.active_adapter = left
+        self._tuning.drop(adapter_name)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Whether these adapters train. Raises UnknownAdapter."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in [self._known(name) for name in names]:
+            self._tuning.require_grad(name, requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        self._enabled = False
-        self._set_active()
+        """The base answers from now on. What is merged is unmerged by the next forward."""
+        self._tuning.enable(False)
 
     def enable_adapter_layers(self) -> None:
-        self._enabled = True
-        self._set_active()
-
-    def unload(self) -> PreTrainedModel:
-        """The base model as it was before any adapter was attached."""
-        self._set_scales({})
-        for owner, attribute, module in reversed(self._wrapped):
-            setattr(owner, attribute, module)
-        self._wrapped.clear()
-        self.changes += 1
-        self._layers.clear()
-        self._saved.clear()
-        self._with_copies.clear()
-        self._names.clear()
-        self._active = ()
-        self._product_slot = None
-        # Its columns belong to modules that are no longer wrapped.
-        self.bank = AdapterBank(self.modules_of_base, self.capacity, self.base.device)
-        return self.base
+        self._tuning.enable(True)
 
     @contextmanager
-    def by_row(self, names: Sequence[str]) -> Iterator[None]:
-        """Within: row i of a `[batch, tokens]` batch uses adapter `names[i]`."""
-        self.set_rows([self._slot(name) for name in names])
+    def disable_adapter(self) -> Iterator[None]:
+        """Within: the base answers."""
+        was_enabled = self._tuning.in_force.enabled
+        self.disable_adapter_layers()
         try:
             yield
         finally:
-            self._set_active()
+            if was_enabled:
+                self.enable_adapter_layers()
 
-    @contextmanager
-    def by_segment(self, segments: Sequence[tuple[str, int]]) -> Iterator[None]:
-        """Within: the next `tokens` tokens of a packed `[1, tokens]` row use adapter `name`."""
-        self.set_packed([], [Segment(self._slot(name), tokens) for name, tokens in segments])
-        try:
-            yield
-        finally:
-            self._set_active()
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise WrongType("An adapter's name is a text of one character at least")
+        if name in self._tuning.attached or name == BASE_NAME:
+            raise AdapterExists(name)
+
+    def _known(self, name: str, *, or_base: bool = False) -> str:
+        if name not in self._tuning.attached and not (or_base and name == BASE_NAME):
+            raise UnknownAdapter(name)
+        return name
+
+    # Running.
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward. With `adapter_names`, row i uses the i-th adapter
-        ("__base__": none), as in PEFT's mixed batches."""
-        if adapter_names is None:
-            return self.base(*args, **kwargs)
-        with self.by_row(adapter_names):
-            return self.base(*args, **kwargs)
+        ("__base__": none), as in PEFT's mixed batches of LoRA."""
+        with self._rows(adapter_names, args, kwargs):
+            return self.model(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The base model's `generate`, with `adapter_names` as in `forward`."""
-        generate = cast(Callable[..., torch.Tensor], self.base.generate)
-        if adapter_names is None:
+    ) -> Any:
+        """The base model's `generate`, with `adapter_names` as in `forward`: one for each prompt,
+        also where each has several beams or returned sequences."""
+        generate = cast(Callable[..., Any], self.model.generate)
+        with self._rows(adapter_names, args, kwargs):
             return generate(*args, **kwargs)
-        with self.by_row(adapter_names):
-            return generate(*args, **kwargs)
 
-    def _slot(self, name: str) -> int:
-        if name == BASE_NAME:
-            return BASE_SLOT
-        if name not in self._names:
-            raise UnknownAdapter(name)
-        return self._names[name][0]
+    @contextmanager
+    def _rows(
+        self, names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        if names is not None:
+            if not isinstance(names, list | tuple):
+                raise WrongType(f"Got adapter names of type {type(names)}, expected a list of str.")
+            if self.training:
+                raise WrongCall("Cannot pass `adapter_names` when the model is in training mode.")
+            for name in names:
+                self._known(name, or_base=True)
+            self._tuning.check_rows(names, args, kwargs)
+        if not self._tuning.in_force.enabled:
+            self._tuning.unmerge("Adapters are disabled.")
+        if names is None:
+            yield
+        else:
+            with self._tuning.by_row(names):
+                yield
 
-    def _free_slot(self) -> int:
-        taken = {slot for slot, _ in self._names.values()} | {self._product_slot}
-        for slot in range(BASE_SLOT + 1, self.capacity + 1):
-            if slot not in taken:
-                return slot
-        raise NoFreeSlot(self.capacity)
+    # Merging and mixing.
 
-    def _set_active(self) -> None:
-        if self._product_slot is not None:
-            self.clear_slot(self._product_slot)
-            self._product_slot = None
-        slot = BASE_SLOT
-        if self._enabled and len(self._active) == 1:
-            slot = self._slot(self._active[0])
-        elif self._enabled and self._active:
-            slot = self._free_slot()
-            several = [self._names[name][1] for name in self._active if name != BASE_NAME]
-            self.fill_slot(slot, product(several))
-            self._product_slot = slot
-        self._set_scales(self.bank.uniform(slot))
-        self._set_copies([slot])
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Multiply these adapters' vectors, or the active ones', into the base's weights. Raises
+        UnknownAdapter, WrongType; WrongCall where `safe_merge` finds a weight that is not finite.
+        """
+        self._tuning.merge(self._to_merge(adapter_names), safe=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        """Divide the base's weights by what is merged: as exactly as PEFT does, with rounding."""
+        self._tuning.unmerge("Unmerging.")
 
-def _by_token(rows: Sequence[int], segments: Sequence[Segment]) -> list[int]:
-    """The slot of each token of a flat batch."""
-    slots = list(rows)
-    for segment in segments:
-        slots += [segment.slot] * segment.tokens
-    return slots
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,  # noqa: ARG002
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> PreTrainedModel:
+        """The base with these adapters, or the active ones, in its weights; this model is empty
+        then. `progressbar` is PEFT's and shows none. Raises as `merge_adapter`."""
+        self._tuning.merge(self._to_merge(adapter_names), safe=safe_merge)
+        self._tuning.leave_copies()
+        return self._emptied()
+
+    def unload(self) -> PreTrainedModel:
+        """The base model without the layers of adapters; what is merged stays in its weights."""
+        self._tuning.undo()
+        return self._emptied()
+
+    def _emptied(self) -> PreTrainedModel:
+        self.active_adapter = []
+        return self.model
+
+    def _to_merge(self, names: Sequence[str] | None) -> list[str]:
+        if isinstance(names, str):
+            raise WrongType(f"adapter_names should be a list of strings, got {names!r}.")
+        if names is None:
+            return [name for name in self.active_adapters if name != BASE_NAME]
+        return [self._known(name) for name in names]
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Attach the sum of adapters' vectors times their weights; a missing vector counts as 0.
+
+        It is not active. Where PEFT does nothing, in silence, for a taken name, and cuts the longer
+        list, this raises AdapterExists and WrongCall; also UnknownAdapter, CannotCombine.
+        """
+        self._check_new(adapter_name)
+        if not adapters or len(adapters) != len(weights):
+            raise WrongCall(
+                f"{len(adapters)} adapters and {len(weights)} weights: give one for each"
+            )
+        parts = [self._tuning.attached[self._known(name)] for name in adapters]
+        for part in parts:
+            for module in part.saved:
+                raise CannotCombine(module)
+        vectors = self._tuning.weighted(adapters, weights)
+        config = united([part.config for part in parts])
+        if set(resolve_targets(config, self._tuning.modules)) != vectors.keys():
+            # Adapters that disagree about a module's side.
+            config = config.model_copy(update=names_of_targets(vectors.keys()))
+        self._tuning.attach(adapter_name, config, AdapterVectors(vectors), autocast=False)

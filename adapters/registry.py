@@ -84,6 +84,11 @@ class AdapterRegistry:
             if store.details(name).pinned:
                 self._keep(name)
 
+    def close(self) -> None:
+        """End what runs for adapters' own tokenizers and chat templates."""
+        if self._vocabularies is not None:
+            self._vocabularies.close()
+
     def check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
         """Everything that an upload must pass, and warnings."""
         checkpoint = read_checkpoint(staged)

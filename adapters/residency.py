@@ -13,7 +13,7 @@ from adapters.vocabulary import Vocabulary
 
 
 class SlotHolder(Protocol):
-    """What holds the vectors on the device: `IA3Model`. Called on the model thread only."""
+    """What holds the vectors on the device: `IA3Slots`. Called on the model thread only."""
 
     @property
     def capacity(self) -> int:

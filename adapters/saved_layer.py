@@ -80,6 +80,10 @@ class SavedLayer(Wrapper):
         if len(x) == 1 < rows:
             # Positions may come once for all rows.
             x = x.expand(rows, *x.shape[1:])
+        if len(x) > rows > 1:
+            # Beams and returned sequences of a row lie next to each other.
+            y = self._mixed(x.reshape(rows, -1, *x.shape[2:]), 0)
+            return y.view(*x.shape[:2], *y.shape[2:])
         return self._mixed(x, 0)
 
     def _mixed(self, x: torch.Tensor, axis: int) -> torch.Tensor:

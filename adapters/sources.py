@@ -17,7 +17,7 @@ from huggingface_hub import constants, get_token, hf_hub_url
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from adapters.checkpoint import PICKLED, PICKLED_FILE
+from adapters.adapter_files import PICKLED, PICKLED_FILE
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import (
     InvalidAdapter,

@@ -21,7 +21,7 @@ from adapters.config import IA3Config
 from adapters.errors import Fault, InvalidAdapter
 from adapters.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
 
-_ALL_LINEAR = "all-linear"
+ALL_LINEAR = "all-linear"
 _MAX_PATTERN = 2000
 """Characters of a regular expression."""
 _MAX_REPEAT = 100
@@ -64,7 +64,10 @@ class BaseModules:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        embeddings = model.get_input_embeddings()
+        try:
+            embeddings = model.get_input_embeddings()
+        except NotImplementedError:
+            embeddings = None  # Of images, say: it has none.
         names, sizes, read, output = [], {}, None, None
         for name, module in model.named_modules():
             if name:
@@ -150,7 +153,7 @@ def _resolve(
         "feedforward_modules", feedforward, FEEDFORWARD_MODULES, modules
     )
     clock = _Clock()
-    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = tuple(name for name in modules.sizes if name != modules.output_embedding)
     is_target = _NameMatcher("target_modules", targets, clock)
     is_excluded = _NameMatcher("exclude_modules", excluded or (), clock)
@@ -161,7 +164,7 @@ def _resolve(
         if not is_excluded(name) and not is_saved(name) and is_target(name)
     ]
     faults = [
-        Fault("target_modules", f"'{name}' is no linear layer", "name linear layers only")
+        Fault("target_modules", _no_linear(name, modules), "name linear layers only")
         for name in matched
         if name not in modules.sizes
     ]
@@ -173,6 +176,10 @@ def _resolve(
         raise InvalidAdapter(faults)
     is_input = _FeedforwardMatcher(feedforward, clock)
     return tuple(Target(name, Side.INPUT if is_input(name) else Side.OUTPUT) for name in matched)
+
+
+def _no_linear(name: str, modules: BaseModules) -> str:
+    return f"'{name}' is a {type(modules.skeleton.get_submodule(name)).__name__}, no linear layer"
 
 
 def _names_or_default(

@@ -1,19 +1,17 @@
 """An adapter's own tokenizer and chat template, where its files hold them."""
 
-import copy
 import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from adapters.config import (
     CHAT_TEMPLATE_FILE,
@@ -22,7 +20,9 @@ from adapters.config import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from adapters.errors import Fault, InvalidAdapter
+from adapters.errors import Fault, InvalidAdapter, TemplateRefused
+from adapters.sandbox import Exceeded, Sandbox
+from adapters.sandboxed import surround
 from adapters.saved import State, rows_of
 from adapters.targets import BaseModules
 
@@ -44,6 +44,43 @@ _KEPT = 64
 """Tokenizers in memory; most are a few megabytes."""
 _KEPT_BY_CONTENT = 4096
 _SAVE_AGAIN = "save it with tokenizer.save_pretrained"
+_ADD = (
+    "add tokens to the base's tokenizer with add_tokens and save it with save_pretrained, or leave "
+    "the tokenizer out where it adds none"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A stranger's chat template. It runs in a limited process only."""
+
+    text: str
+    sandbox: Sandbox
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> str:
+        """Raises TemplateRefused, SandboxUnavailable, WouldWait."""
+        try:
+            answer = self.sandbox.render(
+                self.text,
+                messages,
+                tools,
+                variables,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except Exceeded as error:
+            raise TemplateRefused(f"it takes more than {error}") from error
+        if "text" not in answer:
+            raise TemplateRefused(str(answer.get("refused") or answer.get("malformed")))
+        return str(answer["text"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +88,54 @@ class Vocabulary:
     """How texts and conversations become tokens, and back."""
 
     tokenizer: PreTrainedTokenizerFast
+    """The base's, or made of the base's: nothing of a stranger's runs in it."""
     size: int
     """The model reads and writes token ids below this."""
+    template: ChatTemplate | None = None
+    """An adapter's own; None: the tokenizer's, which is the base's."""
+
+    @property
+    def has_template(self) -> bool:
+        return self.template is not None or bool(self.tokenizer.chat_template)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> str:
+        """A conversation as the chat template writes it. `variables`: what else it reads.
+
+        Raises TemplateRefused; SandboxUnavailable and WouldWait where the template is an adapter's.
+        """
+        if self.template is not None:
+            return self.template.render(
+                messages,
+                tools,
+                {**self.tokenizer.special_tokens_map, **variables},
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,  # type: ignore[arg-type]
+                tools=tools,  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+        except Exception as error:
+            # A template may compute whatever it likes with what a request brings.
+            raise TemplateRefused(str(error)) from error
+        return str(rendered)
+
+
+_Read = tuple[PreTrainedTokenizerFast, str | None]
+"""The tokenizer of an adapter's files, and its chat template where that is its own."""
 
 
 class Vocabularies:
@@ -60,27 +143,37 @@ class Vocabularies:
 
     def __init__(self, base: PreTrainedTokenizerFast, modules: BaseModules) -> None:
         self._base = base
-        self._base_ids = base.get_vocab().items()
-        self._base_content = _content(base)
         self._modules = modules
+        self._sandbox = Sandbox(base.backend_tokenizer.to_str)
         self._mutex = threading.Lock()
-        self._tokenizers: OrderedDict[str, PreTrainedTokenizerFast | None] = OrderedDict()
-        self._found: OrderedDict[str, Vocabulary | None] = OrderedDict()
+        self._read: OrderedDict[str, _Read | InvalidAdapter | None] = OrderedDict()
+        """By the files' content: None where they say nothing that the base's do not."""
+        self._found: OrderedDict[str, Vocabulary | InvalidAdapter | None] = OrderedDict()
+
+    def close(self) -> None:
+        self._sandbox.close()
 
     def find(self, digest: str, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
         """As `read`, for files with this digest."""
         with self._mutex:
-            if digest in self._found:
+            known = digest in self._found
+            found = self._found.get(digest)
+            if known:
                 self._found.move_to_end(digest)
-                return self._found[digest]
-        vocabulary = self.read(folder, saved)
-        # A folder that has gone meanwhile may have seemed to lack files.
-        if folder.is_dir():
-            with self._mutex:
-                self._found[digest] = vocabulary
-                while len(self._found) > _KEPT_BY_CONTENT:
-                    self._found.popitem(last=False)
-        return vocabulary
+        if not known:
+            try:
+                found = self.read(folder, saved)
+            except InvalidAdapter as refusal:
+                found = refusal
+            # A folder that has gone meanwhile may have seemed to lack files.
+            if folder.is_dir():
+                with self._mutex:
+                    self._found[digest] = found
+                    while len(self._found) > _KEPT_BY_CONTENT:
+                        self._found.popitem(last=False)
+        if isinstance(found, InvalidAdapter):
+            raise InvalidAdapter(found.faults)
+        return found
 
     def read(self, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
         """What the files in a folder say; None where they say nothing that the base's does not.
@@ -89,10 +182,16 @@ class Vocabularies:
         not fit the embeddings.
         """
         files = _read(folder)
-        tokenizer = self._load(files)
+        found = self._load(files)
+        tokenizer = None if found is None else found[0]
+        template = None
+        if found is not None and found[1] is not None:
+            template = ChatTemplate(found[1], self._sandbox)
         embeddings = self._modules.input_embedding
         if embeddings is None:
-            return None if tokenizer is None else Vocabulary(tokenizer, len(tokenizer))
+            if tokenizer is None:
+                return None
+            return Vocabulary(tokenizer, len(tokenizer), template)
         size = rows_of(embeddings, saved, self._modules)
         base_size = rows_of(embeddings, {}, self._modules)
         if size != base_size and TOKENIZER_FILE not in files:
@@ -107,55 +206,104 @@ class Vocabularies:
             problem = f"has a token {highest}, and there are {size} embeddings"
             fix = "resize the embeddings and save them: modules_to_save=['embed_tokens', 'lm_head']"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
-        return Vocabulary(tokenizer or self._base, size)
+        return Vocabulary(tokenizer or self._base, size, template)
 
-    def _load(self, files: Mapping[str, bytes]) -> PreTrainedTokenizerFast | None:
+    def _load(self, files: Mapping[str, bytes]) -> _Read | None:
+        if not files:
+            return None
         sha = hashlib.sha256()
         for name in sorted(files):
             sha.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
         key = sha.hexdigest()
         with self._mutex:
-            if key in self._tokenizers:
-                self._tokenizers.move_to_end(key)
-                return self._tokenizers[key]
-        tokenizer = self._make(files)
-        with self._mutex:
-            self._tokenizers[key] = tokenizer
-            while len(self._tokenizers) > _KEPT:
-                self._tokenizers.popitem(last=False)
-        return tokenizer
+            known = key in self._read
+            found = self._read.get(key)
+            if known:
+                self._read.move_to_end(key)
+        if not known:
+            try:
+                found = self._make(files, key)
+            except InvalidAdapter as refusal:
+                # What takes long to refuse is not tried again at each request.
+                found = refusal
+            with self._mutex:
+                self._read[key] = found
+                while len(self._read) > _KEPT:
+                    self._read.popitem(last=False)
+        if isinstance(found, InvalidAdapter):
+            raise InvalidAdapter(found.faults)
+        return found
 
-    def _make(self, files: Mapping[str, bytes]) -> PreTrainedTokenizerFast | None:
+    def _make(self, files: Mapping[str, bytes], key: str) -> _Read | None:
         faults: list[Fault] = []
         config = _object(files, SPECIAL_TOKENS_FILE, faults)
         config |= _object(files, TOKENIZER_CONFIG_FILE, faults)
-        template = _template(files, config, faults)
+        name, template = _template(files, config, faults)
+        if template == self._base.chat_template:
+            template = None
         tokenizer = None
         if TOKENIZER_FILE in files:
-            tokenizer = _tokenizer(files[TOKENIZER_FILE], config, faults)
-        elif template is not None:
-            tokenizer = copy.copy(self._base)
-        if tokenizer is not None:
-            moved = self._base_ids - tokenizer.get_vocab().items()
-            if moved:
-                token, number = min(moved, key=lambda each: each[1])
-                problem = f"lacks {len(moved)} of the base's tokens, or gives them other ids: "
-                problem += f"{token[:100]!r} is {number} in the base"
-                fix = "add tokens to the base's tokenizer with add_tokens"
-                faults.append(Fault(TOKENIZER_FILE, problem, fix))
+            tokenizer = self._rebuild(files[TOKENIZER_FILE], config, key, faults)
+        if template is not None and (fault := self._template_fault(template, tokenizer)):
+            faults.append(Fault(name, fault, "mend the template"))
         if faults:
             raise InvalidAdapter(faults)
-        if tokenizer is None:
+        if tokenizer is None and template is None:
             return None
-        tokenizer.chat_template = template or self._base.chat_template
-        return None if _content(tokenizer) == self._base_content else tokenizer
+        return tokenizer or self._base, template
+
+    def _template_fault(self, template: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
+        """What is wrong with a template that is tried on a small conversation; one that refuses it
+        may take others."""
+        try:
+            answer = self._sandbox.render(
+                template,
+                [{"role": "user", "content": "Hello"}],
+                None,
+                (tokenizer or self._base).special_tokens_map,
+                add_generation_prompt=True,
+                continue_final_message=False,
+            )
+        except Exceeded as error:
+            return f"holds a chat template that takes more than {error}"
+        problem = answer.get("malformed", "")
+        return f"holds a chat template that cannot be compiled: {problem}" if problem else ""
+
+    def _rebuild(
+        self, data: bytes, config: Mapping[str, Any], key: str, faults: list[Fault]
+    ) -> PreTrainedTokenizerFast | None:
+        """The base's tokenizer with the tokens that another adds; None where it adds none, or where
+        it does something else, as `faults` say then."""
+        try:
+            answer = self._sandbox.compare(data, key)
+        except Exceeded as error:
+            answer = {"fault": f"takes more than {error}"}
+        if "fault" in answer:
+            faults.append(Fault(TOKENIZER_FILE, answer["fault"], _ADD))
+            return None
+        backend = Tokenizer.from_str(self._base.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_tokens([AddedToken(**token) for token in answer["tokens"]])
+        if answer["around"] is not None:
+            surround(backend, *answer["around"])
+        try:
+            known = {name: _token(config[name]) for name in _FIELDS if config.get(name) is not None}
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **known)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            problem = f"does not fit its tokenizer: {str(error)[:200]}"
+            faults.append(Fault(TOKENIZER_CONFIG_FILE, problem, _SAVE_AGAIN))
+            return None
+        tokenizer.chat_template = self._base.chat_template
+        return None if _content(tokenizer) == _content(self._base) else tokenizer
 
 
 def _content(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
-    """What makes two tokenizers the same; how the last batch was padded does not."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend |= {"padding": None, "truncation": None}
-    return backend, tokenizer.chat_template, tokenizer.eos_token
+    """What makes two tokenizers that are made of one the same."""
+    backend = tokenizer.backend_tokenizer
+    added = {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}
+    around = repr(backend.encode("a").ids)
+    return added, around, tokenizer.eos_token
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -187,37 +335,15 @@ def _object(files: Mapping[str, bytes], name: str, faults: list[Fault]) -> dict[
 
 def _template(
     files: Mapping[str, bytes], config: Mapping[str, Any], faults: list[Fault]
-) -> str | None:
-    """The chat template, if there is one that compiles in the sandbox."""
+) -> tuple[str, str | None]:
+    """The file that holds a chat template, and the template, if there is one."""
     name, template = TOKENIZER_CONFIG_FILE, config.get("chat_template")
     if CHAT_TEMPLATE_FILE in files:
         name, template = CHAT_TEMPLATE_FILE, files[CHAT_TEMPLATE_FILE].decode(errors="replace")
-    if template is None:
-        return None
-    if not isinstance(template, str):
+    if template is not None and not isinstance(template, str):
         faults.append(Fault(name, "has a chat_template that is no text", "give one template"))
-        return None
-    try:
-        _compile_jinja_template(template)
-    except (TemplateError, RecursionError, ValueError, SyntaxError) as error:
-        problem = f"holds a chat template that cannot be compiled: {error}"
-        faults.append(Fault(name, problem, "mend the template"))
-        return None
-    return template
-
-
-def _tokenizer(
-    data: bytes, config: Mapping[str, Any], faults: list[Fault]
-) -> PreTrainedTokenizerFast | None:
-    try:
-        known = {name: _token(config[name]) for name in _FIELDS if config.get(name) is not None}
-        backend = Tokenizer.from_buffer(data)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **known)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        # The library raises bare Exceptions.
-        problem = f"is no tokenizer: {str(error)[:200]}"
-        faults.append(Fault(TOKENIZER_FILE, problem, _SAVE_AGAIN))
-        return None
+        return name, None
+    return name, template or None
 
 
 def _token(value: Any) -> Any:

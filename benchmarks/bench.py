@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.engines import Engine, EngineFailed, Request
 from benchmarks.engines.client import BASE
 from benchmarks.engines.infuse_http import EitherWay, InfuseHttp
-from benchmarks.engines.worker import Worker
+from benchmarks.engines.worker import ROOT, Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
 from server import openmp
 from server.engine.loading import cache_dir, default_model_folder
@@ -254,10 +254,12 @@ class Bench:
         shutil.copytree(self.store, copied, copy_function=copy)
         return copied
 
-    def inprocess(self, dtype: str = "float32", twin: bool = False) -> EitherWay:
-        """Our engine, to be asked without HTTP, with the first 32 adapters. `twin`: another."""
+    def inprocess(self, dtype: str = "float32", twin: bool = False, tree: Path = ROOT) -> EitherWay:
+        """Our engine, to be asked without HTTP, with the first 32 adapters. `twin`: another.
+        `tree`: the checkout whose code it runs."""
         name = "infuse-inprocess" + ("" if dtype == "float32" else f"-{dtype}")
         name += "-twin" if twin else ""
+        name += "" if tree == ROOT else "-of-another-commit"
         settings = {
             "model": self.model,
             "served_model_name": BASE,
@@ -274,7 +276,12 @@ class Bench:
         engine = self.engine(
             name,
             lambda: EitherWay(
-                name, "infuse_inprocess", settings, log=log, environment=openmp.variables()
+                name,
+                "infuse_inprocess",
+                settings,
+                log=log,
+                environment=openmp.variables(),
+                tree=tree,
             ),
         )
         assert isinstance(engine, EitherWay)

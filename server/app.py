@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.bucket import BucketStorage
 from adapters.errors import AdapterError, UnknownAdapter
-from adapters.model import IA3Model
 from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.residency import Residency
 from adapters.revision import Origin
+from adapters.slots import IA3Slots
 from adapters.source_url import parse_prefixes
 from adapters.sources import Sources
 from adapters.storage import Storage
@@ -30,17 +30,22 @@ from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
+from server.engine.fair_turns import FairTurns
 from server.engine.loading import cache_dir
 from server.engine.threads import on_passing_thread
-from server.errors import ERRORS_OF_ALL, ApiError, error_response, install_error_handlers
+from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
+from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.metrics import Metrics
+from server.openapi import Application
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 
 log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
+_SLOWEST = 16 << 10
+"""Bytes a second that a body may take, beside the time that each gets."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI page only: `Authorize` has looked at the key already."""
 _PRELOADED = Origin(source="preload")
@@ -61,20 +66,26 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await to_thread.run_sync(services.merges.close)
-            await to_thread.run_sync(services.engine.stop, settings.drain_timeout)
+            # Requests had their time before: now nobody listens any more.
+            await to_thread.run_sync(services.engine.stop, 0.0)
+            await to_thread.run_sync(services.registry.close)
             services.store.close()
 
-    app = FastAPI(
+    app = Application(
         title="Infuse",
         summary="One base model, thousands of IA3 adapters, one batch.",
         lifespan=lifespan,
     )
     install_error_handlers(app)
     for module in (completions, chat, rank, models, adapters, merges):
-        app.include_router(module.router, responses=ERRORS_OF_ALL, dependencies=[Depends(_BEARER)])
+        app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
-    app.add_middleware(Authorize, keys=keys)
+    app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
+    app.add_middleware(HeadAsGet)
+    most_at_once = max(1, settings.max_connections // 2)
+    app.add_middleware(Authorize, keys=keys, most_at_once=most_at_once)
+    app.add_middleware(AnswerAll)
     return app
 
 
@@ -88,7 +99,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     try:
         loaded = _load_model(settings)
         name = settings.served_model_name or loaded.name
-        ia3 = IA3Model(
+        ia3 = IA3Slots(
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
         )
         registry = AdapterRegistry(
@@ -106,6 +117,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     except BaseException:
         store.close()
         raise
+    each = _threads_for(settings)
     return partial(
         Services,
         settings=settings,
@@ -120,15 +132,16 @@ def _load_services(settings: Settings) -> "partial[Services]":
         ),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
-        preparing=CapacityLimiter(_threads_for(settings)),
+        threads=CapacityLimiter(2 * each),
+        preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
 
 
 def _threads_for(settings: Settings) -> int:
-    """On which requests are made ready. More than a few only take Python's lock from each other;
-    but where adapters come from a bucket, some wait for it, and the others must not wait for them.
-    """
+    """On which one key's requests are made ready. More than a few only take Python's lock from each
+    other; but where adapters come from a bucket, some wait for it, and the others must not wait for
+    them."""
     return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 
@@ -154,7 +167,7 @@ def warm_up(settings: Settings) -> bool:
     """Compile a model into the cache that later starts use. False: it does not compile, and the log
     says why."""
     loaded = _load_model(settings)
-    ia3 = IA3Model(loaded.model, max_adapters=1)
+    ia3 = IA3Slots(loaded.model, max_adapters=1)
     engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
     return engine.stats().compiled
 
@@ -197,14 +210,28 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
                 log.warning("The adapter in %s is not offered: %s", source, error)
 
 
+class HeadAsGet:
+    """ASGI middleware: what answers GET answers HEAD too. The server sends no body for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class LimitBodies:
-    """ASGI middleware: a body over its limit is refused by its header, or while it comes."""
+    """ASGI middleware: a body over its limit is refused by its header, or while it comes; so is one
+    that comes too slowly."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._upload_limit = settings.max_upload_bytes + MEBIBYTE
         """The form around the files needs some room of its own."""
         self._body_limit = settings.max_body_bytes
+        self._seconds = settings.receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -219,11 +246,20 @@ class LimitBodies:
             refusal = ApiError(413, _too_large(limit), code="body_too_large")
             await error_response(refusal)(scope, receive, send)
             return
-        received = 0
+        until = asyncio.get_running_loop().time() + self._seconds
+        received, more = 0, True
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, more
+            if not more:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until + received / _SLOWEST):
+                    message = await receive()
+            except TimeoutError:
+                problem = f"The body does not come: {received} bytes so far. Send it faster."
+                raise HTTPException(408, problem, headers={"Connection": "close"}) from None
+            more = bool(message.get("more_body", False))
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, _too_large(limit))

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import logging
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from server.errors import ApiError, error_response
 log = logging.getLogger(__name__)
 
 Role = Literal["generate", "admin", "metrics"]
-"""Any key may read `/metrics`; one with `metrics` alone may do nothing else."""
+"""`metrics` may read `/metrics` alone, and so may `admin`: they tell of every key's requests."""
 _CALLER = "infuse.caller"
 _ADMIN = ("/v1/adapters", "/v1/merges")
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
@@ -60,18 +61,32 @@ def read_keys(path: Path) -> list[Key]:
 class Authorize:
     """ASGI middleware. Without keys everybody may do everything."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[Key], most_at_once: int) -> None:
+        """`most_at_once`: requests of one key."""
         self._app = app
         self._keys = [(key, key.digest) for key in keys]
+        self._most_at_once = most_at_once
+        self._running: Counter[str] = Counter()
+        """By key: the requests that are not answered yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys:
-            # Refused before a body is read; a dependency would come after the form is parsed.
-            refusal = self._refusal(scope)
-            if refusal is not None:
-                await error_response(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or not self._keys:
+            await self._app(scope, receive, send)
+            return
+        # Refused before a body is read; a dependency would come after the form is parsed.
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+            return
+        caller = scope.get(_CALLER)
+        if caller is None:
+            await self._app(scope, receive, send)
+            return
+        self._running[caller] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running[caller] -= 1
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = str(scope["path"])
@@ -87,10 +102,15 @@ class Authorize:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        role: Role | None = _role(path)
-        if role is not None and role not in key.roles:
-            message = f"The key '{key.name}' lacks the role '{role}', which {path} needs."
+        roles = _roles(path)
+        if not key.roles & set(roles):
+            named = " or ".join(f"'{role}'" for role in roles)
+            message = f"The key '{key.name}' lacks the role {named}, which {path} needs."
             return ApiError(403, message, code="missing_role")
+        if self._running[key.name] >= self._most_at_once:
+            message = f"The key '{key.name}' has {self._most_at_once} requests at once already."
+            headers = {"Retry-After": "1"}
+            return ApiError(429, message, code="too_many_requests", headers=headers)
         scope[_CALLER] = key.name
         return None
 
@@ -103,11 +123,11 @@ class Authorize:
         return found
 
 
-def _role(path: str) -> Role | None:
-    """What a path needs; None: any key will do."""
+def _roles(path: str) -> tuple[Role, ...]:
+    """What a path needs, one of them."""
     if path == "/metrics":
-        return None
-    return "admin" if path.startswith(_ADMIN) else "generate"
+        return "metrics", "admin"
+    return ("admin",) if path.startswith(_ADMIN) else ("generate",)
 
 
 async def get_caller(request: Request) -> str | None:

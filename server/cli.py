@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
@@ -43,6 +43,8 @@ Source = Annotated[
     ),
 ]
 _HERE = "http://127.0.0.1:8000"
+_THREAD_SECONDS = 1.0
+"""What a thread that works for nobody gets to end, once the server has."""
 
 
 def main() -> None:
@@ -108,19 +110,14 @@ def serve(context: typer.Context) -> None:
     from server.app import create_app
     from server.auth import BadKeysFile
     from server.engine import EngineError
+    from server.listener import Server
 
     try:
         application = create_app(settings)
     except (BadKeysFile, EngineError, AdapterError, OSError) as error:
         _refuse(str(error))
-    server = _Server(
-        uvicorn.Config(
-            application,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=round(settings.drain_timeout),
-        )
-    )
-    server.run(sockets=[listening])
+    Server(application, settings, application.state).run(sockets=[listening])
+    _leave_threads()
 
 
 @app.command(
@@ -159,13 +156,15 @@ def _settings(command: str, arguments: list[str]) -> Settings:
     return settings
 
 
-class _Server(uvicorn.Server):
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        assert sockets is not None
-        host, port = sockets[0].getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        log.info("Infuse answers on http://%s:%d (/docs says what it can do).", shown, port)
+def _leave_threads() -> None:
+    """End the process where a thread still works for a request that was answered without it."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(_THREAD_SECONDS)
+            if thread.is_alive():
+                log.warning("A thread is still at work; the server ends without it.")
+                logging.shutdown()
+                os._exit(0)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -7,7 +7,9 @@ from typing import IO, Any, Self
 
 import httpx
 
+from adapters.adapter_files import folder_with_adapter, missing_files
 from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from adapters.errors import Fault, InvalidAdapter
 
 _TIMEOUT = 60.0
 
@@ -70,7 +72,9 @@ class AdminClient:
             return self._send(method, path, json=body, timeout=None)
         with tempfile.TemporaryFile() as archive:
             try:
-                files = _files_of(Path(source), archive)
+                files = _files_of(folder_with_adapter(Path(source)), archive)
+            except InvalidAdapter as error:
+                raise ClientError("\n".join(map(_line, error.faults))) from None
             except OSError as error:
                 raise ClientError(
                     f"{error.filename}: {error.strerror}; name a folder that PEFT's "
@@ -93,14 +97,22 @@ class AdminClient:
             raise ClientError(f"the server answered {response.status_code}") from None
         lines = [error_info["message"]]
         lines += [
-            f"  {d['field']}: {d['problem']}" + (f" - {d['fix']}" if d["fix"] else "")
-            for d in error_info["details"]
+            f"  {_line(Fault(d['field'], d['problem'], d['fix']))}" for d in error_info["details"]
         ]
         raise ClientError("\n".join(lines))
 
 
+def _line(fault: Fault) -> str:
+    return f"{fault.field}: {fault.problem}" + (f" - {fault.fix}" if fault.fix else "")
+
+
 def _files_of(folder: Path, archive: IO[bytes]) -> dict[str, Any]:
-    """The form's files: the two of every adapter, or an archive where it has its own texts."""
+    """The form's files: the two of every adapter, or an archive where it has its own texts.
+
+    Raises InvalidAdapter where one of the two is missing.
+    """
+    if faults := missing_files({file.name for file in folder.iterdir() if file.is_file()}):
+        raise InvalidAdapter(faults)
     texts = [name for name in TEXT_FILES if (folder / name).is_file()]
     if not texts:
         return {

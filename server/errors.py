@@ -1,8 +1,9 @@
 """Errors as HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
 
+import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import (
     AdapterDisabled,
@@ -23,6 +26,7 @@ from adapters.errors import (
     InvalidAdapter,
     MergeNotDone,
     RevisionConflict,
+    SandboxUnavailable,
     SourceError,
     SourceFailed,
     SourceNotAllowed,
@@ -34,6 +38,7 @@ from adapters.errors import (
     StoreFull,
     StoreLocked,
     StoreUnreachable,
+    TemplateRefused,
     TooManyMerges,
     TooManyPinned,
     UnknownAdapter,
@@ -48,12 +53,13 @@ from server.engine.errors import (
     EngineStopping,
     QueueFull,
 )
+from server.engine.faults import is_panic
 
 log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
-_MERGE_RETRY_AFTER = "60"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
     SourceNotAllowed: (403, "source_not_allowed"),
@@ -104,14 +110,6 @@ class ErrorBody(BaseModel):
     )
 
 
-ERRORS_OF_ALL: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorBody, "description": "No valid API key was given."},
-    403: {"model": ErrorBody, "description": "The key lacks the role that this needs."},
-    "default": {"model": ErrorBody, "description": "Every other error has this shape too."},
-}
-"""For the OpenAPI page. The default also stands for FastAPI's 422, which is a 400 here."""
-
-
 class ApiError(Exception):
     """An answer that is no success. `details` lists every fault, not the first one."""
 
@@ -153,13 +151,76 @@ def error_response(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
+class LibraryPanic(RuntimeError):
+    """What a panic in a library's Rust code becomes, which is no Exception itself."""
+
+
+class PanicsAsErrors:
+    """ASGI middleware: a panic in a library's Rust code is logged and answered as any other error
+    that nobody foresaw."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except BaseException as error:
+            within = error.split(is_panic)[0] if isinstance(error, BaseExceptionGroup) else None
+            if within is None and not is_panic(error):
+                raise
+            raise LibraryPanic(str(error)) from error
+
+
 def install_error_handlers(app: FastAPI) -> None:
+    app.add_middleware(PanicsAsErrors)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen)
+
+
+class AnswerAll:
+    """ASGI middleware: however a request ends, an answer of our shape is sent if none has begun.
+
+    Only the drain cancels a request. What is no Exception, as the panic of a library in Rust, would
+    slip through Starlette's handlers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        def noting(message: Message) -> Awaitable[None]:
+            """No coroutine of its own: it is called for every token of a stream."""
+            nonlocal has_begun
+            has_begun = True
+            return send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if has_begun:
+                raise
+            await error_response(_cut_short(scope["method"]))(scope, receive, send)
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _cut_short(method: str) -> ApiError:
+    doubt = "" if method == "GET" else " Look first whether it was done."
+    message = f"The server is shutting down and could not finish this; send it again.{doubt}"
+    headers = {"Retry-After": _DRAIN_RETRY_AFTER, "Connection": "close"}
+    return ApiError(503, message, code="stopping", headers=headers)
 
 
 def _type(status: int) -> str:
@@ -208,14 +269,23 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(404, str(error), code="merge_not_found", param="id")
         case MergeNotDone():
             return ApiError(409, str(error), code="merge_not_done", param="id")
-        case TooManyMerges():
-            headers = {"Retry-After": _MERGE_RETRY_AFTER}
+        case TooManyMerges(retry_after=seconds):
+            headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case SourceError():
             status, code = _SOURCE_ERRORS[type(error)]
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
+        case TemplateRefused():
+            return ApiError(
+                400,
+                f"The model's chat template does not take this conversation: {error}",
+                param="messages",
+            )
+        case SandboxUnavailable():
+            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
+            return ApiError(503, str(error), code="sandbox_unavailable", headers=headers)
         case StoreUnreachable() | StoreLocked():
             headers = {"Retry-After": _DRAIN_RETRY_AFTER}
             return ApiError(503, str(error), code="storage_unavailable", headers=headers)
@@ -234,7 +304,7 @@ async def _engine_error(_: Request, error: Exception) -> Response:
 def from_engine_error(error: EngineError) -> ApiError:
     match error:
         case QueueFull(retry_after=seconds):
-            headers = {"Retry-After": str(round(seconds))}
+            headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="queue_full", headers=headers)
         case BadConstraint(where=where):
             return ApiError(400, str(error), code="invalid_constraint", param=where)
@@ -251,12 +321,17 @@ def from_engine_error(error: EngineError) -> ApiError:
             return ApiError(500, str(error))
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(each) for each in error.errors()]
+    if isinstance(error.body, bytes) and error.body:
+        # It has not been read as JSON.
+        given = request.headers.get("content-type")
+        problem = "is missing" if given is None else f"is {given[:80]!r}"
+        faults = [Fault("Content-Type", problem, "send JSON, as application/json")]
     first = faults[0]
-    message = f"{first.field}: {first.problem}"
+    message = f"{first.field}: {first.problem}" + (f"; {first.fix}" if first.fix else "")
     api_error = ApiError(400, message, code="invalid_request", param=first.field, details=faults)
     return error_response(api_error)
 
@@ -278,9 +353,38 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    code = {400: "invalid_request", 413: "body_too_large"}.get(error.status_code)
+    codes = {400: "invalid_request", 408: "request_timeout", 413: "body_too_large"}
+    code = codes.get(error.status_code)
     headers = dict(error.headers or {})
-    return error_response(ApiError(error.status_code, message, code=code, headers=headers))
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed(request))
+    param = None
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        packed = error.__cause__.object.startswith(b"\x1f\x8b")
+        is_what = "is gzip" if packed else "is not UTF-8"
+        message = f"The body {is_what}; a packed body comes with the header Content-Encoding: gzip."
+        param = "Content-Encoding" if packed else "body"
+    return error_response(
+        ApiError(error.status_code, message, code=code, param=param, headers=headers)
+    )
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path: Starlette names those of the first route that has the path."""
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches(_bare_scope(request, method))[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
+
+
+def _bare_scope(request: Request, method: str) -> Scope:
+    """As routing finds it: it leaves its marks in a request's own scope."""
+    known = ("type", "path", "root_path", "headers", "app")
+    return {name: request.scope[name] for name in known} | {"method": method}
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

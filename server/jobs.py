@@ -15,6 +15,7 @@ import queue
 import secrets
 import shutil
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "merge-"
 _MAX_WAITING = 64
+_HARDLY = 0.01
 _RESTARTED = "the server was restarted"
 _LOWEST = 19
 """Linux gives each thread a priority of its own: what else wants the processor gets it."""
@@ -126,6 +128,8 @@ class MergeJobs:
         """Those of jobs that have not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._began = 0.0
+        """When the merge that runs did; `time.monotonic`'s seconds."""
         self._recover()
         self._worker = threading.Thread(target=self._work, name="merges", daemon=True)
         self._worker.start()
@@ -153,11 +157,19 @@ class MergeJobs:
         )
         with self._mutex:
             if len(self._tasks) >= _MAX_WAITING:
-                raise TooManyMerges(_MAX_WAITING)
+                raise TooManyMerges(_MAX_WAITING, self._seconds_until_one_ends())
             self._keep(job)
             self._tasks[job.id] = _Task(job.id, base, vectors)
             self._queue.put(self._tasks[job.id])
         return job
+
+    def _seconds_until_one_ends(self) -> float:
+        """As the one that runs gets on; a minute where it has hardly begun."""
+        shares = [job.progress for job in self._jobs.values() if job.state == "running"]
+        share = max(shares, default=0.0)
+        if share < _HARDLY:
+            return 60.0
+        return (time.monotonic() - self._began) * (1 - share) / share
 
     def page(self, after: str | None, limit: int) -> list[Merge]:
         """The first `limit` that come after the id `after`."""
@@ -206,6 +218,7 @@ class MergeJobs:
             with self._mutex:
                 if task.cancelled.is_set():
                     continue
+                self._began = time.monotonic()
                 job = self._jobs[task.id] = self._jobs[task.id].model_copy(
                     update={"state": "running"}
                 )
@@ -219,7 +232,8 @@ class MergeJobs:
                     self._end(job, "cancelled")
             except AdapterError as error:
                 self._end(job, "failed", error=str(error))
-            except Exception as error:
+            except BaseException as error:
+                # Whatever ends a merge, a panic in a library's Rust code too, ends no other.
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
             else:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.streams import Streams
 from server.engine import Engine
+from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.settings import Settings
@@ -29,10 +31,18 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
-    preparing: CapacityLimiter
-    """Threads on which requests are made ready."""
-    compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
-    """Threads for requests with a grammar, which may take seconds: others do not wait for them."""
+    threads: CapacityLimiter
+    """On which requests are made ready, as many as have a turn."""
+    preparing: FairTurns
+
+    strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+        default_factory=WeakValueDictionary
+    )
+    """By what an adapter brings: threads for the requests that wait for it to be read or run."""
+
+    def cache_scope(self, caller: str | None) -> str:
+        """Whose caches a key's requests use: its own, unless keys share theirs."""
+        return "" if caller is None or self.settings.keys_share_caches else caller
 
 
 async def get_services(request: Request) -> Services:

@@ -123,6 +123,12 @@ class Settings(BaseSettings):
         description="Keep what was computed of prompts and answers for requests that begin alike.",
         examples=[True],
     )
+    keys_share_caches: bool = Field(
+        False,
+        description="Keys trust each other: what was computed of one key's prompts and grammars "
+        "serves the others too, who can tell by the time that it saves.",
+        examples=[False],
+    )
     max_queue: int = Field(
         256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
     )
@@ -131,6 +137,26 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         4 * MEBIBYTE, ge=1, description="Largest JSON request.", examples=[4194304]
+    )
+    max_connections: int = Field(
+        1000,
+        ge=1,
+        description="Open connections. At the limit a new one replaces the one that has waited "
+        "longest for a request; a key may have half as many requests at once.",
+        examples=[1000],
+    )
+    receive_timeout: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds that a request's headers may take to come; its body too, and a "
+        "second more for each 16 KiB.",
+        examples=[30.0],
+    )
+    send_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that a client may leave its answer unread; it is cancelled then.",
+        examples=[60.0],
     )
     source_prefixes: str = Field(
         "",

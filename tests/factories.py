@@ -6,10 +6,10 @@ from typing import Any
 
 import peft
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -115,6 +115,34 @@ def tiny_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFas
     fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     fast.chat_template = chat_template
     return fast
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a few letters, and for everything else a token a byte. 284 tokens."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for token in [*(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz."]:
+        vocab[token] = len(vocab)
+    model = BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def panic() -> None:
+    """Raise what no `except Exception` catches, as a library's Rust code does."""
+    decoders.Strip("a", 0, 2).decode(["a"])
 
 
 def save_tiny_model(folder: Path, chat_template: str = CHAT_TEMPLATE, **overrides: Any) -> Path:

@@ -145,7 +145,7 @@ def test_the_image_checks_its_own_health_with_python() -> None:
 
     command = json.loads(check[check.index("CMD ") + 4 :])
     assert command[:2] == ["python", "-c"]
-    assert "/health/ready" in command[2]
+    assert "/health/live" in command[2]
     ast.parse(command[2])
 
 

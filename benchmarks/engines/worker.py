@@ -14,14 +14,18 @@ from typing import Any
 
 from benchmarks.engines import Answer, EngineFailed, Request, Round
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
+"""The checkout that this code is of."""
 _START_SECONDS = 900
 """A first start may compile."""
 _ROUND_SECONDS = 600
 
 
 class Worker:
-    """A module of `benchmarks.engines` that ends in `lines.serve`, run by a Python of its own."""
+    """A module of `benchmarks.engines` that ends in `lines.serve`, run by a Python of its own.
+
+    `tree`: the checkout whose code it runs.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class Worker:
         *,
         log: Path,
         python: Path = Path(sys.executable),
+        tree: Path = ROOT,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
@@ -38,6 +43,7 @@ class Worker:
             str(python),
             *("-m", f"benchmarks.engines.{module}", json.dumps(arguments, default=str)),
         ]
+        self._tree = tree
         self._environment = dict(environment or {})
         self.log = log
         self._process: subprocess.Popen[str] | None = None
@@ -51,8 +57,8 @@ class Worker:
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
-                cwd=_ROOT,
-                env=os.environ | {"PYTHONPATH": str(_ROOT)} | self._environment,
+                cwd=self._tree,
+                env=os.environ | {"PYTHONPATH": str(self._tree)} | self._environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from adapters.combine import SPARSE, Method
 from adapters.revision import Revision
 from adapters.store import NAME_PATTERN
-from server.api.schemas import AdapterWeight
-from server.errors import ErrorBody
+from server.api.model_schemas import AdapterWeight
 from server.services import Services
 
 MAX_COMBINED = 64
@@ -17,26 +16,6 @@ MAX_TAGS = 64
 MAX_TAG_LENGTH = 128
 MAX_DESCRIPTION = 4096
 MAX_SOURCE = 2048
-
-_ERRORS: dict[int, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "What was sent has faults, all of them listed; or nothing can be had from the source.",
-        403: "The key lacks the role that this needs, or the source is not allowed.",
-        404: "There is no such adapter.",
-        409: "The name is taken, or all but one slot is pinned.",
-        412: "The adapter has changed since.",
-        413: "The upload is too large.",
-        502: "The source failed.",
-        504: "The source took too long.",
-        507: "The disk is full.",
-    }.items()
-}
-
-
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's answers beside success, for the OpenAPI page."""
-    return {status: _ERRORS[status] for status in statuses}
 
 
 class AdminBody(BaseModel):

@@ -5,7 +5,9 @@ from dataclasses import replace as changed
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
 from adapters.registry import Part
@@ -21,13 +23,13 @@ from server.api.adapter_schemas import (
     RollbackBody,
     SourceBody,
     adapter_of,
-    errors,
     revision_of,
 )
 from server.api.forms import NAME_FIELD, Upload, form, read_upload
 from server.api.published import Published, read_published
 from server.auth import Caller
-from server.errors import ApiError
+from server.errors import ApiError, error_response
+from server.openapi import CHANGES, ETAG, READS, errors, header
 from server.services import Services, get_services
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -43,13 +45,16 @@ IfMatch = Annotated[
     ),
 ]
 DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.", examples=[True])]
+_NOT_ALLOWED = "The key lacks the role that this needs, or the source is not allowed."
+_CREATED = {"headers": ETAG | {"Location": header("The new adapter.")}}
+_FILE: dict[str, object] = {"application/json": {}, "application/octet-stream": {}}
 
 
 @router.post(
     "",
     status_code=201,
-    responses=errors(400, 403, 409, 413, 502, 504, 507)
-    | {200: {"model": CheckedUpload, "description": "The dry run's result."}},
+    responses=errors(409, 502, 504, *CHANGES, said={403: _NOT_ALLOWED})
+    | {200: {"model": CheckedUpload, "description": "The dry run's result."}, 201: _CREATED},
     openapi_extra=form(NAME_FIELD, NamedSourceBody),
 )
 async def add(
@@ -96,7 +101,7 @@ async def _check(upload: Upload | Published, services: Services) -> CheckedUploa
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
 
-@router.post("/combine", status_code=201, responses=errors(400, 404, 409, 507))
+@router.post("/combine", status_code=201, responses=errors(404, 409, *READS) | {201: _CREATED})
 def combine(body: CombineBody, response: Response, services: ServicesDep, by: Caller) -> Adapter:
     """Make a new adapter out of others. It records how it was made."""
     revision, warnings = services.registry.combine(
@@ -113,7 +118,7 @@ def combine(body: CombineBody, response: Response, services: ServicesDep, by: Ca
     return adapter_of(services, revision, warnings)
 
 
-@router.get("", responses=errors(400))
+@router.get("")
 def list_adapters(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
@@ -131,7 +136,7 @@ def list_adapters(
     return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/{name}", responses=errors(404))
+@router.get("/{name}", responses=errors(404) | {200: {"headers": ETAG}})
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.store.current(name)
@@ -141,7 +146,8 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
 
 @router.put(
     "/{name}",
-    responses=errors(400, 403, 404, 412, 413, 502, 504, 507),
+    responses=errors(404, 412, 502, 504, *READS, said={403: _NOT_ALLOWED})
+    | {200: {"headers": {"ETag": header("Of the new revision.", always=False)}}},
     openapi_extra=form({}, SourceBody),
 )
 async def replace(
@@ -169,7 +175,7 @@ async def replace(
     return adapter_of(services, revision, warnings, unchanged=not is_new)
 
 
-@router.patch("/{name}", responses=errors(400, 404, 409, 412, 507))
+@router.patch("/{name}", responses=errors(404, 409, 412, *READS) | {200: {"headers": ETAG}})
 def describe(
     name: Name,
     body: DetailsBody,
@@ -188,7 +194,7 @@ def describe(
     return get(name, response, services)
 
 
-@router.delete("/{name}", status_code=204, responses=errors(404, 412, 507))
+@router.delete("/{name}", status_code=204, responses=errors(404, 412, *CHANGES))
 def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match, by)
@@ -201,7 +207,7 @@ def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
     return RevisionList(data=[revision_of(each) for each in services.store.revisions(name)])
 
 
-@router.post("/{name}/rollback", responses=errors(400, 404, 412, 507))
+@router.post("/{name}/rollback", responses=errors(404, 412, *READS) | {200: {"headers": ETAG}})
 def roll_back(
     name: Name,
     body: RollbackBody,
@@ -217,7 +223,15 @@ def roll_back(
     return adapter_of(services, revision, unchanged=not is_new)
 
 
-@router.get("/{name}/files/{file}", responses=errors(400, 404), response_class=FileResponse)
+@router.get(
+    "/{name}/files/{file}",
+    responses=errors(404, 416, *READS)
+    | {
+        status: {"description": text, "content": _FILE, "headers": ETAG}
+        for status, text in {200: "The file.", 206: "The bytes that `Range` asks for."}.items()
+    },
+    response_class=FileResponse,
+)
 def download(
     name: Name,
     file: Annotated[
@@ -240,4 +254,29 @@ def download(
     path = services.store.files(revision) / file
     if not path.is_file():
         raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
-    return FileResponse(path, filename=file, headers={"ETag": revision.etag})
+    return File(path, filename=file, headers={"ETag": revision.etag})
+
+
+class File(FileResponse):
+    """A file or a part of it; a `Range` that cannot be served is refused in our shape."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal: ApiError | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                bounds = Headers(raw=message["headers"]).get("content-range")
+                refusal = ApiError(
+                    message["status"],
+                    f"The file cannot be cut to this Range; {bounds or 'send bytes=first-last'}.",
+                    code="invalid_range",
+                    param="Range",
+                    headers={} if bounds is None else {"Content-Range": bounds},
+                )
+            elif refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, watched)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)

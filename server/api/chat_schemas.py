@@ -11,16 +11,9 @@ from pydantic import (
     field_validator,
 )
 
-from server.api.constraint_schemas import ResponseFormat
-from server.api.schemas import (
-    MAX_LOGPROBS,
-    USAGE_EXAMPLE,
-    FinishedBecause,
-    GenerationBody,
-    NotYet,
-    Usage,
-)
-from server.api.tool_schemas import NamedToolChoice, ToolCall, ToolChoice, Tools
+from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
+from server.api.schemas import MAX_LOGPROBS, GenerationBody
+from server.api.tool_schemas import NamedToolChoice, PastToolCall, ToolCall, ToolChoice, Tools
 
 MAX_MESSAGES = 4096
 MAX_CALLS = 128
@@ -38,22 +31,22 @@ class TextPart(BaseModel):
 def _join_text_parts(content: object, info: ValidationInfo) -> object:
     """A message's content as one text; its parts are joined by line breaks."""
     if content is None:
-        if info.data.get("tool_calls"):
+        if info.data.get("role") == "assistant":
             return None
-        raise ValueError("is missing; every message needs a text, or tool_calls")
+        raise ValueError("is missing; every message but an assistant's needs a text")
     if not isinstance(content, list):
         return content
     texts: list[str] = []
     for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind not in ("text", "refusal"):
             raise ValueError(
                 f"part {index} is of type {str(kind)[:40]!r}; only text parts are supported: "
                 '{"type": "text", "text": "…"}'
             )
-        if not isinstance(part.get("text"), str):
+        if not isinstance(part.get(kind), str):
             raise ValueError(f"part {index} has no text")
-        texts.append(part["text"])
+        texts.append(part[kind])
     return "\n".join(texts)
 
 
@@ -65,7 +58,7 @@ class Message(BaseModel):
     role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
         description="Who speaks; `developer` is another word for `system`.", examples=["user"]
     )
-    tool_calls: list[ToolCall] | None = Field(
+    tool_calls: list[PastToolCall] | None = Field(
         None,
         max_length=MAX_CALLS,
         description="What an assistant's message called.",
@@ -82,18 +75,41 @@ class Message(BaseModel):
     ] = Field(
         None,
         validate_default=True,
-        description="The text, or a list of text parts; may be missing beside `tool_calls`.",
+        description="The text, or a list of text parts; an assistant's may be null.",
         examples=["Where is my order?"],
+    )
+    refusal: str | None = Field(
+        None,
+        description="What an assistant's message said instead of a content.",
+        examples=[None],
+    )
+    reasoning_content: str | None = Field(
+        None,
+        description="What an assistant's message thought, for templates that show it.",
+        examples=[None],
     )
     name: str | None = Field(
         None, description="The speaker's name, for templates that use it.", examples=["Ada"]
     )
+    function_call: Any = Field(
+        None, description="Not served, refused: use `tool_calls`.", examples=[None]
+    )
+    audio: Any = Field(None, description="Not served, refused: only text is read.", examples=[None])
+
+    @field_validator("function_call", "audio")
+    @classmethod
+    def _is_not_served(cls, given: object, info: ValidationInfo) -> object:
+        if given is not None:
+            name = info.field_name
+            mend = "use tool_calls" if name == "function_call" else "send its text"
+            raise ValueError(f"is not served here; {mend}")
+        return given
 
     @field_validator("tool_calls")
     @classmethod
     def _of_the_assistant(
-        cls, calls: list[ToolCall] | None, info: ValidationInfo
-    ) -> list[ToolCall] | None:
+        cls, calls: list[PastToolCall] | None, info: ValidationInfo
+    ) -> list[PastToolCall] | None:
         if calls and info.data.get("role") != "assistant":
             raise ValueError("stand in an assistant's message only")
         return calls
@@ -109,8 +125,14 @@ class Message(BaseModel):
         """As chat templates expect it."""
         role = "system" if self.role == "developer" else self.role
         calls = [call.for_template() for call in self.tool_calls or ()]
-        rest = {"name": self.name, "tool_call_id": self.tool_call_id, "tool_calls": calls}
-        return {"role": role, "content": self.content or ""} | {k: v for k, v in rest.items() if v}
+        rest = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": calls,
+            "reasoning_content": self.reasoning_content,
+        }
+        content = self.refusal if self.content is None else self.content
+        return {"role": role, "content": content or ""} | {k: v for k, v in rest.items() if v}
 
 
 class Prediction(BaseModel):
@@ -158,11 +180,6 @@ class ChatBody(GenerationBody):
         description="Further variables for the chat template.",
         examples=[{"enable_thinking": False}],
     )
-    response_format: ResponseFormat | None = Field(
-        None,
-        description="Hold the answer to JSON, or to a JSON schema.",
-        examples=[{"type": "json_object"}],
-    )
     prediction: Prediction | None = Field(
         None,
         description="A text that the answer will mostly repeat, such as a file to be edited: where "
@@ -177,22 +194,19 @@ class ChatBody(GenerationBody):
     tool_choice: ToolChoice = Field(
         None,
         description="`auto` (the default): the model decides; `none`: the tools are not offered; "
-        "`required`, or one function: the answer is calls that fit the schemas.",
+        "`required`, or one function: the answer is calls. Their arguments fit the schemas.",
         examples=["auto"],
     )
     parallel_tool_calls: bool | None = Field(
         None,
-        description="Whether `required` may be several calls (default true).",
+        description="Whether there may be several calls (default true).",
         examples=[True],
-    )
-    functions: NotYet = Field(
-        None, description="Not supported, refused: use `tools`.", examples=[None]
     )
 
     @field_validator("top_logprobs")
     @classmethod
     def _only_with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
-        if top is not None and not info.data.get("logprobs"):
+        if top and not info.data.get("logprobs"):
             raise ValueError("needs logprobs: true")
         return top
 
@@ -210,8 +224,7 @@ class ChatBody(GenerationBody):
 
     @property
     def is_constrained(self) -> bool:
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        return has_format or bool(self.tools_to_call) or super().is_constrained
+        return bool(self.offered_tools) or super().is_constrained
 
     @property
     def offered_tools(self) -> Tools:
@@ -229,10 +242,14 @@ class ChatBody(GenerationBody):
                 return []
 
     @property
+    def names_a_tool(self) -> bool:
+        """Whether the one function to call is given."""
+        return isinstance(self.tool_choice, NamedToolChoice)
+
+    @property
     def calls_several(self) -> bool:
         """Whether one answer may hold several calls."""
-        named = isinstance(self.tool_choice, NamedToolChoice)
-        return self.parallel_tool_calls is not False and not named
+        return self.parallel_tool_calls is not False and not self.names_a_tool
 
     @field_validator("continue_final_message")
     @classmethod
@@ -294,9 +311,10 @@ class ChatChoice(BaseModel):
     )
     finish_reason: ChatFinishedBecause = Field(
         description="`stop`: an end token or a stop string; `length`: the token limit; "
-        "`tool_calls`: a stop after calls.",
+        "`tool_calls`: a stop after calls that the model decided on.",
         examples=["stop"],
     )
+    stop_reason: StopReason = STOP_REASON
 
 
 class ChatCompletion(BaseModel):
@@ -335,10 +353,11 @@ class Delta(TypedDict, total=False):
     """In a choice's first chunk."""
     content: str
     tool_calls: list[dict[str, Any]]
-    """Further calls, each whole, with its number in the message."""
+    """Parts of calls, each with the call's number in the message: the first with its id and name,
+    all with the next part of its arguments."""
 
 
-class ChunkChoice(TypedDict):
+class ChunkChoice(TypedDict, total=False):
     """What a chunk adds to one choice."""
 
     index: int
@@ -346,3 +365,4 @@ class ChunkChoice(TypedDict):
     logprobs: dict[str, Any] | None
     finish_reason: ChatFinishedBecause | None
     """In a choice's last chunk."""
+    stop_reason: StopReason

@@ -4,14 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
-from server.api.schemas import (
-    MAX_LOGPROBS,
-    USAGE_EXAMPLE,
-    FinishedBecause,
-    GenerationBody,
-    NotYet,
-    Usage,
-)
+from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
+from server.api.schemas import MAX_LOGPROBS, GenerationBody
 
 Prompt = str | list[int]
 
@@ -87,9 +81,6 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(
         None, ge=1, description="Only accepted where it equals `n`.", examples=[1]
     )
-    suffix: NotYet = Field(
-        None, description="Text after the insertion: not supported, refused.", examples=[None]
-    )
 
     @field_validator("best_of")
     @classmethod
@@ -139,6 +130,7 @@ class CompletionChoice(BaseModel):
         "stream until the choice ends.",
         examples=["stop"],
     )
+    stop_reason: StopReason = STOP_REASON
 
 
 class Completion(BaseModel):

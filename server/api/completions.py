@@ -8,27 +8,27 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import Usage
 from server.api.completion_schemas import (
     Completion,
     CompletionBody,
     CompletionLogprobs,
 )
-from server.api.constraining import structured_grammar
+from server.api.constraining import Held, answer_grammar
+from server.api.endings import finished_because, stopped_by
 from server.api.generation import (
     Chunk,
     Order,
-    check_fan_out,
+    check_order,
     describe,
-    finished_because,
     place_order,
-    prepared,
     respond,
 )
 from server.api.leasing import leased
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes
-from server.api.prompts import encode_prompts, fit_to_window
+from server.api.preparing import prepared
+from server.api.prompts import encode_prompts, fit_to_window, truncated
 from server.api.sampling import sampling_params
-from server.api.schemas import Usage
 from server.auth import Caller
 from server.engine.engine import Engine
 from server.engine.request import Output, SamplingParams
@@ -54,8 +54,9 @@ async def create_completion(
     caller: Caller,
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
-    check_fan_out(services, body, len(body.prompt))
-    order = await prepared(services, body.is_constrained, partial(_prepare, services, body, caller))
+    check_order(services, body, len(body.prompt))
+    prepare = partial(_prepare, services, body, caller)
+    order = await prepared(request, services, caller, prepare)
     return await respond(request, services, body, order, CompletionWriter(body, order))
 
 
@@ -95,7 +96,9 @@ def _prompts(
             "log-probabilities; leave out echo, or use /v1/rank to score a text after a prompt.",
             param="echo",
         )
-    grammar = structured_grammar(engine, body.structured_outputs)
+    held = Held(answer_grammar(engine, body.constraints))
+    room = DEFAULT_MAX_TOKENS if limit is None else limit
+    prompts = encode_prompts(engine, vocabulary, body.prompt, body.add_special_tokens is not False)
     return [
         (
             prompt,
@@ -106,10 +109,10 @@ def _prompts(
                 max_tokens=fit_to_window(engine, prompt, field, limit, DEFAULT_MAX_TOKENS),
                 logprobs=body.logprobs,
                 prompt_logprobs=prompt_logprobs,
-                grammar=grammar,
+                held=held,
             ),
         )
-        for prompt in encode_prompts(engine, vocabulary, body.prompt)
+        for prompt in (truncated(engine, whole, body, room) for whole in prompts)
     ]
 
 
@@ -124,6 +127,7 @@ class CompletionWriter:
         self._logprobs: dict[int, CompletionLogprobWriter] = {}
         self._echoed: set[int] = set()
         self._head = {**order.head, "object": "text_completion"}
+        self._chunk_head = {**self._head, **body.chunk_usage}
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> Completion:
         choices = [self._choice(number, output) for number, output in enumerate(outputs)]
@@ -133,7 +137,7 @@ class CompletionWriter:
         choice = self._choice(number, output)
         scored = choice["logprobs"] is not None and choice["logprobs"]["tokens"]
         if choice["text"] or choice["finish_reason"] or scored:
-            yield {**self._head, "choices": [choice]}
+            yield {**self._chunk_head, "choices": [choice]}
 
     def usage_chunk(self, usage: Usage) -> Chunk:
         return {**self._head, "choices": [], "usage": usage.model_dump(exclude_unset=True)}
@@ -144,18 +148,21 @@ class CompletionWriter:
             self._echoed.add(number)
             echo = self._prompt_text(number)
         logprobs = self._score(number, output, echo)
-        return {
+        choice = {
             "index": number,
             "text": echo + output.text,
             "logprobs": None if logprobs is None else logprobs.model_dump(),
             "finish_reason": finished_because(output),
         }
+        if output.finish_reason is not None:
+            choice["stop_reason"] = stopped_by(self._body, output)
+        return choice
 
     def _prompt_text(self, number: int) -> str:
         prompt = self._body.prompt[number // self._order.choices]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
             return prompt
-        return str(self._tokenizer.decode(prompt))
+        return str(self._tokenizer.decode(list(self._order.requests[number].prompt)))
 
     def _score(self, number: int, output: Output, echo: str) -> CompletionLogprobs | None:
         if self._token_bytes is None:
@@ -167,6 +174,7 @@ class CompletionWriter:
             )
         writer = self._logprobs[number]
         if output.prompt_logprobs is not None:
+            writer.begin_prompt(echo)
             writer.write(zip(request.prompt, output.prompt_logprobs, strict=True))
             writer.begin_text(len(echo))
         writer.write((scored.token_id, scored) for scored in output.logprobs)

@@ -1,81 +1,133 @@
 """From a request's body to the grammar of its answer. Blocking: call it in a thread."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from server.api.chat_schemas import ChatBody
-from server.api.constraint_schemas import ResponseFormat, StructuredOutputs
+from server.api.constraint_schemas import Constraint
 from server.api.tool_formats import CallFormat, json_rule, parameters_of
+from server.api.tool_schemas import Tool
 from server.engine.constraints import Grammar
 from server.engine.engine import Engine
+from server.engine.errors import BadConstraint, ConstraintsUnavailable
 from server.errors import ApiError
 
 
-def structured_grammar(engine: Engine, asked: StructuredOutputs | None) -> Grammar | None:
-    """The grammar of `structured_outputs`, if any. Raises BadConstraint."""
-    compile = engine.grammars.compile
-    match asked:
-        case None:
-            return None
-        case StructuredOutputs(json_=schema) if schema is not None:
-            where = "structured_outputs.json"
-            return compile("json", _parsed(schema, where), where)
-        case StructuredOutputs(regex=str(regex)):
-            return compile("regex", regex, "structured_outputs.regex")
-        case StructuredOutputs(choice=list(alternatives)):
-            return compile("choice", alternatives, "structured_outputs.choice")
-        case _:
-            return compile("grammar", asked.grammar, "structured_outputs.grammar")
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an answer is held to."""
+
+    grammar: Grammar | None = None
+    begin: "regex.Pattern[str] | None" = None
+    """Where the grammar begins: behind the first match; None: at the answer's start."""
 
 
-def _parsed(schema: dict[str, Any] | str, where: str) -> Any:
-    if not isinstance(schema, str):
-        return schema
-    try:
-        return json.loads(schema)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"{where} is no JSON: {error}", param=where) from error
+FREE = Held()
 
 
-def chat_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Grammar | None:
-    """The grammar of a chat's answer, if any. Raises BadConstraint, and ApiError 400."""
-    schema = _schema_of(body.response_format)
-    if body.structured_outputs is not None:
-        if schema is not None or body.offered_tools:
-            other = "tools" if schema is None else "response_format"
-            raise ApiError(
-                400,
-                f"structured_outputs and {other} exclude each other; leave one out.",
-                param="structured_outputs",
-            )
-        return structured_grammar(engine, body.structured_outputs)
-    if body.tools_to_call:
-        return _calls_grammar(engine, body, calls)
-    if schema is None:
+def answer_grammar(engine: Engine, constraints: Sequence[Constraint]) -> Grammar | None:
+    """The grammar of an answer, if it is held to one. Raises BadConstraint, and ApiError 400 where
+    several fields ask for one."""
+    if not constraints:
         return None
-    grammar = engine.grammars.compile("json", schema, "response_format.json_schema.schema")
+    _refuse_two([constraint.field for constraint in constraints])
+    [asked] = constraints
+    source = _parsed(asked) if asked.kind == "json" else asked.source
+    return engine.grammars.compile(asked.kind, source, asked.where)
+
+
+def _parsed(asked: Constraint) -> Any:
+    """A JSON schema that may have come as text."""
+    if not isinstance(asked.source, str):
+        return asked.source
+    try:
+        return json.loads(asked.source)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"{asked.where} is no JSON: {error}", param=asked.where) from error
+
+
+def _refuse_two(fields: Sequence[str]) -> None:
+    if len(fields) > 1:
+        one, other = fields[-1], fields[0]
+        raise ApiError(400, f"{one} and {other} exclude each other; leave one out.", param=one)
+
+
+def chat_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Held:
+    """What a chat's answer is held to. Raises BadConstraint, and ApiError 400."""
+    formats = [each for each in body.constraints if each.field == "response_format"]
+    others = [each.field for each in body.constraints if each.field != "response_format"]
+    if others and body.offered_tools:
+        _refuse_two(["tools", *others])
+    if body.tools_to_call:
+        return Held(_calls_grammar(engine, body, calls))
     if not body.offered_tools:
-        return grammar
-    rules = _writable(calls).rules(body.offered_tools, body.calls_several)
-    either = f"start: calls | answer\nanswer: {json_rule(schema)}\n{rules}"
-    return engine.grammars.compile("grammar", either, "tools")
+        return Held(answer_grammar(engine, body.constraints))
+    if formats:
+        [format] = formats
+        answer_grammar(engine, formats)
+        assert isinstance(format.source, dict)
+        rules = _writable(calls).rules(body.offered_tools, body.calls_several)
+        either = f"start: calls | answer\nanswer: {json_rule(format.source)}\n{rules}"
+        return Held(engine.grammars.compile("grammar", either, "tools"))
+    return _begun_calls(engine, body, calls)
 
 
 def _calls_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Grammar:
-    tools = body.tools_to_call
     for index, tool in enumerate(body.offered_tools):
-        if tool in tools:
-            where = f"tools[{index}].function.parameters"
-            engine.grammars.compile("json", parameters_of(tool), where)
-    rules = _writable(calls).rules(tools, body.calls_several)
+        if tool in body.tools_to_call:
+            engine.grammars.compile("json", parameters_of(tool), _place(index))
+    rules = _writable(calls).rules(body.tools_to_call, body.calls_several)
     return engine.grammars.compile("grammar", f"start: calls\n{rules}", "tools")
 
 
-def _schema_of(asked: ResponseFormat | None) -> dict[str, Any] | None:
-    """The JSON schema of `response_format`; None where any text will do."""
-    if asked is None or asked.type == "text":
-        return None
-    return {"type": "object"} if asked.json_schema is None else asked.json_schema.schema_
+def _begun_calls(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Held:
+    """The model decides whether it calls; where it has begun to, it is held to the schemas."""
+    if calls is None or not calls.writes:
+        return FREE
+    tools = body.offered_tools
+
+    def compiled(schemas: Mapping[str, Any]) -> Grammar:
+        rules = calls.rules(tools, body.calls_several, begun=True, schemas=schemas)
+        return engine.grammars.compile("grammar", f"start: calls\n{rules}", "tools")
+
+    try:
+        grammar = compiled({tool.function.name: parameters_of(tool) for tool in tools})
+    except ConstraintsUnavailable:
+        return FREE
+    except BadConstraint:
+        schemas = _schemas_that_hold(engine, tools)
+        try:
+            grammar = compiled(schemas)
+        except BadConstraint:
+            # Each can be held, and all together are too much: the calls are the model's own.
+            return FREE
+    return Held(grammar, calls.beginning_of(tools))
+
+
+def _schemas_that_hold(engine: Engine, tools: Sequence[Tool]) -> dict[str, Any]:
+    """Each function's schema; any object where arguments cannot be held to it, unless it is strict.
+
+    Raises BadConstraint for a strict one.
+    """
+    schemas: dict[str, Any] = {}
+    for index, tool in enumerate(tools):
+        schema = parameters_of(tool)
+        try:
+            engine.grammars.compile("json", schema, _place(index))
+        except BadConstraint:
+            if tool.function.strict:
+                raise
+            schema = {"type": "object"}
+        schemas[tool.function.name] = schema
+    return schemas
+
+
+def _place(index: int) -> str:
+    return f"tools[{index}].function.parameters"
 
 
 def _writable(calls: CallFormat | None) -> CallFormat:

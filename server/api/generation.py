@@ -1,15 +1,15 @@
 """One HTTP request's way through the engine: leases, submission, outputs, and a certain end."""
 
+import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import anyio
 import pydantic_core
-from anyio import to_thread
 from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -18,23 +18,25 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
+from server.api.answer_schemas import CompletionTokensDetails, Usage
+from server.api.endings import join
+from server.api.foreign_fields import refuse_foreign
+from server.api.model_schemas import ModelBody
+from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
-from server.api.schemas import (
-    CompletionTokensDetails,
-    FinishedBecause,
-    GenerationBody,
-    ModelBody,
-    Usage,
-)
+from server.api.schemas import GenerationBody
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
-from server.errors import ApiError, ErrorBody, error_body
+from server.errors import ApiError, error_body
 from server.metrics import RequestMetrics
+from server.openapi import READS, errors, header
 from server.services import Services
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-CLIENT_GONE = 499
-"""nginx's status for a client that left before its answer; only logs ever see it."""
+MAX_UNREAD = 1 << 16
+"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +78,21 @@ class Order:
 def describe(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The answers of a generation endpoint, for the OpenAPI page."""
     events = {"text/event-stream": {"example": 'data: {"id": "…"}\n\ndata: [DONE]\n\n'}}
-    errors = {
-        400: "The request is malformed, or longer than the model's window.",
-        404: "There is no such model.",
-        429: "The queue is full; `Retry-After` says when to come back.",
-        503: "The server is shutting down.",
-    }
-    answers: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody, "description": text} for status, text in errors.items()
-    }
-    answers[200] = {
+    which = header("Which revision answered; the base has none.", always=False)
+    answer = {
         "model": whole,
         "description": "The answer; with `stream`, its chunks as events.",
         "content": events,
+        "headers": {"Infuse-Adapter": which},
     }
-    return answers
+    disabled = "The key lacks the role that this needs, or the adapter is disabled."
+    return {200: answer} | errors(404, 429, *READS, said={403: disabled})
 
 
-def check_fan_out(services: Services, body: ModelBody, prompts: int) -> None:
-    """Refuse more choices than the queue holds: they could never be admitted together."""
+def check_order(services: Services, body: ModelBody, prompts: int) -> None:
+    """Refuse what asks for something that is not served, and more choices than the queue holds:
+    they could never be admitted together. Raises ApiError 400."""
+    refuse_foreign(body.model_extra or {})
     wanted = prompts * body.choices_per_prompt
     if wanted > services.settings.max_queue:
         raise ApiError(
@@ -123,6 +121,7 @@ def place_order(
     """
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
+    salt = json.dumps([services.cache_scope(caller), body.cache_salt])
     with ExitStack() as undo:
         leases = [
             None if lease is None else undo.enter_context(lease.again())
@@ -139,7 +138,7 @@ def place_order(
                 speculation=speculation,
                 prediction=prediction,
                 order=order_id,
-                cache_salt=body.cache_salt or "",
+                cache_salt=salt,
             )
             for number, own in enumerate(leases)
         )
@@ -180,6 +179,8 @@ class Generation:
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._is_unread = False
+        """Whether it was cancelled because nobody reads it."""
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
         label = services.metrics.label_of(services.model_name, order.adapter)
         try:
@@ -194,6 +195,10 @@ class Generation:
         }
 
     def _observe(self, output: Output) -> None:
+        if self._stream.unread > MAX_UNREAD:
+            self._is_unread = True
+            self.close()
+            return
         running = self._running[output.request_id]
         if output.token_ids:
             running.tokens += len(output.token_ids)
@@ -218,12 +223,27 @@ class Generation:
         return usage
 
     @property
+    def usage_so_far(self) -> Mapping[str, int]:
+        """Tokens alone: what was cached or predicted is known at the end."""
+        prompt = sum(len(prompt) for prompt in self.order.prompts)
+        tokens = self._completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+        }
+
+    @property
     def ended(self) -> bool:
         """Whether nothing comes any more; what has come may still be read."""
         return self._stream.finished
 
     async def next(self) -> list[tuple[int, Output]]:
-        """The choices' numbers and outputs that have come, one at least; none after the last."""
+        """The choices' numbers and outputs that have come, one at least; none after the last.
+        Raises ApiError where too many came that were not read."""
+        if self._is_unread:
+            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
+            raise ApiError(408, problem, code="unread_answer")
         return [(self._numbers[each.request_id], each) for each in await self._stream.next()]
 
     async def whole(self) -> list[Output]:
@@ -233,7 +253,7 @@ class Generation:
         for number, output in await self.next():
             _raise_if_failed(output)
             parts[number].append(output)
-        return [_join(outputs) for outputs in parts]
+        return [join(outputs) for outputs in parts]
 
     def close(self) -> None:
         self._stream.close()
@@ -266,27 +286,6 @@ def _raise_if_failed(output: Output) -> None:
         )
 
 
-def _join(outputs: Sequence[Output]) -> Output:
-    return Output(
-        request_id=outputs[-1].request_id,
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(scored for output in outputs for scored in output.logprobs),
-        prompt_logprobs=outputs[0].prompt_logprobs,
-        finish_reason=outputs[-1].finish_reason,
-    )
-
-
-def finished_because(output: Output) -> FinishedBecause | None:
-    match output.finish_reason:
-        case FinishReason.STOP:
-            return "stop"
-        case FinishReason.LENGTH:
-            return "length"
-        case _:
-            return None
-
-
 Chunk = Mapping[str, object]
 """An event of a stream, as it becomes JSON. Models take four times as long, at every token."""
 
@@ -302,55 +301,19 @@ class Writer(Protocol):
     def usage_chunk(self, usage: Usage) -> Chunk: ...
 
 
-async def prepared(services: Services, is_constrained: bool, prepare: Callable[[], _T]) -> _T:
-    """What `prepare` makes on a thread, to be submitted right after.
-
-    A grammar may take seconds: the engine does not wait for one, and only a few are made at once.
-    """
-    if is_constrained:
-        return await to_thread.run_sync(prepare, limiter=services.compiling)
-    with services.engine.expecting():
-        return await to_thread.run_sync(prepare, limiter=services.preparing)
-
-
 async def respond(
     request: Request, services: Services, body: GenerationBody, order: Order, writer: Writer
 ) -> Response:
     """Run the order and answer: at once where it cannot run, else as a stream or as a whole."""
     generation = Generation(services, order)
     if body.stream:
-        return GenerationStream(generation, writer, with_usage=body.wants_usage_chunk)
+        return GenerationStream(generation, writer, body)
     try:
-        outputs = await unless_client_leaves(request, generation)
-        if outputs is None:
-            return Response(status_code=CLIENT_GONE)
+        outputs = await unless_client_leaves(request, generation.whole())
         answer = writer.whole(outputs, generation.usage)
     finally:
         generation.close()
     return Response(to_json(answer), media_type="application/json", headers=order.headers)
-
-
-async def unless_client_leaves(request: Request, generation: Generation) -> list[Output] | None:
-    """Each choice's outputs joined; None where nobody is left who wants them. Raises ApiError."""
-    outputs: list[Output] | None = None
-    failure: ApiError | None = None
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        group.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch)
-        try:
-            outputs = await generation.whole()
-        except ApiError as error:
-            # Raised inside, the group would wrap it.
-            failure = error
-        group.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    return outputs
 
 
 def to_json(answer: BaseModel) -> str:
@@ -361,11 +324,11 @@ def to_json(answer: BaseModel) -> str:
 class GenerationStream(EventSourceResponse):
     """The outputs as server-sent events, then `[DONE]`; whoever leaves early cancels the rest."""
 
-    def __init__(self, generation: Generation, writer: Writer, *, with_usage: bool) -> None:
+    def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
         self._generation = generation
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(
-            _events(generation, writer, with_usage), headers=headers | generation.order.headers
+            _events(generation, writer, body), headers=headers | generation.order.headers
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -375,21 +338,31 @@ class GenerationStream(EventSourceResponse):
             self._generation.close()
 
 
-async def _events(generation: Generation, writer: Writer, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(
+    generation: Generation, writer: Writer, body: GenerationBody
+) -> AsyncIterator[bytes]:
     """What a step brings is sent as one piece; what ends the stream goes with the last one."""
+    counts = body.wants_usage_in_all_chunks
     events: list[bytes] = []
     try:
         while outputs := await generation.next():
             for number, output in outputs:
                 _raise_if_failed(output)
-                events += [_event(chunk) for chunk in writer.chunks(number, output)]
+                chunks = writer.chunks(number, output)
+                if counts:
+                    chunks = [{**chunk, "usage": generation.usage_so_far} for chunk in chunks]
+                events += [_event(chunk) for chunk in chunks]
             if events and not generation.ended:
                 yield b"".join(events)
                 events.clear()
-        if with_usage:
+        if body.wants_usage_chunk:
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:
         events.append(format_sse_event(data_str=error_body(error)))
+    except Exception as error:
+        log.error("The stream %s failed.", generation.order.id, exc_info=error)
+        failure = ApiError(500, "The server failed; its log says why.")
+        events.append(format_sse_event(data_str=error_body(failure)))
     yield b"".join([*events, format_sse_event(data_str="[DONE]")])
 
 

@@ -7,7 +7,7 @@ from adapters.errors import UnknownAdapter, UnknownRevision
 from adapters.registry import Part
 from adapters.residency import Lease
 from adapters.vocabulary import Vocabulary
-from server.api.schemas import ModelBody
+from server.api.model_schemas import ModelBody
 from server.errors import ApiError
 from server.services import Services
 

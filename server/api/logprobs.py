@@ -26,8 +26,8 @@ class TokenBytes:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
         self._added = tokenizer.added_tokens_decoder
+        self._special = {token for token, added in self._added.items() if added.special}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = backend.decoder if backend is not None else None
         self._byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
@@ -56,12 +56,17 @@ class TokenBytes:
         return piece.replace("▁", " ").encode()
 
 
-def _name(data: bytes) -> str:
-    """A token's text; bytes that are no text alone as OpenAI's completions write them."""
+def _text_of(data: bytes) -> str | None:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return None
+
+
+def _name(data: bytes) -> str:
+    """A token's text; bytes that are no text alone as OpenAI's completions write them."""
+    text = _text_of(data)
+    return text if text is not None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:
@@ -75,10 +80,21 @@ class CompletionLogprobWriter:
         self._bytes = token_bytes
         self._skips = skip_special_tokens
         self._part = _no_logprobs()
+        self._known: str | None = None
         self.begin_text(0)
+
+    def begin_prompt(self, text: str) -> None:
+        """The next tokens are the prompt's, which is shown as this text.
+
+        It has its special tokens only where they were written, and no blank that a tokenizer puts
+        before the first word.
+        """
+        self.begin_text(0)
+        self._known = text
 
     def begin_text(self, offset: int) -> None:
         """The next token begins at this character of the choice's text."""
+        self._known = None
         self._offset = offset
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -86,11 +102,46 @@ class CompletionLogprobWriter:
         """Add tokens, each with what the engine says about it (None: a first token, unscored)."""
         for token, scored in tokens:
             self._part.tokens.append(_name(self._bytes[token]))
-            self._part.text_offset.append(self._offset)
+            self._part.text_offset.append(self._take_room(token))
             self._part.token_logprobs.append(None if scored is None else _finite(scored.logprob))
             self._part.top_logprobs.append(None if scored is None else self._top(scored))
-            if not (self._skips and self._bytes.is_special(token)):
-                self._offset += len(self._utf8.decode(self._bytes[token]))
+
+    def _take_room(self, token: int) -> int:
+        """Where the token begins in the text; the next one begins where it ends."""
+        data = self._bytes[token]
+        if self._bytes.is_special(token) and not self._shows(data.decode()):
+            return self._offset
+        own = _text_of(data)
+        begin = self._offset + (0 if own is None else self._marks)
+        written = self._utf8.decode(data)
+        if own is None:
+            self._offset += len(written)
+            return begin
+        if self._known is not None:
+            if begin == 0 and not self._known.startswith(own):
+                own = own.removeprefix(" ")
+            begin = min(self._place(own, begin), len(self._known))
+        self._offset = begin + len(own)
+        return begin
+
+    @property
+    def _marks(self) -> int:
+        """Characters of the text for bytes before, which a token of whole characters cuts off."""
+        return len(self._utf8.getstate()[0].decode(errors="replace"))
+
+    def _shows(self, special: str) -> bool:
+        if self._known is None:
+            return not self._skips
+        begin = self._offset + self._marks
+        return self._known.startswith(special, self._place(special, begin))
+
+    def _place(self, text: str, begin: int) -> int:
+        """Where the prompt has the text: a special token may have swallowed blanks around it."""
+        assert self._known is not None
+        rest = self._known[begin:]
+        behind = begin + len(rest) - len(rest.lstrip())
+        swallowed = not rest.startswith(text) and self._known.startswith(text, behind)
+        return behind if swallowed else begin
 
     def take(self) -> CompletionLogprobs:
         """What was written since the last time."""

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path as FilePath
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, BinaryIO, Literal, Self
 
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, Field, model_validator
@@ -14,10 +14,10 @@ from starlette.responses import StreamingResponse
 from adapters.errors import MergeNotDone
 from adapters.registry import Composition, Part
 from server.api.adapter_schemas import MAX_COMBINED, AdminBody
-from server.api.schemas import MAX_WEIGHT, AdapterWeight
+from server.api.model_schemas import MAX_WEIGHT, AdapterWeight
 from server.auth import Caller
-from server.errors import ErrorBody
 from server.jobs import Merge
+from server.openapi import READS, errors, header
 from server.services import Services, get_services
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
@@ -29,16 +29,6 @@ Id = Annotated[
         description="The merge's id.", examples=["merge-20261124061500123456-9f3a"], max_length=128
     ),
 ]
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "What was sent has faults; all of them are listed.",
-        404: "There is no such merge, or no such adapter.",
-        409: "The base model cannot be merged into, or the merge is not done.",
-        429: "Too many merges wait.",
-        507: "The disk is too small.",
-    }.items()
-}
 _CHUNK = 1 << 20
 """Bytes of an archive that are sent at once."""
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -101,11 +91,12 @@ class MergeList(BaseModel):
     )
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: _ERRORS[status] for status in statuses}
-
-
-@router.post("", status_code=202, responses=_errors(400, 404, 409, 429, 507))
+@router.post(
+    "",
+    status_code=202,
+    responses=errors(404, 409, 429, *READS)
+    | {202: {"headers": {"Location": header("Where to ask how far it is.")}}},
+)
 def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller) -> Merge:
     """Fold adapters, as they are now, into a copy of the base model."""
     vectors, recipe = services.registry.mixture(body.parts, body.composition or "product")
@@ -114,7 +105,7 @@ def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller
     return job
 
 
-@router.get("", responses=_errors(400))
+@router.get("")
 def list_merges(
     services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
@@ -131,7 +122,7 @@ def list_merges(
     return MergeList(data=page[:limit], next=page[limit - 1].id if len(page) > limit else None)
 
 
-@router.get("/{id}", responses=_errors(404))
+@router.get("/{id}", responses=errors(404))
 def get(id: Id, services: ServicesDep) -> Merge:
     """How far a merge is."""
     return services.merges.get(id)
@@ -139,7 +130,7 @@ def get(id: Id, services: ServicesDep) -> Merge:
 
 @router.get(
     "/{id}/archive",
-    responses=_errors(404, 409)
+    responses=errors(404, 409)
     | {200: {"content": {"application/x-tar": {}}, "description": "The model's folder, as a tar."}},
     response_class=StreamingResponse,
 )
@@ -165,7 +156,7 @@ def download(id: Id, services: ServicesDep) -> StreamingResponse:
     )
 
 
-@router.delete("/{id}", status_code=204, responses=_errors(404))
+@router.delete("/{id}", status_code=204, responses=errors(404))
 def delete(id: Id, services: ServicesDep) -> None:
     """Cancel a merge that waits or runs; forget one that has ended, and its model with it."""
     services.merges.remove(id)

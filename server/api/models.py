@@ -1,17 +1,17 @@
 """`GET /v1/models`: the base model and every adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
 from adapters.revision import Revision
 from server.api.leasing import unknown_model
-from server.errors import ErrorBody
+from server.openapi import errors
 from server.services import Services, get_services
 
 router = APIRouter(tags=["models"])
@@ -36,10 +36,13 @@ class Model(BaseModel):
         description="The base model of an adapter; null for the base model itself.",
         examples=["smollm2-135m-instruct"],
     )
+    max_model_len: int = Field(
+        description="Tokens that a prompt and its answer have at most.", examples=[8192]
+    )
 
 
 class ModelList(BaseModel):
-    """Everything that is served."""
+    """Everything that is served, or a page of it."""
 
     object: Literal["list"] = Field("list", description="Always `list`.", examples=["list"])
     data: list[Model] = Field(
@@ -53,22 +56,45 @@ class ModelList(BaseModel):
                     "owned_by": "infuse",
                     "root": "smollm2-135m-instruct",
                     "parent": None,
+                    "max_model_len": 8192,
                 }
             ]
         ],
     )
+    next: str | None = Field(
+        None,
+        description="Where a `limit` left some out: give this as `after` for the next page.",
+        examples=[None],
+    )
 
 
 @router.get("/v1/models", summary="List the models")
-def list_models(services: Annotated[Services, Depends(get_services)]) -> ModelList:
+@router.get("/v1/models/", include_in_schema=False)
+def list_models(
+    services: Annotated[Services, Depends(get_services)],
+    limit: Annotated[
+        int | None, Query(ge=1, le=1000, description="Page size; default: all.", examples=[100])
+    ] = None,
+    after: Annotated[
+        str | None, Query(description="The last id of the page before.", examples=["a"])
+    ] = None,
+) -> ModelList:
     """The base model and the current revision of every adapter."""
-    return ModelList(data=[_base(services), *_adapters(services)])
+    # The base stands first, whatever its name.
+    begins = after is None or after == services.model_name
+    first = [_base(services)] if after is None else []
+    room = None if limit is None else limit - len(first)
+    names = services.store.names(None if begins else after, None if room is None else room + 1)
+    more = room is not None and len(names) > room
+    page = [*first, *_adapters(services, names if room is None else names[:room])]
+    last = names[room - 1] if more and room else services.model_name
+    return ModelList(data=page, next=last if more else None)
 
 
 @router.get(
     "/v1/models/{model:path}",
     summary="Look a model up",
-    responses={404: {"model": ErrorBody, "description": "There is no such model."}},
+    responses=errors(404),
 )
 def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
@@ -94,11 +120,12 @@ def _base(services: Services) -> Model:
         created=_seconds(services.started),
         root=services.model_name,
         parent=None,
+        max_model_len=services.engine.max_model_len,
     )
 
 
-def _adapters(services: Services) -> Iterator[Model]:
-    for name in services.store.names():
+def _adapters(services: Services, names: Iterable[str]) -> Iterator[Model]:
+    for name in names:
         # It may have been deleted since the names were read.
         with suppress(UnknownAdapter):
             yield _adapter(services, name, services.store.current(name))
@@ -110,6 +137,7 @@ def _adapter(services: Services, model: str, revision: Revision) -> Model:
         created=_seconds(revision.created),
         root=f"{revision.name}@{revision.number}",
         parent=services.model_name,
+        max_model_len=services.engine.max_model_len,
     )
 
 

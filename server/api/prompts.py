@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from adapters.errors import TemplateRefused
 from adapters.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
+from server.api.schemas import GenerationBody
 from server.api.tool_schemas import Tool
 from server.engine.engine import Engine
 from server.errors import ApiError
@@ -23,7 +24,10 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 
 
 def encode_prompts(
-    engine: Engine, vocabulary: Vocabulary, prompts: Sequence[str | list[int]]
+    engine: Engine,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str | list[int]],
+    add_special_tokens: bool = True,
 ) -> list[tuple[int, ...]]:
     """The token ids of each prompt. Raises ApiError 400 where one is empty, too long or unknown."""
     several = len(prompts) > 1
@@ -31,7 +35,11 @@ def encode_prompts(
     for index, prompt in enumerate(prompts):
         where = f"prompt[{index}]" if several else "prompt"
         if isinstance(prompt, str):
-            encoded.append(_encode_text(engine, vocabulary, prompt, where, add_special_tokens=True))
+            encoded.append(
+                _encode_text(
+                    engine, vocabulary, prompt, where, add_special_tokens=add_special_tokens
+                )
+            )
         else:
             encoded.append(_check_ids(vocabulary, prompt, where))
     return encoded
@@ -42,24 +50,24 @@ def encode_conversation(
 ) -> tuple[str, tuple[int, ...]]:
     """The conversation as the model's chat template writes it, as text and as token ids.
 
-    Raises ApiError 400.
+    Raises ApiError 400, and what `Vocabulary.render` raises.
     """
-    tokenizer = vocabulary.tokenizer
-    if not tokenizer.chat_template:
+    if not vocabulary.has_template:
         raise ApiError(
             400,
             "This model has no chat template; use /v1/completions and write the prompt yourself.",
             param="messages",
         )
-    text = _render(tokenizer, body, body.offered_tools)
-    if body.offered_tools and text == _render(tokenizer, body, []):
+    text = _render(vocabulary, body, body.offered_tools)
+    if body.offered_tools and text == _render(vocabulary, body, []):
         raise ApiError(
             400,
             "This model's chat template has no place for tools; leave them out, or describe them "
             "in a message of your own.",
             param="tools",
         )
-    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=False)
+    adds = bool(body.add_special_tokens)
+    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=adds)
 
 
 def encode_prediction(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> tuple[int, ...]:
@@ -71,7 +79,7 @@ def encode_prediction(engine: Engine, vocabulary: Vocabulary, body: ChatBody) ->
     return _encode_text(engine, vocabulary, text, where, add_special_tokens=False)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[Tool]) -> str:
+def _render(vocabulary: Vocabulary, body: ChatBody, tools: Sequence[Tool]) -> str:
     variables: dict[str, Any] = body.chat_template_kwargs or {}
     reserved = sorted(_RESERVED_TEMPLATE_KWARGS & variables.keys())
     if reserved:
@@ -83,23 +91,17 @@ def _render(tokenizer: PreTrainedTokenizerBase, body: ChatBody, tools: Sequence[
         )
     goes_on = bool(body.continue_final_message)
     opens = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    rendered = vocabulary.render(
+        [message.for_template() for message in body.messages],
+        [tool.for_template() for tool in tools] or None,
+        variables,
+        add_generation_prompt=opens,
+        continue_final_message=goes_on,
+    )
     try:
-        rendered = tokenizer.apply_chat_template(
-            [message.for_template() for message in body.messages],
-            tools=[tool.for_template() for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=opens,
-            continue_final_message=goes_on,
-            **variables,
-        )
-        assert isinstance(rendered, str)
         return check_text(rendered, "the rendered conversation")
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ApiError(
-            400,
-            f"The model's chat template does not take this conversation: {error}",
-            param="messages",
-        ) from error
+    except ValueError as error:
+        raise TemplateRefused(str(error)) from error
 
 
 def encode_choice(
@@ -208,6 +210,20 @@ def fit_to_window(
             field if room > 0 else "prompt",
         )
     return limit
+
+
+def truncated(
+    engine: Engine, prompt: tuple[int, ...], body: GenerationBody, room: int
+) -> tuple[int, ...]:
+    """As many tokens of the prompt as `truncate_prompt_tokens` says, or as leave `room`."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most == -1:
+        most = engine.max_model_len - (room if engine.decoder_start is None else 0)
+    if len(prompt) <= most or most < 1:
+        return prompt
+    return prompt[:most] if body.truncation_side == "right" else prompt[-most:]
 
 
 def shown(number: int) -> str:

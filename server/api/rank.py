@@ -13,21 +13,20 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from server.api.answer_schemas import Usage
 from server.api.completion_schemas import check_text
 from server.api.generation import (
-    CLIENT_GONE,
     Generation,
     Order,
-    check_fan_out,
+    check_order,
     describe,
     place_order,
-    prepared,
     to_json,
-    unless_client_leaves,
 )
 from server.api.leasing import leased
+from server.api.model_schemas import ModelBody
+from server.api.preparing import prepared, unless_client_leaves
 from server.api.prompts import encode_choice, encode_pair
-from server.api.schemas import ModelBody, Usage
 from server.auth import Caller
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services
@@ -116,15 +115,14 @@ async def rank(
     caller: Caller,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
-    check_fan_out(services, body, sum(len(each.choices) for each in body.inputs))
-    order, scored = await prepared(services, False, partial(_prepare, services, body, caller))
+    check_order(services, body, sum(len(each.choices) for each in body.inputs))
+    prepare = partial(_prepare, services, body, caller)
+    order, scored = await prepared(request, services, caller, prepare)
     generation = Generation(services, order)
     try:
-        outputs = await unless_client_leaves(request, generation)
+        outputs = await unless_client_leaves(request, generation.whole())
     finally:
         generation.close()
-    if outputs is None:
-        return Response(status_code=CLIENT_GONE)
     answer = RankAnswer(
         id=order.id,
         object="rank",

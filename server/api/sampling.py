@@ -1,14 +1,15 @@
 """From a request's body to the engine's sampling parameters."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from transformers import GenerationConfig
 
 from adapters.vocabulary import Vocabulary
+from server.api.constraining import FREE, Held
 from server.api.prompts import shown
 from server.api.schemas import INT64, GenerationBody
-from server.engine.constraints import Grammar
 from server.engine.engine import Engine
 from server.engine.request import SamplingParams
 from server.errors import ApiError
@@ -52,18 +53,21 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
-    grammar: Grammar | None = None,
+    held: Held = FREE,
 ) -> SamplingParams:
     """The parameters of a prompt's first choice. Raises ApiError 400."""
     defaults = SamplingDefaults.of(engine.generation_config)
     temperature = _chosen(body.temperature, defaults.temperature)
     top_k = _chosen(body.top_k, defaults.top_k)
+    top_p = _chosen(body.top_p, defaults.top_p)
+    bad_words = _bad_words(vocabulary, body)
+    is_greedy = temperature < GREEDY_BELOW or top_p == 0
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=_min_tokens(body, max_tokens),
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        temperature=0.0 if is_greedy else temperature,
         top_k=min(max(top_k, 0), vocabulary.size),
-        top_p=_chosen(body.top_p, defaults.top_p),
+        top_p=top_p,
         min_p=_chosen(body.min_p, defaults.min_p),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
@@ -72,11 +76,15 @@ def sampling_params(
         seed=body.seed,
         stop=tuple(body.stop or ()),
         stop_token_ids=_stop_token_ids(engine, vocabulary, body),
+        include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
+        allowed_token_ids=_allowed_token_ids(vocabulary, body, _never(engine, body, bad_words)),
+        bad_words=bad_words,
         skip_special_tokens=_chosen(body.skip_special_tokens, True),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=grammar,
+        grammar=held.grammar,
+        grammar_begin=held.begin,
     )
 
 
@@ -116,6 +124,56 @@ def _stop_token_ids(engine: Engine, vocabulary: Vocabulary, body: GenerationBody
     if is_own and isinstance(end, int) and not body.ignore_eos:
         stops.add(end)
     return frozenset(stops)
+
+
+def _never(
+    engine: Engine, body: GenerationBody, bad_words: Sequence[tuple[int, ...]]
+) -> frozenset[int]:
+    """The tokens that cannot come first."""
+    never = {word[0] for word in bad_words if len(word) == 1}
+    if body.min_tokens:
+        never |= engine.eos_token_ids | set(body.stop_token_ids or ())
+    return frozenset(never)
+
+
+def _allowed_token_ids(
+    vocabulary: Vocabulary, body: GenerationBody, never: frozenset[int]
+) -> frozenset[int] | None:
+    if body.allowed_token_ids is None:
+        return None
+    for token in body.allowed_token_ids:
+        _check_token(vocabulary, token, "allowed_token_ids")
+    if body.is_constrained:
+        raise ApiError(
+            400,
+            "allowed_token_ids and a format, a constraint or tools exclude each other; leave one "
+            "out.",
+            param="allowed_token_ids",
+        )
+    if never.issuperset(body.allowed_token_ids):
+        raise ApiError(
+            400,
+            "allowed_token_ids leaves nothing beside bad_words and the end tokens that min_tokens "
+            "holds back; allow more.",
+            param="allowed_token_ids",
+        )
+    return frozenset(body.allowed_token_ids)
+
+
+def _bad_words(vocabulary: Vocabulary, body: GenerationBody) -> tuple[tuple[int, ...], ...]:
+    """Each word's tokens as the answer's first one and behind a blank, as vLLM bans them."""
+    words: dict[tuple[int, ...], None] = {}
+    for word in body.bad_words or ():
+        bare, spaced = (
+            tuple(vocabulary.tokenizer.encode(text, add_special_tokens=False))
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        words[bare] = None
+        # Where the blank is a token of its own, the bare word's tokens follow it.
+        if len(spaced) == len(bare):
+            words[spaced] = None
+    words.pop((), None)
+    return tuple(words)
 
 
 def _check_token(vocabulary: Vocabulary, token: int, field: str) -> None:

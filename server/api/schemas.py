@@ -1,6 +1,5 @@
-"""What completions and chat completions have in common: the generation parameters, and usage."""
+"""What completions and chat completions take alike: the generation parameters."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,17 +12,21 @@ from pydantic import (
     field_validator,
 )
 
-from server.api.constraint_schemas import StructuredOutputs
+from server.api.constraint_schemas import (
+    Alternatives,
+    Constraint,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from server.api.model_schemas import ModelBody
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKENS = 256
 MAX_BIASED_TOKENS = 1024
+MAX_BAD_WORDS = 256
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-MAX_MIXED_ADAPTERS = 16
-MAX_WEIGHT = 16.0
-INT32 = 2**31
 INT64 = 2**63
 
 
@@ -48,11 +51,6 @@ def _check_logit_bias(bias: object) -> dict[int, float]:
     return checked
 
 
-def _refuse_if_given(value: object) -> None:
-    if value not in (None, "", [], {}):
-        raise ValueError("not supported yet; leave it out")
-
-
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     list[StopString],
@@ -63,8 +61,8 @@ StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TO
 LogitBias = Annotated[
     dict[int, float], PlainValidator(_check_logit_bias, json_schema_input_type=dict[str, float])
 ]
-NotYet = Annotated[Any, PlainValidator(_refuse_if_given, json_schema_input_type=Any)]
-"""A field of the contract that this version cannot honour: refused, rather than ignored."""
+AllowedTokenIds = Annotated[list[int], Field(fail_fast=True, min_length=1)]
+BadWords = Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_BAD_WORDS)]
 
 
 class StreamOptions(BaseModel):
@@ -72,89 +70,22 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool = Field(
-        False,
-        description="Send a last chunk with the whole request's token usage and no choices.",
+    include_usage: bool | None = Field(
+        None,
+        description="Send a last chunk with the whole request's token usage and no choices; the "
+        "chunks before it have the usage null.",
         examples=[True],
     )
-
-
-class AdapterWeight(BaseModel):
-    """One adapter of a mixture."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    name: str = Field(
-        min_length=1,
-        max_length=256,
-        description="An adapter's name, or `name@revision`.",
-        examples=["support-intent"],
-    )
-    weight: float = Field(
-        1.0,
-        ge=-MAX_WEIGHT,
-        le=MAX_WEIGHT,
-        description="How much of it: 0 is none, 1 all of it.",
-        examples=[0.7],
-    )
-
-
-class ModelBody(BaseModel):
-    """What a request runs on: the base model, an adapter, or a mixture of adapters."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    model: str = Field(
-        min_length=1,
-        max_length=1024,
-        description="The base model's name, an adapter's name, or `name@revision`.",
-        examples=["support-intent"],
-    )
-    strength: float | None = Field(
+    continuous_usage_stats: bool | None = Field(
         None,
-        ge=-MAX_WEIGHT,
-        le=MAX_WEIGHT,
-        description="How much of the adapter that `model` names: 0 is the base, 1 (the default) "
-        "the adapter, 2 twice what it changes.",
-        examples=[0.5],
+        description="With `include_usage`: each chunk has the usage up to it instead of null.",
+        examples=[False],
     )
-    adapters: list[AdapterWeight] | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_MIXED_ADAPTERS,
-        description="Mix several adapters for this request; `model` is the base then.",
-        examples=[[{"name": "support-intent", "weight": 0.7}, {"name": "sentiment"}]],
-    )
-    composition: Literal["product", "linear"] | None = Field(
-        None,
-        description="How `adapters` are mixed. `product` (the default): the factors "
-        "1 + weight * (l - 1) multiply, as in PEFT's `set_adapter` with several. `linear`: the "
-        "weighted sum of the vectors, as in PEFT's `add_weighted_adapter`.",
-        examples=["product"],
-    )
-    priority: int | None = Field(
-        None,
-        ge=-INT32,
-        lt=INT32,
-        description="Of the requests of one key, those with a lower number leave the queue "
-        "earlier (default 0); now and then a waiting one with a higher number has a turn.",
-        examples=[0],
-    )
-    cache_salt: str | None = Field(
-        None,
-        min_length=1,
-        max_length=256,
-        description="Only requests with the same salt share what was computed of their prompts.",
-        examples=["tenant-7f3a"],
-    )
-
-    @property
-    def choices_per_prompt(self) -> int:
-        return 1
 
 
 class GenerationBody(ModelBody):
-    """What both generation endpoints take. Fields that are not listed here are ignored.
+    """What both generation endpoints take. Fields that are not listed here are ignored, or refused
+    where OpenAI or another server would answer differently for them.
 
     Where a default is "the model's", it comes from the base model's `generation_config` if that
     says `do_sample`; otherwise it is OpenAI's.
@@ -198,10 +129,10 @@ class GenerationBody(ModelBody):
     )
     top_p: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
-        description="Sample from the smallest set of tokens with this probability mass; default: "
-        "the model's, or 1 (off).",
+        description="Sample from the smallest set of tokens with this probability mass; 0 is "
+        "greedy; default: the model's, or 1 (off).",
         examples=[0.95],
     )
     stop: StopStrings | None = Field(
@@ -266,7 +197,8 @@ class GenerationBody(ModelBody):
     min_tokens: int | None = Field(
         None,
         ge=0,
-        description="No end token or stop token comes before this many tokens (default 0).",
+        description="No end token, stop token or stop string ends the text before this many "
+        "tokens (default 0).",
         examples=[0],
     )
     ignore_eos: bool | None = Field(
@@ -277,8 +209,44 @@ class GenerationBody(ModelBody):
         description="Token ids that end the text, beside the model's own end tokens.",
         examples=[[2]],
     )
+    include_stop_str_in_output: bool | None = Field(
+        None,
+        description="Leave what ended the text, a stop string or stop token, at its end (default "
+        "false).",
+        examples=[False],
+    )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text (default true).", examples=[True]
+    )
+    allowed_token_ids: AllowedTokenIds | None = Field(
+        None,
+        description="The answer has no other tokens than these; name an end token among them if "
+        "it may end.",
+        examples=[[2, 17, 42]],
+    )
+    bad_words: BadWords | None = Field(
+        None,
+        description="The answer has none of these words, at its beginning or after a blank.",
+        examples=[["sorry"]],
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        description="Keep only so many tokens of a longer prompt; -1: as many as the window "
+        "holds. With `echo`, the text is theirs.",
+        examples=[512],
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None,
+        description="Where `truncate_prompt_tokens` cuts: `left` (the default) keeps the last "
+        "tokens, `right` the first.",
+        examples=["left"],
+    )
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Add the tokenizer's begin and end tokens to a text prompt (default true), or "
+        "to what a chat template wrote (default false).",
+        examples=[True],
     )
 
     speculation: bool | None = Field(
@@ -287,11 +255,36 @@ class GenerationBody(ModelBody):
         "answer, sooner where it copies or repeats. Default: as the server is set.",
         examples=[True],
     )
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="Hold the answer to JSON, or to a JSON schema.",
+        examples=[{"type": "json_object"}],
+    )
     structured_outputs: StructuredOutputs | None = Field(
         None,
         description="Hold the answer to a JSON schema, a regular expression, a choice or a "
         "grammar.",
         examples=[{"choice": ["positive", "negative"]}],
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        None,
+        description="vLLM's older name of `json` in `structured_outputs`.",
+        examples=[{"type": "object", "properties": {"city": {"type": "string"}}}],
+    )
+    guided_regex: str | None = Field(
+        None,
+        description="vLLM's older name of `regex` in `structured_outputs`.",
+        examples=["[0-9]{4}"],
+    )
+    guided_choice: Alternatives | None = Field(
+        None,
+        description="vLLM's older name of `choice` in `structured_outputs`.",
+        examples=[["positive", "negative"]],
+    )
+    guided_grammar: str | None = Field(
+        None,
+        description="vLLM's older name of `grammar` in `structured_outputs`.",
+        examples=['start: "yes" | "no"'],
     )
 
     @field_validator("stream_options")
@@ -303,14 +296,36 @@ class GenerationBody(ModelBody):
             raise ValueError("needs stream: true; leave it out otherwise")
         return options
 
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _keeps_something(cls, tokens: int | None) -> int | None:
+        if tokens == 0:
+            raise ValueError("must be at least 1, or -1 for as many as fit")
+        return tokens
+
     @property
     def choices_per_prompt(self) -> int:
         return self.n or 1
 
     @property
+    def constraints(self) -> list[Constraint]:
+        """All that the answer shall be held to; more than one is refused later."""
+        guided = StructuredOutputs.model_construct(
+            json_=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
+        return [
+            *([] if self.response_format is None else self.response_format.constraints),
+            *([] if self.structured_outputs is None else self.structured_outputs.constraints()),
+            *guided.constraints("guided_"),
+        ]
+
+    @property
     def is_constrained(self) -> bool:
-        """Whether a grammar must be compiled for it."""
-        return self.structured_outputs is not None
+        """Whether the answer is held to a grammar."""
+        return bool(self.constraints)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -321,63 +336,14 @@ class GenerationBody(ModelBody):
 
     @property
     def wants_usage_chunk(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def chunk_usage(self) -> dict[str, None]:
+        """What every chunk says of the usage, before the last one."""
+        return {"usage": None} if self.wants_usage_chunk else {}
 
-class CompletionTokensDetails(BaseModel):
-    """What became of a prediction."""
-
-    accepted_prediction_tokens: int = Field(
-        description="Tokens of the answers that the prediction foretold.", examples=[25]
-    )
-    rejected_prediction_tokens: int = Field(
-        description="The prediction's other tokens, for each answer.", examples=[3]
-    )
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(
-        description="Prompt tokens that needed no computing: an earlier request had.", examples=[0]
-    )
-
-
-USAGE_EXAMPLE = {
-    "prompt_tokens": 12,
-    "completion_tokens": 30,
-    "total_tokens": 42,
-    "prompt_tokens_details": {"cached_tokens": 0},
-}
-
-
-class Usage(BaseModel):
-    """How many tokens a request took."""
-
-    prompt_tokens: int = Field(
-        description="Tokens of all prompts; a prompt with several choices counts once.",
-        examples=[12],
-    )
-    completion_tokens: int = Field(
-        description="Generated tokens of all choices, end tokens included.", examples=[30]
-    )
-    total_tokens: int = Field(description="Both together.", examples=[42])
-    prompt_tokens_details: PromptTokensDetails = Field(
-        description="What the prompt tokens are made of.", examples=[{"cached_tokens": 0}]
-    )
-    completion_tokens_details: CompletionTokensDetails | None = Field(
-        None, description="Set where the request had a prediction.", examples=[None]
-    )
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], completion_tokens: int, cached_tokens: int
-    ) -> "Usage":
-        prompt_tokens = sum(len(prompt) for prompt in prompts)
-        return cls(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
-        )
-
-
-FinishedBecause = Literal["stop", "length"]
+    @property
+    def wants_usage_in_all_chunks(self) -> bool:
+        options = self.stream_options
+        return self.wants_usage_chunk and bool(options and options.continuous_usage_stats)

@@ -28,6 +28,11 @@ class Stream:
     def finished(self) -> bool:
         return not self._open
 
+    @property
+    def unread(self) -> int:
+        """How many outputs lie there while the reader is busy elsewhere."""
+        return len(self._outputs) if self._reader is None else 0
+
     def push(self, output: Output) -> None:
         self._observe(output)
         self._outputs.append(output)

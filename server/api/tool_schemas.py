@@ -1,6 +1,7 @@
 """Tools and their calls, in OpenAI's shape."""
 
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -28,8 +29,9 @@ class FunctionDefinition(BaseModel):
     )
     strict: bool | None = Field(
         None,
-        description="Taken for compatibility: with `tool_choice` `required` or a name, arguments "
-        "always match the schema; with `auto`, they are the model's own.",
+        description="Refuse a schema that arguments cannot be held to. Without it, that is "
+        "refused with `tool_choice` `required` or a name only; with `auto`, such arguments are any "
+        "object.",
         examples=[True],
     )
 
@@ -81,7 +83,15 @@ def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
     return tools
 
 
+def new_call_id() -> str:
+    """Nine letters and digits: Mistral's templates take no other."""
+    return uuid.uuid4().hex[:9]
+
+
 def _is_object(arguments: str) -> str:
+    """Of a call in the history; OpenAI's models write nothing at all for no arguments."""
+    if not arguments.strip():
+        return "{}"
     try:
         if isinstance(json.loads(arguments), dict):
             return arguments
@@ -104,8 +114,10 @@ class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str = Field(min_length=1, description="The function's name.", examples=["get_weather"])
-    arguments: Annotated[str, AfterValidator(_is_object)] = Field(
-        description="Its arguments, as the text of a JSON object.", examples=['{"city": "Paris"}']
+    arguments: str = Field(
+        description="Its arguments, as the text of a JSON object; cut where the token limit cut "
+        "the answer.",
+        examples=['{"city": "Paris"}'],
     )
 
 
@@ -119,6 +131,24 @@ class ToolCall(BaseModel):
     )
     type: Literal["function"] = Field(description="Always `function`.", examples=["function"])
     function: CalledFunction = Field(
+        description="The call.",
+        examples=[{"name": "get_weather", "arguments": '{"city": "Paris"}'}],
+    )
+
+
+class PastFunction(CalledFunction):
+    """What was called in the conversation so far."""
+
+    arguments: Annotated[str, AfterValidator(_is_object)] = Field(
+        description="Its arguments, as the text of a JSON object; empty where it took none.",
+        examples=['{"city": "Paris"}'],
+    )
+
+
+class PastToolCall(ToolCall):
+    """A call in the conversation so far."""
+
+    function: PastFunction = Field(
         description="The call.",
         examples=[{"name": "get_weather", "arguments": '{"city": "Paris"}'}],
     )

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from adapters.adapter_files import adapter_folder, missing_files
 from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
 
 _WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
-_PICKLED = "adapter_model.bin"
 _MAX_ENTRIES = 1000
 _MAX_READ = 1 << 20
 """Bytes at once. Parsers read as much as a header says that a name or a directory takes."""
@@ -39,7 +39,7 @@ def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int) 
 
 
 def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
-    """A zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in one folder.
+    """A zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in a folder of it.
 
     Only the adapter's own files are written, under fixed names, so no entry can climb out; what
     unpacks to more than `limit` bytes is cut off while it is read, whatever its header says.
@@ -47,10 +47,10 @@ def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
     """
     try:
         with _entries(archive, limit) as files:
-            _check([path for path, _ in files])
+            where = _folder([path for path, _ in files])
             left = limit
             for path, opener in files:
-                if path.name in _WANTED:
+                if path.parent == where and path.name in _WANTED:
                     with opener as source:
                         left -= _copy(source, folder / path.name, left, limit)
     except (InvalidAdapter, ApiError):
@@ -176,26 +176,26 @@ def _check_count(count: int) -> None:
         raise InvalidAdapter([Fault("archive", problem, "send the adapter's folder alone")])
 
 
-def _check(paths: list[PurePosixPath]) -> None:
+def _folder(paths: list[PurePosixPath]) -> PurePosixPath:
+    """The folder in which the adapter lies. Raises InvalidAdapter with all that is wrong."""
     for path in paths:
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
             raise _climbing(str(path), "leads out of the archive")
-    faults = []
-    names = [path.name for path in paths]
-    if _PICKLED in names and WEIGHTS_FILE not in names:
-        fix = "PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
-        faults.append(Fault(_PICKLED, "is pickled, which can run code", f"convert it: {fix}"))
-    for wanted in sorted(_WANTED):
-        if names.count(wanted) > 1:
-            fix = "send one adapter in one archive"
-            faults.append(Fault("archive", f"holds {wanted} more than once", fix))
-    if {CONFIG_FILE, WEIGHTS_FILE} <= set(names):
-        folders = {path.parent for path in paths if path.name in (CONFIG_FILE, WEIGHTS_FILE)}
-        if len(folders) > 1:
-            fix = "pack the folder that PEFT saved"
-            faults.append(Fault("archive", "holds the two files in different folders", fix))
-    if faults:
-        raise InvalidAdapter(faults)
+    where = adapter_folder(paths) or PurePosixPath()
+    names = [path.name for path in paths if path.parent == where]
+    faults = [
+        Fault("archive", f"holds {wanted} more than once", "send one adapter in one archive")
+        for wanted in sorted(_WANTED)
+        if names.count(wanted) > 1
+    ]
+    missing = missing_files(names)
+    elsewhere = {path.name for path in paths if path.parent != where}
+    if any(fault.field in elsewhere for fault in missing):
+        fix = "pack the folder that PEFT saved"
+        missing = [Fault("archive", "holds the two files in different folders", fix)]
+    if faults + missing:
+        raise InvalidAdapter(faults + missing)
+    return where
 
 
 def _climbing(name: str, why: str) -> InvalidAdapter:

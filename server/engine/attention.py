@@ -18,6 +18,23 @@ from server.engine.errors import UnsupportedModel
 
 IMPLEMENTATION = "infuse"
 _CONTEXT = "infuse_step_context"
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""What models pass to their attention beside, and what changes nothing here: queries and keys are
+rotated already, and the step's plan knows positions and cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +113,19 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `AttentionInterface`: tensors are `[1, heads, tokens, head_dim]`."""
+    """transformers' `AttentionInterface`: tensors are `[1, heads, tokens, head_dim]`.
+
+    Raises UnsupportedModel for an argument whose meaning is not known.
+    """
     name = type(module).__name__
+    unknown = [each for each in others.keys() - _HARMLESS if others[each] is not None]
+    if unknown:
+        raise UnsupportedModel(
+            f"{name} passes {', '.join(sorted(unknown))} to its attention, which a flat batch "
+            "does not know"
+        )
     if attention_mask is not None or query.shape[0] != 1:
         raise UnsupportedModel(f"{name} makes a mask of its own, which a flat batch cannot keep")
     if s_aux is not None:
@@ -138,6 +164,8 @@ class Probe:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
+        if layer.layer in self.shapes:
+            raise UnsupportedModel(f"the model attends twice in layer {layer.layer}")
         self.shapes[layer.layer] = LayerShape(
             key.shape[0], key.shape[-1], value.shape[-1], key.dtype
         )

@@ -24,7 +24,7 @@ from torch._inductor.utils import InputType
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import AttentionPlan, Chunk, StepContext
 from server.engine.kernels.attention import AttentionCall
 from server.engine.kernels.operators import ATTEND, ATTENTION, LINEAR, PRODUCT, library
@@ -55,11 +55,11 @@ class CompiledForward:
     """A compiled forward. A batch that its kernels cannot rescale runs as it was traced."""
 
     def __init__(
-        self, ia3: IA3Model, context: StepContext, cache: FlatCache, traced: TracedForward
+        self, ia3: IA3Slots, context: StepContext, cache: FlatCache, traced: TracedForward
     ) -> None:
         self._ia3 = ia3
         self._context = context
-        self._traced = traced
+        self.traced = traced
         self._graph = traced.trace.opened()
         _move_gates(self._graph)
         _open_hypots(self._graph)
@@ -105,7 +105,7 @@ class CompiledForward:
             self._rescale()
             self._scaled = scaled
         if not self._can_rescale:
-            return self._traced(ids, positions, keep)
+            return self.traced(ids, positions, keep)
         plan = self._context.plan
         if self.has_attention:
             assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
@@ -116,7 +116,7 @@ class CompiledForward:
         except RuntimeError as error:
             # It does not say what failed, want of memory say; as it was traced it does.
             log.warning("A compiled step failed and runs again uncompiled: %s", error)
-            return self._traced(ids, positions, keep)
+            return self.traced(ids, positions, keep)
         return logits
 
     def linear(self, x: torch.Tensor, number: int) -> torch.Tensor:
@@ -125,7 +125,7 @@ class CompiledForward:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
     ) -> torch.Tensor:
-        attend = attend_in(self._context, self._traced.trace.layers[number])
+        attend = attend_in(self._context, self.traced.trace.layers[number])
         return attend(query, key, value)
 
     def _rescale(self) -> None:
@@ -148,7 +148,7 @@ class CompiledForward:
                 self._use_product(node, calls, addresses)
             elif node.target is ATTEND:
                 *tensors, number = node.args
-                call = cache.attention_call(self._traced.trace.layers[number])
+                call = cache.attention_call(self.traced.trace.layers[number])
                 if call is not None:
                     node.target, node.args = ATTENTION, (*tensors, calls, len(addresses))
                     self._attentions.append(call)
@@ -178,7 +178,7 @@ class CompiledForward:
 
 
 def compile_forward(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     context: StepContext,
     modules: Forward,
     traced: TracedForward,

@@ -28,6 +28,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
+    alive: bool
+    """False: the model thread has ended on an error, and only a restart helps."""
     ready: bool
     running: int
     waiting: int

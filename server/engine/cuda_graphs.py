@@ -4,7 +4,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import Chunk, StepContext
 from server.engine.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
 from server.engine.tracing import Forward
@@ -20,7 +20,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        ia3: IA3Model,
+        ia3: IA3Slots,
         context: StepContext,
         cache: PagedCache,
         forward: Forward,

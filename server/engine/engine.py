@@ -3,12 +3,11 @@
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 
-from adapters.model import IA3Model
 from adapters.residency import Residency
+from adapters.slots import IA3Slots
 from server.engine.config import EngineConfig, EngineStats
 from server.engine.constraints import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
@@ -25,6 +24,7 @@ from server.engine.scheduler import CannotStart, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.speculation import Speculation
 from server.engine.stepping import Failed, Lost, Ran, Stepping
+from server.engine.taking import take
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,9 @@ class Engine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, ia3: IA3Model, residency: Residency, config: EngineConfig
+        self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
-        self._bank = ia3.bank
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
         self.model_name = loaded.name
@@ -55,13 +54,16 @@ class Engine:
         self.decoder_start = loaded.decoder_start()
         execution = prepare(
             ia3,
+            tokenizer=loaded.tokenizer,
+            decoder_start=self.decoder_start,
             max_rows=config.max_rows,
-            max_tokens=self.max_model_len * (1 if self.decoder_start is None else 2),
+            max_model_len=self.max_model_len,
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
             trace_cache=config.trace_cache,
             compile_cache=config.compile_cache,
         )
+        self._bank = ia3.bank
         self.runner_kind = execution.kind
         self._compiled = execution.compiled
         self._cache = execution.cache
@@ -109,10 +111,8 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
-        self._seconds_per_finish = 1.0
         self._unsettled = ""
         """Why the adapters that are kept are not all on the device."""
-        self._last_finish = time.monotonic()
 
     # Any thread.
 
@@ -138,8 +138,8 @@ class Engine:
             if self._state != "running":
                 raise EngineStopping
             if not self._places.take(requests):
-                retry_after = min(max(self._seconds_per_finish, 1.0), 60.0)
-                raise QueueFull(self._places.taken - len(self._scheduler.running), retry_after)
+                waiting = self._places.taken - len(self._scheduler.running)
+                raise QueueFull(waiting, self._places.seconds_until_free(requests))
             self._inbox.put(requests)
 
     def room_after(self, prompt_tokens: int) -> int:
@@ -164,6 +164,7 @@ class Engine:
         running = len(self._scheduler.running)
         prefixes = self._scheduler.prefixes
         return EngineStats(
+            alive=self._state != "dead",
             ready=self._state == "running",
             running=running,
             waiting=max(0, self._places.taken - running),
@@ -205,14 +206,15 @@ class Engine:
         try:
             while self._receive():
                 self._step()
-        except Exception:
+        except BaseException:
+            # A panic in a library's Rust code is no Exception.
             log.exception("The model thread ends.")
             with self._changed:
                 self._state = "dead"
         reason = FinishReason.CANCELLED if self._state == "stopping" else FinishReason.ERROR
         with self._changed:
-            self._accept()
-        self._send([self._end(s, reason, str(EngineDead())) for s in self._all()])
+            outputs = self._accept()
+        self._send(outputs + [self._end_anyway(s, reason) for s in self._all()])
         self._sampler.close()
 
     def _receive(self) -> bool:
@@ -226,11 +228,11 @@ class Engine:
                 self._settle()
             if not self._sequences:
                 self._inbox.gather()
-            self._accept()
+            outputs = self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")
         ended = [self._sequences[each] for each in cancelled if each in self._sequences]
-        self._send([self._end(sequence, FinishReason.CANCELLED) for sequence in ended])
+        self._send(outputs + [self._end(sequence, FinishReason.CANCELLED) for sequence in ended])
         return going
 
     def _settle(self) -> None:
@@ -244,14 +246,22 @@ class Engine:
                 log.error("An adapter cannot be kept on the device for now: %s", problem)
         self._unsettled = problem
 
-    def _accept(self) -> None:
+    def _accept(self) -> list[Output]:
+        """Queue what has come; the last outputs of requests that cannot even be queued."""
+        outputs = []
         for request in self._inbox.take_all():
             own = None if request.lease is None else request.lease.vocabulary
             tokenizer = self.tokenizer if own is None else own.tokenizer
-            sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)
-            sequence.drafter = self._speculation.drafter(request)
+            try:
+                sequence = Sequence(request, next(self._rows), tokenizer, self.decoder_start)
+                sequence.drafter = self._speculation.drafter(request)
+            except BaseException as error:
+                log.exception("A request cannot begin; it ends.")
+                outputs.append(self._failed(request, Fault.of(error).reason))
+                continue
             self._sequences[request.id] = sequence
             self._scheduler.add(sequence)
+        return outputs
 
     def _step(self) -> None:
         outputs = []
@@ -292,83 +302,52 @@ class Engine:
             )
 
     def _take_safely(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
-        """What a tokenizer or a stop string may raise is the request's own failure."""
+        """Whatever a tokenizer or a stop string raises is the request's own failure."""
         try:
-            return self._take(sequence, choices)
-        except FAULTS as error:
+            output = take(sequence, choices, self.eos_token_ids)
+        except BaseException as error:
             log.exception("A token could not be taken; its request ends.")
             return self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
-
-    def _take(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
-        """Append a sequence's next tokens, until one ends it, and say what that brought."""
-        params = sequence.request.params
-        scores = None
-        if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
-            scores = tuple(sequence.prompt_logprobs)
-        taken: list[Sampled] = []
-        text, error = "", ""
-        reason = FinishReason.LENGTH if params.max_tokens == 0 else None
-        for choice in choices:
-            if not choice.finite:
-                reason = FinishReason.ERROR
-                error = "The model's output is not finite; check the adapter's values."
-            elif choice.grammar_error:
-                reason, error = FinishReason.CONSTRAINT, choice.grammar_error
-            if reason is not None:
-                break
-            if taken:
-                # The one before was guessed, so its keys and values are there.
-                sequence.computed += 1
-            taken.append(choice)
-            piece, reason = self._append(sequence, choice.token)
-            text += piece
-        predicted = 0
-        if reason is not None:
-            text += "" if error else sequence.detokenizer.finish()
-            predicted = self._end(sequence, reason).predicted_tokens
-        return Output(
-            request_id=sequence.request.id,
-            token_ids=tuple(choice.token for choice in taken),
-            text=text,
-            logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None),
-            prompt_logprobs=scores,
-            cached_tokens=0 if reason is None else sequence.cached_tokens or 0,
-            finish_reason=reason,
-            error=error,
-            predicted_tokens=predicted,
-        )
-
-    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """The text that the token brings, and whether it is the last."""
-        params = sequence.request.params
-        sequence.tokens.append(token)
-        self._generated_tokens += 1
-        goes_on = params.ignore_eos and sequence.constraint is None
-        is_end = token in self.eos_token_ids and not goes_on
-        if is_end or token in params.stop_token_ids:
-            return "", FinishReason.STOP
-        text, stopped = sequence.detokenizer.push(token)
-        if stopped:
-            return text, FinishReason.STOP
-        return text, FinishReason.LENGTH if sequence.answer_tokens >= params.max_tokens else None
+        self._generated_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            self._end(sequence, output.finish_reason)
+        return output
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> Output:
         """The one place where a request ends: its row, its cache, its pin and its lease go."""
         self._scheduler.remove(sequence)
-        if sequence.request.lease is not None:
-            sequence.request.lease.release()
         del self._sequences[sequence.request.id]
         self._ended.append(sequence.request)
-        now = time.monotonic()
-        self._seconds_per_finish += 0.1 * (now - self._last_finish - self._seconds_per_finish)
-        self._last_finish = now
-        return Output(
+        output = Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
             error="" if reason is FinishReason.CANCELLED else error,
             predicted_tokens=sequence.predicted_tokens,
         )
+        return self._close(sequence.request, output)
+
+    def _end_anyway(self, sequence: Sequence, reason: FinishReason) -> Output:
+        """End a request of a thread that ends: what broke it may have left the scheduler broken."""
+        try:
+            return self._end(sequence, reason, str(EngineDead()))
+        except BaseException:
+            log.exception("A request's row could not be given back.")
+            self._sequences.pop(sequence.request.id, None)
+            return self._failed(sequence.request, str(EngineDead()))
+
+    def _failed(self, request: GenerationRequest, error: str) -> Output:
+        """The last output of a request that has no row."""
+        reason = FinishReason.ERROR
+        return self._close(
+            request, Output(request_id=request.id, finish_reason=reason, error=error)
+        )
+
+    def _close(self, request: GenerationRequest, last: Output) -> Output:
+        if request.lease is not None:
+            request.lease.release()
+        self._ended.append(request)
+        return last
 
     def _all(self) -> list[Sequence]:
         return list(self._sequences.values())

@@ -11,6 +11,8 @@ EngineError
 └── EngineDead         the model thread has ended on an error
 """
 
+import math
+
 
 class EngineError(Exception):
     """Root of everything that the engine raises on purpose."""
@@ -30,10 +32,10 @@ class DoesNotFit(EngineError):
 
 class QueueFull(EngineError):
     def __init__(self, waiting: int, retry_after: float) -> None:
-        self.retry_after = retry_after
-        """Seconds until a place is likely to be free."""
+        self.retry_after = max(1, math.ceil(retry_after))
+        """Whole seconds until a place is likely to be free."""
         super().__init__(
-            f"{waiting} requests are waiting already; try again in {retry_after:.0f} s."
+            f"{waiting} requests are waiting already; try again in {self.retry_after} s."
         )
 
 

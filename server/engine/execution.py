@@ -9,20 +9,21 @@ from typing import Any, Literal
 
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from adapters.bank import BASE_SLOT
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import LayerShape, StepContext, install, probe
 from server.engine.compiling import CompiledForward, compile_forward
 from server.engine.errors import UnsupportedModel
+from server.engine.fidelity import Fidelity, Unfaithful
 from server.engine.kernels.attention import Kernels, attention_kernels
 from server.engine.kernels.operators import load_operators
 from server.engine.kernels.product import panel_width_of, product_kernels
 from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Pack, noting_siblings, pack_linears
+from server.engine.packing import Pack, noting_reads, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_layers import (
     LayerStates,
@@ -35,7 +36,7 @@ from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
 from server.engine.time_steps import limit_time_steps
 from server.engine.trace_cache import find_or_trace
-from server.engine.tracing import NotTraced, TracedForward
+from server.engine.tracing import Forward, NotTraced, TracedForward
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,72 @@ class Execution:
 
 
 def prepare(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     *,
+    tokenizer: PreTrainedTokenizerFast,
+    decoder_start: tuple[int, ...] | None,
+    max_rows: int,
+    max_model_len: int,
+    kv_cache_tokens: int | None,
+    pack: bool,
+    trace_cache: Path | None,
+    compile_cache: Path | None,
+) -> Execution:
+    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
+    what was made there. None: do not. The bank is made anew.
+
+    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
+    """
+    base = ia3.base
+    kept = base.config._attn_implementation
+    max_tokens = max_model_len * (1 if decoder_start is None else 2)
+    fidelity, read = _plain_logits(ia3, tokenizer, decoder_start, max_model_len, max_rows)
+    try:
+        return _prepare_flat(
+            ia3,
+            fidelity,
+            read,
+            max_rows,
+            max_tokens,
+            kv_cache_tokens,
+            pack,
+            trace_cache,
+            compile_cache,
+        )
+    except UnsupportedModel as error:
+        why_not_flat = str(error)
+    log.info("Running %s padded: %s", type(base).__name__, why_not_flat)
+    base.set_attn_implementation(kept)
+    try:
+        return _prepare_padded(
+            ia3, fidelity, read, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache
+        )
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; and it cannot be run flat: {why_not_flat}") from error
+
+
+def _plain_logits(
+    ia3: IA3Slots,
+    tokenizer: PreTrainedTokenizerFast,
+    decoder_start: tuple[int, ...] | None,
+    max_model_len: int,
+    max_rows: int,
+) -> tuple[Fidelity, set[str]]:
+    """What to compare a runner with; and the layers whose weights the model reads itself. Raises
+    UnsupportedModel."""
+    try:
+        with noting_reads(ia3.base) as read:
+            fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows)
+    except Exception as error:  # Whatever a model's code does.
+        name = type(ia3.base).__name__
+        raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
+    return fidelity, read
+
+
+def _prepare_flat(
+    ia3: IA3Slots,
+    fidelity: Fidelity,
+    read: set[str],
     max_rows: int,
     max_tokens: int,
     kv_cache_tokens: int | None,
@@ -67,39 +132,67 @@ def prepare(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
-    what was made there. None: do not.
-
-    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
-    """
+    """Raises UnsupportedModel where a flat batch would be computed wrongly."""
     base = ia3.base
-    kept = base.config._attn_implementation
+    _check_flat(base)
+    context = install(base)
     try:
-        _check_flat(base)
-        context = install(base)
         with noting_siblings(base) as siblings:
             shapes = probe(base, context)
-    except UnsupportedModel as error:
-        log.info("Running %s padded: %s", type(base).__name__, error)
-        base.set_attn_implementation(kept)
-        return _prepare_padded(ia3, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise UnsupportedModel(f"{type(base).__name__} fails on a flat batch: {error}") from error
     kernels = _kernels(base.device, pack, compile_cache, shapes)
-    _lay_out(base, pack, kernels.products, siblings)
-    width = panel_width_of(base)
-    if width is not None:
-        ia3.bank.use_panels(width)
+    _lay_out(base, pack, kernels.products, siblings, read)
+    _renew_bank(ia3)
     tokens = cache_tokens(
         shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     modules = Modules(base)
+
+    def runner(forward: Forward | None) -> FlatRunner:
+        return FlatRunner(ia3, context, cache, modules, forward, max_rows, max_tokens)
+
+    try:
+        fidelity.compare("by its modules", runner(None), cache)
+    except Unfaithful as error:
+        raise UnsupportedModel(f"in a flat batch {error}") from error
+    _renew_bank(ia3)
     traced = _trace(ia3, context, modules, cache, trace_cache, compile_cache)
-    runner = FlatRunner(ia3, context, cache, modules, traced, max_rows, max_tokens)
-    return Execution("flat", cache, runner, isinstance(traced, CompiledForward))
+    # What is compiled runs as it was traced now and then, so that both must be right.
+    faithful = None
+    for forward in _forwards(traced):
+        what = "compiled" if isinstance(forward, CompiledForward) else "as traced"
+        try:
+            fidelity.compare(what, runner(forward), cache)
+        except Unfaithful as error:
+            log.warning("The model does not run %s: %s", what, error)
+            break
+        faithful = forward
+    if base.device.type != "cpu" and faithful is not traced:
+        faithful = None
+    _renew_bank(ia3)
+    return Execution("flat", cache, runner(faithful), isinstance(faithful, CompiledForward))
+
+
+def _forwards(
+    traced: TracedForward | CompiledForward | None,
+) -> list[TracedForward | CompiledForward]:
+    if traced is None:
+        return []
+    return [traced.traced, traced] if isinstance(traced, CompiledForward) else [traced]
+
+
+def _renew_bank(ia3: IA3Slots) -> None:
+    """As it is before any adapter: what was compared has left columns in it."""
+    ia3.unload()
+    width = panel_width_of(ia3.base)
+    if width is not None:
+        ia3.bank.use_panels(width)
 
 
 def _trace(
-    ia3: IA3Model,
+    ia3: IA3Slots,
     context: StepContext,
     modules: Modules,
     cache: FlatCache,
@@ -168,7 +261,9 @@ def _check_flat(model: PreTrainedModel) -> None:
 
 
 def _prepare_padded(
-    ia3: IA3Model,
+    ia3: IA3Slots,
+    fidelity: Fidelity,
+    read: set[str],
     max_tokens: int,
     max_rows: int,
     kv_cache_tokens: int | None,
@@ -176,12 +271,11 @@ def _prepare_padded(
     compile_cache: Path | None,
 ) -> Execution:
     base = ia3.base
+    ia3.unload()
     limit_time_steps(base)
-    with noting_siblings(base) as called:
-        shapes, carried = _probe_padded(ia3)
+    shapes, carried = _probe_padded(ia3)
     goes_on = not any(each.count for each in carried) or _goes_on(ia3, shapes, carried)
-    products = _kernels(base.device, pack, compile_cache).products
-    _lay_out(base, pack, products, packable={name for group in called for name in group})
+    _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products, read=read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
@@ -196,9 +290,15 @@ def _prepare_padded(
     cache = PaddedCache(
         shapes, tokens, max_tokens, base.device, crosses, carried, max_rows, maker_of(base)
     )
+    runner = PaddedRunner(ia3, cache, goes_on)
+    try:
+        fidelity.compare("padded", runner, cache)
+    except Unfaithful as error:
+        name = type(base).__name__
+        raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
+    ia3.unload()
     if not cache.shares:
         log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
-    runner = PaddedRunner(ia3, cache, goes_on)
     return Execution("padded", cache, runner, whole_prompts=not goes_on)
 
 
@@ -207,18 +307,18 @@ def _lay_out(
     pack: bool,
     products: Mapping[torch.dtype, Pack],
     siblings: Sequence[Sequence[str]] = (),
-    packable: Collection[str] | None = None,
+    read: Collection[str] = (),
 ) -> None:
+    """Once: what is packed and fused already stays."""
     if model.device.type == "cpu":
         fuse_norms(model)
-    if pack:
-        layers = pack_linears(model, siblings, products, packable)
+    if pack and (layers := pack_linears(model, siblings, products, read)):
         which = "oneDNN" if panel_width_of(model) is None else "our kernel"
         log.info("Packed %d linear layers for %s.", layers, which)
 
 
 @torch.inference_mode()
-def _probe_padded(ia3: IA3Model) -> tuple[list[LayerShape], list[LayerStates]]:
+def _probe_padded(ia3: IA3Slots) -> tuple[list[LayerShape], list[LayerStates]]:
     """What each layer keeps of a token, and carries of a row; and that two rows of unequal length,
     padded, come out as each does alone. Raises UnsupportedModel."""
     base = ia3.base
@@ -241,17 +341,16 @@ def _probe_padded(ia3: IA3Model) -> tuple[list[LayerShape], list[LayerStates]]:
             parts = [runner.forward(batch, every=False)[:, -1] for batch in batches]
         together = torch.cat(parts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise UnsupportedModel(f"{name} cannot be run flat, nor padded: {error}") from error
+        raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
     if not _close(together, torch.stack(alone)):
         raise UnsupportedModel(
-            f"{name} cannot be run flat, and its rows do not come out of a padded batch as they do "
-            "alone"
+            f"{name} cannot be run padded: its rows do not come out of a batch as they do alone"
         )
     return shapes, carried
 
 
 @torch.inference_mode()
-def _goes_on(ia3: IA3Model, shapes: Sequence[LayerShape], carried: Sequence[LayerStates]) -> bool:
+def _goes_on(ia3: IA3Slots, shapes: Sequence[LayerShape], carried: Sequence[LayerStates]) -> bool:
     """Whether the model goes on from a row's state with more than one token. Mamba's scan does not:
     it begins anew."""
     row = [token % 50 + 3 for token in range(35, 42)]

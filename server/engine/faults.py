@@ -10,10 +10,22 @@ import torch
 from server.engine.kv_cache import KeysLost
 
 FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
-"""What a model, or a request in it, may raise. Anything else is a fault of ours."""
+"""What a model, or a request in it, may raise. Anything else is a fault of ours, but for what
+`is_foreign` knows."""
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|bad_alloc|ALLOC_FAILED"
 )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library's Rust code (tokenizers, llguidance, safetensors) has panicked: that is no
+    Exception, and each library has a type of its own that cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether a library has failed, and not an invariant of ours. Some raise bare Exceptions."""
+    return isinstance(error, FAULTS) or type(error) is Exception or is_panic(error)
 
 
 @dataclass(frozen=True, slots=True)

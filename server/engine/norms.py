@@ -43,6 +43,8 @@ def fuse_norms(model: nn.Module) -> int:
 def _fused(module: nn.Module) -> FusedRMSNorm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if isinstance(module, FusedRMSNorm):
+        return None
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
         return None
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from server.engine.quantization import is_quantized
 
@@ -37,6 +39,34 @@ def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     return lambda x: _packed_linear(x, packed, bias)
 
 
+_METADATA = frozenset(
+    {"__get__", "__repr__", "dim", "element_size", "is_complex", "is_floating_point", "numel"}
+    | {"size", "stride"}
+)
+"""What may be asked of a weight without reading its values. All attributes are `__get__`."""
+
+
+class WeightIsPacked(RuntimeError):
+    """A model read the values of a packed layer's weight, which lie elsewhere."""
+
+
+class _Shell(torch.Tensor):
+    """A weight's dtype, shape and device, without its values: torch would compute with a plain
+    meta tensor, and give uninitialised memory.
+
+    Anything that reads the values raises WeightIsPacked.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in _METADATA:
+            raise WeightIsPacked(
+                f"{func.__name__} reads the weight of a layer that is packed; set pack-linears to "
+                "false to run this model"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
 class _Packed(nn.Module):
     """What stands for an `nn.Linear` whose weight lies elsewhere."""
 
@@ -45,7 +75,7 @@ class _Packed(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        self.weight = torch.empty_like(linear.weight, device="meta")
+        self.weight = torch.empty_like(linear.weight, device="meta").as_subclass(_Shell)
         """Only its dtype and shape: some models ask for them."""
 
 
@@ -174,6 +204,57 @@ def _run(layers: Sequence[Product], x: torch.Tensor) -> None:
         layer(x)
 
 
+class _Reads(TorchFunctionMode):
+    """Notes which linear layers' weights are read by anything but the layers themselves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._inside: nn.Module | None = None
+        linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+        self._of = {id(linear.weight): (name, linear) for name, linear in linears.items()}
+        shared = {
+            id(parameter)
+            for module in model.modules()
+            if type(module) is not nn.Linear
+            for parameter in module.parameters(recurse=False)
+        }
+        self._of = {each: found for each, found in self._of.items() if each not in shared}
+        self.hooks = [
+            hook
+            for linear in linears.values()
+            for hook in (
+                linear.register_forward_pre_hook(lambda module, _: self._enter(module)),
+                linear.register_forward_hook(lambda *_: self._enter(None)),
+            )
+        ]
+
+    def _enter(self, module: nn.Module | None) -> None:
+        self._inside = module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in _METADATA:
+            for argument in args:
+                name, linear = self._of.get(id(argument), ("", None))
+                if linear is not None and linear is not self._inside:
+                    self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def noting_reads(model: nn.Module) -> Iterator[set[str]]:
+    """Within, a forward of the model tells which of its linear layers have a weight that is read
+    past the layer: by a router that converts it, say. A weight that another module owns too stays
+    where it is anyway."""
+    reads = _Reads(model)
+    try:
+        with reads:
+            yield reads.names
+    finally:
+        for hook in reads.hooks:
+            hook.remove()
+
+
 @contextmanager
 def noting_siblings(model: nn.Module) -> Iterator[list[list[str]]]:
     """Within, a forward of the model tells which of a module's linear layers read the same tensor:
@@ -205,21 +286,21 @@ def pack_linears(
     model: nn.Module,
     siblings: Sequence[Sequence[str]] = (),
     kernels: Mapping[torch.dtype, Pack] = MappingProxyType({}),
-    packable: Collection[str] | None = None,
+    read: Collection[str] = (),
 ) -> int:
     """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; groups of
     `siblings`, which read the same tensor, become one product.
 
+    Layers in `read`, whose weight the model reads itself, stay as they are.
+
     `kernels`: what else than oneDNN may compute a dtype's products. A weight that another module
-    also uses (a tied LM head's) stays for that module. `packable`: the layers that a forward calls;
-    of others (Mamba's `dt_proj`) the model may read the weight itself. None: all.
-    Returns how many layers were packed.
+    also uses (a tied LM head's) stays for that module. Returns how many layers were packed.
     """
     linears = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
-        and (packable is None or name in packable)
+        and name not in read
         and not is_quantized(module)
         and module.weight.device.type == "cpu"
     }

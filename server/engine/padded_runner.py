@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_group import Group
 from server.engine.runner import Logits, slot_of
@@ -58,7 +58,7 @@ class Piece:
 
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Model, cache: PaddedCache, goes_on: bool = True) -> None:
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
         """Not `goes_on`: the model goes on from a row's state one token at a time only."""
         self._ia3 = ia3
         self._cache = cache

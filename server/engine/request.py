@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+import regex
+
 from adapters.residency import Lease
 from server.engine.constraints import Grammar
 
@@ -43,14 +45,22 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     """Further tokens that end the text, beside the model's own end tokens."""
+    include_stop: bool = False
+    """What ended the text, a stop string or the text of a token, stands at its end."""
     ignore_eos: bool = False
     """Go on past the model's end tokens (not past `stop_token_ids`)."""
+    allowed_token_ids: frozenset[int] | None = None
+    """No others come; None: all may."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Rows of tokens that the answer never holds, unless its grammar leaves nothing else."""
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
     grammar: Grammar | None = None
     """What the answer must match as a whole. The end token comes exactly where it may end."""
+    grammar_begin: "regex.Pattern[str] | None" = None
+    """Where in the answer's text the grammar begins: behind the first match. None: at its start."""
 
     @property
     def is_penalised(self) -> bool:
@@ -121,6 +131,8 @@ class Output:
     cached_tokens: int = 0
     """Of the prompt: how many needed no computing. On the last output."""
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string, or the one of `stop_token_ids`, that ended the answer, if one did."""
     error: str = ""
     predicted_tokens: int = 0
     """On the last output: how many of the answer's tokens its request's prediction foretold."""

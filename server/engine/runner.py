@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adapters.bank import Segment
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import Chunk, StepContext
 from server.engine.cuda_graphs import DecodeGraphs
 from server.engine.kv_cache import FlatCache
@@ -43,7 +43,7 @@ class FlatRunner:
 
     def __init__(
         self,
-        ia3: IA3Model,
+        ia3: IA3Slots,
         context: StepContext,
         cache: FlatCache,
         modules: "Modules",

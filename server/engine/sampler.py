@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from server.engine.adjustments import Allowed, Bias, Penalties, column
 from server.engine.constraints import Constraint, MaskMaker
 from server.engine.request import TokenLogprob
 from server.engine.scheduler import Draft
@@ -108,7 +109,7 @@ class Sampler:
     ) -> tuple[list[int], list[bool]]:
         """A token for each row of `logits`, and whether the row is finite."""
         adjusted = _apply_masks(batch.adjust(logits), constrained)
-        adjusted = self._ban_ends(adjusted, batch.places)
+        adjusted = self._ban(adjusted, batch.places)
         tokens = _greatest(adjusted)
         finite = torch.isfinite(adjusted.gather(1, tokens[:, None])[:, 0]).tolist()
         for group in batch.random:
@@ -119,14 +120,16 @@ class Sampler:
     def close(self) -> None:
         self._masks.close()
 
-    def _ban_ends(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
-        """Rows below their `min_tokens` may not end, unless their grammar says that they must."""
+    def _ban(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
+        """Rows below their `min_tokens` may not end, and no row completes a bad word; unless what
+        it is held to leaves nothing else."""
         banned: list[tuple[int, int]] = []
         for row, place in enumerate(places):
-            ends = self._banned_ends(place)
-            constraint = place.sequence.constraint
-            if ends and (constraint is None or constraint.allows_others_than(ends)):
-                banned += [(row, token) for token in ends]
+            banned_here = self._banned_ends(place)
+            if place.sequence.request.params.bad_words:
+                banned_here |= _ends_of_bad_words(place.sequence)
+            if banned_here and _allows_others(place.sequence, banned_here):
+                banned += [(row, token) for token in banned_here]
         if banned:
             rows, tokens = zip(*banned, strict=True)
             logits = logits.clone()
@@ -136,10 +139,29 @@ class Sampler:
     def _banned_ends(self, place: _Place) -> frozenset[int]:
         params = place.sequence.request.params
         if place.sequence.answer_tokens + place.ahead < params.min_tokens:
-            return self._eos | params.stop_token_ids
+            goes_on = params.ignore_eos and place.sequence.constraint is None
+            return params.stop_token_ids if goes_on else self._eos | params.stop_token_ids
         if params.ignore_eos and place.sequence.constraint is not None:
             return self._eos
         return frozenset()
+
+
+def _ends_of_bad_words(sequence: Sequence) -> frozenset[int]:
+    """The tokens that would complete a bad word, after what the answer ends with."""
+    words = sequence.request.params.bad_words
+    longest = max(len(word) for word in words) - 1
+    last = sequence.tokens[max(sequence.prompt_tokens, len(sequence.tokens) - longest) :]
+    return frozenset(
+        word[-1] for word in words if list(word[:-1]) == last[len(last) - len(word) + 1 :]
+    )
+
+
+def _allows_others(sequence: Sequence, tokens: frozenset[int]) -> bool:
+    """Whether the sequence may take another token than these."""
+    if sequence.constraint is not None:
+        return sequence.constraint.allows_others_than(tokens)
+    allowed = sequence.request.params.allowed_token_ids
+    return allowed is None or not allowed <= tokens
 
 
 def _greatest(logits: torch.Tensor) -> torch.Tensor:
@@ -187,15 +209,17 @@ class _Batch:
             if rows
         ]
         bias = [(row, t, b) for row, p in enumerate(params) for t, b in p.logit_bias.items()]
-        self._bias = _Bias(bias, device) if bias else None
-        self._penalties: _Penalties | None = None
+        self._bias = Bias(bias, device) if bias else None
+        allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
+        self._allowed = Allowed(allowed, vocab, device) if allowed else None
+        self._penalties: Penalties | None = None
         penalised = [row for row, p in enumerate(params) if p.is_penalised]
         if penalised:
             self._penalised = torch.tensor(penalised, device=device)
             sequences = [places[row].sequence for row in penalised]
             known = None if previous is None else previous._penalties
             goes_on = known is not None and known.fits(sequences, vocab)
-            self._penalties = known if goes_on else _Penalties(sequences, vocab, device)
+            self._penalties = known if goes_on else Penalties(sequences, vocab, device)
 
     def fits(self, places: Rows[_Place], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
@@ -209,56 +233,21 @@ class _Batch:
         return True
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases."""
+        """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases, then
+        the tokens that are allowed at all."""
         if self._penalties is not None:
             penalised = self._penalties.apply(logits[self._penalised])
             logits = logits.index_copy(0, self._penalised, penalised)
         if self._bias is not None:
             logits = logits.index_put(self._bias.index, self._bias.values, accumulate=True)
+        if self._allowed is not None:
+            logits = self._allowed.apply(logits)
         return logits
 
     def count(self, tokens: torch.Tensor) -> None:
         """Take note of this step's `[rows]` tokens."""
         if self._penalties is not None:
             self._penalties.count(tokens[self._penalised])
-
-
-class _Penalties:
-    """Which tokens the penalised rows have, and how often; it stays while other rows change."""
-
-    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
-        self._sequences = sequences
-        self._lengths = [len(sequence.tokens) for sequence in sequences]
-        params = [sequence.request.params for sequence in sequences]
-        self._presence = _column([p.presence_penalty for p in params], device)
-        self._frequency = _column([p.frequency_penalty for p in params], device)
-        self._repetition = _column([p.repetition_penalty for p in params], device)
-        self._counts = torch.zeros(len(sequences), vocab, device=device)
-        self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
-        for index, mine in enumerate(sequences):
-            answer = torch.tensor(mine.answer, dtype=torch.long, device=device)
-            self._counts[index] += torch.bincount(answer, minlength=vocab)
-            self._seen[index, mine.tokens[mine.source_tokens :]] = True
-
-    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
-        """Whether these are the rows, and the tokens that are counted are all that they have."""
-        if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
-            return False
-        if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
-            return False
-        return [len(sequence.tokens) for sequence in sequences] == self._lengths
-
-    def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[penalised, vocab]`"""
-        repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
-        rows = torch.where(self._seen, repeated, rows)
-        return rows - self._frequency * self._counts - self._presence * (self._counts > 0)
-
-    def count(self, tokens: torch.Tensor) -> None:
-        index = torch.arange(len(tokens), device=tokens.device)
-        self._counts[index, tokens] += 1
-        self._seen[index, tokens] = True
-        self._lengths = [length + 1 for length in self._lengths]
 
 
 class _RandomRows:
@@ -271,10 +260,10 @@ class _RandomRows:
         self._draws = [(places[row].sequence.draws, places[row].ahead) for row in rows]
         self._truncates = truncates
         params = [places[row].sequence.request.params for row in rows]
-        self._temperature = _column([p.temperature for p in params], device)
-        self._top_k = _column([p.top_k for p in params], device)
-        self._top_p = _column([p.top_p for p in params], device)
-        self._min_p = _column([p.min_p for p in params], device)
+        self._temperature = column([p.temperature for p in params], device)
+        self._top_k = column([p.top_k for p in params], device)
+        self._top_p = column([p.top_p for p in params], device)
+        self._min_p = column([p.min_p for p in params], device)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows]` tokens for `[rows, vocab]`, by one of the sequence's own numbers each."""
@@ -313,17 +302,6 @@ class _RandomRows:
     def _keep_min_p(self, probabilities: torch.Tensor) -> torch.Tensor:
         floor = self._min_p * probabilities.amax(dim=-1, keepdim=True)
         return probabilities.masked_fill(probabilities < floor, 0.0)
-
-
-def _column(values: Rows[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor([float(value) for value in values], device=device)[:, None]
-
-
-class _Bias:
-    def __init__(self, entries: list[tuple[int, int, float]], device: torch.device) -> None:
-        rows, tokens, values = zip(*entries, strict=True)
-        self.index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
-        self.values = torch.tensor(values, device=device)
 
 
 def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
+_MARK = 64
+"""Characters that what begins a grammar has at most."""
 HEADROOM = 64
 """Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
 
@@ -77,9 +79,13 @@ class Sequence:
             request.prompt if decoder_start is None else (),
             request.params.stop,
             request.params.skip_special_tokens,
+            request.params.include_stop,
         )
         grammar = request.params.grammar
-        self.constraint = None if grammar is None else Constraint(grammar)
+        self._awaits_grammar = request.params.grammar_begin is not None
+        self._text = ""
+        """The answer's, while its grammar has not begun."""
+        self.constraint = None if grammar is None or self._awaits_grammar else Constraint(grammar)
         self.prompt_logprobs: list[TokenLogprob | None] = [
             None
         ] * request.params.prompt_logprobs_from
@@ -111,6 +117,34 @@ class Sequence:
     @property
     def answer_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    def see(self, text: str) -> None:
+        """The answer goes on with this text, in which its grammar may begin."""
+        if not self._awaits_grammar or not text:
+            return
+        params = self.request.params
+        assert params.grammar is not None
+        assert params.grammar_begin is not None
+        self._text += text
+        found = params.grammar_begin.search(self._text, max(0, len(self._text) - len(text) - _MARK))
+        if found is None:
+            return
+        self._awaits_grammar = False
+        rest = params.grammar.after(self._text[found.end() :])
+        # Where the same token went on as the grammar does not, the answer stays free.
+        self.constraint = None if rest is None else Constraint(rest)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether `min_tokens` allows a stop string in the text of the latest token."""
+        return self.answer_tokens > self.request.params.min_tokens
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """What ended an answer that was stopped: a stop string, or one of `stop_token_ids`."""
+        last = self.tokens[-1]
+        is_stop_token = last in self.request.params.stop_token_ids
+        return self.detokenizer.stopped_by or (last if is_stop_token else None)
 
     @property
     def uncomputed(self) -> int:

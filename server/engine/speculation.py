@@ -65,13 +65,13 @@ class Speculation:
         self.accepted_tokens = 0
 
     def drafter(self, request: GenerationRequest) -> Drafter | None:
-        """None: the request is never drafted. A penalty and a grammar depend on the tokens before,
-        drafts included; they are left out rather than computed for each."""
+        """None: the request is never drafted. Penalties, bad words and a grammar depend on the
+        tokens before, drafts included; they are left out rather than computed for each."""
         asked = request.speculation
         wanted = self._by_default or bool(request.prediction) if asked is None else asked
         params = request.params
-        fits = params.grammar is None and not params.is_penalised and params.max_tokens > 1
-        if not (self._possible and wanted and fits):
+        depends = params.grammar is not None or params.is_penalised or bool(params.bad_words)
+        if not (self._possible and wanted and params.max_tokens > 1) or depends:
             return None
         return Drafter(request.prompt, request.prediction)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.faults import FAULTS, Fault
+from server.engine.faults import Fault, is_foreign
 from server.engine.kv_cache import KVCache
 from server.engine.request import TokenLogprob
 from server.engine.runner import Runner
@@ -78,7 +78,9 @@ class Stepping:
             fault = None
             try:
                 ran = self._attempt(part)
-            except FAULTS as error:
+            except BaseException as error:
+                if not is_foreign(error):
+                    raise
                 fault = Fault.of(error)
             if fault is None:
                 yield ran

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 from transformers import PreTrainedModel
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import LayerAttention, StepContext
 from server.engine.seams import innermost, seams_of, siblings_of, width_of
 from server.engine.tracing import (
@@ -68,7 +68,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def find_or_trace(
-    ia3: IA3Model, context: StepContext, forward: Forward, folder: Path | None
+    ia3: IA3Slots, context: StepContext, forward: Forward, folder: Path | None
 ) -> TracedForward:
     """`trace`, or what it gave at an earlier start that kept it in `folder`; None: nothing is kept.
 

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from server.engine.attention import AttentionPlan, LayerAttention, Probe, StepContext
 from server.engine.kernels.operators import ATTEND, LINEAR
 from server.engine.packing import Siblings
@@ -62,7 +62,7 @@ class Trace:
 class TracedForward:
     """A forward without modules. It computes what they do, but for modules that adapters bring."""
 
-    def __init__(self, ia3: IA3Model, context: StepContext, trace: Trace) -> None:
+    def __init__(self, ia3: IA3Slots, context: StepContext, trace: Trace) -> None:
         self.trace = trace
         self._ia3 = ia3
         graph = trace.opened()
@@ -90,7 +90,7 @@ class TracedForward:
         return logits
 
 
-def trace(ia3: IA3Model, context: StepContext, forward: Forward) -> TracedForward:
+def trace(ia3: IA3Slots, context: StepContext, forward: Forward) -> TracedForward:
     """`forward`, which runs the model, without its modules.
 
     Raises NotTraced where that cannot be, or gives anything else on an example.

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapters.bank import Segment
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.residency import Lease
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from tests.adapters.kinds import Known, packed_logits
 from tests.factories import tiny_llama
@@ -19,7 +19,7 @@ class House:
     def __init__(self, folder: Path, known: Known, host_bytes: int = 0) -> None:
         self.known = known
         self.store = AdapterStore(folder)
-        self.model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+        self.model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
         self.registry = AdapterRegistry(
             self.store,
             self.model.modules_of_base,

@@ -8,7 +8,7 @@ import torch
 
 from adapters.bank import Segment
 from adapters.checkpoint import AdapterVectors
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from tests.adapters.oracle import logits, peft_logits, vectors_of
 from tests.factories import save_adapter, tiny_llama
 
@@ -49,9 +49,9 @@ class Known:
         return torch.cat([self.by_peft[kinds.get(slot, "base")][:n] for slot, n in parts])
 
 
-def packed_logits(model: IA3Model, rows: list[int], segments: list[Segment]) -> torch.Tensor:
+def packed_logits(model: IA3Slots, rows: list[int], segments: list[Segment]) -> torch.Tensor:
     """A step: the text's first token in each row, its beginning in each segment."""
     lengths = [1] * len(rows) + [segment.tokens for segment in segments]
     positions = torch.cat([torch.arange(length) for length in lengths]).view(1, -1)
     model.set_packed(rows, segments)
-    return logits(model, IDS[:, positions[0]], position_ids=positions, use_cache=False)[0]
+    return logits(model.base, IDS[:, positions[0]], position_ids=positions, use_cache=False)[0]

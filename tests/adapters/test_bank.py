@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adapters.bank import BASE_SLOT, AdapterBank, Segment
 from adapters.checkpoint import AdapterVectors
 from adapters.layer import IA3Layer
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from adapters.targets import BaseModules, Side, Target
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
@@ -20,13 +20,13 @@ MODULES = BaseModules.of(tiny_llama())
 
 
 @pytest.fixture
-def model() -> IA3Model:
-    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+def model() -> IA3Slots:
+    model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
     model.bank.reserve_rows(8)
     return model
 
 
-def test_rows_and_segments_of_one_step_each_have_their_slot(model: IA3Model, known: Known) -> None:
+def test_rows_and_segments_of_one_step_each_have_their_slot(model: IA3Slots, known: Known) -> None:
     kinds = dict(enumerate(KINDS, start=1))
     for slot, kind in kinds.items():
         model.fill_slot(slot, known.vectors[kind])
@@ -55,7 +55,7 @@ steps = st.lists(
 def test_whatever_came_before_a_step_computes_what_its_slots_hold(
     known: Known, steps: list[tuple[str, Any, Any]], panel_width: int | None
 ) -> None:
-    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
     if panel_width is not None:
         model.bank.use_panels(panel_width)
     model.bank.reserve_rows(5)
@@ -78,7 +78,7 @@ def test_whatever_came_before_a_step_computes_what_its_slots_hold(
 
 @pytest.mark.parametrize("segments", [[], [Segment(BASE_SLOT, 6)]], ids=["decode", "prefill"])
 def test_slot_0_is_the_plain_model_bit_for_bit(
-    model: IA3Model, known: Known, segments: list[Segment]
+    model: IA3Slots, known: Known, segments: list[Segment]
 ) -> None:
     plain = packed_logits(model, [0, 0, 0], segments)
     model.fill_slot(1, known.vectors["default"])
@@ -88,7 +88,7 @@ def test_slot_0_is_the_plain_model_bit_for_bit(
 
 
 def test_a_row_of_slot_0_beside_adapters_is_the_plain_model_bit_for_bit(
-    model: IA3Model, known: Known
+    model: IA3Slots, known: Known
 ) -> None:
     plain = packed_logits(model, [0, 0, 0], [])
     model.fill_slot(1, known.vectors["default"])
@@ -96,7 +96,7 @@ def test_a_row_of_slot_0_beside_adapters_is_the_plain_model_bit_for_bit(
     assert torch.equal(packed_logits(model, [1, 0, 2], [])[1], plain[1])
 
 
-def test_filling_a_slot_again_changes_the_rows_that_use_it(model: IA3Model, known: Known) -> None:
+def test_filling_a_slot_again_changes_the_rows_that_use_it(model: IA3Slots, known: Known) -> None:
     for kind in ("default", "mlp_out", "default", "queries"):
         model.fill_slot(1, known.vectors[kind])
         step = packed_logits(model, [1, 0, 1], [])
@@ -105,7 +105,7 @@ def test_filling_a_slot_again_changes_the_rows_that_use_it(model: IA3Model, know
 
 
 def test_a_cleared_slot_can_be_filled_by_an_adapter_of_other_modules(
-    model: IA3Model, known: Known
+    model: IA3Slots, known: Known
 ) -> None:
     model.fill_slot(1, known.vectors["default"])
     packed_logits(model, [1], [])
@@ -116,7 +116,7 @@ def test_a_cleared_slot_can_be_filled_by_an_adapter_of_other_modules(
 
 
 def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
-    model: IA3Model, known: Known
+    model: IA3Slots, known: Known
 ) -> None:
     def wrapped() -> set[str]:
         layers = model.base.named_modules()
@@ -133,7 +133,7 @@ def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
     )
 
 
-def test_a_column_is_made_for_each_module_and_side_in_use(model: IA3Model, known: Known) -> None:
+def test_a_column_is_made_for_each_module_and_side_in_use(model: IA3Slots, known: Known) -> None:
     assert (model.bank.column_count, model.bank.nbytes) == (0, 0)
     model.fill_slot(1, known.vectors["queries"])
     model.fill_slot(2, known.vectors["queries"])
@@ -168,7 +168,7 @@ def test_adapters_of_the_default_kind_take_the_bytes_that_were_planned(
 
 
 def test_rows_reserved_later_are_up_to_date(known: Known) -> None:
-    model = IA3Model(tiny_llama(), max_adapters=1)
+    model = IA3Slots(tiny_llama(), max_adapters=1)
     model.fill_slot(1, known.vectors["default"])
     packed_logits(model, [1], [])
     model.bank.reserve_rows(3)
@@ -197,7 +197,7 @@ def test_a_sheet_that_no_row_uses_is_passed_over_unless_kept_active(known: Known
 def test_more_slots_than_a_batch_has_rows_take_turns_in_its_panels(
     known: Known, batches: list[list[int]]
 ) -> None:
-    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
     model.bank.use_panels(8)
     model.bank.reserve_rows(2)
     kinds = dict(zip(range(1, CAPACITY + 1), sorted(KINDS), strict=False))
@@ -247,3 +247,15 @@ def test_more_rows_than_reserved_are_a_bug(known: Known) -> None:
         each.fill(2, known.vectors["default"])
         with pytest.raises(AssertionError, match="reserve_rows"):
             each.packed([1, 2], [])
+
+
+def test_a_slot_that_cannot_be_filled_keeps_what_it_had(known: Known) -> None:
+    model = IA3Slots(tiny_llama(), max_adapters=1)
+    model.fill_slot(1, known.vectors["default"])
+    before = packed_logits(model, [], [Segment(1, 6)])
+    broken = AdapterVectors(
+        known.vectors["queries"].vectors, {"lm_head": {"no.such": torch.ones(1)}}
+    )
+    with pytest.raises(AttributeError):
+        model.fill_slot(1, broken)
+    assert torch.equal(packed_logits(model, [], [Segment(1, 6)]), before)

@@ -17,9 +17,9 @@ from adapters.errors import (
     TooManyPinned,
     UnknownAdapter,
 )
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry, Part
 from adapters.revision import Details
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from tests.adapters.kinds import Known
 from tests.adapters.oracle import vectors_of
@@ -33,7 +33,7 @@ class House:
     def __init__(self, folder: Path, known: Known) -> None:
         self.folders = known.folders
         self.store = AdapterStore(folder)
-        self.model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+        self.model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
         self.registry = AdapterRegistry(
             self.store, self.model.modules_of_base, self.model, reserved=("tiny",)
         )
@@ -51,7 +51,7 @@ class House:
             assert slot is not None
             self.model.set_packed([], [Segment(slot, IDS.shape[1])])
             with torch.inference_mode():
-                logits = self.model(IDS).logits
+                logits = self.model.base(IDS).logits
             self.registry.residency.unpin(lease)
         return logits
 
@@ -245,7 +245,7 @@ def test_one_slot_stays_for_the_others(house: House) -> None:
 
 def test_pins_hold_over_a_restart(house: House) -> None:
     house.registry.describe("default", Details(pinned=True))
-    model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+    model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
     again = AdapterRegistry(house.store, model.modules_of_base, model)
     again.residency.settle()
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.errors import AdapterExists, InvalidAdapter, NoFreeSlot, UnknownAdapter
-from adapters.layer import IA3Layer
-from adapters.model import BASE_NAME, IA3Model
+from adapters.errors import AdapterExists, InvalidAdapter, UnknownAdapter
+from adapters.model import IA3Model
+from adapters.tuned_layer import BASE_NAME, TunedLayer
 from tests.adapters.oracle import logits, peft_logits, with_peft
 from tests.adapters.tiny_t5 import tiny_t5
 from tests.factories import save_adapter, tiny_llama, tiny_model
@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 @pytest.fixture
 def model(saved: Saved) -> IA3Model:
     """Every kind attached, none active."""
-    model = IA3Model(tiny_llama(), max_adapters=len(KINDS) + 1)
+    model = IA3Model(tiny_llama())
     for kind in KINDS:
         model.load_adapter(saved(kind), kind)
     return model
@@ -107,8 +107,8 @@ def test_an_encoder_decoder_reads_its_wrapped_layers_attributes(
 
 
 def test_a_wrapper_has_the_attributes_of_its_base_layer_and_no_others(model: IA3Model) -> None:
-    layer = model.base.get_submodule("model.layers.0.mlp.down_proj")
-    assert isinstance(layer, IA3Layer)
+    layer = model.model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, TunedLayer)
     assert layer.weight is layer.base_layer.weight
     assert (layer.in_features, layer.out_features) == (64, 32)
     with pytest.raises(AttributeError, match="no_such_thing"):
@@ -145,18 +145,7 @@ def test_the_base_in_a_list_of_adapters_changes_nothing(model: IA3Model) -> None
     assert torch.equal(logits(model, IDS), expected)
 
 
-def test_a_product_needs_a_slot_of_its_own_and_without_one_nothing_changes(saved: Saved) -> None:
-    model = IA3Model(tiny_llama(), max_adapters=2)
-    model.load_adapter(saved("default"), "a")
-    model.load_adapter(saved("queries"), "b")
-    model.set_adapter("a")
-    with pytest.raises(NoFreeSlot, match="All 2 adapter slots"):
-        model.set_adapter(["a", "b"])
-    assert model.active_adapters == ["a"]
-    assert torch.equal(logits(model, IDS), peft_logits(tiny_llama(), IDS, saved("default")))
-
-
-def test_products_one_after_the_other_need_one_slot(model: IA3Model, saved: Saved) -> None:
+def test_products_one_after_the_other_are_the_last_one(model: IA3Model, saved: Saved) -> None:
     for kinds in (["default", "keys"], ["queries", "mlp"], ["default", "mlp"]):
         model.set_adapter(kinds)
     expected = peft_logits(tiny_llama(), IDS, saved("default"), saved("mlp"))
@@ -212,27 +201,6 @@ def test_rows_may_change_places_between_batches(model: IA3Model, saved: Saved) -
             assert torch.allclose(rows[index], expected[kind][index], atol=1e-5)
 
 
-def test_segments_of_a_packed_row_are_peft_s_alone(model: IA3Model, saved: Saved) -> None:
-    """Positions that begin again keep transformers' attention within a segment."""
-    segments = [("default", 5), (BASE_NAME, 4), ("mlp_out", 3)]
-    positions = torch.cat([torch.arange(tokens) for _, tokens in segments]).view(1, -1)
-    ids = IDS[:1]
-    with model.by_segment(segments):
-        packed = logits(model, ids, position_ids=positions, use_cache=False)
-    parts = zip(segments, ids.split([5, 4, 3], 1), packed.split([5, 4, 3], 1), strict=True)
-    for (name, _), tokens, part in parts:
-        alone = [] if name == BASE_NAME else [saved(name)]
-        expected = peft_logits(tiny_llama(), tokens, *alone)
-        assert torch.allclose(part, expected, atol=1e-5), name
-
-
-def test_the_active_adapter_is_back_after_segments(model: IA3Model, saved: Saved) -> None:
-    model.set_adapter("keys")
-    with model.by_segment([("default", 12)]):
-        pass
-    assert torch.equal(logits(model, IDS), peft_logits(tiny_llama(), IDS, saved("keys")))
-
-
 def test_generated_tokens_are_peft_s(model: IA3Model, saved: Saved) -> None:
     kinds = ["default", "mlp_out", "queries"]
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -276,15 +244,27 @@ def test_deleting_an_adapter_leaves_the_other_active_ones(model: IA3Model, saved
     assert "default" not in model.adapter_names
     assert model.active_adapters == ["queries"]
     assert torch.equal(logits(model, IDS), peft_logits(tiny_llama(), IDS, saved("queries")))
-    model.delete_adapter("queries")
+
+
+def test_without_another_active_one_the_first_by_name_takes_over(saved: Saved) -> None:
+    """As in PEFT; without any other, the base answers."""
+    model = IA3Model(tiny_llama())
+    for kind in ("mlp", "keys", "default"):
+        model.load_adapter(saved(kind), kind)
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to keys"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["keys"]
+    assert torch.equal(logits(model, IDS), peft_logits(tiny_llama(), IDS, saved("keys")))
+    model.delete_adapter("mlp")
+    model.delete_adapter("keys")
+    assert model.active_adapters == []
     assert torch.equal(logits(model, IDS), logits(tiny_llama(), IDS))
 
 
-def test_a_deleted_adapter_s_slot_and_name_are_free_again(saved: Saved) -> None:
-    model = IA3Model(tiny_llama(), max_adapters=1)
+def test_a_deleted_adapter_s_name_is_free_again(saved: Saved) -> None:
+    model = IA3Model(tiny_llama())
     model.load_adapter(saved("default"), "a")
-    with pytest.raises(NoFreeSlot):
-        model.load_adapter(saved("keys"), "b")
     model.delete_adapter("a")
     model.load_adapter(saved("keys"), "a")
     model.set_adapter("a")
@@ -302,7 +282,7 @@ def test_unloading_gives_the_original_modules_back(saved: Saved) -> None:
     assert model.unload() is base
     assert dict(base.named_modules()) == modules
     assert torch.equal(logits(base, IDS), logits(tiny_llama(), IDS))
-    assert (model.adapter_names, model.active_adapters, model.bank.nbytes) == ([], [], 0)
+    assert (model.adapter_names, model.active_adapters) == ([], [])
 
 
 def test_adapters_can_be_loaded_again_after_unloading(model: IA3Model, saved: Saved) -> None:
@@ -339,9 +319,8 @@ def test_a_copy_of_the_model_computes_the_same(model: IA3Model, saved: Saved) ->
         lambda model: model.delete_adapter(BASE_NAME),
         lambda model: model(IDS, adapter_names=["default", "nobody", "default"]),
         lambda model: model.generate(IDS, adapter_names=["nobody"]),
-        lambda model: model.by_segment([("nobody", 12)]).__enter__(),
     ],
-    ids=["set", "set several", "delete", "delete the base", "rows", "generate", "segments"],
+    ids=["set", "set several", "delete", "delete the base", "rows", "generate"],
 )
 def test_an_unknown_name_is_refused_and_changes_nothing(
     model: IA3Model, use: Callable[[IA3Model], object]

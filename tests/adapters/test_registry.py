@@ -15,9 +15,9 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.revision import Revision
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from tests.adapters.house import CAPACITY, House
 from tests.adapters.oracle import vectors_of
@@ -320,7 +320,7 @@ def test_an_adapter_that_does_nothing_needs_no_slot(house: House) -> None:
 
 
 def test_a_slot_that_could_not_be_filled_is_not_lost(house: House) -> None:
-    class Unlucky(IA3Model):
+    class Unlucky(IA3Slots):
         """The device is out of memory at first."""
 
         failures = CAPACITY + 1

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from adapters.bank import Segment
 from adapters.errors import AdapterExists, UnknownAdapter
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
 from adapters.residency import Lease
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
@@ -33,7 +33,7 @@ class RegistryMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.store = AdapterStore(self.folder)
-        self.model = IA3Model(tiny_llama(), max_adapters=CAPACITY)
+        self.model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
         self.model.bank.reserve_rows(16)
         self.host_bytes = self.known.vectors["default"].nbytes
         self.registry = AdapterRegistry(

@@ -14,6 +14,7 @@ from adapters.combine import Recipe, combine
 from adapters.errors import CannotCombine, InvalidAdapter
 from adapters.model import IA3Model
 from adapters.residency import Residency
+from adapters.slots import IA3Slots
 from tests.adapters.oracle import logits, peft_logits, vectors_of
 from tests.factories import save_adapter, tiny_llama, tiny_model
 
@@ -208,7 +209,7 @@ class Kept:
         ]
         self.vectors = [vectors_of(folder, base) for folder in folders]
         room = self.vectors[0].saved_bytes
-        self.residency = Residency(IA3Model(tiny_llama(), 4, max_saved_bytes=room))
+        self.residency = Residency(IA3Slots(tiny_llama(), 4, max_saved_bytes=room))
         self.leases = [self.residency.lease(str(n), str(n), v) for n, v in enumerate(self.vectors)]
 
 
@@ -241,7 +242,7 @@ def test_kept_modules_give_way_to_a_row_and_to_nothing_else(tmp_path: Path) -> N
 def test_evicted_modules_leave_the_device_at_once_or_at_the_next_step(tmp_path: Path) -> None:
     base = tiny_llama()
     folder = save_adapter(base, tmp_path, modules_to_save=["lm_head"], **PLAIN)
-    model = IA3Model(tiny_llama(), 4)
+    model = IA3Slots(tiny_llama(), 4)
     residency = Residency(model)
     with residency.lease("key", "label", vectors_of(folder, base)) as lease:
         slot = residency.pin(lease)

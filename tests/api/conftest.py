@@ -12,14 +12,15 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-import uvicorn
 from transformers import AutoModelForCausalLM
 
 from adapters.base_checkpoint import BaseCheckpoint
 from server.app import create_app
 from server.engine.tracing import NotTraced
+from server.listener import Server
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
+from tests.api.documented import Documented
 from tests.factories import save_adapter, save_tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -43,10 +44,12 @@ ServeAdapters = Callable[..., contextlib.AbstractContextManager[RunningServer]]
 @contextlib.contextmanager
 def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     app = create_app(settings)
+    documented = Documented(app)
     # A socket that does not say TCP gets no TCP_NODELAY from asyncio, and answers 40 ms late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": 5.0})
+    server = Server(documented, quiet, app.state)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -60,6 +63,7 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server does not stop"
+    assert not documented.strays, f"not in the OpenAPI document: {documented.strays}"
 
 
 @pytest.fixture(scope="session")

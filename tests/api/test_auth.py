@@ -206,8 +206,12 @@ def test_no_other_spelling_of_a_path_is_a_way_in(client: httpx.Client, path: str
 
 
 @pytest.mark.parametrize("role", KEYS)
-def test_any_key_reads_the_metrics(client: httpx.Client, role: str) -> None:
-    assert client.get("/metrics", headers=bearer(role)).status_code == 200
+def test_the_metrics_of_all_keys_requests_are_not_for_a_key_that_only_generates(
+    client: httpx.Client, role: str
+) -> None:
+    status = client.get("/metrics", headers=bearer(role)).status_code
+
+    assert status == (403 if role == "generate" else 200)
 
 
 def test_a_key_for_everything_does_everything(
@@ -322,3 +326,61 @@ def test_a_request_is_charged_to_its_key(
             assert answer.status_code == 200, answer.text
 
     assert tenants == ["everything", "generate"] * 3
+
+
+# What a key can learn of another
+
+
+SECRET = "Our offer to the customer is 4 711 euros, and not a cent less than that."
+
+
+def cached(client: httpx.Client, role: str, path: str, model: str, salt: str | None) -> int:
+    """How many tokens of the secret prompt this key is told that were computed before."""
+    body: dict[str, Any] = {"model": model, "max_tokens": 1, "cache_salt": salt}
+    if path == "/v1/chat/completions":
+        body["messages"] = [{"role": "user", "content": SECRET}]
+    else:
+        body["prompt"] = SECRET
+    answer = client.post(path, json=body, headers=bearer(role))
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("model", ["tiny", "default"])
+@pytest.mark.parametrize("salt", [None, "ours"])
+def test_a_key_is_not_told_what_another_has_asked(
+    client: httpx.Client,
+    guarded: tuple[str, Services],
+    adapter_folders: dict[str, Path],
+    path: str,
+    model: str,
+    salt: str | None,
+) -> None:
+    if "default" not in guarded[1].store:
+        files = form_of(read_adapter(adapter_folders["default"]))
+        client.post(ADAPTERS, data={"name": "default"}, files=files, headers=bearer("admin"))
+    cached(client, "everything", path, model, salt)
+    before = guarded[1].engine.stats().prompt_tokens
+
+    assert cached(client, "generate", path, model, salt) == 0
+    assert guarded[1].engine.stats().prompt_tokens - before >= len(SECRET), "it is all computed"
+    assert cached(client, "generate", path, model, salt) > 32
+    assert cached(client, "generate", path, model, f"not {salt}") == 0
+
+
+def test_keys_that_trust_each_other_share_what_was_computed(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=tmp_path / "store",
+        keys_file=keys_file(tmp_path / "keys.json"),
+        keys_share_caches=True,
+    )
+    with run_server(settings) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        cached(client, "everything", "/v1/completions", "tiny", None)
+
+        assert cached(client, "generate", "/v1/completions", "tiny", None) > 32
+        assert cached(client, "generate", "/v1/completions", "tiny", "ours") == 0

@@ -43,7 +43,7 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("temperature", 2.1),
         ("temperature", True),
         ("temperature", "1"),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.5),
         ("min_p", -1),
         ("min_p", 2),

@@ -67,7 +67,7 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str, oracle: Or
         "total_tokens": prompt_tokens + 12,
     }
     [choice] = answer["choices"]
-    assert choice.keys() == {"index", "message", "logprobs", "finish_reason"}
+    assert choice.keys() == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
     assert choice["message"].keys() == {"role", "content"}
     assert choice["message"]["role"] == "assistant"
     assert (choice["logprobs"], choice["finish_reason"]) == (None, "length")

@@ -73,7 +73,7 @@ def test_an_answer_has_openais_shape(client: httpx.Client, base: str) -> None:
         "total_tokens": len(PROMPT) + 12,
     }
     [choice] = answer["choices"]
-    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
+    assert choice.keys() == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
     assert (choice["index"], choice["logprobs"]) == (0, None)
     assert choice["finish_reason"] == "length"
 

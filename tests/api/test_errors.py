@@ -9,12 +9,14 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import AdapterError, NoFreeSlot
+from adapters.errors import AdapterError, WrongCall
 from server.errors import from_adapter_error
 from server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.test_adapters import ADAPTERS, PROMPT
+from tests.factories import panic
 
+RANKED = {"prompt": "x", "choices": ["a", "b"]}
 StartServer = Callable[..., tuple[str, Services]]
 
 
@@ -41,25 +43,41 @@ def test_an_unknown_path_is_said_to_be_one(client: httpx.Client, method: str, pa
     assert "/docs" in error["message"]
 
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+
+def paths(server: RunningServer) -> list[str]:
+    described = httpx.get(f"{server.base_url}/openapi.json").json()["paths"]
+    return [path.replace("{", "").replace("}", "") for path in described]
+
+
+def test_a_wrong_method_is_told_all_that_the_path_has(
+    client: httpx.Client, server: RunningServer
+) -> None:
+    for path in paths(server):
+        answers = {method: client.request(method, path) for method in METHODS}
+        wrong = {method: each for method, each in answers.items() if each.status_code == 405}
+        for method, answer in wrong.items():
+            if method != "HEAD":
+                message = error_of(answer, 405)["message"]
+                assert f"{method} is not allowed at {path}" in message
+            allowed = answer.headers["allow"].split(", ")
+            assert sorted(allowed) == sorted(METHODS - wrong.keys()), path
+
+
 @pytest.mark.parametrize(
-    ("method", "path", "allowed"),
+    ("path", "allowed"),
     [
-        ("GET", "/v1/completions", {"POST"}),
-        ("DELETE", "/v1/chat/completions", {"POST"}),
-        ("POST", "/v1/models", {"GET"}),
-        ("PUT", ADAPTERS, {"GET", "POST"}),
-        ("POST", f"{ADAPTERS}/default", {"GET", "PUT", "DELETE"}),
-        ("POST", "/metrics", {"GET"}),
-        ("DELETE", "/health/live", {"GET"}),
+        (ADAPTERS, "GET, POST"),
+        (f"{ADAPTERS}/default", "GET, PUT, PATCH, DELETE"),
+        ("/v1/merges/one", "GET, DELETE"),
+        ("/v1/completions", "POST"),
     ],
 )
-def test_a_wrong_method_is_said_to_be_one(
-    client: httpx.Client, method: str, path: str, allowed: set[str]
+def test_a_path_of_several_routes_names_the_methods_of_all(
+    client: httpx.Client, path: str, allowed: str
 ) -> None:
-    response = client.request(method, path)
-
-    assert f"{method} is not allowed at {path}" in error_of(response, 405)["message"]
-    assert set(response.headers["allow"].split(", ")) & allowed
+    assert client.options(path).headers["allow"] == allowed
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -128,7 +146,75 @@ def test_an_unforeseen_failure_tells_the_log_and_not_the_client(
     assert httpx.get(f"{broken}/health/live").status_code == 200
 
 
-@pytest.mark.parametrize("error", [AdapterError("odd"), NoFreeSlot(3)])
+class Panic(BaseException):
+    """As a library in Rust raises one: no Exception."""
+
+
+@pytest.mark.parametrize(
+    "raised", [Panic("hunter2"), BaseExceptionGroup("hunter2", [Panic()]), MemoryError("hunter2")]
+)
+@pytest.mark.parametrize("path", ["/v1/completions", ADAPTERS])
+def test_what_is_no_exception_is_a_500_of_our_shape(
+    start_server: StartServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    raised: BaseException,
+    path: str,
+) -> None:
+    url, services = start_server()
+
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(services.store, "names", fail)
+    monkeypatch.setattr(services.engine, "submit", fail)
+    body = {"model": "tiny", "prompt": "A"}
+    response = httpx.get(url + path) if path == ADAPTERS else httpx.post(url + path, json=body)
+
+    assert error_of(response, 500)["message"] == "The server failed; its log says why."
+    assert "hunter2" not in response.text
+    assert "hunter2" in caplog.text
+    assert httpx.get(f"{url}/health/live").status_code == 200
+    assert services.registry.stats().leases == 0
+
+
+def test_a_stream_that_fails_unforeseen_ends_with_an_error(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("hunter2")
+
+    monkeypatch.setattr("server.api.completions.CompletionWriter.chunks", fail)
+    body = {"model": "tiny", "prompt": "A", "stream": True}
+    text = client.post("/v1/completions", json=body).text
+
+    error, done = (line.removeprefix("data: ") for line in text.splitlines() if line)
+    assert json.loads(error)["error"]["message"] == "The server failed; its log says why."
+    assert done == "[DONE]"
+
+
+def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, services = start_server()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    encode = services.engine.tokenizer.encode
+    monkeypatch.setattr(services.engine.tokenizer, "encode", lambda *_, **__: panic())
+    monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
+
+    for _ in range(6):
+        for answer in (
+            httpx.post(f"{url}/v1/completions", json=body | {"stream": True}),
+            httpx.post(f"{url}/v1/rank", json={"model": "tiny", "inputs": [RANKED]}),
+            httpx.get(url + ADAPTERS),
+        ):
+            assert "log says why" in error_of(answer, 500)["message"]
+
+    monkeypatch.setattr(services.engine.tokenizer, "encode", encode)
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("error", [AdapterError("odd"), WrongCall("odd")])
 def test_an_error_without_a_status_is_a_500_and_logged(
     error: AdapterError, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,12 +3,26 @@
 import pytest
 from pydantic import BaseModel
 
-from server.api import chat_schemas, completion_schemas, models, schemas
+from server.api import (
+    answer_schemas,
+    chat_schemas,
+    completion_schemas,
+    model_schemas,
+    models,
+    schemas,
+)
 from server.api.constraint_schemas import StructuredOutputs
 
 
 def _models() -> list[type[BaseModel]]:
-    modules = (schemas, completion_schemas, chat_schemas, models)
+    modules = (
+        schemas,
+        model_schemas,
+        answer_schemas,
+        completion_schemas,
+        chat_schemas,
+        models,
+    )
     values = [value for module in modules for value in vars(module).values()]
     found = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
     return sorted(found - {BaseModel}, key=lambda model: model.__name__)

@@ -9,6 +9,7 @@ import pytest
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
+from tests.factories import panic
 
 StartServer = Callable[..., tuple[str, Services]]
 
@@ -32,6 +33,25 @@ def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> N
     assert int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("fails", [panic, lambda: 1 / 0])
+def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
+) -> None:
+    url, services = start_server()
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
+    monkeypatch.setattr(services.engine._scheduler, "schedule", fails)
+
+    answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
+
+    assert answer.status_code == 500
+    assert "must be restarted" in answer.json()["error"]["message"]
+    for path in ("/health/live", "/health/ready"):
+        response = httpx.get(f"{url}{path}")
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+    refused = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+
+
 def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(
     start_server: StartServer,
 ) -> None:
@@ -49,3 +69,17 @@ def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(
         stopped.result()
 
     assert text == alone
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/v1/models"])
+def test_what_answers_get_answers_head_without_a_body(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+
+    assert head.status_code == get.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_what_does_not_answer_get_does_not_answer_head(client: httpx.Client) -> None:
+    assert client.head(COMPLETIONS).status_code == 405
+    assert client.head("/nowhere").status_code == 404

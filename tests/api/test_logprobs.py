@@ -1,14 +1,19 @@
 """The bytes and names of tokens, for tokenizers of both common kinds."""
 
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from tokenizers import Tokenizer, decoders
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.api.logprobs import CompletionLogprobWriter, TokenBytes, chat_logprobs
 from server.engine.request import TokenLogprob
+from tests.factories import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,91 @@ def test_an_impossible_token_has_a_finite_score(sentence_piece: PreTrainedTokeni
 
     assert (token.token, token.bytes, token.logprob) == (" Paris", list(b" Paris"), -0.5)
     assert token.top_logprobs[0].logprob == -9999.0
+
+
+def offsets(writer: CompletionLogprobWriter, tokens: list[int]) -> list[int]:
+    writer.write([(token, None) for token in tokens])
+    return writer.take().text_offset
+
+
+def test_a_prompts_special_tokens_take_room_where_its_text_has_them(
+    byte_level: PreTrainedTokenizerFast,
+) -> None:
+    for skips in (False, True):
+        writer = CompletionLogprobWriter(TokenBytes(byte_level), skip_special_tokens=skips)
+        ids = byte_level.encode("a</s>b")
+
+        writer.begin_prompt("a</s>b")
+        assert offsets(writer, ids) == [0, 1, 5]
+        writer.begin_prompt("a</s>b")
+        assert offsets(writer, [1, *ids, 2]) == [0, 0, 1, 5, 6]
+        writer.begin_prompt("<s>a")
+        assert offsets(writer, [1, 1, ids[0]]) == [0, 3, 3]
+
+
+def test_the_blank_that_a_tokenizer_puts_first_takes_no_room(
+    sentence_piece: PreTrainedTokenizerFast,
+) -> None:
+    writer = CompletionLogprobWriter(TokenBytes(sentence_piece), skip_special_tokens=True)
+
+    writer.begin_prompt("Paris. Paris")
+    assert offsets(writer, [2, 3, 2]) == [0, 5, 6]
+
+
+def test_blanks_that_a_special_token_swallows_are_passed_over() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<m>", lstrip=True, rstrip=True, special=True)])
+    writer = CompletionLogprobWriter(TokenBytes(tokenizer), skip_special_tokens=True)
+
+    writer.begin_prompt("a  <m> b")
+    assert offsets(writer, tokenizer.encode("a  <m> b")) == [0, 3, 7]
+
+
+def test_an_added_token_is_special_as_decoders_know_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<r>", special=True), AddedToken("<n>", special=False)])
+    token_bytes = TokenBytes(tokenizer)
+
+    assert [token_bytes.is_special(token) for token in (2, 261, 262)] == [True, True, False]
+
+
+PIECES = ["a", " b", "é", "€", "<s>", "</s>", "<|user|>", "\n", "😀"]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    as_ids=st.booleans(),
+    skips=st.booleans(),
+    tokens=st.integers(0, 12),
+)
+def test_a_text_has_each_token_where_its_offset_says(
+    client: httpx.Client, pieces: list[str], as_ids: bool, skips: bool, tokens: int
+) -> None:
+    """With echo, for texts and ids, special tokens shown or not, in the prompt and the answer."""
+    text = "".join(pieces)
+    prompt: Any = tiny_tokenizer().encode(text) if as_ids else text
+    special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": tokens,
+        "seed": len(text),
+        "ignore_eos": True,
+        "skip_special_tokens": skips,
+        "logit_bias": {str(token): 3 for token in range(5)},
+    }
+    [choice] = client.post("/v1/completions", json=body).json()["choices"]
+    written = choice["logprobs"]
+    placed = list(zip(written["text_offset"], written["tokens"], strict=True))
+
+    assert choice["text"].startswith(text)
+    for at, (offset, token) in enumerate(placed):
+        hidden = token in special and skips and at >= len(placed) - tokens
+        if not token.startswith("bytes:") and not hidden:
+            assert choice["text"].startswith(token, offset), (offset, token)
+    assert placed == sorted(placed, key=lambda each: each[0])

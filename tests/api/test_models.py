@@ -63,3 +63,40 @@ def test_a_name_like_a_path_is_not_found(client: httpx.Client) -> None:
 
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_every_model_says_how_long_it_reads(client: httpx.Client, server: RunningServer) -> None:
+    listed = client.get("/v1/models").json()["data"]
+
+    assert {model["max_model_len"] for model in listed} == {server.services.engine.max_model_len}
+
+
+def test_a_slash_at_the_end_changes_nothing(client: httpx.Client) -> None:
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 1000])
+def test_pages_join_to_the_whole_list(client: httpx.Client, limit: int) -> None:
+    whole = client.get("/v1/models").json()
+    pages: list[str] = []
+    after: str | None = None
+    while True:
+        query = {"limit": limit} | ({} if after is None else {"after": after})
+        page = client.get("/v1/models", params=query).json()
+        assert 0 < len(page["data"]) <= limit
+        pages += [model["id"] for model in page["data"]]
+        after = page["next"]
+        if after is None:
+            break
+        assert after == pages[-1]
+
+    assert pages == [model["id"] for model in whole["data"]]
+    assert whole["next"] is None
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "1001", "x"])
+def test_a_page_of_no_size_is_refused(client: httpx.Client, limit: str) -> None:
+    response = client.get("/v1/models", params={"limit": limit})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "limit"

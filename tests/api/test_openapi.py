@@ -1,33 +1,51 @@
 """The OpenAPI page: complete, and true."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import httpx
 import pytest
 
+from adapters.errors import AdapterError, Fault
+from server.engine.errors import EngineError
+from server.errors import from_adapter_error, from_engine_error
 from tests.api.conftest import RunningServer
 
 Json = dict[str, Any]
+E = TypeVar("E", bound=Exception)
 EXAMPLES = ("example", "examples")
 ERROR = {"$ref": "#/components/schemas/ErrorBody"}
-ADMIN_ERRORS = {
-    ("post", "/v1/adapters"): {"400", "409", "413", "502", "504", "507"},
-    ("get", "/v1/adapters"): {"400"},
-    ("get", "/v1/adapters/{name}"): {"404"},
-    ("put", "/v1/adapters/{name}"): {"400", "404", "412", "413", "502", "504", "507"},
-    ("delete", "/v1/adapters/{name}"): {"404", "412", "507"},
-    ("get", "/v1/adapters/{name}/files/{file}"): {"400", "404"},
-    ("patch", "/v1/adapters/{name}"): {"400", "404", "409", "412", "507"},
-    ("get", "/v1/adapters/{name}/revisions"): {"404"},
-    ("post", "/v1/adapters/{name}/rollback"): {"400", "404", "412", "507"},
-    ("post", "/v1/adapters/combine"): {"400", "404", "409", "507"},
-    ("post", "/v1/merges"): {"400", "404", "409", "429", "507"},
-    ("get", "/v1/merges"): {"400"},
-    ("get", "/v1/merges/{id}"): {"404"},
-    ("get", "/v1/merges/{id}/archive"): {"404", "409"},
-    ("delete", "/v1/merges/{id}"): {"404"},
+KEYED = (401, 403, 429, 503)
+"""No key, one that may not or that asks too much at once; and the server may be stopping."""
+BODY = (408, 413)
+"""One that comes too slowly, or is too large."""
+STATUSES = {
+    ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("get", "/v1/models"): {200, 400, *KEYED},
+    ("get", "/v1/models/{model}"): {200, *KEYED, 404},
+    ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},
+    ("get", "/v1/adapters"): {200, 400, *KEYED},
+    ("post", "/v1/adapters/combine"): {201, 400, *KEYED, 404, 409, *BODY, 500, 507},
+    ("get", "/v1/adapters/{name}"): {200, 400, *KEYED, 404},
+    ("put", "/v1/adapters/{name}"): {200, 400, *KEYED, 404, 412, *BODY} | {500, 502, 504, 507},
+    ("patch", "/v1/adapters/{name}"): {200, 400, *KEYED, 404, 409, 412, *BODY, 500, 507},
+    ("delete", "/v1/adapters/{name}"): {204, 400, *KEYED, 404, 412, 507},
+    ("get", "/v1/adapters/{name}/revisions"): {200, 400, *KEYED, 404},
+    ("post", "/v1/adapters/{name}/rollback"): {200, 400, *KEYED, 404, 412, *BODY, 500, 507},
+    ("get", "/v1/adapters/{name}/files/{file}"): {200, 206, 400, *KEYED, 404, 416} | {500, 507},
+    ("post", "/v1/merges"): {202, 400, *KEYED, 404, 409, *BODY, 500, 507},
+    ("get", "/v1/merges"): {200, 400, *KEYED},
+    ("get", "/v1/merges/{id}"): {200, 400, *KEYED, 404},
+    ("delete", "/v1/merges/{id}"): {204, 400, *KEYED, 404},
+    ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
+    ("get", "/health/live"): {200, 503},
+    ("get", "/health/ready"): {200, 503},
+    ("get", "/metrics"): {200, *KEYED},
 }
+"""Of each operation, what it may answer. That every answer of every test is among them is seen by
+`tests.api.documented`."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +57,19 @@ def operations(page: Json) -> Iterator[tuple[str, str, Json]]:
     for path, methods in page["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation
+
+
+def below(root: type[E]) -> Iterator[type[E]]:
+    for each in root.__subclasses__():
+        yield each
+        yield from below(each)
+
+
+def made(kind: type[E]) -> E:
+    """An error with something in each of its fields."""
+    some = {str: "x", int: 1, float: 1.0, Sequence[Fault]: [Fault("weights", "are missing")]}
+    hints = get_type_hints(kind.__init__)
+    return kind(*(some[hint] for name, hint in hints.items() if name != "return"))
 
 
 def has_example(field: Json) -> bool:
@@ -104,21 +135,20 @@ def test_every_operation_says_what_it_does(page: Json) -> None:
         assert operation["tags"], (method, path)
 
 
-@pytest.mark.parametrize(("method", "path"), ADMIN_ERRORS)
-def test_an_admin_route_lists_the_errors_that_it_can_answer(
-    page: Json, method: str, path: str
-) -> None:
-    responses = page["paths"][path][method]["responses"]
+def test_every_operation_names_each_of_its_statuses_and_no_other(page: Json) -> None:
+    named = {
+        (method, path): {int(status) for status in operation["responses"]}
+        for method, path, operation in operations(page)
+    }
 
-    failures = {status for status in responses if not status.startswith("2")}
-    assert failures == ADMIN_ERRORS[method, path] | {"401", "403", "default"}
+    assert named == STATUSES
 
 
-def test_every_admin_route_is_among_them(page: Json) -> None:
-    rooms = ("/v1/adapters", "/v1/merges")
-    admin = {(method, path) for method, path, _ in operations(page) if path.startswith(rooms)}
+def test_every_error_of_ours_is_one_that_some_operation_names() -> None:
+    errors = {from_adapter_error(made(each)).status for each in below(AdapterError)}
+    errors |= {from_engine_error(made(each)).status for each in below(EngineError)}
 
-    assert admin == ADMIN_ERRORS.keys()
+    assert errors <= set.union(*STATUSES.values())
 
 
 def test_every_error_has_the_one_shape(page: Json) -> None:

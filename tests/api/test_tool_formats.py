@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
-from server.api.tool_formats import CallFormat, CallReader, find_format
+from adapters.vocabulary import Vocabulary
+from server.api.tool_formats import CallFormat, find_format
+from server.api.tool_reading import Reader, make_reader
 from server.api.tool_schemas import Tool
 from server.engine.constraints import Constraint, Grammars, MaskMaker
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
@@ -46,21 +49,35 @@ OWN = {
 
 
 def format_of(kind: str) -> CallFormat:
-    found = find_format(tiny_tokenizer(TEMPLATES[kind]))
+    found = of_tokenizer(tiny_tokenizer(TEMPLATES[kind]))
     assert found is not None
     return found
 
 
-def read(reader: CallReader, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
+def read(reader: Reader, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
     """The whole content, and the calls' names and arguments."""
-    parts = [*(reader.feed(piece) for piece in pieces), reader.finish()]
-    calls = [call.function for part in parts for call in part.calls]
-    text = "".join(part.content for part in parts)
-    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+    text, calls = read_raw(reader, *pieces)
+    return text, [(name, json.loads(arguments)) for name, arguments in calls]
 
 
-def reader_of(kind: str) -> CallReader:
-    return CallReader(format_of(kind), "<s>anything", TOOLS)
+def read_raw(reader: Reader, *pieces: str) -> tuple[str, list[tuple[str, str]]]:
+    """The arguments as they were written, whole or not."""
+    said = [*(reader.feed(piece) for piece in pieces), reader.finish()]
+    calls: list[tuple[str, str]] = []
+    for part in (part for each in said for part in each.calls):
+        if part.name is not None:
+            assert part.index == len(calls)
+            assert part.id
+            assert len(part.id) == 9
+            calls.append((part.name, part.arguments))
+        else:
+            assert (part.index, part.id) == (len(calls) - 1, None)
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.arguments)
+    return "".join(each.content for each in said), calls
+
+
+def reader_of(kind: str) -> Reader:
+    return make_reader(format_of(kind), "<s>anything", TOOLS)
 
 
 def written(kind: str, calls: list[tuple[str, Any]], content: str = "") -> str:
@@ -88,15 +105,25 @@ def typed(form: CallFormat, calls: list[tuple[str, Any]]) -> str:
         f'{{"name": "{name}", "{form.arguments}": {json.dumps(arguments)}}}'
         for name, arguments in calls
     ]
-    return form.opening + (form.separator or "").join(several) + form.closing
+    separator = form.separator and "\n".join(["", *form.separator.split(), ""])
+    return form.mark + form.opening + (separator or "").join(several) + form.closing
 
 
+MARKS = st.sampled_from(["<tool_call>", "</tool_call>", "[TOOL_CALLS] [", '"}]', "\\", "{"])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.lists(MARKS, max_size=4).map("".join),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),
     max_leaves=5,
 )
 ARGUMENTS = st.dictionaries(st.sampled_from(["city", "count"]), JSON)
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> CallFormat | None:
+    return find_format(Vocabulary(tokenizer, TOKENS))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -114,7 +141,6 @@ def test_what_the_template_writes_is_read_back(kind: str, data: st.DataObject) -
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
-    assert "<tool_call>" not in str(calls)
     assert read(reader_of(kind), *pieces) == ("", calls)
     assert read(reader_of(kind), *text) == ("", calls)
 
@@ -151,17 +177,39 @@ def test_a_broken_call_is_text(kind: str, text: str, content: str) -> None:
     assert read(reader_of(kind), *text) == (content, [])
 
 
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_arguments_come_as_they_are_written(kind: str) -> None:
+    reader = reader_of(kind)
+    text = typed(format_of(kind), [("get_weather", {"city": "Ro]}me"})])
+    said = [reader.feed(letter) for letter in text]
+    parts = [part for each in said for part in each.calls]
+
+    assert [part.name for part in parts if part.name] == ["get_weather"]
+    assert "".join(part.arguments for part in parts) == '{"city": "Ro]}me"}'
+    assert all(len(part.arguments) <= 1 for part in parts)
+    assert "".join(each.content for each in said) + reader.finish().content == ""
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_call_that_is_cut_keeps_the_arguments_so_far(kind: str) -> None:
+    text = typed(format_of(kind), [("get_weather", {"city": "Rome"})])
+    cut = text[: text.index("Rome") + 2]
+
+    assert read_raw(reader_of(kind), cut) == ("", [("get_weather", '{"city": "Ro')])
+    assert read_raw(reader_of(kind), *cut) == ("", [("get_weather", '{"city": "Ro')])
+
+
 def test_a_tokenizers_own_reading_is_used() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.response_template = OWN
-    found = find_format(tokenizer)
+    found = of_tokenizer(tokenizer)
     assert found is not None
     assert not found.writes
     text = '<think>so</think>Well. <call get_weather>{"city": "Rome"}</call>'
 
-    reader = CallReader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
+    reader = make_reader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
     assert read(reader, *text) == ("soWell.", [("get_weather", {"city": "Rome"})])
-    broken = CallReader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
+    broken = make_reader(found, "<s><|user|>Hi<|assistant|>", TOOLS)
     assert read(broken, "Well. ", "<call stop>", "{", "</call>", "!")[1] == []
 
 
@@ -169,9 +217,9 @@ def test_unknown_and_missing_formats_are_none() -> None:
     malformed = tiny_tokenizer()
     malformed.response_template = {"version": 2}
 
-    assert find_format(tiny_tokenizer()) is None
-    assert find_format(malformed) is None
-    assert find_format(tiny_tokenizer("{{ raise_exception('never') }}")) is None
+    assert of_tokenizer(tiny_tokenizer()) is None
+    assert of_tokenizer(malformed) is None
+    assert of_tokenizer(tiny_tokenizer("{{ raise_exception('never') }}")) is None
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

@@ -11,13 +11,14 @@ import pytest
 from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
+from adapters.vocabulary import Vocabulary
 from server.api.tool_formats import find_format
 from server.settings import Settings
 from tests.api.conftest import RunningServer, run_server
 from tests.api.test_bad_generation_input import refused
 from tests.api.test_streaming import CHAT
 from tests.chat_templates import HERMES, MISTRAL
-from tests.factories import save_tiny_model, tiny_tokenizer
+from tests.factories import TOKENS, save_tiny_model, tiny_tokenizer
 
 ASKED: list[Any] = [{"role": "user", "content": "Is it warm?"}]
 
@@ -89,8 +90,10 @@ def test_a_named_function_is_called_once(ai: OpenAI) -> None:
     [choice] = ask(ai, tool_choice=NAMED).choices
 
     [call] = choice.message.tool_calls
-    assert (call.function.name, call.function.arguments) == ("stop", "{}")
-    assert choice.finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("stop", {})
+    assert choice.finish_reason == "stop"
+    *_, last = ask(ai, tool_choice=NAMED, stream=True)
+    assert last.choices[0].finish_reason == "stop"
 
 
 def test_a_streamed_call_is_the_same(ai: OpenAI) -> None:
@@ -98,10 +101,13 @@ def test_a_streamed_call_is_the_same(ai: OpenAI) -> None:
     [whole] = ask(ai, **body).choices[0].message.tool_calls
     chunks = [chunk.choices[0] for chunk in ask(ai, stream=True, **body)]
 
-    [delta] = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-    assert (delta.index, delta.type, len(delta.id)) == (0, "function", 9)
-    assert delta.function.name == whole.function.name
-    assert delta.function.arguments == whole.function.arguments
+    first, *rest = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert (first.index, first.type, len(first.id)) == (0, "function", 9)
+    assert first.function.name == whole.function.name
+    assert all((each.index, each.id, each.function.name) == (0, None, None) for each in rest)
+    assert len(rest) > 5
+    written = first.function.arguments + "".join(each.function.arguments for each in rest)
+    assert written == whole.function.arguments
     assert not any(chunk.delta.content for chunk in chunks)
     assert chunks[-1].finish_reason == "tool_calls"
 
@@ -177,7 +183,7 @@ def test_the_model_may_answer_in_words(ai: OpenAI) -> None:
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "exclude"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing"),
-        ({"messages": [{"role": "assistant"}]}, "messages.0.content", "missing"),
+        ({"messages": [{"role": "tool", "tool_call_id": "a"}]}, "messages.0.content", "missing"),
         (
             {
                 "messages": [
@@ -266,7 +272,7 @@ def test_ids_fit_mistrals_templates(
     start_server: Callable[..., tuple[str, Any]], tmp_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "mistral", MISTRAL, max_position_embeddings=2048)
-    assert find_format(tiny_tokenizer(MISTRAL)) is not None
+    assert find_format(Vocabulary(tiny_tokenizer(MISTRAL), TOKENS)) is not None
     url, _ = start_server(model=str(model))
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as ai:
         [call] = ask(ai, tool_choice=NAMED).choices[0].message.tool_calls
@@ -276,3 +282,38 @@ def test_ids_fit_mistrals_templates(
         assert ask(ai, messages=[*ASKED, said, result], max_tokens=1).choices
         with pytest.raises(openai.BadRequestError, match="nine characters"):
             ask(ai, messages=[*ASKED, said, result | {"tool_call_id": "call_1"}], max_tokens=1)
+
+
+def test_a_call_without_arguments_in_the_history_has_none(ai: OpenAI) -> None:
+    def said(arguments: str) -> list[Any]:
+        function = {"name": "stop", "arguments": arguments}
+        call = {"id": "a81bc3f02", "type": "function", "function": function}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return [*ASKED, answer, {"role": "tool", "tool_call_id": call["id"], "content": "done"}]
+
+    def tokens(messages: list[Any]) -> int:
+        return int(ask(ai, messages=messages, max_tokens=1).usage.prompt_tokens)
+
+    assert tokens(said("")) == tokens(said(" \n")) == tokens(said("{}"))
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1\.tool_calls\.0"):
+        ask(ai, messages=said("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("message", "like"),
+    [
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": []}, ""),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "No."),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "b"}]}, "b"),
+        ({"role": "developer", "content": [{"type": "text", "text": "b"}]}, "b"),
+    ],
+)
+def test_every_form_of_a_content_is_read(ai: OpenAI, message: Any, like: str) -> None:
+    plain = {k: v for k, v in message.items() if k != "refusal"} | {"content": like}
+
+    read = ask(ai, messages=[*ASKED, message], max_tokens=3, temperature=0)
+    same = ask(ai, messages=[*ASKED, plain], max_tokens=3, temperature=0)
+    assert (read.usage.prompt_tokens, read.choices) == (same.usage.prompt_tokens, same.choices)

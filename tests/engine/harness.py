@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry, Part
 from adapters.residency import Lease
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from server.engine import (
     Engine,
@@ -70,7 +70,7 @@ class Harness:
         **config: Any,
     ) -> None:
         self.store = AdapterStore(folder, keep_revisions)
-        self.ia3 = IA3Model(base, max_resident, max_saved_bytes)
+        self.ia3 = IA3Slots(base, max_resident, max_saved_bytes)
         self.registry = AdapterRegistry(self.store, self.ia3.modules_of_base, self.ia3)
         loaded = LoadedModel(
             base, tokenizer or tiny_tokenizer(), "tiny", GenerationConfig(eos_token_id=2)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import regex
 import torch
 
 from server.engine import BadConstraint, FinishReason
 from server.engine.constraints import MAX_CHARACTERS, Constraint, Grammar, Grammars, MaskMaker
+from server.engine.vetting import FORMATS
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, tiny_tokenizer
 
@@ -93,7 +95,6 @@ def test_blanks_in_json_are_few(grammars: Grammars) -> None:
         ("json", {"properties": {"a": {"items": {"minLength": -1}}}}, "$.properties.a.items.minLe"),
         ("json", {"properties": {"a": {"not": {}}}}, "not supported: $.properties.a.not"),
         ("json", {"anyOf": [{}, {"if": {}}]}, "not supported: $.anyOf[1].if"),
-        ("json", {"type": "string", "format": "shoe"}, "Unknown format: shoe"),
         ("json", {"$ref": "#/$defs/none"}, "Pointer '/$defs/none' does not exist"),
         ("json", {"$ref": "http://example.com/x"}, "Default retriever does not fetch"),
         ("json", {"type": "integer", "minimum": 3, "maximum": 1}, "minimum (3) is greater"),
@@ -292,3 +293,92 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_masked_whole() -> None:
     expected = torch.zeros(TOKENS + 39, dtype=torch.bool)
     expected[tiny_tokenizer().encode("a")] = True
     assert torch.equal(constraint.allowed, expected)
+
+
+def test_a_format_that_is_not_known_is_ignored(grammars: Grammars) -> None:
+    for kind in ("int64", "cpf", "url", "regex", "idn-email"):
+        grammar = compiled(grammars, "json", {"type": "string", "format": kind})
+        assert reaches(grammar, '"anything"') == (True, True)
+    nested = {
+        "type": "object",
+        "properties": {
+            "format": {"type": "string", "format": "colour"},
+            "default": {"type": "integer", "format": "int32"},
+            "const": {"const": {"format": "colour"}},
+        },
+        "required": ["format", "default", "const"],
+        "$defs": {"examples": {"format": "colour"}},
+        "additionalProperties": False,
+    }
+    text = '{"format": "red", "default": 3, "const": {"format": "colour"}}'
+    assert reaches(compiled(grammars, "json", nested), text) == (True, True)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_a_format_that_is_known_compiles(grammars: Grammars, kind: str) -> None:
+    compiled(grammars, "json", {"type": "string", "format": kind})
+
+
+def test_a_format_that_is_known_is_held(grammars: Grammars) -> None:
+    grammar = compiled(grammars, "json", {"type": "string", "format": "ipv4"})
+
+    assert reaches(grammar, '"10.0.0.1"') == (True, True)
+    assert reaches(grammar, '"ten"') == (False, False)
+
+
+def test_what_only_describes_is_ignored(grammars: Grammars) -> None:
+    notes = {
+        "title": "a",
+        "description": "b",
+        "default": 1,
+        "examples": [1],
+        "example": 1,
+        "deprecated": True,
+        "readOnly": True,
+        "writeOnly": True,
+        "contentMediaType": "text/html",
+        "contentEncoding": "base64",
+        "nullable": True,
+        "discriminator": {},
+        "xml": {},
+        "x-order": 1,
+        "$comment": "c",
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "unheard-of": {},
+    }
+    grammar = compiled(grammars, "json", {"type": "string", **notes})
+
+    assert reaches(grammar, '"a"') == (True, True)
+
+
+def test_a_grammar_may_begin_in_the_midst_of_an_answer(start: Start) -> None:
+    harness = start()
+    digits = compiled(harness.engine.grammars, "regex", "[0-9]{3}")
+    letter = tiny_tokenizer().encode("F")[0]
+    params = {
+        "grammar": digits,
+        "grammar_begin": regex.compile("FF"),
+        "ignore_eos": False,
+        "max_tokens": 20,
+    }
+    with harness.held():
+        for name, bias in (("calls", {letter: 100.0}), ("says", {letter: -100.0, END: -100.0})):
+            harness.submit(name, [5], logit_bias=bias, temperature=1.0, seed=3, **params)
+    harness.wait()
+
+    calls, says = harness.answers["calls"], harness.answers["says"]
+    assert re.fullmatch("FF[0-9]{3}", calls.text)
+    assert calls.finish is FinishReason.STOP
+    assert (says.finish, len(says.tokens)) == (FinishReason.LENGTH, 20)
+
+
+def test_a_grammar_goes_on_behind_what_its_beginning_brought(grammars: Grammars) -> None:
+    grammar = compiled(grammars, "regex", "[0-9]{3}")
+
+    rest = grammar.after("12")
+    assert rest is not None
+    assert reaches(rest, "3") == (True, True)
+    assert reaches(rest, "34") == (False, False)
+    assert grammar.after("") is grammar
+    assert grammar.after("x") is None
+    assert grammar.after("1234") is None

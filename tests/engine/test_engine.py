@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +259,66 @@ def test_a_prompt_may_fill_the_window(start: Callable[..., Harness]) -> None:
     prompt = [5 + n % (TOKENS - 5) for n in range(255)]
 
     assert start().ask(prompt, "default", max_tokens=1).finish is FinishReason.LENGTH
+
+
+def test_min_tokens_holds_stop_strings_back(start: Callable[..., Harness]) -> None:
+    engine = start()
+    letters = {"logit_bias": {70: 100.0}, "max_tokens": 9}
+    letter = engine.ask([5], **letters).text[0]
+
+    assert engine.ask([5], **letters, stop=(letter,)).text == ""
+    late = engine.ask([5], **letters, stop=(letter,), min_tokens=4)
+    longer = engine.ask([5], **letters, stop=(letter * 3,), min_tokens=4)
+
+    assert (late.text, len(late.tokens)) == (letter * 4, 5)
+    assert (longer.text, len(longer.tokens)) == (letter * 2, 5)
+    assert late.finish is longer.finish is FinishReason.STOP
+
+
+def test_an_ignored_end_token_is_no_end_that_min_tokens_holds_back(
+    start: Callable[..., Harness],
+) -> None:
+    ends = {"logit_bias": {2: 100.0}}
+
+    assert start().ask([5], max_tokens=4, min_tokens=4, ignore_eos=True, **ends).tokens == [2] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_come(start: Callable[..., Harness], temperature: float) -> None:
+    engine = start()
+    with engine.held():
+        for name, allowed in (("two", {70, 71}), ("one", {72}), ("all", None)):
+            tokens = None if allowed is None else frozenset(allowed)
+            params = {"temperature": temperature, "seed": 1, "allowed_token_ids": tokens}
+            engine.submit(name, [5], max_tokens=24, **params)
+    engine.wait()
+
+    assert set(engine.answers["two"].tokens) <= {70, 71}
+    assert engine.answers["one"].tokens == [72] * 24
+    assert len(set(engine.answers["all"].tokens)) > 2
+
+
+def test_bad_words_never_come(start: Callable[..., Harness]) -> None:
+    engine = start()
+    likely = {"logit_bias": {70: 60.0, 71: 59.0, 72: 58.0}, "max_tokens": 12}
+
+    def ask(*words: tuple[int, ...], **more: Any) -> list[int]:
+        return engine.ask([70], **likely, **more, bad_words=words).tokens
+
+    assert ask() == [70] * 12
+    assert ask((70,)) == [71] * 12
+    assert ask((70, 70)) == [70, 71] * 6
+    # The prompt's own 70 is not part of the answer.
+    assert ask((70, 70, 70), (70, 70, 71), (70, 70, 72))[:2] == [70, 70]
+    assert ask((70,), (71, 71)) == [71, 72] * 6
+    # Where nothing else is allowed, they come after all.
+    assert ask((70,), allowed_token_ids=frozenset({70})) == [70] * 12
+
+
+def test_bad_words_hold_beside_drafts(start: Callable[..., Harness]) -> None:
+    engine = start(speculation=True)
+    params = {"logit_bias": {70: 60.0, 71: 59.0}, "max_tokens": 40}
+
+    assert engine.ask([70, 71] * 9, **params, bad_words=((70, 70),)).tokens == [70, 71] * 20
+    allowed = engine.ask([70, 71] * 9, max_tokens=40, allowed_token_ids=frozenset({71})).tokens
+    assert allowed == [71] * 40

@@ -1,6 +1,7 @@
 """Every row of a mixed batch is as exact as PEFT (invariants 1 and 2 of the design)."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,30 @@ def test_a_bfloat16_base_equals_peft(
     exact = oracle.logits(prompt)[-1].float().log_softmax(-1)
     tokens, values = zip(*scored.top, strict=True)
     assert torch.allclose(torch.tensor(values), exact[list(tokens)], atol=0.1)
+
+
+def test_a_seeds_numbers_depend_on_nothing_but_the_place(
+    start: Callable[..., Harness], adapters: dict[str, Path]
+) -> None:
+    """Alone, or among others: the token at place i is the one at which the
+    running sum of its probabilities passes the seed's i-th number. So only the rounding of the
+    model's own output can make a difference between two batches."""
+    engine = start(speculation=True)
+    names = [None, *adapters, None]
+    params = {"temperature": 1.0, "max_tokens": 30, "logprobs": TOKENS}
+    with engine.held():
+        for seed in range(8):
+            name = names[seed % len(names)]
+            engine.submit(str(seed), [5 + seed] * 4, name, seed=seed, **params)
+    engine.wait()
+    for seed in (0, 1):
+        engine.submit(f"{seed} alone", [5 + seed] * 4, names[seed], seed=seed, **params)
+        engine.wait()
+
+    for name, answer in engine.answers.items():
+        numbers = random.Random(int(name.split()[0]))
+        for scored in answer.logprobs:
+            number = numbers.random()
+            probabilities = [math.exp(logprob) for _, logprob in sorted(scored.top)]
+            below = sum(probabilities[: scored.token_id])
+            assert below - 1e-5 <= number <= below + probabilities[scored.token_id] + 1e-5

@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from server.engine.packing import (
     PackedSibling,
     Product,
     fastest,
+    noting_reads,
     noting_siblings,
     pack_for_onednn,
     pack_linears,
@@ -53,6 +55,43 @@ def test_a_packed_layer_keeps_its_weights_dtype_and_shape_but_no_copy_of_it() ->
 
     assert (packed.weight.dtype, packed.weight.shape) == (torch.float32, (16, 8))
     assert packed.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda weight: F.linear(torch.ones(1, 8), weight),
+        lambda weight: weight.to(torch.float64),
+        lambda weight: weight.T @ torch.ones(16),
+        lambda weight: weight[0],
+        lambda weight: weight.sum().item(),
+    ],
+)
+def test_whoever_reads_a_packed_weight_gets_an_error_and_no_numbers(
+    read: Callable[[torch.Tensor], object],
+) -> None:
+    """torch 2.13's `F.linear` makes uninitialised memory of a meta tensor, without an error."""
+    with pytest.raises(RuntimeError, match="packed"):
+        read(PackedLinear(nn.Linear(8, 16)).weight)
+
+
+def test_a_layer_whose_weight_the_model_reads_itself_is_not_packed() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier, self.plain = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x.float(), self.classifier.weight.float()) + self.plain(x)
+
+    model = Router()
+    with noting_reads(model) as read:
+        wanted = model(torch.ones(1, 8))
+
+    assert read == {"classifier"}
+    assert pack_linears(model, read=read) == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.ones(1, 8)), wanted)
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

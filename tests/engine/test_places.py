@@ -1,12 +1,19 @@
 """Whether a request is let in: the queue is bounded, and a flood refuses only itself."""
 
+import heapq
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable
+from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.residency import Lease
+from server.engine import QueueFull
 from server.engine.places import Places
 from server.engine.request import GenerationRequest, SamplingParams
 
@@ -83,3 +90,138 @@ def test_places_are_bounded_and_an_empty_queue_lets_in(
         places.leave(each)
 
     assert places.take([request()] * PLACES)
+
+
+# When to come back
+
+
+class Line:
+    """Requests on a virtual clock: so many are served at once, each for a random time."""
+
+    ROWS = 8
+
+    def __init__(self, seed: int, seconds: float) -> None:
+        """`seconds`: that a request is served for, on average."""
+        self.now = 0.0
+        self.places = Places(3 * self.ROWS, lambda: self.now)
+        self.rate = self.ROWS / seconds
+        """How many can be served in a second."""
+        self.outside: deque[float] = deque()
+        """When each came that takes a place as soon as there is one."""
+        self.waits: list[float] = []
+        """Of those that were outside."""
+        self.returns: Counter[bool] = Counter()
+        """How many that came back when they were told were let in, and not."""
+        self._random = Random(seed)
+        self._seconds = seconds
+        self._waiting: deque[GenerationRequest] = deque()
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = itertools.count()
+
+    def at(self, when: float, event: Callable[[], object]) -> None:
+        heapq.heappush(self._events, (when, next(self._numbers), event))
+
+    def arrive(self, rate: float, until: float, many: int = 1) -> None:
+        """`rate` times a second, `many` come at once."""
+        when = 0.0
+        while (when := when + self._random.expovariate(rate)) < until:
+            for _ in range(many):
+                self.at(when, self.ask)
+
+    def run(self, until: float) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+        self.now = until
+
+    def take(self) -> int | None:
+        """None: a request is let in; else after how many seconds it is to come back."""
+        asked = request()
+        if not self.places.take([asked]):
+            return QueueFull(0, self.places.seconds_until_free([asked])).retry_after
+        self._waiting.append(asked)
+        if self.places.taken <= self.ROWS:
+            self._serve()
+        return None
+
+    def ask(self, returns: bool = False) -> None:
+        told = self.take()
+        if returns:
+            self.returns[told is None] += 1
+        if told is not None:
+            self.at(self.now + told, lambda: self.ask(returns=True))
+
+    def _serve(self) -> None:
+        served = self._waiting.popleft()
+        seconds = self._random.uniform(0.2, 1.8) * self._seconds
+        self.at(self.now + seconds, lambda: self._end(served))
+
+    def _end(self, served: GenerationRequest) -> None:
+        self.places.leave(served)
+        if self._waiting:
+            self._serve()
+        if self.outside and self.take() is None:
+            self.waits.append(self.now - self.outside.popleft())
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 20.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_refused_request_is_told_when_a_place_becomes_free(seed: int, seconds: float) -> None:
+    line = Line(seed, seconds)
+    line.arrive(line.rate, until=20 * seconds)
+    line.run(20 * seconds)
+    told = [when for _ in range(60) if (when := line.take()) is not None]
+    line.outside.extend([line.now] * len(told))
+    line.run(line.now + 100 * seconds)
+
+    assert len(line.waits) == len(told) >= 30
+    known = [(each, wait) for each, wait in zip(told, line.waits, strict=True) if wait < 60]
+    right = [each <= max(1, 2 * wait) + 1 and wait <= 2 * each for each, wait in known]
+    assert sum(right) >= 0.75 * len(known)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_most_that_come_back_when_they_were_told_are_let_in(seed: int, seconds: float) -> None:
+    """A load that is served in the long run, half of which comes in bursts that are not."""
+    line = Line(seed, seconds)
+    line.arrive(0.4 * line.rate, until=400 * seconds)
+    line.arrive(0.4 * line.rate / 40, until=400 * seconds, many=40)
+    line.run(500 * seconds)
+
+    assert line.returns.total() >= 50
+    assert line.returns[True] > line.returns[False]
+
+
+def test_before_the_first_end_a_refused_request_waits_as_long_as_it_has_not_come() -> None:
+    line = Line(0, 100.0)
+    assert [line.take() for _ in range(3 * Line.ROWS)] == [None] * 3 * Line.ROWS
+    assert line.take() == 1
+    line.now = 7.0
+    assert line.take() == 7
+    line.now = 700.0
+    assert line.take() == 60
+
+
+def test_hours_without_requests_do_not_count() -> None:
+    line = Line(0, 1.0)
+    line.arrive(line.rate, until=20.0)
+    line.run(3600.0)
+    while line.take() is None:
+        pass
+
+    assert line.take() == 1
+
+
+def test_tenants_that_are_refused_share_what_becomes_free() -> None:
+    line = Line(0, 8.0)
+    line.arrive(line.rate, until=100.0)
+    line.run(100.0)
+    while line.take() is None:
+        pass
+    places = line.places
+    flood = [places.seconds_until_free([request()]) for _ in range(20)]
+    other = places.seconds_until_free([request("other")])
+
+    assert flood == sorted(flood)
+    assert other <= flood[4], "a flood of one does not keep another away"

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from adapters.model import IA3Model
 from adapters.registry import AdapterRegistry
+from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from server.engine.attention import LayerShape
 from server.engine.kv_cache import StripCache
@@ -55,7 +55,7 @@ def registry(
     llama: PreTrainedModel, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[AdapterRegistry]:
     store = AdapterStore(tmp_path_factory.mktemp("store"))
-    ia3 = IA3Model(llama, SLOTS)
+    ia3 = IA3Slots(llama, SLOTS)
     registry = AdapterRegistry(store, ia3.modules_of_base, ia3)
     for name in ADAPTERS:
         with store.staging() as staged:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from adapters.bank import Segment
 from adapters.checkpoint import AdapterVectors
-from adapters.model import IA3Model
+from adapters.slots import IA3Slots
 from adapters.targets import Side, Target
 from server.engine.attention import Probe, StepContext, install, run_probe
 from server.engine.compiling import compile_forward
@@ -27,8 +27,8 @@ FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]
 
 def prepared(
     base: PreTrainedModel, pack: bool, kernel: Pack | None = None
-) -> tuple[IA3Model, StepContext, Modules]:
-    ia3 = IA3Model(base, 4)
+) -> tuple[IA3Slots, StepContext, Modules]:
+    ia3 = IA3Slots(base, 4)
     context = install(base)
     with noting_siblings(base) as siblings:
         run_probe(base, context)
@@ -49,7 +49,7 @@ def run(forward: Forward, context: StepContext, tokens: int, keep: list[int]) ->
         return forward(ids, positions, torch.tensor(keep, dtype=torch.long))
 
 
-def vectors(ia3: IA3Model, endings: dict[str, Side]) -> AdapterVectors:
+def vectors(ia3: IA3Slots, endings: dict[str, Side]) -> AdapterVectors:
     """Random ones for the linear layers whose names end so."""
     targets = [
         Target(module, side)

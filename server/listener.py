@@ -1,0 +1,221 @@
+"""The HTTP server under the application: uvicorn, with bounds on connections and time, and a drain
+that answers everybody."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from anyio import to_thread
+from starlette.datastructures import State
+from starlette.types import ASGIApp
+
+from server.errors import ApiError, error_body
+from server.services import Services
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's line and headers."""
+_BACKLOG = 2048
+"""Connections that the system holds until they are accepted: uvicorn's."""
+ANSWERING_SECONDS = 5.0
+"""What requests get, after the drain, to take notice that they were ended and to say so."""
+WRITING_SECONDS = 1.0
+"""What clients get, after that, to read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    connections: int
+    receive_seconds: float
+    """Until a request's head is there."""
+    send_seconds: float
+    """That a client may read nothing while there is something to read."""
+
+
+class Connection(asyncio.Protocol):
+    """What uvicorn's protocols lack: deadlines, a bound on the head, and errors of our shape.
+
+    Mixed into the protocol that uvicorn chose. Nothing here costs a running request anything: what
+    is late is found by `check`, which the server calls once a second.
+    """
+
+    limits: Limits
+    transport: asyncio.Transport
+    connections: set["Connection"]
+    cycle: Any
+    """uvicorn's: the newest request, None before the first."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.idle_since = time.monotonic()
+        """When it began to wait for a request; only read while it is idle."""
+        self._has_begun = False
+        """Whether something of the next request has come."""
+        self._in_head = False
+        self._head_bytes = 0
+        self._unread_since: float | None = None
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """The connection that has waited longest for a request goes; where none waits, this one."""
+        others = [each for each in self.connections if each.is_idle and each is not self]
+        others = [each for each in others if not each.transport.is_closing()]
+        if others:
+            min(others, key=lambda each: each.idle_since).transport.abort()
+            return
+        message = f"All {self.limits.connections} connections of this server are in use."
+        headers = {"Retry-After": "1"}
+        self._refuse(ApiError(503, message, code="too_many_connections", headers=headers))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs: none has come, or the last one is answered."""
+        return self.cycle is None or bool(self.cycle.response_complete)
+
+    def data_received(self, data: bytes) -> None:
+        was_in_head = self._in_head
+        self._has_begun = True
+        super().data_received(data)
+        if was_in_head and self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                message = f"The request's headers are larger than {MAX_HEAD_BYTES} bytes."
+                self._refuse(ApiError(431, message, code="headers_too_large"))
+
+    def on_message_begin(self) -> None:
+        """httptools reads a head of any size; h11 has a bound of its own, and never calls this."""
+        super().on_message_begin()  # type: ignore[misc]
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()  # type: ignore[misc]
+
+    def on_response_complete(self) -> None:
+        self.idle_since = time.monotonic()
+        self._has_begun = False
+        super().on_response_complete()  # type: ignore[misc]
+
+    def pause_writing(self) -> None:
+        self._unread_since = time.monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._unread_since = None
+        super().resume_writing()
+
+    def send_400_response(self, _: str) -> None:
+        """uvicorn's name for: this is no HTTP."""
+        self._refuse(ApiError(400, "What was sent is no HTTP request.", code="invalid_request"))
+
+    def check(self, now: float) -> None:
+        """End the connection where its client is too slow; what runs for it is cancelled then."""
+        if self.transport.is_closing() and self._unread_since is None:
+            self._unread_since = now
+        if self._unread_since is not None:
+            if now - self._unread_since > self.limits.send_seconds:
+                self.transport.abort()
+        elif self.is_idle and now - self.idle_since > self.limits.receive_seconds:
+            message = f"No request came within {self.limits.receive_seconds:g} s."
+            self._refuse(ApiError(408, message, code="request_timeout"), self._has_begun)
+
+    def _refuse(self, error: ApiError, answered: bool = True) -> None:
+        """Close, and say why, unless another answer is under way."""
+        if answered and self.is_idle:
+            body = error_body(error).encode()
+            head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
+            head += [f"{name}: {value}" for name, value in error.headers.items()]
+            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            head += ["Connection: close", "", ""]
+            self.transport.write("\r\n".join(head).encode() + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Serves an application of `create_app`'s."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, state: State) -> None:
+        """`state`: the application's, which has its services once it has started."""
+        config = uvicorn.Config(
+            app,
+            log_level=settings.log_level,
+            backlog=_BACKLOG,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+        config.load()
+        limits = Limits(settings.max_connections, settings.receive_timeout, settings.send_timeout)
+        bases = (Connection, config.http_protocol_class)
+        config.http_protocol_class = type("Connection", bases, {"limits": limits})
+        super().__init__(config)
+        self._state = state
+        self._drain_timeout = settings.drain_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("Infuse answers on http://%s:%d (/docs says what it can do).", shown, port)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for connection in self._connections:
+                connection.check(now)
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, _: FrameType | None) -> None:
+        """The first signal begins the drain, after which the process ends with 0; the second ends
+        it at once, with the status that shells give a signal."""
+        if self.should_exit:
+            # Not by the signal itself: the first process of a container would survive it.
+            os._exit(128 + signal.Signals(sig))
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listeners, let requests end, and the application after them."""
+        draining = asyncio.create_task(self._drain())
+        await super().shutdown(sockets)
+        await draining
+
+    async def _drain(self) -> None:
+        """Requests get the drain's time. Then what runs in the engine ends with an error, whole or
+        as a stream's last event; then what does not run in it; then who does not read it."""
+        if await self._are_done(self._drain_timeout):
+            return
+        count = len(self.server_state.tasks)
+        log.warning("The drain's time is over; %d requests are answered 503.", count)
+        services: Services = self._state.services
+        stopping = asyncio.create_task(to_thread.run_sync(services.engine.stop, 0.0))
+        if not await self._are_done(ANSWERING_SECONDS):
+            for task in self.server_state.tasks:
+                task.cancel()
+            if not await self._are_done(WRITING_SECONDS):
+                for connection in self._connections:
+                    connection.transport.abort()
+        await stopping
+
+    async def _are_done(self, seconds: float) -> bool:
+        """Whether, within so many seconds, all requests end and their answers are read."""
+        until = time.monotonic() + seconds
+        while self.server_state.tasks or self.server_state.connections:
+            if time.monotonic() >= until:
+                return False
+            await asyncio.sleep(0.05)
+        return True
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return list(self.server_state.connections)  # type: ignore[arg-type]

@@ -1,0 +1,110 @@
+"""The OpenAPI document: each route names every status that it answers with, and no other.
+
+A route says which errors it raises: `errors(404, 409)`. What follows from its shape is added here:
+401, 403, 429 and 503 where a key is needed, which may ask too much at once, of a server that may be
+stopping; 400 where something is checked, 408 and 413 where a body is read.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+
+from server.errors import ErrorBody
+
+Json = dict[str, Any]
+
+
+def header(text: str, *, kind: str = "string", always: bool = True) -> Json:
+    """A header of an answer. `always`: no answer of this status comes without it."""
+    return {"description": text, "schema": {"type": kind}, "required": always}
+
+
+ETAG = {"ETag": header("Of the adapter's current revision.")}
+_RETRY_AFTER = {"Retry-After": header("Seconds after which to come back.", kind="integer")}
+_ERRORS: dict[int, Json] = {
+    400: {"description": "What was sent has faults, all of them listed."},
+    401: {
+        "description": "No valid API key was given.",
+        "headers": {"WWW-Authenticate": header("Always `Bearer`.")},
+    },
+    403: {"description": "The key lacks the role that this needs."},
+    404: {"description": "There is nothing of this name."},
+    408: {"description": "The body did not come in time."},
+    409: {"description": "What there is already stands in the way; the message says what."},
+    412: {"description": "The adapter has changed since.", "headers": ETAG},
+    413: {"description": "The body is larger than this server takes."},
+    416: {
+        "description": "The file has not so many bytes.",
+        "headers": {"Content-Range": header("How many it has: `bytes */2816`.")},
+    },
+    429: {"description": "Too many wait already.", "headers": _RETRY_AFTER},
+    500: {"description": "The server failed; its log says why."},
+    502: {"description": "The source failed."},
+    503: {"description": "Not now: the server, or its storage.", "headers": _RETRY_AFTER},
+    504: {"description": "The source took too long."},
+    507: {"description": "The disk or the bucket is full."},
+}
+CHANGES = (503, 507)
+"""What a route that writes to the store of adapters may have to answer."""
+READS = (500, 503, 507)
+"""What one that reads an adapter's files may have to answer: they are damaged, or away in a bucket,
+or find no room on the way from there."""
+
+
+def errors(*statuses: int, said: Mapping[int, str] | None = None) -> dict[int | str, Json]:
+    """A route's answers beside success, for its `responses`.
+
+    `said`: further statuses, with what they mean there where that is more than elsewhere.
+    """
+    texts = {status: {"description": text} for status, text in (said or {}).items()}
+    return {
+        status: {"model": ErrorBody} | _ERRORS[status] | texts.get(status, {})
+        for status in (*statuses, *texts)
+    }
+
+
+class Application(FastAPI):
+    """FastAPI with a document that is complete."""
+
+    def openapi(self) -> Json:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    _complete(operation)
+            for of_fastapi in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(of_fastapi, None)
+        return super().openapi()
+
+
+def _complete(operation: Json) -> None:
+    responses = operation["responses"]
+    # FastAPI's, of whatever has a parameter; it is a 400 here, and only where something is checked.
+    responses.pop("422", None)
+    for status in _derived(operation):
+        schema = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
+        answer = {**_ERRORS[status], "content": {"application/json": {"schema": schema}}}
+        responses.setdefault(str(status), answer)
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _derived(operation: Json) -> Iterator[int]:
+    if "security" in operation:
+        yield from (401, 403, 429, 503)
+    has_body = "requestBody" in operation
+    if has_body:
+        yield from (408, 413)
+    if has_body or any(_is_checked(each["schema"]) for each in operation.get("parameters", ())):
+        yield 400
+
+
+def _is_checked(schema: Json) -> bool:
+    """Whether a parameter may be wrong. Where any text will do, it may not."""
+    return not any(
+        each["type"] == "string" and each.keys() <= _OF_ANY_TEXT
+        for each in schema.get("anyOf", [schema])
+    )
+
+
+_OF_ANY_TEXT = {"type", "title", "description", "examples"}

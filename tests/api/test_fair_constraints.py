@@ -1,0 +1,176 @@
+"""One key's constraints hold up nobody else, nor its own that are compiled already."""
+
+import asyncio
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine import constraints
+from server.services import Services
+from server.settings import Settings
+from tests.api.conftest import run_server
+from tests.api.test_auth import bearer, keys_file
+from tests.api.test_streaming import COMPLETIONS, eventually
+
+Body = dict[str, Any]
+SLOW = [{"type": "integer", "multipleOf": 9_999_900 + number} for number in range(1, 60, 2)]
+
+
+def body(**structured_outputs: Any) -> Body:
+    return {
+        "model": "tiny",
+        "prompt": "A",
+        "max_tokens": 8,
+        "structured_outputs": structured_outputs,
+    }
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Services]]:
+    folder = tmp_path_factory.mktemp("constraints")
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=folder / "store",
+        keys_file=keys_file(folder / "keys.json"),
+    )
+    with run_server(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """Those in which grammars are tried, as they begin."""
+    begun: list[Process] = []
+    begin = asyncio.create_subprocess_exec
+
+    async def noting(*arguments: Any, **options: Any) -> Process:
+        begun.append(await begin(*arguments, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noting)
+    return begun
+
+
+def client_of(guarded: tuple[str, Services], key: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=guarded[0], headers=bearer(key), timeout=100)
+
+
+@asynccontextmanager
+async def both(guarded: tuple[str, Services]) -> AsyncIterator[tuple[httpx.AsyncClient, ...]]:
+    async with client_of(guarded, "everything") as one, client_of(guarded, "generate") as other:
+        yield one, other
+
+
+def test_a_keys_slow_constraints_hold_up_neither_another_key_nor_what_is_compiled(
+    guarded: tuple[str, Services], processes: list[Process]
+) -> None:
+    async def run() -> None:
+        async with (
+            client_of(guarded, "everything") as slow,
+            client_of(guarded, "generate") as quick,
+        ):
+            known = await slow.post(COMPLETIONS, json=body(regex="known"))
+            flood = [
+                asyncio.create_task(slow.post(COMPLETIONS, json=body(json=schema)))
+                for schema in SLOW[:24]
+            ]
+            while len(processes) < 2:
+                await asyncio.sleep(0.01)
+            again = await slow.post(COMPLETIONS, json=body(regex="known"))
+            free = await slow.post(COMPLETIONS, json={"model": "tiny", "prompt": "A"})
+            other = await quick.post(COMPLETIONS, json=body(regex="o(th)er"))
+            ended = sum(task.done() for task in flood)
+            for task in flood:
+                task.cancel()
+        answers = [known, again, free, other]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert other.json()["choices"][0]["text"] == "other"
+        assert ended <= 12, "the flood was not over"
+
+    asyncio.run(run())
+    assert eventually(lambda: not guarded[1].engine.grammars._jobs), "nobody waits for it any more"
+    assert eventually(lambda: all(process.returncode is not None for process in processes))
+    # The first two, the other key's, and those whose turn came meanwhile.
+    assert len(processes) <= 15
+
+
+def test_what_a_client_left_behind_stops(
+    guarded: tuple[str, Services], processes: list[Process]
+) -> None:
+    async def run() -> None:
+        async with client_of(guarded, "everything") as client:
+            asked = asyncio.create_task(client.post(COMPLETIONS, json=body(json=SLOW[25])))
+            while not processes:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+
+    asyncio.run(run())
+    assert eventually(lambda: processes[0].returncode is not None)
+    assert processes[0].returncode == -9
+    assert not guarded[1].engine.grammars._jobs
+
+
+def test_one_constraint_of_many_requests_is_compiled_once_and_its_refusal_remembered(
+    guarded: tuple[str, Services], processes: list[Process]
+) -> None:
+    async def run() -> list[httpx.Response]:
+        async with client_of(guarded, "everything") as client:
+            asked = [client.post(COMPLETIONS, json=body(json=SLOW[26])) for _ in range(6)]
+            asked += [client.post(COMPLETIONS, json=body(regex="ab{2}")) for _ in range(6)]
+            answers = await asyncio.gather(*asked)
+            return [*answers, await client.post(COMPLETIONS, json=body(json=SLOW[26]))]
+
+    *many, last = asyncio.run(run())
+
+    assert [answer.status_code for answer in many] == [400] * 6 + [200] * 6
+    assert last.json() == many[0].json()
+    assert "to compile" in last.json()["error"]["message"]
+    assert len(processes) == 2
+
+
+def test_a_key_cannot_tell_what_another_has_compiled(
+    guarded: tuple[str, Services], processes: list[Process]
+) -> None:
+    for key in ("everything", "generate", "generate"):
+        asked = body(choice=["the secret word", "another"])
+        answer = httpx.post(guarded[0] + COMPLETIONS, json=asked, headers=bearer(key), timeout=100)
+        assert answer.status_code == 200
+
+    assert len(processes) == 2
+
+
+def test_too_many_constraints_of_one_key_are_refused_with_a_time_to_come_back(
+    guarded: tuple[str, Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded[1].engine.grammars._turns, "_most_waiting", 3)
+
+    async def run() -> tuple[httpx.Response, httpx.Response]:
+        async with (
+            client_of(guarded, "everything") as slow,
+            client_of(guarded, "generate") as quick,
+        ):
+            flood = [
+                asyncio.create_task(slow.post(COMPLETIONS, json=body(json=schema)))
+                for schema in SLOW[:6]
+            ]
+            done, _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+            other = await quick.post(COMPLETIONS, json=body(regex="never mind"))
+            for task in flood:
+                task.cancel()
+            return done.pop().result(), other
+
+    refused, other = asyncio.run(run())
+
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert other.status_code == 200
+    assert constraints.MAX_WAITING >= 24

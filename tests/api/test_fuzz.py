@@ -1,0 +1,262 @@
+"""Whatever is sent, the server answers in time, does not fail, and keeps to its OpenAPI document.
+
+schemathesis makes the requests out of the document: some fit it, some do not. Many begin here as an
+ordinary request with a few of the generated fields, name adapters that there are and carry a real
+one's files: what is made up whole seldom comes further than the first check.
+
+Cases are the same in every run; `--hypothesis-seed` takes others.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation.stateful import run_state_machine_as_test
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from server.settings import MEBIBYTE
+from tests.api.archives import form_of, read_adapter, tar_of, zip_of
+from tests.api.conftest import RunningServer, ServeAdapters
+from tests.api.test_auth import KEYS, bearer, keys_file
+from tests.api.test_openapi import STATUSES
+
+SECONDS = 30
+"""What takes longer hangs."""
+FEW = 15
+MANY = {"get": 300, "delete": 300, "post": 2000, "put": 2000, "patch": 2000}
+"""Together more than 20,000."""
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "stranger"]
+"""Whose key goes with a request: a name of KEYS, no key, or one that the server does not know."""
+NAMES = ["tiny", "default", "queries", "mlp", "default@1", "mlp@2", "new"]
+"""The base, the adapters, and some that come and go."""
+PLAIN: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "tiny", "prompt": "Once upon"},
+    "/v1/chat/completions": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]},
+    "/v1/rank": {"model": "mlp", "inputs": [{"prompt": "Two", "choices": [" plus", " and"]}]},
+    "/v1/adapters/combine": {
+        "name": "new",
+        "adapters": [{"name": "default", "weight": 0.5}, {"name": "mlp"}],
+        "method": "ties",
+    },
+    "/v1/adapters/{name}": {},
+    "/v1/adapters/{name}/rollback": {"revision": 1},
+    "/v1/merges": {"adapter": "default"},
+    "/v1/adapters": {"name": "new"},
+}
+LONGEST = 8
+"""Tokens of an answer, so that 20,000 take minutes. Nothing else of a case is held back."""
+
+
+class Fuzzed:
+    """The server that the requests go to, and its document."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.server = server
+        self.document = schemathesis.openapi.from_url(f"{server.base_url}/openapi.json")
+        self.document.config.generation.with_security_parameters = False
+        self.files = {name: read_adapter(path) for name, path in server.adapter_folders.items()}
+        self._session = requests.Session()
+        self._client = httpx.Client(
+            base_url=server.base_url, headers=bearer("everything"), timeout=SECONDS
+        )
+        self._said = self._say()
+
+    def restore(self) -> None:
+        """Every adapter is there again."""
+        for name, files in self.files.items():
+            answer = self._client.put(f"/v1/adapters/{name}", files=form_of(files))
+            if answer.status_code == 404:
+                form = {"data": {"name": name}, "files": form_of(files)}
+                answer = self._client.post("/v1/adapters", **form)
+            answer.raise_for_status()
+            as_new = {"enabled": True, "pinned": False}
+            self._client.patch(f"/v1/adapters/{name}", json=as_new).raise_for_status()
+
+    def send(self, case: Case, caller: str) -> requests.Response:
+        """Raises what is wrong with the answer."""
+        case.headers.pop("Authorization", None)
+        if caller != "nobody":
+            case.headers |= bearer(caller)
+        begun = time.monotonic()
+        answer = case.call(session=self._session, timeout=SECONDS)
+        assert time.monotonic() - begun < SECONDS, case.as_curl_command()
+        case.validate_response(answer, CHECKS)
+        assert (answer.status_code == 401) == is_stranger(case.path, caller)
+        return answer
+
+    def check(self) -> None:
+        """Raises where what was sent has left something behind: what is held, or a changed base."""
+        deadline = time.monotonic() + SECONDS
+        while not self._is_idle():
+            assert time.monotonic() < deadline, "something is held though nothing runs"
+            time.sleep(0.01)
+        assert self._say() == self._said
+
+    def _is_idle(self) -> bool:
+        engine, adapters = (
+            self.server.services.engine.stats(),
+            self.server.services.registry.stats(),
+        )
+        return not (engine.running or engine.waiting or adapters.leases or adapters.pinned)
+
+    def _say(self) -> str:
+        body = {"model": "tiny", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 16}
+        answer = self._client.post("/v1/completions", json=body)
+        return str(answer.json()["choices"][0]["text"])
+
+
+def is_stranger(path: str, caller: str) -> bool:
+    return caller not in KEYS and not path.startswith("/health")
+
+
+def shorten(case: Case) -> None:
+    """Bound the answer's tokens; a limit beyond the window is left, as it is refused."""
+    body = case.body
+    if not isinstance(body, dict) or "completions" not in case.path:
+        return
+    limits = [name for name in ("max_tokens", "max_completion_tokens") if body.get(name)]
+    for name in limits:
+        if isinstance(body[name], int) and LONGEST < body[name] < 256:
+            body[name] = LONGEST
+    if not limits:
+        body["max_tokens"] = LONGEST
+
+
+@st.composite
+def requests_to(draw: DrawFn, fuzzed: Fuzzed, operation: Any) -> tuple[Case, str]:
+    mode = draw(st.sampled_from(list(GenerationMode)))
+    case = draw(operation.as_strategy(generation_mode=mode))
+    for parameter in ("name", "model"):
+        if parameter in case.path_parameters and draw(st.booleans()):
+            case.path_parameters[parameter] = draw(st.sampled_from(NAMES))
+    if draw(st.booleans()):
+        case.headers.pop("if-match", None)
+    if isinstance(case.body, dict) and draw(st.integers(0, 3)):
+        is_form = case.media_type == "multipart/form-data"
+        plain = PLAIN[case.path] | (draw(forms(fuzzed)) if is_form else {})
+        taken = draw(st.lists(st.sampled_from(sorted(case.body)), max_size=3)) if case.body else []
+        case.body = plain | {name: case.body[name] for name in taken}
+        if "model" in case.body and draw(st.booleans()):
+            case.body["model"] = draw(st.sampled_from(NAMES))
+    shorten(case)
+    return case, draw(st.sampled_from(CALLERS))
+
+
+@st.composite
+def forms(draw: DrawFn, fuzzed: Fuzzed) -> dict[str, bytes]:
+    """An adapter's files, packed in some way, with a few bytes changed or the end missing."""
+    files = draw(st.sampled_from(list(fuzzed.files.values())))
+    pack = draw(st.sampled_from([form_of, zip_of, tar_of]))
+    packed = pack(files)
+    parts = packed if isinstance(packed, dict) else {"archive": packed}
+    for name in parts:
+        data = bytearray(parts[name])
+        for _ in range(draw(st.integers(0, 2))):
+            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+        parts[name] = bytes(data[: draw(st.sampled_from([None, None, None, len(data) // 2]))])
+    return parts
+
+
+@pytest.fixture(scope="module")
+def fuzzed(
+    serve_adapters: ServeAdapters, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fuzzed]:
+    little_room = {
+        "keys_file": keys_file(tmp_path_factory.mktemp("keys") / "keys.json"),
+        "max_queue": 16,
+        "max_resident_adapters": 4,
+        "keep_revisions": 3,
+        "max_upload_bytes": MEBIBYTE,
+    }
+    with serve_adapters(**little_room) as server:
+        yield Fuzzed(server)
+
+
+@pytest.mark.parametrize(
+    "many", [False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+)
+@pytest.mark.parametrize("operation", STATUSES)
+def test_an_operation_answers_as_its_document_says(
+    fuzzed: Fuzzed, operation: tuple[str, str], many: bool, pytestconfig: pytest.Config
+) -> None:
+    method, path = operation
+    fuzzed.restore()
+
+    @hypothesis.settings(
+        max_examples=MANY[method] if many else FEW,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.seed(pytestconfig.getoption("hypothesis_seed") or 0)
+    @hypothesis.given(requests_to(fuzzed, fuzzed.document[path][method]))
+    def fuzz(request: tuple[Case, str]) -> None:
+        fuzzed.send(*request)
+
+    fuzz()
+    fuzzed.check()
+
+
+@pytest.fixture
+def edges(fuzzed: Fuzzed) -> Any:
+    """The document, for cases at the edges of each field alone: missing, too long, of a wrong type,
+    and with methods that there are not."""
+    fuzzed.restore()
+    fuzzed.document.config.phases.fuzzing.enabled = False
+    return fuzzed.document
+
+
+@schemathesis.pytest.from_fixture("edges").parametrize()
+def test_the_edges_of_every_field_are_answered(fuzzed: Fuzzed, case: Case) -> None:
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        case.body["model"] = "default"
+    shorten(case)
+    fuzzed.send(case, "everything")
+
+
+@pytest.mark.parametrize(
+    "chains", [5, pytest.param(500, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+)
+def test_what_one_answer_names_the_next_request_may_use(fuzzed: Fuzzed, chains: int) -> None:
+    """Made here, looked up, changed and deleted there."""
+    fuzzed.restore()
+
+    class Chain(fuzzed.document.as_state_machine()):  # type: ignore[misc]
+        def call(self, case: Case, **_: Any) -> requests.Response:
+            shorten(case)
+            return fuzzed.send(case, "everything")
+
+        def validate_response(self, *_: Any, **__: Any) -> None:
+            """`send` has."""
+
+    settings = hypothesis.settings(
+        max_examples=chains,
+        stateful_step_count=8,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(Chain, settings=settings)
+    fuzzed.check()

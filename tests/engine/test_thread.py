@@ -1,0 +1,125 @@
+"""The model thread outlives whatever one request brings, or says that it is dead."""
+
+from collections.abc import Callable
+
+import pytest
+
+from server.engine import EngineDead, FinishReason, sequence
+from server.engine.constraints import MaskMaker
+from server.engine.detokenizer import Detokenizer
+from tests.engine.harness import Harness
+from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
+from tests.factories import byte_fallback_tokenizer, panic, tiny_model
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+def bare() -> None:
+    raise Exception("Invalid prefix encountered while decoding stream")
+
+
+def test_halves_of_characters_between_byte_tokens_end_nothing(
+    start: Callable[..., Harness],
+) -> None:
+    base = tiny_model("llama", vocab_size=len(FALLBACK))
+    engine = start(base, {}, tokenizer=FALLBACK)
+    half, whole = ids(FALLBACK, "€")[:1], ids(FALLBACK, "€")
+    bias = dict.fromkeys((*whole, *half), 100.0)
+    prompt = ids(FALLBACK, "ab\n")
+    for seed in range(4):
+        drawn = {"temperature": 2.0, "seed": seed, "logit_bias": bias, "max_tokens": 60}
+        answer = engine.ask(prompt, **drawn)
+        assert answer.finish is FinishReason.LENGTH
+        assert "\ufffd" in answer.text
+    assert engine.engine.stats().alive
+    engine.assert_idle()
+
+
+def test_a_decoder_that_takes_text_back_ends_nothing(start: Callable[..., Harness]) -> None:
+    engine = start(None, {}, tokenizer=replacing_tokenizer())
+    drawn = {"temperature": 2.0, "seed": 1, "logit_bias": {0: 100.0, 1: 100.0}, "max_tokens": 40}
+
+    answer = engine.ask([2], **drawn)
+
+    assert answer.finish is FinishReason.LENGTH
+    assert answer.text == "".join("ab"[token] for token in answer.tokens)
+    engine.assert_idle()
+
+
+def test_a_broken_character_at_the_prompts_end_breaks_no_constraint(
+    start: Callable[..., Harness],
+) -> None:
+    engine = start()
+    grammar = engine.engine.grammars.compile("choice", ["yes", "no"], "choice")
+    for end in (ids(TOKENIZER, "\ufffd"), ids(TOKENIZER, "€")[:-1], ids(TOKENIZER, "€")[:1]):
+        prompt = ids(TOKENIZER, "line\n is ") + end
+        answer = engine.ask(prompt, grammar=grammar, ignore_eos=False, stop=("\n",))
+        assert answer.text in {"yes", "no"}
+
+
+@pytest.mark.parametrize("fails", [panic, bare, lambda: {}["no"], lambda: 1 / 0])
+@pytest.mark.parametrize("when", ["push", "finish", "__init__"])
+def test_whatever_a_tokenizer_raises_is_its_own_requests_failure(
+    start: Callable[..., Harness],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[[], object],
+    when: str,
+) -> None:
+    engine = start()
+
+    class Failing(Detokenizer):
+        pass
+
+    setattr(Failing, when, lambda *_: fails())
+    with engine.held():
+        engine.submit("runs", [5], "default", max_tokens=9)
+        engine.submit("fails", [5], "default", max_tokens=3, stop=("fail",))
+        make = lambda tokenizer, prompt, stop, skip: (Failing if stop else Detokenizer)(  # noqa: E731
+            tokenizer, prompt, stop, skip
+        )
+        monkeypatch.setattr(sequence, "Detokenizer", make)
+    engine.wait()
+
+    assert engine.answers["fails"].finish is FinishReason.ERROR
+    assert engine.answers["fails"].error
+    assert len(engine.answers["runs"].tokens) == 9
+    assert engine.ask([5], max_tokens=3).finish is FinishReason.LENGTH
+    engine.assert_idle()
+
+
+def test_a_panic_in_the_making_of_masks_ends_no_other_request(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    grammar = engine.engine.grammars.compile("choice", ["a" * 40], "choice")
+    monkeypatch.setattr(MaskMaker, "_advance", lambda *_: panic())
+    with engine.held():
+        engine.submit("held", [5], grammar=grammar, max_tokens=30)
+        engine.submit("free", [5], max_tokens=30)
+    engine.wait()
+
+    assert engine.answers["held"].finish is FinishReason.ERROR
+    assert len(engine.answers["free"].tokens) == 30
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("fails", [panic, bare, lambda: {}["no"]])
+def test_what_is_no_requests_own_leaves_a_dead_engine_and_no_request_waiting(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
+) -> None:
+    engine = start()
+    with engine.held():
+        engine.submit("runs", [5], "default", max_tokens=9)
+        engine.submit("waits", [5], "queries", max_tokens=9)
+        scheduler = engine.engine._scheduler
+        monkeypatch.setattr(scheduler, "schedule", fails)
+        monkeypatch.setattr(scheduler, "remove", lambda _: fails())
+    engine.wait()
+
+    for name in ("runs", "waits"):
+        assert engine.answers[name].finish is FinishReason.ERROR
+        assert "must be restarted" in engine.answers[name].error
+    assert not engine.engine.stats().alive
+    with pytest.raises(EngineDead):
+        engine.submit("late", [5])
+    assert engine.registry.stats().leases == 0

@@ -1,0 +1,331 @@
+"""The HTTP server's own manners: how it ends, and what it bounds, over real sockets."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server import listener
+from server.settings import Settings
+from tests.api.conftest import RunningServer, run_server
+from tests.api.test_streaming import at_rest, eventually
+from tests.factories import CHAT_TEMPLATE, save_tiny_model
+
+INFUSE = Path(sys.executable).with_name("infuse")
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SLOW_TEMPLATE = (
+    "{% if slow %}{% for a in range(5000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}"
+    "{% endif %}" + CHAT_TEMPLATE
+)
+SLOW_SCHEMA = {"type": "integer", "multipleOf": 1_000_003}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "A", "ignore_eos": True, "max_tokens": 250}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", SLOW_TEMPLATE)
+
+
+Process = tuple[subprocess.Popen[bytes], str]
+
+
+@pytest.fixture
+def start(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[float], Process]]:
+    """Start `infuse serve` with one batch row and so many seconds to drain."""
+
+    def start(drain_timeout: float) -> Process:
+        command = [str(INFUSE), "serve", "--port", "0"]
+        command += ["--model", str(model_folder), "--served-model-name", "tiny"]
+        command += ["--adapters-dir", str(tmp_path / "store"), "--max-batch-rows", "1"]
+        command += ["--drain-timeout", str(drain_timeout)]
+        log = tmp_path / "log"
+        with log.open("w") as output:
+            server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        servers.callback(server.wait)
+        servers.callback(server.kill)
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        return server, found[1]
+
+    with ExitStack() as servers:
+        yield start
+
+
+async def half_an_upload(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which the second half of an upload is still to be sent."""
+    address = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    kind = "multipart/form-data; boundary=x"
+    head = f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+    writer.write(f"{head}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+    await writer.drain()
+    return reader, writer
+
+
+def response_of(received: bytes) -> httpx.Response:
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *headers = head.decode().split("\r\n")
+    pairs = [header.split(": ", 1) for header in headers]
+    return httpx.Response(int(status.split()[1]), headers=pairs, content=body)
+
+
+async def until_in_flight(client: httpx.AsyncClient, requests: int) -> None:
+    count = 0
+    while count < requests:
+        text = (await client.get("/metrics")).text
+        found = re.findall(r"^infuse_requests_(?:running|waiting) (\d+)", text, re.M)
+        count = sum(map(int, found))
+
+
+def test_the_drain_answers_all_that_is_in_flight(
+    start: Callable[[float], Process],
+) -> None:
+    server, url = start(0.5)
+    message = {"messages": [{"role": "user", "content": "A"}], "model": "tiny"}
+    many: dict[str, tuple[str, dict[str, Any]]] = {
+        "whole": (COMPLETIONS, LONG | {"n": 100}),
+        "constraint": (COMPLETIONS, LONG | {"structured_outputs": {"json": SLOW_SCHEMA}}),
+        "template": (CHAT, message | {"chat_template_kwargs": {"slow": True}}),
+        "rank": ("/v1/rank", {"model": "tiny", "inputs": [{"prompt": "A", "choices": ["b"] * 40}]}),
+    }
+
+    async def ask() -> tuple[dict[str, httpx.Response], list[str]]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            streamed = LONG | {"n": 100, "stream": True}
+            async with client.stream("POST", COMPLETIONS, json=streamed) as stream:
+                lines = stream.aiter_lines()
+                first = await anext(lines)
+                received, sent = await half_an_upload(url)
+                tasks = {
+                    name: asyncio.create_task(client.post(path, json=body))
+                    for name, (path, body) in many.items()
+                }
+                await until_in_flight(client, 230)
+                server.send_signal(signal.SIGTERM)
+                events = [first] + [line async for line in lines]
+                answers = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+            answers["upload"] = response_of(await received.read())
+            sent.close()
+            return answers, [line.removeprefix("data: ") for line in events if line]
+
+    answers, events = asyncio.run(ask())
+
+    for name, answer in answers.items():
+        assert answer.status_code == 503, (name, answer.text)
+        assert int(answer.headers["retry-after"]) >= 1, name
+        assert answer.json()["error"]["type"] == "server_error", name
+    *_, last, done = events
+    assert done == "[DONE]"
+    assert "shutting down" in json.loads(last)["error"]["message"]
+    assert server.wait(30) == 0
+
+
+def test_a_clean_drain_lets_answers_end_and_the_process_ends_with_0(
+    start: Callable[[float], Process],
+) -> None:
+    server, url = start(30.0)
+    body = LONG | {"stream": True, "max_tokens": 100}
+
+    with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=60) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        next(lines)
+        server.send_signal(signal.SIGINT)
+        *_, last, done = lines
+
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert done == "data: [DONE]"
+    assert server.wait(30) == 0
+
+
+def test_a_second_signal_ends_the_process_at_once(start: Callable[[float], Process]) -> None:
+    server, url = start(300.0)
+
+    with httpx.stream("POST", url + COMPLETIONS, json=LONG | {"stream": True, "n": 200}) as stream:
+        next(stream.iter_lines())
+        server.send_signal(signal.SIGTERM)
+        while is_listening(url):
+            pass
+        server.send_signal(signal.SIGTERM)
+
+        assert server.wait(10) == 128 + signal.SIGTERM
+
+
+def is_listening(url: str) -> bool:
+    address = httpx.URL(url)
+    try:
+        with socket.create_connection((address.host, address.port or 80), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+# Limits, in a server of this process
+
+
+@pytest.fixture(scope="module")
+def limited(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """Four connections, and a second for everything."""
+    folder = tmp_path_factory.mktemp("limited")
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=folder / "store",
+        max_connections=4,
+        receive_timeout=1.0,
+        send_timeout=1.0,
+    )
+    with run_server(settings) as (url, services):
+        yield RunningServer(url, services, model_folder, {})
+
+
+@contextmanager
+def connection(server: RunningServer, **options: int) -> Iterator[socket.socket]:
+    address = httpx.URL(server.base_url)
+    with closing(socket.socket()) as connected:
+        connected.settimeout(30)
+        for name, value in options.items():
+            connected.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connected.connect((address.host, address.port))
+        yield connected
+
+
+def received(connected: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    parts = []
+    while part := connected.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def request(method: str, path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+
+
+def error_of(answer: bytes, status: int) -> dict[str, Any]:
+    response = response_of(answer)
+    assert response.status_code == status, answer
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert list(error) == ["message", "type", "param", "code", "details"]
+    return dict(error)
+
+
+def test_a_head_that_does_not_come_is_refused(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.sendall(request("GET", "/health/live")[:-2])
+
+        assert error_of(received(connected), 408)["code"] == "request_timeout"
+
+
+def test_a_head_that_comes_byte_by_byte_is_refused_all_the_same(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.settimeout(0.1)
+        answer = b""
+        while not answer:
+            with contextlib.suppress(TimeoutError):
+                connected.sendall(b"G")
+                answer = connected.recv(1000)
+        assert b" 408 " in answer or b" 400 " in answer
+
+
+def test_a_connection_without_a_request_is_closed_without_a_word(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        assert received(connected) == b""
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/adapters"])
+def test_a_body_that_does_not_come_is_refused(limited: RunningServer, path: str) -> None:
+    kind = "application/json" if path == COMPLETIONS else "multipart/form-data; boundary=x"
+    with connection(limited) as connected:
+        headers = (f"Content-Type: {kind}", "Content-Length: 1000")
+        connected.sendall(request("POST", path, *headers) + b"--x\r\n")
+
+        assert error_of(received(connected), 408)["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("start", ["GET / HTTP/1.1\r\nX: ", "GET /"])
+def test_a_head_without_end_is_refused(limited: RunningServer, start: str) -> None:
+    with connection(limited) as connected:
+        connected.sendall(start.encode())
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                connected.sendall(b"x" * (1 << 16))
+        with contextlib.suppress(ConnectionResetError):
+            answer = received(connected)
+            assert not answer or response_of(answer).status_code in (400, 431)
+    assert httpx.get(f"{limited.base_url}/health/live").status_code == 200
+
+
+def test_what_is_no_http_is_refused_in_our_shape(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        connected.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
+
+        assert error_of(received(connected), 400)["code"] == "invalid_request"
+
+
+def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None:
+    body = json.dumps(LONG | {"n": 200, "stream": True, "logprobs": 5}).encode()
+    headers = ("Content-Type: application/json", f"Content-Length: {len(body)}")
+    before = limited.services.engine.stats().generated_tokens
+    with connection(limited, SO_RCVBUF=4096) as connected:
+        connected.sendall(request("POST", COMPLETIONS, *headers) + body)
+        connected.recv(100)
+
+        assert eventually(lambda: at_rest(limited), 60)
+    assert limited.services.engine.stats().generated_tokens - before < 200 * 250
+
+
+def test_more_connections_than_there_may_be_replace_those_that_wait(
+    limited: RunningServer,
+) -> None:
+    with ExitStack() as opened:
+        idle = [opened.enter_context(connection(limited)) for _ in range(4)]
+        answers = []
+        for _ in range(6):
+            with connection(limited) as busy:
+                busy.sendall(request("GET", "/health/live", "Connection: close"))
+                answers.append(response_of(received(busy)).status_code)
+        with contextlib.suppress(ConnectionResetError):
+            assert received(idle[0]) == b""
+
+    assert answers == [200] * 6
+
+
+def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(
+    limited: RunningServer,
+) -> None:
+    slow = ("Content-Type: application/json", "Content-Length: 1000")
+    with ExitStack() as opened:
+        for _ in range(4):
+            opened.enter_context(connection(limited)).sendall(request("POST", COMPLETIONS, *slow))
+        answer = opened.enter_context(connection(limited))
+        refused = received(answer)
+
+    assert error_of(refused, 503)["code"] == "too_many_connections"
+    assert int(response_of(refused).headers["retry-after"]) >= 1
+
+
+def test_compose_gives_a_container_longer_than_the_drain_takes() -> None:
+    compose = (Path(__file__).parents[1] / "docker" / "compose.yaml").read_text()
+    grace = re.search(r"stop_grace_period: (\d+)s", compose)
+    drain = Settings.model_fields["drain_timeout"].default
+
+    assert grace is not None
+    assert int(grace[1]) > drain + listener.ANSWERING_SECONDS + listener.WRITING_SECONDS
