@@ -93,17 +93,28 @@ class BucketStorage:
     def settle(self) -> Sequence[Event]:
         return self._journal.settle()
 
+    def check(self) -> None:
+        """A bucket is asked by each change. Its cache on this machine is made again if it goes."""
+
     def staging(self) -> AbstractContextManager[Path]:
         self._cache.make()
         return self._cache.staging()
 
-    def keep(self, staged: Path, digest: str) -> None:
-        if digest not in self._places:
-            place = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
-            self._places[digest] = place
-            self._objects.put_all({f"{place}/{file.name}": file for file in staged.iterdir()})
+    def keep(self, staged: Path, digest: str) -> bool:
+        """What is there already is fetched and compared: only so can damage be seen and mended."""
+        place = self._places.get(digest)
+        is_whole = place is not None and self._is_whole(place, digest)
+        if not is_whole:
+            # What is damaged is written over where it lies: its events say that place.
+            new = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
+            place = self._places.setdefault(digest, new)
+            files = {f"{place}/{file.name}": file for file in staged.iterdir()}
+            self._objects.put_all(files)
+            if place != new:
+                self._objects.delete(set(self._objects.list(place)) - files.keys())
         with self._one_at_a_time(digest):
             self._cache.keep(staged, digest)
+        return not is_whole
 
     def files(self, revision: Revision) -> Path:
         """Raises StoreDamaged where the bucket has not what was stored in it."""
@@ -114,6 +125,12 @@ class BucketStorage:
                 if place is not None and not _is_whole(cached, revision):
                     self._fetch(revision, place)
         return cached
+
+    def refresh(self, revision: Revision) -> None:
+        with self._one_at_a_time(revision.digest):
+            place = self._places.get(revision.digest)
+            if place is not None:
+                self._fetch(revision, place)
 
     def remove(self, digests: Iterable[str]) -> None:
         if self._journal.in_doubt:
@@ -133,12 +150,14 @@ class BucketStorage:
     def _one_at_a_time(self, digest: str) -> threading.Lock:
         return self._fetches.setdefault(digest, threading.Lock())
 
+    def _is_whole(self, place: str, digest: str) -> bool:
+        with self.staging() as fetched:
+            self._download(place, fetched)
+            return digest_of(fetched)[0] == digest
+
     def _fetch(self, revision: Revision, place: str) -> None:
-        keys = self._objects.list(place)
         with self.staging() as staged:
-            for key, data in zip(keys, self._objects.get_all(keys), strict=True):
-                if data is not None:
-                    (staged / key.rpartition("/")[2]).write_bytes(data)
+            self._download(place, staged)
             if digest_of(staged)[0] == revision.digest:
                 self._cache.remove([revision.digest])
                 self._cache.keep(staged, revision.digest)
@@ -147,6 +166,10 @@ class BucketStorage:
                     f"The files of {revision.name}@{revision.number} in {self._objects.url} are "
                     "not those that were stored; upload the adapter again."
                 )
+
+    def _download(self, place: str, folder: Path) -> None:
+        keys = self._objects.list(place)
+        self._objects.fetch_all({key: folder / key.rpartition("/")[2] for key in keys})
 
     def _delete(self, place: str) -> None:
         self._objects.delete(self._objects.list(place))

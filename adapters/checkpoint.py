@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
-from adapters.adapter_files import CONVERT, folder_with_adapter, missing_files
+from adapters.adapter_files import folder_with_adapter, missing_files
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
 from adapters.errors import CannotCombine, Fault, InvalidAdapter
 from adapters.peft_configs import BOTH_SIDES, names_of_targets
@@ -28,8 +27,8 @@ from adapters.saved import (
     saved_modules,
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
+from adapters.weights import SUFFIX, parse_weights, pieces_of, stage_weights
 
-_SUFFIX = ".ia3_l"
 _INPUT_SUFFIX = ".ia3_l_input"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's task types that bring a head, which a model that generates text has not."""
@@ -94,19 +93,49 @@ class AdapterVectors:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read what `save_pretrained` wrote. Raises InvalidAdapter with the faults of both files."""
+    return _of_folder(folder, lambda weights: parse_weights(weights.read_bytes()))
+
+
+def parse_checkpoint(files: Mapping[str, bytes]) -> Checkpoint:
+    """`read_checkpoint` for the two files' bytes."""
+    return _both(
+        lambda: IA3Config.parse(files[CONFIG_FILE]), lambda: parse_weights(files[WEIGHTS_FILE])
+    )
+
+
+def staged_checkpoint(folder: Path) -> Checkpoint:
+    """`read_checkpoint` for files that are to be checked only: the tensors stay on the disk, and
+    have shapes and dtypes but no values. See StagedTensors."""
+    return _of_folder(folder, stage_weights)
+
+
+def _of_folder(
+    folder: Path, read_weights: Callable[[Path], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
     folder = folder_with_adapter(folder)
-    faults = missing_files({file.name for file in folder.iterdir() if file.is_file()})
-    missing = {fault.field for fault in faults}
+    missing = missing_files({file.name for file in folder.iterdir() if file.is_file()})
+
+    def present(name: str) -> Path:
+        if faults := [fault for fault in missing if fault.field == name]:
+            raise InvalidAdapter(faults)
+        return folder / name
+
+    return _both(
+        lambda: _read_config(present(CONFIG_FILE)), lambda: read_weights(present(WEIGHTS_FILE))
+    )
+
+
+def _both(
+    read_config: Callable[[], IA3Config], read_weights: Callable[[], Mapping[str, torch.Tensor]]
+) -> Checkpoint:
+    faults: list[Fault] = []
     config, tensors = None, None
     try:
-        if CONFIG_FILE not in missing:
-            with (folder / CONFIG_FILE).open("rb") as file:
-                config = IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
+        config = read_config()
     except InvalidAdapter as error:
         faults += error.faults
     try:
-        if WEIGHTS_FILE not in missing:
-            tensors = parse_weights((folder / WEIGHTS_FILE).read_bytes())
+        tensors = read_weights()
     except InvalidAdapter as error:
         faults += error.faults
     if config is None or tensors is None:
@@ -134,7 +163,7 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
     faults = cannot_serve(names, targets, modules)
     if config.task_type in _HEADS:
-        head = {key for key in tensors.keys() - known if not key.endswith(_SUFFIX)}
+        head = {key for key in tensors.keys() - known if not key.endswith(SUFFIX)}
         faults += [_head_fault(config, head)] if head else []
         known |= head
     faults += _unknown_keys(tensors, known)
@@ -174,7 +203,9 @@ def _vectors_of(
     if not usable:
         return {}, faults
     # By numpy: torch would compute on several cores, and take them from the model.
-    together = numpy.concatenate([_flat(tensors[key]) for key in usable])
+    together = numpy.concatenate(
+        [_flat(piece) for key in usable for piece in pieces_of(tensors, key)]
+    )
     sizes = [tensors[key].numel() for key in usable]
     parts = torch.split(torch.from_numpy(together), sizes)
     vectors = dict(zip(usable.values(), parts, strict=True))
@@ -189,7 +220,7 @@ def _vectors_of(
 
 def keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
     """The tensors that a file must have for a config's targets. Raises InvalidAdapter."""
-    keys = {f"{PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    keys = {f"{PREFIX}{target.module}{SUFFIX}": target for target in targets}
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     return keys | {
         f"{PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
@@ -247,9 +278,9 @@ def tensors_of(vectors: Mapping[Target, torch.Tensor]) -> dict[str, torch.Tensor
     tensors = {}
     for target, vector in vectors.items():
         if target.side is Side.OUTPUT:
-            tensors[f"{PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
+            tensors[f"{PREFIX}{target.module}{SUFFIX}"] = vector[:, None]
         else:
-            suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
+            suffix = _INPUT_SUFFIX if target.module in outputs else SUFFIX
             tensors[f"{PREFIX}{target.module}{suffix}"] = vector[None]
     return tensors
 
@@ -280,31 +311,9 @@ def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
     return f"the adapter was trained on '{trained}', and this server runs '{served}'"
 
 
-def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
-    """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
-    try:
-        return _without_name(load(data))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
-        if data[:2] == b"PK" or data[:1] == b"\x80":
-            problem = "holds pickled weights, which can run code"
-            raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)]) from None
-        fix = "upload the file whole, as PEFT's save_pretrained wrote it"
-        problem = f"is no safetensors file, or is damaged: {error}"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)]) from None
-
-
-def _without_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's whole state names the adapter: `…ia3_l.default`. PEFT loads it, and so do we."""
-    names = {key.rpartition(".")[2] for key in tensors if _SUFFIX in key}
-    if len(names) != 1 or names == {_SUFFIX[1:]}:
-        return tensors
-    [name] = names
-    plain = {
-        key.removesuffix(f".{name}") if f"{_SUFFIX}.{name}" in key else key: tensor
-        for key, tensor in tensors.items()
-    }
-    return {key.replace(f".modules_to_save.{name}.", "."): t for key, t in plain.items()}
+def _read_config(path: Path) -> IA3Config:
+    with path.open("rb") as file:
+        return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
 
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:

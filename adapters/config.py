@@ -101,6 +101,29 @@ def _json_object(data: bytes) -> dict[str, Any]:
     return values
 
 
+def check_texts(config: IA3Config) -> None:
+    """Raises InvalidAdapter where a text of a config cannot be written in an answer. JSON can name
+    half of a surrogate pair, which is no character."""
+    fix = "write whole characters"
+    faults = [
+        Fault(name[:80].encode(errors="backslashreplace").decode(), problem, fix)
+        for name, value in dict(config).items()
+        if (problem := _undecodable(name) or _undecodable(value))
+    ]
+    if faults:
+        raise InvalidAdapter(faults)
+
+
+def _undecodable(value: object) -> str | None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"has half of a surrogate pair, {error.object[error.start : error.end]!r}"
+    except RecursionError:
+        return "is nested too deeply"
+    return None
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 

@@ -6,6 +6,7 @@ AdapterError
 ├── UnknownRevision      the name exists, that revision of it does not
 ├── AdapterExists        the name is taken
 ├── RevisionConflict     the adapter changed since the caller last looked
+├── RevisionDamaged      the stored files of a revision are not those that were uploaded
 ├── AdapterDisabled      an operator has switched the adapter off
 ├── TooManyPinned        one more pinned adapter would leave no slot for the others
 ├── CannotCombine        whole modules cannot be mixed or weighted
@@ -16,9 +17,10 @@ AdapterError
 ├── TooManyMerges        one more would wait too long
 ├── WrongCall            IA3Model cannot do that now, or not with these values; a ValueError
 ├── WrongType            IA3Model was given something of another type; a TypeError
+├── BaseNameTaken        an adapter has the name that the base model is to be served under
 ├── StoreLocked          another process owns the store's folder or bucket
 ├── StoreFull            the disk or the bucket has no room left
-├── StoreUnreachable     the bucket refuses, or does not answer
+├── StoreUnreachable     the bucket refuses or does not answer, or the folder was taken away
 ├── TemplateRefused      a chat template does not take a conversation, or takes too long over it
 ├── SandboxUnavailable   no limited process can be had for what an adapter brings
 ├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
@@ -91,6 +93,16 @@ class RevisionConflict(AdapterError):
         super().__init__(f"The adapter '{name}' has changed; its ETag is now {current}.")
 
 
+class RevisionDamaged(AdapterError):
+    def __init__(self, name: str, revision: int) -> None:
+        self.name = name
+        self.revision = revision
+        super().__init__(
+            f"The stored files of '{name}@{revision}' are damaged, so it is not served: upload "
+            f"the same files again (PUT /v1/adapters/{name}), or roll back to another revision."
+        )
+
+
 class AdapterDisabled(AdapterError):
     def __init__(self, name: str) -> None:
         self.name = name
@@ -139,6 +151,10 @@ class TooManyMerges(AdapterError):
         super().__init__(
             f"{most} merges wait already; cancel some, or ask again in {self.retry_after} s."
         )
+
+
+class BaseNameTaken(AdapterError):
+    pass
 
 
 class WrongCall(AdapterError, ValueError):

@@ -12,15 +12,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapters.errors import StoreFull, StoreLocked
-from adapters.journal import Event, Journal, sync
+from adapters.errors import StoreFull, StoreLocked, StoreUnreachable
+from adapters.journal import Event, Journal, is_at, sync
 from adapters.revision import Revision
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CHUNK = 1 << 20
+"""Bytes of a file that are in memory at once."""
 
 
 class ContentFolder:
@@ -58,6 +60,7 @@ class ContentFolder:
     def staging(self) -> Iterator[Path]:
         """A private folder to write files in; gone afterwards."""
         with room():
+            self._staging.mkdir(exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._staging))
         try:
             with room():
@@ -65,16 +68,27 @@ class ContentFolder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, staged: Path, digest: str) -> None:
-        """Move the staged files to where their digest says, durably."""
+    def keep(self, staged: Path, digest: str) -> bool:
+        """Move the staged files to where their digest says, durably. False where they are there
+        already, each byte of them."""
         target = self.path(digest)
-        if not target.exists():
-            with room():
-                for file in staged.iterdir():
-                    sync(file)
-                sync(staged)
-                staged.rename(target)
-                sync(self._content)
+        if target.exists():
+            if self._is_whole(digest):
+                return False
+            self.remove([digest])
+        with room():
+            for file in staged.iterdir():
+                sync(file)
+            sync(staged)
+            staged.rename(target)
+            sync(self._content)
+        return True
+
+    def _is_whole(self, digest: str) -> bool:
+        try:
+            return digest_of(self.path(digest))[0] == digest
+        except OSError:
+            return False
 
     def path(self, digest: str) -> Path:
         return self._content / digest
@@ -97,6 +111,7 @@ class FolderStorage(ContentFolder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self._folder = folder
         try:
             with room():
                 self._journal = Journal(folder / "journal.jsonl")
@@ -111,28 +126,74 @@ class FolderStorage(ContentFolder):
     def read(self) -> list[Event]:
         return self._journal.read()
 
+    def check(self) -> None:
+        """Raises StoreUnreachable where the folder is no longer the one that was opened."""
+        lock, content = self._folder / "lock", self._content
+        if not (is_at(self.lock, lock) and self._journal.is_in_place and content.is_dir()):
+            raise StoreUnreachable(
+                f"The adapters folder {self._folder} was removed, moved or replaced while the "
+                "server runs, so no change would last: put it back as it was, or restart the "
+                "server."
+            )
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        self.check()
+        with self._told_if_gone(), super().staging() as folder:
+            yield folder
+
+    def keep(self, staged: Path, digest: str) -> bool:
+        with self._told_if_gone():
+            return super().keep(staged, digest)
+
     def append(self, event: Mapping[str, object]) -> None:
-        with room():
+        with self._told_if_gone(), room():
             self._journal.append(event)
 
     def settle(self) -> Sequence[Event]:
         """A failed append leaves nothing on a disk."""
+        self.check()
         return ()
 
     def files(self, revision: Revision) -> Path:
         return self.path(revision.digest)
 
+    def refresh(self, revision: Revision) -> None:
+        """What is on the disk is the only copy."""
+
+    @contextmanager
+    def _told_if_gone(self) -> Iterator[None]:
+        """What fails because the folder is no longer there says so."""
+        try:
+            yield
+        except OSError:
+            self.check()
+            raise
+
 
 def digest_of(folder: Path) -> tuple[str, int]:
     """SHA-256 over the names and bytes of a folder's files, and how many bytes they have."""
+    digest, size, _ = read_files(folder, ())
+    return digest, size
+
+
+def read_files(folder: Path, names: Container[str]) -> tuple[str, int, dict[str, bytes]]:
+    """What `digest_of` returns, and the bytes of the named files: those that the digest is of."""
     sha = hashlib.sha256()
     size = 0
+    kept = {}
     for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        sha.update(f"{path.name}\0{len(data)}\0".encode())
-        sha.update(data)
-        size += len(data)
-    return sha.hexdigest(), size
+        with path.open("rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            sha.update(f"{path.name}\0{length}\0".encode())
+            if path.name in names:
+                kept[path.name] = file.read()
+                sha.update(kept[path.name])
+            else:
+                while chunk := file.read(_CHUNK):
+                    sha.update(chunk)
+        size += length
+    return sha.hexdigest(), size, kept
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """A file of events, one JSON line each, that only grows: what was appended survives a crash."""
 
+import errno
 import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,11 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+    @property
+    def is_in_place(self) -> bool:
+        """False where somebody removed, moved or replaced the file since it was opened."""
+        return is_at(self._file, self._path)
 
     def read(self) -> list[Event]:
         """Every event, oldest first.
@@ -47,7 +53,8 @@ class Journal:
         return events
 
     def append(self, event: Mapping[str, object]) -> None:
-        """Raises OSError where the disk has no room or fails; nothing of the event is left then."""
+        """Raises OSError where the disk has no room or fails, or where the file is no longer in
+        place; nothing of the event is left then."""
         size = os.fstat(self._file.fileno()).st_size
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         try:
@@ -55,13 +62,24 @@ class Journal:
             while written < len(line):
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
+            if not self.is_in_place:
+                # The next start would not find what was written into a removed file.
+                raise FileNotFoundError(errno.ENOENT, "was removed or replaced", str(self._path))
         except OSError:
             self._cut(size)
             raise
 
     def _cut(self, size: int) -> None:
-        os.truncate(self._path, size)
+        os.ftruncate(self._file.fileno(), size)
         os.fsync(self._file.fileno())
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one at a path: nobody removed, moved or replaced it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def sync(path: Path) -> None:

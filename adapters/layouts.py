@@ -8,7 +8,6 @@ for this, and the model's thread for the interpreter's lock meanwhile.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -21,10 +20,9 @@ from adapters.checkpoint import (
     Float32s,
     effective_vectors,
     keys_of_vectors,
-    parse_weights,
-    read_checkpoint,
+    parse_checkpoint,
 )
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE, IA3Config
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.targets import BaseModules, Target, resolve_targets
 
 _KEPT = 64
@@ -60,14 +58,13 @@ class Layouts:
         self._modules = modules
         self._known: dict[tuple[bytes, _Tensors], _Layout] = {}
 
-    def read(self, folder: Path) -> AdapterVectors:
-        """`effective_vectors(read_checkpoint(folder))`, and raises what they raise."""
+    def read(self, files: Mapping[str, bytes]) -> AdapterVectors:
+        """`effective_vectors(parse_checkpoint(files))`, and raises what they raise."""
+        config = files[CONFIG_FILE]
         try:
-            config = (folder / CONFIG_FILE).read_bytes()
-            data = (folder / WEIGHTS_FILE).read_bytes()
-            tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
-        except (OSError, SafetensorError):
-            return effective_vectors(read_checkpoint(folder), self._modules)
+            tensors = dict(deserialize(files[WEIGHTS_FILE]))  # type: ignore[no-untyped-call]
+        except SafetensorError:
+            return effective_vectors(parse_checkpoint(files), self._modules)
         described = frozenset((k, t["dtype"], tuple(t["shape"])) for k, t in tensors.items())
         layout = self._known.get((config, described))
         if layout is not None:
@@ -75,7 +72,8 @@ class Layouts:
             # A finite sum says that every value is finite.
             if math.isfinite(together.sum()):
                 return layout.vectors(together)
-        checkpoint = Checkpoint(IA3Config.parse(config), parse_weights(data))
+        tensors.clear()
+        checkpoint = parse_checkpoint(files)
         vectors = effective_vectors(checkpoint, self._modules)
         if layout is None:
             self._learn(config, described, checkpoint, vectors)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 16
 """Requests in flight."""
+_PART = 1 << 20
+"""Bytes of an object that are in memory at once, where it goes to a file."""
 _NO_ROOM = ("507 Insufficient", "StorageFull", "QuotaExceeded", "No space left")
 _ABSENT = (FileNotFoundError, NotFoundError)
 
@@ -76,6 +78,13 @@ class Objects:
         with _failures_of(self.url):
             return list(self._pool.map(self._get, keys))
 
+    def fetch_all(self, files: Mapping[str, Path]) -> None:
+        """Write the object of each key to its path, a part at a time; what does not exist leaves no
+        file."""
+        with _failures_of(self.url):
+            for _ in self._pool.map(self._fetch, files, files.values()):
+                pass
+
     def get(self, key: str) -> bytes | None:
         return self.get_all([key])[0]
 
@@ -86,11 +95,22 @@ class Objects:
 
     def delete(self, keys: Iterable[str]) -> None:
         """What is gone already does not matter."""
+        gone = list(keys)
         with _failures_of(self.url), suppress(*_ABSENT):
-            obstore.delete(self._store, list(keys))
+            if gone:
+                obstore.delete(self._store, gone)
 
     def _put(self, key: str, path: Path) -> None:
         obstore.put(self._store, key, path)
+
+    def _fetch(self, key: str, path: Path) -> None:
+        try:
+            chunks = obstore.get(self._store, key).stream(_PART)
+        except _ABSENT:
+            return
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
 
     def _get(self, key: str) -> bytes | None:
         try:

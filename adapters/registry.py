@@ -1,7 +1,8 @@
 """Which adapter a request gets: name -> revision -> vectors; and every change of an adapter."""
 
+import logging
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,25 +15,30 @@ from adapters.checkpoint import (
     both_sides_warning,
     checkpoint_of,
     effective_vectors,
-    read_checkpoint,
+    staged_checkpoint,
     write_checkpoint,
 )
 from adapters.combine import Method, Recipe, combine, mix
+from adapters.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
 from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
     Fault,
     InvalidAdapter,
-    StoreDamaged,
+    RevisionDamaged,
+    StoreUnreachable,
     TooManyPinned,
     UnknownAdapter,
 )
 from adapters.layouts import Layouts
+from adapters.names import check_name
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
-from adapters.revision import Details, Origin, Revision
-from adapters.store import UPLOADED, AdapterStore, check_name
+from adapters.revision import Details, DetailsChange, Origin, Revision
+from adapters.store import UPLOADED, AdapterStore
 from adapters.targets import BaseModules
 from adapters.vocabulary import Vocabularies, Vocabulary
+
+log = logging.getLogger(__name__)
 
 Composition = Literal["product", "linear"]
 
@@ -49,6 +55,8 @@ class Part:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryStats(ResidencyStats):
     registered: int
+    damaged: int
+    """Revisions whose stored files were found to be others than were stored."""
 
 
 class AdapterRegistry:
@@ -82,7 +90,7 @@ class AdapterRegistry:
         """Name -> the vectors that are kept on the device for it."""
         for name in store.names():
             if store.details(name).pinned:
-                self._keep(name)
+                self._keep_if_whole(store.current(name))
 
     def close(self) -> None:
         """End what runs for adapters' own tokenizers and chat templates."""
@@ -90,8 +98,10 @@ class AdapterRegistry:
             self._vocabularies.close()
 
     def check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
-        """Everything that an upload must pass, and warnings."""
-        checkpoint = read_checkpoint(staged)
+        """Everything that an upload must pass, and warnings. The whole modules among the vectors
+        have no values: they would have to be in memory."""
+        checkpoint = staged_checkpoint(staged)
+        check_texts(checkpoint.config)
         vectors = effective_vectors(checkpoint, self._modules)
         self._check_room(vectors)
         if self._vocabularies is not None:
@@ -105,7 +115,7 @@ class AdapterRegistry:
 
     def check_name(self, name: str) -> None:
         """Raises InvalidAdapter for what is no name, AdapterExists for the base's own."""
-        if name in self._reserved:
+        if any(name in (base, base.partition("@")[0]) for base in self._reserved):
             raise AdapterExists(name)
         check_name(name)
 
@@ -124,7 +134,7 @@ class AdapterRegistry:
         with self._changing:
             old = self._store.current(name)
             revision, changed = self._store.replace(name, staged, if_match, origin)
-            self._moved(old)
+            self._moved(old, revision)
         return revision, changed, warnings
 
     def roll_back(
@@ -134,23 +144,29 @@ class AdapterRegistry:
         with self._changing:
             old = self._store.current(name)
             revision, changed = self._store.roll_back(name, number, if_match, by)
-            self._moved(old)
+            self._moved(old, revision)
         return revision, changed
 
     def describe(
-        self, name: str, details: Details, if_match: str | None = None, by: str | None = None
-    ) -> None:
-        """Raises TooManyPinned where no slot would be left for other adapters."""
+        self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
+    ) -> tuple[Revision, Details]:
+        """The current revision and all details after the change. Raises TooManyPinned where no slot
+        would be left for other adapters."""
         with self._changing:
-            if details.pinned and name not in self._kept:
+            current = self._store.current(name)
+            if change.pinned and name not in self._kept:
                 most = self.residency.capacity - 1
                 if len(self._kept) >= most:
                     raise TooManyPinned(most)
-            self._store.describe(name, details, if_match, by)
-            if details.pinned:
-                self._keep(name)
+                # What cannot be read cannot be pinned, and nothing has changed then.
+                vectors = self.vectors(current)
+                changed = self._store.describe(name, change, if_match, by)
+                self._keep(current, vectors)
             else:
+                changed = self._store.describe(name, change, if_match, by)
+            if change.pinned is False:
                 self._stop_keeping(name)
+            return changed
 
     def combine(
         self,
@@ -197,9 +213,13 @@ class AdapterRegistry:
     def lease(self, model: str) -> Lease:
         """A lease on what `name` is now, or on `name@number`."""
         revision = self.resolve(model)
-        vectors = self.vectors(revision)
-        self._check_room(vectors)
-        vocabulary = self._vocabulary(revision, vectors)
+        vectors = self.residency.find(revision.digest)
+        if vectors is None:
+            vectors = self._read(revision)
+            self._check_room(vectors)
+            vocabulary = self._vocabulary(revision, vectors, self._store.files)
+        else:
+            vocabulary = self._vocabulary(revision, vectors, self._store.verified)
         return self.residency.lease(revision.digest, _label(revision), vectors, vocabulary)
 
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
@@ -218,7 +238,7 @@ class AdapterRegistry:
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
         vocabulary = None
         if len(revisions) == 1:
-            vocabulary = self._vocabulary(revisions[0], vectors)
+            vocabulary = self._vocabulary(revisions[0], vectors, self._store.verified)
         label = f"{composition}({','.join(shown)})"
         return self.residency.lease(key, label, vectors, vocabulary)
 
@@ -246,21 +266,21 @@ class AdapterRegistry:
     def vectors(self, revision: Revision) -> AdapterVectors:
         """A revision's vectors, from memory where they are there."""
         found = self.residency.find(revision.digest)
-        if found is not None:
-            return found
-        try:
-            return self._layouts.read(self._store.files(revision))
-        except (OSError, InvalidAdapter, StoreDamaged):
-            # Deleted since its name was looked up: say what a request one moment later hears.
-            self._store.revision(revision.name, revision.number)
-            raise
+        return self._read(revision) if found is None else found
 
-    def _vocabulary(self, revision: Revision, vectors: AdapterVectors) -> Vocabulary | None:
-        """The adapter's own, or None. Raises InvalidAdapter where it no longer fits the base."""
+    def _read(self, revision: Revision) -> AdapterVectors:
+        return self._layouts.read(self._store.read(revision, (CONFIG_FILE, WEIGHTS_FILE)))
+
+    def _vocabulary(
+        self, revision: Revision, vectors: AdapterVectors, files: Callable[[Revision], Path]
+    ) -> Vocabulary | None:
+        """The adapter's own, or None. `files` finds its files, where they must be read. Raises
+        InvalidAdapter where it no longer fits the base."""
         if self._vocabularies is None:
             return None
-        folder = self._store.files(revision)
-        vocabulary = self._vocabularies.find(revision.digest, folder, vectors.saved)
+        if self._vocabularies.knows(revision.digest):
+            files = self._store.files
+        vocabulary = self._vocabularies.find(revision.digest, files(revision), vectors.saved)
         # Deleted since its name was looked up, it may have seemed to have no files.
         self._store.revision(revision.name, revision.number)
         return vocabulary
@@ -276,6 +296,7 @@ class AdapterRegistry:
         residency = self.residency.stats()
         return RegistryStats(
             registered=len(self._store),
+            damaged=self._store.damaged,
             resident=residency.resident,
             pinned=residency.pinned,
             leases=residency.leases,
@@ -284,19 +305,26 @@ class AdapterRegistry:
             host_bytes=residency.host_bytes,
         )
 
-    def _moved(self, old: Revision) -> None:
-        """A name has gone on from this revision, or not."""
-        if self._store.current(old.name).digest != old.digest:
-            if old.name in self._kept:
-                self._stop_keeping(old.name)
-                self._keep(old.name)
+    def _moved(self, old: Revision, new: Revision) -> None:
+        """A name has gone on from one revision to another, or to itself."""
+        if new.digest != old.digest or new.name not in self._kept:
+            self._stop_keeping(old.name)
+            if self._store.details(new.name).pinned:
+                self._keep_if_whole(new)
+        if new.digest != old.digest:
             self.residency.retire(old.digest)
 
-    def _keep(self, name: str) -> None:
-        if name not in self._kept:
-            revision = self._store.current(name)
-            self._kept[name] = self.vectors(revision)
-            self.residency.keep(revision.digest, self._kept[name])
+    def _keep_if_whole(self, revision: Revision) -> None:
+        """A pinned adapter that is damaged, or cannot be read now, costs no other adapter and no
+        start. It is on the device again after it was stored anew."""
+        try:
+            self._keep(revision, self.vectors(revision))
+        except (RevisionDamaged, StoreUnreachable) as error:
+            log.error("%s@%d is not kept on the device: %s", revision.name, revision.number, error)
+
+    def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:
+        self._kept[revision.name] = vectors
+        self.residency.keep(revision.digest, vectors)
 
     def _stop_keeping(self, name: str) -> None:
         vectors = self._kept.pop(name, None)

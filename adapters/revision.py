@@ -1,7 +1,7 @@
 """The values that a store keeps of an adapter, and how its journal writes them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,11 +31,16 @@ class Revision:
     size: int
     """Bytes of all files."""
     origin: Origin
+    edits: int = field(default=0, compare=False)
+    """How often the details of its name had been changed when the store gave this value out. It
+    never falls while the name lives, and the journal gives it back after a restart."""
 
     @property
     def etag(self) -> str:
-        """A quoted string, as HTTP wants it."""
-        return f'"{self.number}-{self.digest[:32]}"'
+        """A quoted string, as HTTP wants it: another one after each change of the name, be it of
+        the content or of the details."""
+        edits = f".{self.edits}" if self.edits else ""
+        return f'"{self.number}{edits}-{self.digest[:32]}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,20 @@ class Details:
     """Keep it on the device."""
     enabled: bool = True
     """Answer requests that name it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetailsChange:
+    """What to change of an adapter's details; None leaves a detail as it is."""
+
+    description: str | None = None
+    tags: tuple[str, ...] | None = None
+    pinned: bool | None = None
+    enabled: bool | None = None
+
+    def applied_to(self, details: Details) -> Details:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(details, **given)
 
 
 def revision_to_json(revision: Revision) -> dict[str, object]:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.config import WEIGHTS_FILE, IA3Config
 from adapters.errors import Fault
 from adapters.targets import BaseModules, Target
+from adapters.weights import pieces_of
 
 PREFIX = "base_model.model."
 
@@ -85,7 +86,7 @@ def read_state(
             faults.append(Fault(path, f"is missing in {WEIGHTS_FILE}", fix))
             continue
         tensor = tensors[path].detach()
-        fault = _fault(path, tensor, like, resizable=name in modules.embeddings)
+        fault = _fault(path, tensors, like, resizable=name in modules.embeddings)
         if fault is None:
             state[key] = tensor.to(like.dtype).contiguous()
         else:
@@ -93,7 +94,10 @@ def read_state(
     return state, faults
 
 
-def _fault(key: str, tensor: torch.Tensor, like: torch.Tensor, resizable: bool) -> Fault | None:
+def _fault(
+    key: str, tensors: Mapping[str, torch.Tensor], like: torch.Tensor, resizable: bool
+) -> Fault | None:
+    tensor = tensors[key]
     found, needed = tuple(tensor.shape), tuple(like.shape)
     if not like.is_floating_point():
         return Fault(key, f"is {like.dtype} in the base", "serve a base that is not quantised here")
@@ -103,7 +107,10 @@ def _fault(key: str, tensor: torch.Tensor, like: torch.Tensor, resizable: bool) 
         return Fault(key, problem, "train the adapter on the base model that is served here")
     if not tensor.is_floating_point():
         return Fault(key, f"has dtype {tensor.dtype}", "save the modules as floating-point numbers")
-    bad = int((~torch.isfinite(tensor.to(like.dtype).float())).sum())
+    bad = sum(
+        int((~torch.isfinite(piece.to(like.dtype).float())).sum())
+        for piece in pieces_of(tensors, key)
+    )
     if bad:
         problem = f"{bad} of {tensor.numel()} values are NaN or infinite in {like.dtype}"
         return Fault(key, problem, "train again with a lower learning rate")

@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -77,12 +77,15 @@ class Sources:
         self._timeout = timeout
         self._turns = anyio.CapacityLimiter(_AT_ONCE)
 
-    async def fetch(self, url: str, folder: Path) -> str:
+    async def fetch(
+        self, url: str, folder: Path, take: Callable[[int], object] = lambda _: None
+    ) -> str:
         """Write the adapter's files into `folder`; the answer is where they came from, exactly.
 
         Raises BadSource, SourceNotAllowed, SourceNotFound, SourceRefused, SourceTooLarge,
         SourceTimeout, SourceFailed, and InvalidAdapter where all weights are pickled. The files
-        are not checked: that is the upload's way from here on.
+        are not checked: that is the upload's way from here on. `take` hears of bytes before they
+        are written; what it raises ends the fetch.
         """
         source = parse_source(url)
         if not any(prefix.holds(source) for prefix in self._prefixes):
@@ -90,7 +93,7 @@ class Sources:
         try:
             with anyio.fail_after(self._timeout):
                 async with self._turns, self._place(source) as place:
-                    await self._take(place, source, folder)
+                    await self._take(place, source, folder, take)
                     return place.origin
         except TimeoutError:
             raise SourceTimeout(self._timeout) from None
@@ -108,7 +111,9 @@ class Sources:
             else:
                 yield _Bucket(source, http, await sign(source, self._timeout))
 
-    async def _take(self, place: _Place, source: Source, folder: Path) -> None:
+    async def _take(
+        self, place: _Place, source: Source, folder: Path, take: Callable[[int], object]
+    ) -> None:
         left = self._max_bytes
         for name in WANTED:
             async with place.open(name) as chunks:
@@ -119,6 +124,7 @@ class Sources:
                         left -= len(chunk)
                         if left < 0:
                             raise SourceTooLarge(self._max_bytes)
+                        take(len(chunk))
                         await file.write(chunk)
         if not (folder / WEIGHTS_FILE).exists():
             async with place.open(PICKLED_FILE) as pickled:

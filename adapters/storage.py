@@ -24,19 +24,30 @@ class Storage(Protocol):
         ...
 
     def settle(self) -> Sequence[Event]:
-        """Called before each change: what an append that raised has done after all."""
+        """Called before each change: what an append that raised has done after all. Raises what
+        `check` raises."""
+        ...
+
+    def check(self) -> None:
+        """Raises StoreUnreachable where it can be told that no change would last."""
         ...
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private local folder to write files in; gone afterwards."""
         ...
 
-    def keep(self, staged: Path, digest: str) -> None:
-        """Keep the staged files as the content of this digest. The staged folder may be moved."""
+    def keep(self, staged: Path, digest: str) -> bool:
+        """Keep the staged files as the content of this digest, also in the place of a damaged one.
+        False where that content was there. The staged folder may be moved."""
         ...
 
     def files(self, revision: Revision) -> Path:
         """The local folder of a revision's files; it does not exist once they are removed."""
+        ...
+
+    def refresh(self, revision: Revision) -> None:
+        """What `files` names is damaged: get it again where it is kept elsewhere too. Raises
+        StoreDamaged where it is damaged there as well."""
         ...
 
     def remove(self, digests: Iterable[str]) -> None:

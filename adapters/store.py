@@ -6,28 +6,30 @@ there. Start-up reads the journal, whatever the number of adapters.
 """
 
 import logging
-import re
 import threading
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from adapters.errors import (
     AdapterExists,
-    Fault,
-    InvalidAdapter,
     RevisionConflict,
+    RevisionDamaged,
+    StoreDamaged,
+    StoreUnreachable,
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.folder import FolderStorage, digest_of
+from adapters.folder import FolderStorage, digest_of, read_files
 from adapters.journal import Event
+from adapters.names import check_name
 from adapters.revision import (
     Details,
+    DetailsChange,
     Origin,
     Revision,
     details_from_json,
@@ -38,7 +40,6 @@ from adapters.storage import Storage
 
 log = logging.getLogger(__name__)
 
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 UPLOADED = Origin()
 
 
@@ -50,15 +51,8 @@ class _Adapter:
     reachable: list[Revision] = field(default_factory=list)
     """Oldest first, since the name was last created; empty once it is deleted."""
     details: Details = field(default_factory=Details)
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidAdapter where `name` cannot be an adapter's."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        shown = name if len(name) <= 140 else name[:137] + "..."
-        problem = f"{shown!r} is no adapter name"
-        fix = "1 to 128 letters, digits, dots, underscores and hyphens; the first a letter or digit"
-        raise InvalidAdapter([Fault("name", problem, fix)])
+    edits: int = 0
+    """How often the details were changed since the name was last created."""
 
 
 class AdapterStore:
@@ -82,6 +76,9 @@ class AdapterStore:
         self._sorted: list[str] = []
         self._users: Counter[str] = Counter()
         """Digest -> how many reachable revisions have that content."""
+        self._damaged: set[str] = set()
+        """Digests of contents that were found to be others: not read again until they are stored
+        anew."""
         try:
             self._recover()
         except BaseException:
@@ -90,6 +87,10 @@ class AdapterStore:
 
     def close(self) -> None:
         self._storage.close()
+
+    def check(self) -> None:
+        """Raises StoreUnreachable where it can be told that no change would last. Cheap."""
+        self._storage.check()
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; gone afterwards."""
@@ -111,7 +112,8 @@ class AdapterStore:
         if_match: str | None = None,
         origin: Origin = UPLOADED,
     ) -> tuple[Revision, bool]:
-        """A new revision; (the current one, False) where the content is the same already.
+        """A new revision; (the current one, False) where the content is the same already, and
+        (the current one, True) where its files were damaged and are now whole again.
 
         Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
         """
@@ -119,7 +121,7 @@ class AdapterStore:
         with self._changing():
             current = self._require(name, if_match)
             if current.digest == digest:
-                return current, False
+                return current, self._keep(staged, digest)
             return self._add_revision(name, staged, digest, size, origin), True
 
     def roll_back(
@@ -127,27 +129,35 @@ class AdapterStore:
     ) -> tuple[Revision, bool]:
         """A new revision with the content of `number`; (the current one, False) where it has that.
 
-        Raises UnknownAdapter, UnknownRevision, RevisionConflict.
+        Raises UnknownAdapter, UnknownRevision, RevisionConflict, and RevisionDamaged: requests
+        would only fail.
         """
         with self._changing():
             current = self._require(name, if_match)
             wanted = self.revision(name, number)
             if wanted.digest == current.digest:
                 return current, False
+            if self._read(wanted, ()) is None:
+                self._read_again(wanted, ())
             origin = replace(wanted.origin, source=f"rollback to {number}", by=by)
             return self._add_revision(name, None, wanted.digest, wanted.size, origin), True
 
     def describe(
-        self, name: str, details: Details, if_match: str | None = None, by: str | None = None
-    ) -> None:
-        """Set what is said of a name. Raises UnknownAdapter, RevisionConflict."""
+        self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
+    ) -> tuple[Revision, Details]:
+        """Change what is said of a name: the current revision, with its new ETag, and all details.
+
+        Raises UnknownAdapter, RevisionConflict.
+        """
         with self._changing():
             self._require(name, if_match)
             adapter = self._adapters[name]
+            details = change.applied_to(adapter.details)
             if details != adapter.details:
                 self._append("details", name, by, asdict(details))
                 with self._mutex:
-                    adapter.details = details
+                    self._edit(adapter, details)
+            return adapter.reachable[-1], details
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """The name is gone at once. Raises UnknownAdapter, RevisionConflict."""
@@ -157,7 +167,7 @@ class AdapterStore:
             self._append("delete", name, by, {"number": adapter.last_number})
             with self._mutex:
                 gone = self._forget(adapter, len(adapter.reachable))
-                adapter.details = Details()
+                adapter.details, adapter.edits = Details(), 0
                 self._sorted.remove(name)
             self._collect(gone)
 
@@ -191,9 +201,46 @@ class AdapterStore:
     def files(self, revision: Revision) -> Path:
         """The folder of a revision's files, to read only. It goes with the last such revision.
 
-        Raises StoreUnreachable, StoreDamaged where they are in a bucket and not here yet.
+        Nothing says that they are those that were stored: `read` and `verified` do. Raises
+        StoreUnreachable, StoreDamaged where they are in a bucket and not here yet.
         """
         return self._storage.files(revision)
+
+    def read(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
+        """The named files of a revision, of those that it has: the bytes that were stored.
+
+        All of its files are read and compared with its digest. Raises RevisionDamaged where they
+        are others, from then on at once until they are stored anew; StoreUnreachable where they
+        cannot be read now; UnknownAdapter and UnknownRevision where it was deleted meanwhile.
+        """
+        found = self._read(revision, names)
+        if found is None:
+            with self._changes:
+                # Deleted meanwhile, it only seemed to be damaged.
+                self.revision(revision.name, revision.number)
+                self._storage.check()
+                found = self._read_again(revision, names)
+        return found
+
+    def verified(self, revision: Revision) -> Path:
+        """`files`, after `read` found nothing wrong with them."""
+        self.read(revision, ())
+        return self._storage.files(revision)
+
+    def is_damaged(self, revision: Revision) -> bool:
+        """Whether `read` has found that a revision's files are not those that were stored."""
+        return revision.digest in self._damaged
+
+    @property
+    def damaged(self) -> int:
+        """How many reachable revisions are damaged, as far as it was seen."""
+        with self._mutex:
+            return sum(self._users[digest] for digest in self._damaged)
+
+    def was_deleted(self, name: str) -> bool:
+        """Whether there was an adapter of this name, and there is none now."""
+        with self._mutex:
+            return name not in self and self._adapters.get(name, _Adapter()).last_number > 0
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -221,7 +268,7 @@ class AdapterStore:
         dropped = max(0, len(adapter.reachable) + 1 - self._keep_revisions)
         try:
             if staged is not None:
-                self._storage.keep(staged, digest)
+                self._keep(staged, digest)
             values = {**revision_to_json(revision), "dropped": dropped}
             self._append("revision", name, origin.by, values)
         except BaseException:
@@ -233,13 +280,27 @@ class AdapterStore:
             self._adapters[name] = adapter
             self._enter(adapter, revision)
             gone = self._forget(adapter, dropped)
+            revision = adapter.reachable[-1]
         self._collect(gone)
         return revision
 
+    def _keep(self, staged: Path, digest: str) -> bool:
+        """False where the content was there, and whole."""
+        written = self._storage.keep(staged, digest)
+        with self._mutex:
+            self._damaged.discard(digest)
+        return written
+
     def _enter(self, adapter: _Adapter, revision: Revision) -> None:
         adapter.last_number = revision.number
-        adapter.reachable.append(revision)
+        adapter.reachable.append(replace(revision, edits=adapter.edits))
         self._users[revision.digest] += 1
+
+    def _edit(self, adapter: _Adapter, details: Details) -> None:
+        adapter.details = details
+        adapter.edits += 1
+        if adapter.reachable:
+            adapter.reachable[-1] = replace(adapter.reachable[-1], edits=adapter.edits)
 
     def _forget(self, adapter: _Adapter, count: int) -> list[str]:
         """Drop the oldest revisions of a name; returns their digests."""
@@ -254,7 +315,38 @@ class AdapterStore:
 
     def _collect(self, digests: Iterable[str]) -> None:
         """Remove those contents that no reachable revision has."""
-        self._storage.remove([digest for digest in digests if self._users[digest] <= 0])
+        unused = [digest for digest in digests if self._users[digest] <= 0]
+        self._storage.remove(unused)
+        with self._mutex:
+            self._damaged.difference_update(unused)
+
+    def _read(self, revision: Revision, names: Container[str]) -> dict[str, bytes] | None:
+        """None where the files are not those that were stored, as far as was seen now."""
+        if revision.digest in self._damaged:
+            raise RevisionDamaged(revision.name, revision.number)
+        try:
+            digest, _, found = read_files(self._storage.files(revision), names)
+        except (StoreDamaged, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise StoreUnreachable(
+                f"The files of {revision.name}@{revision.number} cannot be read: {error.strerror}."
+            ) from error
+        return found if digest == revision.digest else None
+
+    def _read_again(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
+        """What seems damaged is looked at once more while nothing changes, in a bucket where it is
+        kept; then it is known to be."""
+        with suppress(StoreDamaged):
+            self._storage.refresh(revision)
+            found = self._read(revision, names)
+            if found is not None:
+                return found
+        with self._mutex:
+            self._damaged.add(revision.digest)
+        damaged = RevisionDamaged(revision.name, revision.number)
+        log.error("%s Its digest is %s.", damaged, revision.digest)
+        raise damaged
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -286,7 +378,8 @@ class AdapterStore:
                 self._enter(adapter, revision_from_json(event))
                 self._forget(adapter, int(event["dropped"]))
             case "details":
-                adapter.details = details_from_json(event)
+                self._edit(adapter, details_from_json(event))
             case "delete":
                 self._forget(adapter, len(adapter.reachable))
-                adapter.details = Details()
+                adapter.details, adapter.edits = Details(), 0
+                adapter.last_number = max(adapter.last_number, int(event.get("number", 0)))

@@ -179,7 +179,8 @@ def _resolve(
 
 
 def _no_linear(name: str, modules: BaseModules) -> str:
-    return f"'{name}' is a {type(modules.skeleton.get_submodule(name)).__name__}, no linear layer"
+    kind = type(modules.skeleton.get_submodule(name)).__name__
+    return f"'{name}' is no linear layer but a {kind}"
 
 
 def _names_or_default(

@@ -153,6 +153,11 @@ class Vocabularies:
     def close(self) -> None:
         self._sandbox.close()
 
+    def knows(self, digest: str) -> bool:
+        """Whether `find` reads no file for this digest."""
+        with self._mutex:
+            return digest in self._found
+
     def find(self, digest: str, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
         """As `read`, for files with this digest."""
         with self._mutex:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.bucket import BucketStorage
-from adapters.errors import AdapterError, UnknownAdapter
+from adapters.config import CONFIG_FILE
+from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
 from adapters.objects import Objects
 from adapters.registry import AdapterRegistry
 from adapters.residency import Residency
@@ -28,6 +30,7 @@ from adapters.storage import Storage
 from adapters.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
+from server.api.uploads import UploadBudget
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.fair_turns import FairTurns
@@ -99,6 +102,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     try:
         loaded = _load_model(settings)
         name = settings.served_model_name or loaded.name
+        refuse_taken(name, store, settings.preload_adapters)
         ia3 = IA3Slots(
             loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
         )
@@ -130,6 +134,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
             settings.max_upload_bytes,
             settings.source_timeout,
         ),
+        uploads=UploadBudget(settings.uploads_bytes),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
         threads=CapacityLimiter(2 * each),
@@ -191,21 +196,54 @@ def _engine_config(settings: Settings) -> EngineConfig:
     )
 
 
+def refuse_taken(base: str, store: AdapterStore, preloaded: Path | None) -> None:
+    """Raises BaseNameTaken where one name would be the base model's and an adapter's, also with a
+    revision: a base called `a@1` hides the first revision of `a`."""
+    mend = "serve the base under another name (--served-model-name)"
+    for name in (base, base.partition("@")[0]):
+        if name in store:
+            raise BaseNameTaken(
+                f"the base model is to be served as '{base}', and there is an adapter '{name}': "
+                f"{mend}, or do so once to delete the adapter"
+            )
+        if preloaded is not None and name in _folders_to_preload(preloaded):
+            raise BaseNameTaken(
+                f"the base model is to be served as '{base}', and {preloaded} holds an adapter "
+                f"'{name}': {mend}, or rename that folder"
+            )
+
+
+def _folders_to_preload(folder: Path) -> dict[str, Path]:
+    """Name -> folder, in order of names: each sub-folder, and `owner/name` for what lies in a
+    sub-folder that is no adapter itself."""
+    found = {}
+    for source in (path for path in folder.iterdir() if path.is_dir()):
+        inner = [path for path in source.iterdir() if (path / CONFIG_FILE).is_file()]
+        if inner and not (source / CONFIG_FILE).exists():
+            found.update({f"{source.name}/{path.name}": path for path in inner})
+        else:
+            found[source.name] = source
+    return dict(sorted(found.items()))
+
+
 def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> None:
-    """Offer each sub-folder as an adapter of its name; what does not fit is passed over, and what
-    an operator has changed since is left as it is."""
-    for source in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if source.name in store and store.current(source.name).origin != _PRELOADED:
+    """Offer the adapters in a folder; what does not fit is passed over, and what an operator has
+    changed or deleted since is left so."""
+    for name, source in _folders_to_preload(folder).items():
+        if name in store and store.current(name).origin != _PRELOADED:
+            continue
+        if store.was_deleted(name):
+            log.info("The adapter %s in %s was deleted, and stays so.", name, source)
             continue
         with store.staging() as staged:
             for file in source.iterdir():
                 if file.is_file():
-                    (staged / file.name).write_bytes(file.read_bytes())
+                    shutil.copyfile(file, staged / file.name)
             try:
                 try:
-                    registry.replace(source.name, staged, origin=_PRELOADED)
+                    registry.replace(name, staged, origin=_PRELOADED)
                 except UnknownAdapter:
-                    registry.add(source.name, staged, _PRELOADED)
+                    registry.add(name, staged, _PRELOADED)
             except AdapterError as error:
                 log.warning("The adapter in %s is not offered: %s", source, error)
 

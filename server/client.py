@@ -4,6 +4,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO, Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -34,7 +35,7 @@ class AdminClient:
         return self._upload("POST", "/v1/adapters", source, {"name": name})
 
     def replace(self, name: str, source: str) -> dict[str, Any]:
-        return self._upload("PUT", f"/v1/adapters/{name}", source)
+        return self._upload("PUT", _path(name), source)
 
     def check(self, source: str) -> dict[str, Any]:
         return self._upload("POST", "/v1/adapters?dry_run=true", source)
@@ -55,13 +56,13 @@ class AdminClient:
         return self._send("POST", "/v1/adapters/combine", json=body)
 
     def revisions(self, name: str) -> list[dict[str, Any]]:
-        return list(self._send("GET", f"/v1/adapters/{name}/revisions")["data"])
+        return list(self._send("GET", f"{_path(name)}/revisions")["data"])
 
     def roll_back(self, name: str, revision: int) -> dict[str, Any]:
-        return self._send("POST", f"/v1/adapters/{name}/rollback", json={"revision": revision})
+        return self._send("POST", f"{_path(name)}/rollback", json={"revision": revision})
 
     def remove(self, name: str) -> None:
-        self._send("DELETE", f"/v1/adapters/{name}")
+        self._send("DELETE", _path(name))
 
     def _upload(
         self, method: str, path: str, source: str, data: dict[str, str] | None = None
@@ -104,6 +105,11 @@ class AdminClient:
 
 def _line(fault: Fault) -> str:
     return f"{fault.field}: {fault.problem}" + (f" - {fault.fix}" if fault.fix else "")
+
+
+def _path(name: str) -> str:
+    """Of an adapter. What is no name leads to no other resource."""
+    return f"/v1/adapters/{quote(name, safe='')}"
 
 
 def _files_of(folder: Path, archive: IO[bytes]) -> dict[str, Any]:

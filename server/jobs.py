@@ -35,11 +35,12 @@ from adapters.errors import (
     MergeNotDone,
     StoreFull,
     StoreLocked,
+    StoreUnreachable,
     TooManyMerges,
     UnknownMerge,
 )
 from adapters.folder import NO_ROOM
-from adapters.journal import sync
+from adapters.journal import is_at, sync
 from adapters.merge import UNFINISHED, check_room, merge
 from server.engine import EngineError
 from server.engine.loading import model_folder
@@ -142,7 +143,9 @@ class MergeJobs:
         self._lock_file.close()
 
     def submit(self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None) -> Merge:
-        """Queue a merge. Raises CannotMerge, StoreFull and TooManyMerges at once where it can."""
+        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable and TooManyMerges at once
+        where it can."""
+        self._check_folder()
         base = self._open_base()
         check_room(base, vectors, self._folder)
         now = datetime.now(UTC)
@@ -186,8 +189,10 @@ class MergeJobs:
             return self._jobs[job_id]
 
     def result(self, job_id: str) -> Path:
-        """The merged model's folder, to read only. Raises UnknownMerge, MergeNotDone."""
+        """The merged model's folder, to read only. Raises UnknownMerge, MergeNotDone,
+        StoreUnreachable."""
         job = self.get(job_id)
+        self._check_folder()
         if job.state != "succeeded":
             raise MergeNotDone(job_id, job.state)
         return self._folder / job_id
@@ -195,16 +200,25 @@ class MergeJobs:
     def remove(self, job_id: str) -> None:
         """Cancel a job that has not ended; forget one that has, with its result.
 
-        Raises UnknownMerge.
+        Raises UnknownMerge, StoreUnreachable.
         """
         with self._mutex:
             job = self.get(job_id)
+            self._check_folder()
             if job.ended:
                 self._forget(job)
             else:
                 self._tasks[job_id].cancelled.set()
                 if job.state == "queued":
                     self._end(job, "cancelled")
+
+    def _check_folder(self) -> None:
+        """Raises StoreUnreachable where the folder is no longer the one that was opened."""
+        if not is_at(self._lock_file, self._folder / "lock"):
+            raise StoreUnreachable(
+                f"The merges folder {self._folder} was removed, moved or replaced while the server "
+                "runs: put it back as it was, or restart the server."
+            )
 
     def _open_base(self) -> BaseCheckpoint:
         try:
@@ -224,6 +238,7 @@ class MergeJobs:
                 )
             output = self._folder / task.id
             try:
+                self._check_folder()
                 on_passing_thread(
                     partial(merge, task.base, task.vectors, output, _told(job), self._watch(task))
                 )

@@ -124,6 +124,10 @@ class _Gauges(Collector):
             ),
             "infuse_kv_tokens_total": ("The cache's budget in tokens.", engine.kv_tokens_total),
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
+            "infuse_adapters_damaged": (
+                "Revisions whose stored files were found damaged; they are not served.",
+                registry.damaged,
+            ),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
             "infuse_adapters_pinned": ("Adapters that a running row uses.", registry.pinned),
             "infuse_adapter_leases": ("Requests that hold a revision.", registry.leases),

@@ -39,7 +39,7 @@ _ERRORS: dict[int, Json] = {
         "headers": {"Content-Range": header("How many it has: `bytes */2816`.")},
     },
     429: {"description": "Too many wait already.", "headers": _RETRY_AFTER},
-    500: {"description": "The server failed; its log says why."},
+    500: {"description": "The server failed, or what it has stored is damaged."},
     502: {"description": "The source failed."},
     503: {"description": "Not now: the server, or its storage.", "headers": _RETRY_AFTER},
     504: {"description": "The source took too long."},

@@ -11,6 +11,7 @@ from adapters.registry import AdapterRegistry
 from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.streams import Streams
+from server.api.uploads import UploadBudget
 from server.engine import Engine
 from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
@@ -28,17 +29,19 @@ class Services:
     sources: Sources
     metrics: Metrics
     streams: Streams
+    uploads: UploadBudget
     model_name: str
     """What requests call the base model."""
     started: datetime
     threads: CapacityLimiter
     """On which requests are made ready, as many as have a turn."""
     preparing: FairTurns
-
     strangers: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )
     """By what an adapter brings: threads for the requests that wait for it to be read or run."""
+    probing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """The thread that asks the storage whether it is there, for probes."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""

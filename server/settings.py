@@ -135,6 +135,13 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(
         512 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[536870912]
     )
+    max_uploads_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="What all uploads in progress may take together, packed and unpacked; more are "
+        "answered 503. Default: four times --max-upload-bytes.",
+        examples=[2147483648],
+    )
     max_body_bytes: int = Field(
         4 * MEBIBYTE, ge=1, description="Largest JSON request.", examples=[4194304]
     )
@@ -226,6 +233,22 @@ class Settings(BaseSettings):
         except BadSource as error:
             raise ValueError(str(error)) from None
         return prefixes
+
+    @property
+    def uploads_bytes(self) -> int:
+        """What all uploads in progress may take together."""
+        return self.max_uploads_bytes or 4 * (self.max_upload_bytes + MEBIBYTE)
+
+    @model_validator(mode="after")
+    def _holds_one_upload(self) -> Self:
+        # A form takes some room around its files.
+        needed = 2 * self.max_upload_bytes + MEBIBYTE
+        if self.uploads_bytes < needed:
+            raise ValueError(
+                f"max-uploads-bytes {self.uploads_bytes} is less than one upload of "
+                f"max-upload-bytes takes, packed and unpacked: set {needed} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_guarded(self) -> Self:

@@ -32,6 +32,7 @@ VALUES = {
     "keys_share_caches": "true",
     "max_queue": "9",
     "max_upload_bytes": "1000",
+    "max_uploads_bytes": "2000000",
     "max_body_bytes": "100",
     "max_connections": "50",
     "receive_timeout": "2.0",

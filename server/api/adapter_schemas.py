@@ -1,13 +1,14 @@
 """What the admin API takes and gives."""
 
+import json
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters.combine import SPARSE, Method
-from adapters.revision import Revision
-from adapters.store import NAME_PATTERN
+from adapters.names import NAME_PATTERN
+from adapters.revision import Details, Revision
 from server.api.model_schemas import AdapterWeight
 from server.services import Services
 
@@ -19,9 +20,25 @@ MAX_SOURCE = 2048
 
 
 class AdminBody(BaseModel):
-    """Unknown fields are refused: a typo must not pass for a change."""
+    """Unknown fields are refused: a typo must not pass for a change. So are texts that no answer
+    could repeat."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_are_whole(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise ValueError(
+                f"a text has half of a surrogate pair, {half!r}; write whole characters"
+            ) from None
+        except RecursionError:
+            # No body of ours is so deep: it is refused for that next.
+            return values
+        return values
 
 
 class AdapterRevision(BaseModel):
@@ -41,6 +58,11 @@ class AdapterRevision(BaseModel):
     recipe: dict[str, Any] | None = Field(
         description="How it was combined out of others.",
         examples=[{"method": "ties", "adapters": [{"name": "a@1", "weight": 1.0}]}],
+    )
+    damaged: bool = Field(
+        description="Whether its stored files were found to be damaged: it is not served then, "
+        "until they are uploaded again.",
+        examples=[False],
     )
 
 
@@ -171,8 +193,8 @@ class CombineBody(AdminBody):
         return self
 
 
-def revision_of(revision: Revision) -> AdapterRevision:
-    return AdapterRevision(**_shown(revision))
+def revision_of(services: Services, revision: Revision) -> AdapterRevision:
+    return AdapterRevision(**_shown(services, revision))
 
 
 def adapter_of(
@@ -180,11 +202,14 @@ def adapter_of(
     revision: Revision,
     warnings: list[str] | None = None,
     unchanged: bool = False,
+    details: Details | None = None,
 ) -> Adapter:
-    """Raises UnknownAdapter where the name has gone meanwhile."""
-    details = services.store.details(revision.name)
+    """`details`: where they are not those of now. The revision was asked for before: so its ETag is
+    never newer than what is said here. Raises UnknownAdapter where the name has gone meanwhile."""
+    if details is None:
+        details = services.store.details(revision.name)
     return Adapter(
-        **_shown(revision),
+        **_shown(services, revision),
         name=revision.name,
         parent=services.model_name,
         description=details.description,
@@ -196,7 +221,7 @@ def adapter_of(
     )
 
 
-def _shown(revision: Revision) -> dict[str, Any]:
+def _shown(services: Services, revision: Revision) -> dict[str, Any]:
     return {
         "revision": revision.number,
         "digest": revision.digest,
@@ -205,4 +230,5 @@ def _shown(revision: Revision) -> dict[str, Any]:
         "source": revision.origin.source,
         "by": revision.origin.by,
         "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
+        "damaged": services.store.is_damaged(revision),
     }

@@ -1,17 +1,19 @@
 """The admin API: adapters come, change and go while requests run."""
 
+from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import replace as changed
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
+from adapters.names import MAX_NAME
 from adapters.registry import Part
-from adapters.revision import Origin
+from adapters.revision import DetailsChange, Origin
 from server.api.adapter_schemas import (
     Adapter,
     AdapterList,
@@ -27,17 +29,37 @@ from server.api.adapter_schemas import (
 )
 from server.api.forms import NAME_FIELD, Upload, form, read_upload
 from server.api.published import Published, read_published
+from server.api.uploads import Take
 from server.auth import Caller
 from server.errors import ApiError, error_response
 from server.openapi import CHANGES, ETAG, READS, errors, header
 from server.services import Services, get_services
+from server.settings import MEBIBYTE
 
+
+class _NameConvertor(StringConvertor):
+    """A name in a path, which may hold one slash, written as it is or as %2F. What follows a name
+    in other paths is no part of one: see `adapters.names`."""
+
+    regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
+
+
+register_url_convertor("adapter", _NameConvertor())
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 ServicesDep = Annotated[Services, Depends(get_services)]
 Name = Annotated[
-    str, Path(description="The adapter's name.", examples=["support-de"], max_length=128)
+    str, Path(description="The adapter's name.", examples=["support-de"], max_length=MAX_NAME)
 ]
+
+
+async def _share(services: ServicesDep) -> AsyncIterator[Take]:
+    """Room for one upload, until it is answered."""
+    with services.uploads.share() as take:
+        yield take
+
+
+TakeDep = Annotated[Take, Depends(_share)]
 IfMatch = Annotated[
     str | None,
     Header(
@@ -62,17 +84,18 @@ async def add(
     response: Response,
     services: ServicesDep,
     by: Caller,
+    take: TakeDep,
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
     """Add an adapter: what PEFT's `save_pretrained` wrote, as two files, as one archive, or from
     where it was published."""
-    upload = await _read(request, named=True)
+    upload = await _read(request, services, take, named=True)
     name = upload.name
     if name is not None:
         services.registry.check_name(name)
     if dry_run:
         response.status_code = 200
-        return await _check(upload, services)
+        return await _check(upload, services, take)
     if name is None:
         fix = "send the adapter's name beside its files or its source"
         raise InvalidAdapter([Fault("name", "is missing", fix)])
@@ -80,6 +103,7 @@ async def add(
         raise AdapterExists(name)
     revision, warnings = await upload.stage(
         services,
+        take,
         lambda folder, source: services.registry.add(name, folder, Origin(source=source, by=by)),
     )
     response.headers["ETag"] = revision.etag
@@ -87,16 +111,18 @@ async def add(
     return adapter_of(services, revision, warnings)
 
 
-async def _read(request: Request, named: bool) -> Upload | Published:
+async def _read(
+    request: Request, services: Services, take: Take, named: bool
+) -> Upload | Published:
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() == "application/json":
         return await read_published(request, named)
-    return await read_upload(request, named)
+    return await read_upload(request, named, take, services.settings.max_upload_bytes + MEBIBYTE)
 
 
-async def _check(upload: Upload | Published, services: Services) -> CheckedUpload:
+async def _check(upload: Upload | Published, services: Services, take: Take) -> CheckedUpload:
     vectors, warnings = await upload.stage(
-        services, lambda folder, _: services.registry.check(folder)
+        services, take, lambda folder, _: services.registry.check(folder)
     )
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
@@ -136,7 +162,7 @@ def list_adapters(
     return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/{name}", responses=errors(404) | {200: {"headers": ETAG}})
+@router.get("/{name:adapter}", responses=errors(404) | {200: {"headers": ETAG}})
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.store.current(name)
@@ -145,7 +171,7 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
 
 
 @router.put(
-    "/{name}",
+    "/{name:adapter}",
     responses=errors(404, 412, 502, 504, *READS, said={403: _NOT_ALLOWED})
     | {200: {"headers": {"ETag": header("Of the new revision.", always=False)}}},
     openapi_extra=form({}, SourceBody),
@@ -156,16 +182,18 @@ async def replace(
     response: Response,
     services: ServicesDep,
     by: Caller,
+    take: TakeDep,
     if_match: IfMatch = None,
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
     """A new revision. Running requests finish on the one that they began with."""
     services.store.current(name)
-    upload = await _read(request, named=False)
+    upload = await _read(request, services, take, named=False)
     if dry_run:
-        return await _check(upload, services)
+        return await _check(upload, services, take)
     revision, is_new, warnings = await upload.stage(
         services,
+        take,
         lambda folder, source: services.registry.replace(
             name, folder, if_match, Origin(source=source, by=by)
         ),
@@ -175,7 +203,7 @@ async def replace(
     return adapter_of(services, revision, warnings, unchanged=not is_new)
 
 
-@router.patch("/{name}", responses=errors(404, 409, 412, *READS) | {200: {"headers": ETAG}})
+@router.patch("/{name:adapter}", responses=errors(404, 409, 412, *READS) | {200: {"headers": ETAG}})
 def describe(
     name: Name,
     body: DetailsBody,
@@ -185,29 +213,41 @@ def describe(
     if_match: IfMatch = None,
 ) -> Adapter:
     """Set description, tags, pinned or enabled. A disabled adapter's running requests finish."""
-    given = body.model_dump(exclude_none=True)
-    if "tags" in given:
-        given["tags"] = tuple(given["tags"])
-    details = changed(services.store.details(name), **given)
-    services.registry.describe(name, details, if_match, by)
+    change = DetailsChange(
+        description=body.description,
+        tags=None if body.tags is None else tuple(body.tags),
+        pinned=body.pinned,
+        enabled=body.enabled,
+    )
+    revision, details = services.registry.describe(name, change, if_match, by)
     services.engine.wake()
-    return get(name, response, services)
+    response.headers["ETag"] = revision.etag
+    return adapter_of(services, revision, details=details)
 
 
-@router.delete("/{name}", status_code=204, responses=errors(404, 412, *CHANGES))
+@router.delete(
+    "/{name:adapter}",
+    status_code=204,
+    response_class=Response,
+    responses=errors(404, 412, *CHANGES),
+)
 def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
     """The name is gone at once; running requests finish."""
     services.registry.delete(name, if_match, by)
     services.engine.wake()
 
 
-@router.get("/{name}/revisions", responses=errors(404))
+@router.get("/{name:adapter}/revisions", responses=errors(404))
 def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
     """The revisions that can be asked for as `name@revision` and rolled back to."""
-    return RevisionList(data=[revision_of(each) for each in services.store.revisions(name)])
+    return RevisionList(
+        data=[revision_of(services, each) for each in services.store.revisions(name)]
+    )
 
 
-@router.post("/{name}/rollback", responses=errors(404, 412, *READS) | {200: {"headers": ETAG}})
+@router.post(
+    "/{name:adapter}/rollback", responses=errors(404, 412, *READS) | {200: {"headers": ETAG}}
+)
 def roll_back(
     name: Name,
     body: RollbackBody,
@@ -224,7 +264,7 @@ def roll_back(
 
 
 @router.get(
-    "/{name}/files/{file}",
+    "/{name:adapter}/files/{file}",
     responses=errors(404, 416, *READS)
     | {
         status: {"description": text, "content": _FILE, "headers": ETAG}
@@ -251,7 +291,7 @@ def download(
     """A file as it was uploaded: `PeftModel.from_pretrained` loads the first two, and
     `AutoTokenizer.from_pretrained` the others, where the adapter has them."""
     revision = services.store.current(name)
-    path = services.store.files(revision) / file
+    path = services.store.verified(revision) / file
     if not path.is_file():
         raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
     return File(path, filename=file, headers={"ETag": revision.etag})

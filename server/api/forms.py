@@ -12,8 +12,9 @@ from starlette.datastructures import UploadFile
 
 from adapters.errors import Fault, InvalidAdapter, StoreFull
 from adapters.folder import NO_ROOM
-from adapters.store import NAME_PATTERN, UPLOADED
-from server.api.uploads import save_files, unpack
+from adapters.names import NAME_PATTERN
+from adapters.store import UPLOADED
+from server.api.uploads import Take, save_files, unpack
 from server.errors import ApiError
 from server.services import Services
 
@@ -56,22 +57,23 @@ class Upload:
         self.files = files
         self.name = name
 
-    async def stage(self, services: Services, then: Callable[[Path, str], T]) -> T:
+    async def stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
         """Write the files to a staging folder, and go on with it and with where they come from,
         in a worker thread."""
-        return await to_thread.run_sync(self._stage, services, then)
+        return await to_thread.run_sync(self._stage, services, take, then)
 
-    def _stage(self, services: Services, then: Callable[[Path, str], T]) -> T:
+    def _stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
         limit = services.settings.max_upload_bytes
         with services.store.staging() as folder:
             if "archive" in self.files:
-                unpack(self.files["archive"], folder, limit)
+                unpack(self.files["archive"], folder, limit, take)
             else:
-                save_files(self.files["config"], self.files["weights"], folder, limit)
+                save_files(self.files["config"], self.files["weights"], folder, limit, take)
             return then(folder, UPLOADED.source)
 
 
-async def read_upload(request: Request, named: bool) -> Upload:
+async def read_upload(request: Request, named: bool, take: Take, most: int) -> Upload:
+    """`take` is told how long the body is before it is read: `most` bytes where it does not say."""
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise ApiError(
@@ -81,6 +83,8 @@ async def read_upload(request: Request, named: bool) -> Upload:
             code="not_multipart",
             param="body",
         )
+    length = request.headers.get("content-length", "")
+    take(int(length) if length.isdigit() else most)
     try:
         form = await request.form(max_files=8, max_fields=8)
     except OSError as error:

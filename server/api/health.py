@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
+from adapters.errors import StoreUnreachable
 from server.engine.errors import EngineDead
 from server.errors import ApiError
 from server.openapi import errors
@@ -31,11 +33,18 @@ async def live(services: ServicesDep) -> Health:
 
 @router.get("/health/ready", responses=errors(503))
 async def ready(services: ServicesDep) -> Health:
-    """Requests are welcome."""
+    """Requests are welcome, and changes of adapters would last."""
     if not services.engine.stats().ready:
         raise ApiError(
             503, "The server takes no requests now.", code="not_ready", headers={"Retry-After": "5"}
         )
+    try:
+        # On a thread of its own: a disk that hangs must not stop the server too.
+        await to_thread.run_sync(services.store.check, limiter=services.probing)
+    except StoreUnreachable as error:
+        raise ApiError(
+            503, str(error), code="storage_unavailable", headers={"Retry-After": "5"}
+        ) from None
     return Health(status="ok")
 
 

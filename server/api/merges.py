@@ -130,7 +130,7 @@ def get(id: Id, services: ServicesDep) -> Merge:
 
 @router.get(
     "/{id}/archive",
-    responses=errors(404, 409)
+    responses=errors(404, 409, 503)
     | {200: {"content": {"application/x-tar": {}}, "description": "The model's folder, as a tar."}},
     response_class=StreamingResponse,
 )
@@ -156,7 +156,7 @@ def download(id: Id, services: ServicesDep) -> StreamingResponse:
     )
 
 
-@router.delete("/{id}", status_code=204, responses=errors(404))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=errors(404, 503))
 def delete(id: Id, services: ServicesDep) -> None:
     """Cancel a merge that waits or runs; forget one that has ended, and its model with it."""
     services.merges.remove(id)

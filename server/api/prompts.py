@@ -166,6 +166,10 @@ def _encode_text(
 ) -> tuple[int, ...]:
     if len(text) > engine.max_model_len * MAX_CHARACTERS_PER_TOKEN:
         raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
+    try:
+        check_text(text, where)
+    except ValueError as error:
+        raise ApiError(400, f"{error}.", param=where.partition("[")[0]) from None
     ids = vocabulary.tokenizer.encode(text, add_special_tokens=add_special_tokens) if text else []
     if not ids:
         raise _empty(where)

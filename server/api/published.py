@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from server.api.adapter_schemas import NamedSourceBody, SourceBody
+from server.api.uploads import Take
 from server.services import Services
 
 T = TypeVar("T")
@@ -21,11 +22,11 @@ class Published:
     source: str
     name: str | None
 
-    async def stage(self, services: Services, then: Callable[[Path, str], T]) -> T:
+    async def stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
         """Fetch the files into a staging folder, and go on with it and with where they come from,
         in a worker thread."""
         with services.store.staging() as folder:
-            source = await services.sources.fetch(self.source, folder)
+            source = await services.sources.fetch(self.source, folder, take)
             return await to_thread.run_sync(then, folder, source)
 
 

@@ -188,7 +188,7 @@ class GenerationBody(ModelBody):
     )
     repetition_penalty: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
         le=10,
         description="Above 1, tokens of the prompt and the text become less likely; default: the "
         "model's, or 1 (off).",

@@ -3,19 +3,24 @@
 import bz2
 import errno
 import gzip
+import io
 import lzma
 import stat
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from adapters.adapter_files import adapter_folder, missing_files
 from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
 _MAX_ENTRIES = 1000
@@ -23,27 +28,121 @@ _MAX_READ = 1 << 20
 """Bytes at once. Parsers read as much as a header says that a name or a directory takes."""
 _TAR_ROOM = 4 << 20
 """Bytes of headers and padding around a tar's files."""
+_RETRY_AFTER = "5"
+"""Seconds: most uploads are over by then."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
+_XZ_MEMORY = 70 << 20
+"""Bytes that unpacking xz may take: an archive says itself how many, and `xz -9` needs 65 MiB."""
+_XZ_CHUNK = 1 << 16
+
+
+class _Xz(io.RawIOBase):
+    """What an xz file unpacks to, within _XZ_MEMORY: `lzma.open` has no limit. One stream only."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._rewind()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        data = b""
+        while not data and not self._unpacking.eof:
+            packed = self._file.read(_XZ_CHUNK) if self._unpacking.needs_input else b""
+            if self._unpacking.needs_input and not packed:
+                raise EOFError("it ends before its end")
+            data = self._unpacking.decompress(packed, len(view))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Not from the end, which is not known. Going back unpacks again."""
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        if offset < self._position:
+            self._rewind()
+        while self._position < offset and self.read(min(_MAX_READ, offset - self._position)):
+            pass
+        return self._position
+
+    def _rewind(self) -> None:
+        self._file.seek(0)
+        self._unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+        self._position = 0
+
+
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
+    b"\xfd7zXZ": lambda file: io.BufferedReader(_Xz(file)),
 }
 
 
-def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int) -> None:
-    """The two files as they come. `limit` is in bytes, for both. Raises ApiError 413."""
+Take = Callable[[int], object]
+"""Hears of bytes before they are written; may raise."""
+
+
+class UploadBudget:
+    """The bytes that all uploads in progress take together, on the disk and in temporary files.
+    Thread-safe.
+
+    One that finds no room is refused rather than made to wait: it would hold its connection and
+    what it has sent so far, and its client knows best whether it may come again.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._left = total
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def share(self) -> Iterator[Take]:
+        """Within: takes bytes for one upload, or raises ApiError 503. All are given back."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            with self._mutex:
+                if count > self._left:
+                    raise ApiError(
+                        503,
+                        "Other uploads in progress leave no room for this one; send it again.",
+                        code="too_many_uploads",
+                        headers={"Retry-After": _RETRY_AFTER},
+                    )
+                self._left -= count
+                taken += count
+
+        try:
+            yield take
+        finally:
+            with self._mutex:
+                self._left += taken
+
+
+def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int, take: Take) -> None:
+    """The two files as they come. `limit` is in bytes, for both; `take` is told of each piece.
+    Raises ApiError 413, and what `take` raises."""
     left = limit
     for name, source in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
-        left -= _copy(source, folder / name, left, limit)
+        left -= _copy(source, folder / name, left, limit, take)
 
 
-def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
+def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
     """A zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in a folder of it.
 
     Only the adapter's own files are written, under fixed names, so no entry can climb out; what
     unpacks to more than `limit` bytes is cut off while it is read, whatever its header says.
-    Raises InvalidAdapter with all faults, and ApiError 413.
+    `take` is told of each piece. Raises InvalidAdapter with all faults, ApiError 413, and what
+    `take` raises.
     """
     try:
         with _entries(archive, limit) as files:
@@ -52,7 +151,7 @@ def unpack(archive: IO[bytes], folder: Path, limit: int) -> None:
             for path, opener in files:
                 if path.parent == where and path.name in _WANTED:
                     with opener as source:
-                        left -= _copy(source, folder / path.name, left, limit)
+                        left -= _copy(source, folder / path.name, left, limit, take)
     except (InvalidAdapter, ApiError):
         raise
     except Exception as error:
@@ -202,7 +301,7 @@ def _climbing(name: str, why: str) -> InvalidAdapter:
     return InvalidAdapter([Fault("archive", f"{name[:200]!r} {why}", "pack plain files only")])
 
 
-def _copy(source: IO[bytes], target: Path, left: int, limit: int) -> int:
+def _copy(source: IO[bytes], target: Path, left: int, limit: int, take: Take) -> int:
     """Copy at most `left` bytes; returns how many."""
     copied = 0
     with target.open("xb") as file:
@@ -210,6 +309,7 @@ def _copy(source: IO[bytes], target: Path, left: int, limit: int) -> int:
             copied += len(chunk)
             if copied > left:
                 raise _too_large(limit)
+            take(len(chunk))
             file.write(chunk)
     return copied
 

@@ -317,7 +317,6 @@ class Engine:
         """The one place where a request ends: its row, its cache, its pin and its lease go."""
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
-        self._ended.append(sequence.request)
         output = Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,

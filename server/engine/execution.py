@@ -290,6 +290,8 @@ def _prepare_padded(
     cache = PaddedCache(
         shapes, tokens, max_tokens, base.device, crosses, carried, max_rows, maker_of(base)
     )
+    if not cache.shares:
+        log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
     runner = PaddedRunner(ia3, cache, goes_on)
     try:
         fidelity.compare("padded", runner, cache)
@@ -297,8 +299,6 @@ def _prepare_padded(
         name = type(base).__name__
         raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
     ia3.unload()
-    if not cache.shares:
-        log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
     return Execution("padded", cache, runner, whole_prompts=not goes_on)
 
 

@@ -56,6 +56,10 @@ def usually(folder: Path) -> AdapterVectors:
     return effective_vectors(read_checkpoint(folder), MODULES)
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+
+
 def change(folder: Path, to: Callable[[Tensors], Any]) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     to(tensors)
@@ -76,7 +80,7 @@ def test_all_but_the_first_are_read_in_one_pass(
 ) -> None:
     folders = saved(tmp_path, 4, **KINDS[kind])
 
-    found = [layouts.read(folder) for folder in folders]
+    found = [layouts.read(files_of(folder)) for folder in folders]
 
     assert len(usual_reads) == 1
     for folder, vectors in zip(folders, found, strict=True):
@@ -88,7 +92,7 @@ def test_each_layout_is_learnt(
 ) -> None:
     folders = [f for kind in KINDS for f in saved(tmp_path / kind, **KINDS[kind])]
     for folder in folders * 2:
-        assert_same(layouts.read(folder), usually(folder))
+        assert_same(layouts.read(files_of(folder)), usually(folder))
     assert len(usual_reads) == len(KINDS)
 
 
@@ -97,11 +101,11 @@ def test_what_is_not_finite_is_refused_in_the_usual_words(
     tmp_path: Path, layouts: Layouts, value: float
 ) -> None:
     good, bad = saved(tmp_path)
-    layouts.read(good)
+    layouts.read(files_of(good))
     change(bad, lambda tensors: tensors[DOWN].fill_(value))
 
     with pytest.raises(InvalidAdapter) as found:
-        layouts.read(bad)
+        layouts.read(files_of(bad))
     with pytest.raises(InvalidAdapter) as usual:
         usually(bad)
 
@@ -110,43 +114,38 @@ def test_what_is_not_finite_is_refused_in_the_usual_words(
 
 def test_large_values_whose_sum_is_infinite_are_read(tmp_path: Path, layouts: Layouts) -> None:
     good, large = saved(tmp_path)
-    layouts.read(good)
+    layouts.read(files_of(good))
     change(large, lambda tensors: tensors[DOWN].fill_(3e38))
-    assert_same(layouts.read(large), usually(large))
+    assert_same(layouts.read(files_of(large)), usually(large))
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
-@pytest.mark.parametrize("lost", ["all", "half"])
-def test_a_file_that_is_lost_or_cut_is_refused(
-    tmp_path: Path, layouts: Layouts, file: str, lost: str
-) -> None:
+def test_a_file_that_is_cut_is_refused(tmp_path: Path, layouts: Layouts, file: str) -> None:
     good, bad = saved(tmp_path)
-    layouts.read(good)
+    layouts.read(files_of(good))
     data = (bad / file).read_bytes()
-    (bad / file).unlink()
-    if lost == "half":
-        (bad / file).write_bytes(data[: len(data) // 2])
+    (bad / file).write_bytes(data[: len(data) // 2])
     with pytest.raises(InvalidAdapter):
-        layouts.read(bad)
+        layouts.read(files_of(bad))
 
 
 def test_the_same_tensors_under_another_config_are_another_layout(
     tmp_path: Path, layouts: Layouts
 ) -> None:
     good, other = saved(tmp_path)
-    layouts.read(good)
+    layouts.read(files_of(good))
     config = json.loads((other / CONFIG_FILE).read_bytes())
     (other / CONFIG_FILE).write_text(json.dumps(config | {"feedforward_modules": []}))
     with pytest.raises(InvalidAdapter):
-        layouts.read(other)
+        layouts.read(files_of(other))
 
 
 def test_a_tensor_too_many_is_refused_after_one_without(tmp_path: Path, layouts: Layouts) -> None:
     good, other = saved(tmp_path)
-    layouts.read(good)
+    layouts.read(files_of(good))
     change(other, lambda tensors: tensors.update(stranger=torch.ones(1)))
     with pytest.raises(InvalidAdapter, match="stranger"):
-        layouts.read(other)
+        layouts.read(files_of(other))
 
 
 def test_other_dtypes_and_whole_modules_are_always_read_in_the_usual_way(
@@ -156,11 +155,11 @@ def test_other_dtypes_and_whole_modules_are_always_read_in_the_usual_way(
     change(half, lambda tensors: tensors.update({k: t.half() for k, t in tensors.items()}))
     [whole] = saved(tmp_path / "whole", 1, modules_to_save=["lm_head"])
     for folder in (half, whole) * 2:
-        assert_same(layouts.read(folder), usually(folder))
+        assert_same(layouts.read(files_of(folder)), usually(folder))
     assert len(usual_reads) == 4
 
 
 def test_a_copy_of_an_adapter_has_its_digest(tmp_path: Path, layouts: Layouts) -> None:
     [first] = saved(tmp_path, 1)
     copy = shutil.copytree(first, tmp_path / "copy")
-    assert layouts.read(first).digest == layouts.read(copy).digest
+    assert layouts.read(files_of(first)).digest == layouts.read(files_of(copy)).digest

@@ -18,7 +18,7 @@ from adapters.errors import (
     UnknownAdapter,
 )
 from adapters.registry import AdapterRegistry, Part
-from adapters.revision import Details
+from adapters.revision import DetailsChange
 from adapters.slots import IA3Slots
 from adapters.store import AdapterStore
 from tests.adapters.kinds import Known
@@ -116,7 +116,7 @@ def test_weights_that_overflow_are_refused(house: House) -> None:
 
 def test_a_disabled_adapter_is_not_leased_but_finishes(house: House) -> None:
     running = house.registry.lease("default")
-    house.registry.describe("default", Details(enabled=False))
+    house.registry.describe("default", DetailsChange(enabled=False))
     with pytest.raises(AdapterDisabled):
         house.registry.lease("default")
     with pytest.raises(AdapterDisabled):
@@ -125,7 +125,7 @@ def test_a_disabled_adapter_is_not_leased_but_finishes(house: House) -> None:
     assert house.registry.residency.pin(running) is not None
     house.registry.residency.unpin(running)
     running.release()
-    house.registry.describe("default", Details(enabled=True))
+    house.registry.describe("default", DetailsChange(enabled=True))
     house.registry.lease("default").release()
 
 
@@ -182,7 +182,7 @@ def test_linear_weights_far_from_one_in_sum_are_a_warning(house: House) -> None:
 def test_a_pinned_adapter_takes_a_slot_before_anyone_asks_and_is_never_evicted(
     house: House,
 ) -> None:
-    house.registry.describe("default", Details(pinned=True))
+    house.registry.describe("default", DetailsChange(pinned=True))
     house.registry.residency.settle()
     assert house.registry.stats().resident == 1
     for weight in range(2, 8):
@@ -201,7 +201,7 @@ def test_a_pinned_adapter_that_finds_every_slot_in_use_takes_the_next_one(house:
     leases = [house.registry.lease_mixture([part], "product") for part in parts]
     for lease in leases:
         house.registry.residency.pin(lease)
-    house.registry.describe("default", Details(pinned=True))
+    house.registry.describe("default", DetailsChange(pinned=True))
     house.registry.residency.settle()
     for lease in leases:
         house.registry.residency.unpin(lease)
@@ -216,7 +216,7 @@ def test_a_pinned_adapter_that_finds_every_slot_in_use_takes_the_next_one(house:
 
 
 def test_a_pin_follows_its_name_and_goes_with_it(house: House, known: Known) -> None:
-    house.registry.describe("default", Details(pinned=True))
+    house.registry.describe("default", DetailsChange(pinned=True))
     with house.store.staging() as staged:
         shutil.copytree(known.folders["mlp_out"], staged, dirs_exist_ok=True)
         house.registry.replace("default", staged)
@@ -234,17 +234,17 @@ def test_a_pin_follows_its_name_and_goes_with_it(house: House, known: Known) -> 
 
 def test_one_slot_stays_for_the_others(house: House) -> None:
     for kind in ("default", "queries"):
-        house.registry.describe(kind, Details(pinned=True))
+        house.registry.describe(kind, DetailsChange(pinned=True))
     with pytest.raises(TooManyPinned, match="2 adapters are pinned already"):
-        house.registry.describe("mlp_out", Details(pinned=True))
+        house.registry.describe("mlp_out", DetailsChange(pinned=True))
 
     assert not house.store.details("mlp_out").pinned
-    house.registry.describe("default", Details(pinned=False))
-    house.registry.describe("mlp_out", Details(pinned=True))
+    house.registry.describe("default", DetailsChange(pinned=False))
+    house.registry.describe("mlp_out", DetailsChange(pinned=True))
 
 
 def test_pins_hold_over_a_restart(house: House) -> None:
-    house.registry.describe("default", Details(pinned=True))
+    house.registry.describe("default", DetailsChange(pinned=True))
     model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)
     again = AdapterRegistry(house.store, model.modules_of_base, model)
     again.residency.settle()

@@ -353,7 +353,7 @@ def test_convolutions_are_refused_with_the_reason() -> None:
         "resnet", embedding_size=4, hidden_sizes=[8], depths=[1], layer_type="basic"
     )
     images = AutoModelForImageClassification.from_config(config)
-    with pytest.raises(InvalidAdapter, match="convolution' is a Conv2d, no linear layer"):
+    with pytest.raises(InvalidAdapter, match="convolution' is no linear layer but a Conv2d"):
         IA3Model(images, adapters.IA3Config(target_modules=["convolution"], feedforward_modules=[]))
 
 

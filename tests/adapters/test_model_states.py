@@ -166,6 +166,8 @@ class Twins(RuleBasedStateMachine):
             for layer in self.layers():
                 layer.set_adapter(self.ours.active_adapters)
             self.tuner.active_adapter = self.ours.active_adapters
+        # PeftModel knows one active adapter, which may be the deleted one.
+        self.peft.active_adapter = self.ours.active_adapters[0]
 
     @rule(names=SEVERAL, weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3), new=NAMES)
     def mix(self, names: list[str], weights: list[float], new: str) -> None:

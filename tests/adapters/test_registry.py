@@ -12,6 +12,7 @@ from adapters.errors import (
     AdapterExists,
     InvalidAdapter,
     RevisionConflict,
+    RevisionDamaged,
     UnknownAdapter,
     UnknownRevision,
 )
@@ -212,10 +213,10 @@ def test_an_adapter_deleted_while_it_is_looked_up_is_unknown(house: House) -> No
         registry.lease("support")
 
 
-def test_files_that_were_damaged_later_are_an_invalid_adapter(house: House) -> None:
+def test_files_that_were_damaged_later_are_no_fault_of_the_request(house: House) -> None:
     house.add("support", "default")
     (house.store.files(house.store.current("support")) / WEIGHTS_FILE).write_bytes(b"")
-    with pytest.raises(InvalidAdapter, match="damaged"):
+    with pytest.raises(RevisionDamaged, match="'support@1' are damaged"):
         house.registry.lease("support")
     assert house.registry.stats().leases == 0
 

@@ -122,13 +122,20 @@ def test_everything_is_there_after_opening_again(
         assert content_of(again, again.current("two")) == "c"
 
 
-@pytest.mark.parametrize("name", ["a", "A.b-c_9", "0", "x" * 128])
+@pytest.mark.parametrize(
+    "name",
+    ["a", "A.b-c_9", "0", "x" * 128, "my-org/support.de", "files/x", "x" * 96 + "/" + "x" * 128],
+)
 def test_a_good_name_is_taken(store: AdapterStore, name: str) -> None:
     assert create(store, name).name == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".a", "-a", "a/b", "../a", "a b", "a\n", "ä", "a@1", "x" * 129, "\0"]
+    "name",
+    [
+        *["", ".", "..", ".a", "-a", "a b", "a\n", "ä", "a@1", "x" * 129, "\0", "x" * 97 + "/a"],
+        *["/a", "a/", "a//b", "a/b/c", "../a", "a/..", "a/../b", "./a", "a/.b", "a/b@1", "a/b\n"],
+    ],
 )
 def test_a_name_that_could_not_be_a_folder_or_a_model_is_refused(
     store: AdapterStore, name: str
@@ -147,6 +154,26 @@ def test_names_are_sorted_and_come_in_pages(store: AdapterStore) -> None:
     assert store.names(after="b") == ["c", "d"]
     assert store.names(after="d") == []
     assert len(store) == 4
+
+
+@pytest.mark.parametrize("part", ["files", "revisions", "rollback"])
+def test_a_name_that_is_also_a_part_of_another_adapter_is_refused(
+    store: AdapterStore, part: str
+) -> None:
+    with pytest.raises(InvalidAdapter, match=f"cannot be told from the {part} of an adapter"):
+        create(store, f"support/{part}")
+    assert create(store, part).name == part
+
+
+def test_a_name_with_an_owner_is_there_after_opening_again(
+    store: AdapterStore, open_store: OpenStore
+) -> None:
+    one = create(store, "my-org/support", "a")
+    create(store, "support", "b")
+    with reopened(store, open_store) as again:
+        assert again.names() == ["my-org/support", "support"]
+        assert content_of(again, again.current("my-org/support")) == "a"
+        assert again.current("my-org/support") == one
 
 
 # ETags

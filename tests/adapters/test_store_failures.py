@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import StoreFull
-from adapters.revision import Details, Origin
+from adapters.revision import DetailsChange, Origin
 from adapters.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
@@ -91,7 +91,7 @@ CHANGES: dict[str, Callable[[AdapterStore], object]] = {
     "create with known content": lambda store: create(store, "new", "a"),
     "replace": lambda store: replace(store, "support", "c"),
     "roll back": lambda store: store.roll_back("support", 1),
-    "describe": lambda store: store.describe("support", Details(description="x")),
+    "describe": lambda store: store.describe("support", DetailsChange(description="x")),
     "delete": lambda store: store.delete("support"),
 }
 
@@ -168,7 +168,7 @@ def test_the_journal_says_who_changed_what_and_when(store: AdapterStore, folder:
     with store.staging() as staged:
         write(staged, "a")
         revision = store.create("support", staged, Origin(by="ops"))
-    store.describe("support", Details(tags=("de",)), by="ops")
+    store.describe("support", DetailsChange(tags=("de",)), by="ops")
     store.delete("support", by="root")
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
 

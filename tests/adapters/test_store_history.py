@@ -1,12 +1,14 @@
 """Revisions of a name: listed, rolled back to, and dropped; what an operator says of it."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from adapters.errors import RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.revision import Details, Origin
+from adapters.revision import Details, DetailsChange, Origin
 from adapters.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
@@ -104,7 +106,8 @@ def test_details_are_kept_until_the_name_is_deleted(
 ) -> None:
     create(store, "support", "a")
     said = Details(description="German", tags=("de", "it"), pinned=True, enabled=False)
-    store.describe("support", said)
+    change = DetailsChange(description="German", tags=("de", "it"), pinned=True, enabled=False)
+    store.describe("support", change)
     replace(store, "support", "b")
     with reopened(store, open_store) as again:
         assert again.details("support") == said
@@ -117,10 +120,77 @@ def test_equal_details_are_no_change(store: AdapterStore, folder: Path) -> None:
     create(store, "support", "a")
     before = list(folder.rglob("*.jsonl"))
     sizes = [path.stat().st_size for path in before]
-    store.describe("support", Details())
+    store.describe("support", DetailsChange())
 
     assert list(folder.rglob("*.jsonl")) == before
     assert [path.stat().st_size for path in before] == sizes
+
+
+def test_a_change_of_details_is_another_etag_also_after_opening_again(
+    store: AdapterStore, open_store: OpenStore
+) -> None:
+    first = create(store, "support", "a").etag
+    second = store.describe("support", DetailsChange(description="x"))[0].etag
+    third = store.describe("support", DetailsChange(description=""))[0].etag
+    same = store.describe("support", DetailsChange(description=""), if_match=third)[0].etag
+
+    assert len({first, second, third}) == 3
+    assert same == third == store.current("support").etag
+    with reopened(store, open_store) as again:
+        assert again.current("support").etag == third
+
+
+def test_what_was_seen_before_a_change_of_details_changes_nothing(store: AdapterStore) -> None:
+    seen = create(store, "support", "a").etag
+    store.describe("support", DetailsChange(tags=("de",)))
+    for change in (
+        lambda: store.describe("support", DetailsChange(enabled=False), if_match=seen),
+        lambda: replace(store, "support", "b", if_match=seen),
+        lambda: replace(store, "support", "a", if_match=seen),
+        lambda: store.roll_back("support", 1, if_match=seen),
+        lambda: store.delete("support", if_match=seen),
+    ):
+        with pytest.raises(RevisionConflict) as conflict:
+            change()
+        assert conflict.value.current == store.current("support").etag
+    assert store.details("support") == Details(tags=("de",))
+    new, _ = replace(store, "support", "b", if_match=store.current("support").etag)
+    assert new.etag == store.current("support").etag
+
+
+def test_changes_at_once_are_all_made(store: AdapterStore) -> None:
+    create(store, "support", "a")
+    changes = [
+        DetailsChange(description="German"),
+        DetailsChange(tags=("de",)),
+        DetailsChange(pinned=True),
+        DetailsChange(enabled=False),
+    ]
+    for _ in range(10):
+        together = threading.Barrier(len(changes))
+
+        def make(change: DetailsChange, together: threading.Barrier = together) -> None:
+            together.wait()
+            store.describe("support", change)
+
+        with ThreadPoolExecutor(len(changes)) as threads:
+            list(threads.map(make, changes))
+        said = Details(description="German", tags=("de",), pinned=True, enabled=False)
+        assert store.details("support") == said
+        reset = DetailsChange(description="", tags=(), pinned=False, enabled=True)
+        store.describe("support", reset)
+
+
+def test_a_deleted_name_is_told_from_one_that_never_was(
+    store: AdapterStore, open_store: OpenStore
+) -> None:
+    create(store, "support", "a")
+    store.delete("support")
+    with reopened(store, open_store) as again:
+        assert again.was_deleted("support")
+        assert not again.was_deleted("nobody")
+        create(again, "support", "a")
+        assert not again.was_deleted("support")
 
 
 def test_ten_thousand_adapters_are_one_journal(folder: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.revision import Details
+from adapters.revision import DetailsChange
 from adapters.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.store_contents import content_of, create, replace
@@ -100,7 +100,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), text=st.sampled_from(["", "x", "y"]))
     def describe(self, data: st.DataObject, text: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.alive)))
-        self.store.describe(name, Details(description=text))
+        self.store.describe(name, DetailsChange(description=text))
         self.said[name] = text
 
     @rule(name=names)

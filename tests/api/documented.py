@@ -3,26 +3,30 @@
 import re
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.preparing import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 """What no document foresees."""
+UNDOCUMENTED = (405, CLIENT_GONE)
+"""Of a method that there is not, so of no operation; and what nobody is left to read."""
 
 
 class Documented:
-    """An application, and which of its answers were not as documented."""
+    """ASGI middleware: which answers were not as documented comes into `strays`."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp, document: dict[str, Any], strays: list[str]) -> None:
         self._app = app
+        # The paths with the most text of their own come first.
         self._paths = [
             (re.compile(re.sub(r"\\{.*?\\}", ".+", re.escape(path))), operations)
-            for path, operations in sorted(app.openapi()["paths"].items(), key=_unknown_characters)
+            for path, operations in sorted(
+                document["paths"].items(), key=lambda item: -len(re.sub(r"\{.*?\}", "", item[0]))
+            )
         ]
-        self.strays: list[str] = []
+        self._strays = strays
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         operation = self._operation(scope) if scope["type"] == "http" else None
@@ -46,23 +50,17 @@ class Documented:
 
     def _look(self, scope: Scope, operation: dict[str, Any], start: Message, body: bytes) -> None:
         status = str(start["status"])
-        if UNFORESEEN in body or start["status"] in (405, CLIENT_GONE):
-            # 405 is for what no operation is; nobody is there to see the other.
+        if UNFORESEEN in body or start["status"] in UNDOCUMENTED:
             return
         where = f"{scope['method']} {scope['path']}: {status}"
         documented = operation["responses"].get(status)
         if documented is None:
-            self.strays.append(f"{where} {body[:200]!r}")
+            self._strays.append(f"{where} {body[:200]!r}")
             return
         headers = Headers(raw=start["headers"])
         kind = headers.get("content-type", "").partition(";")[0]
         if kind and kind not in documented.get("content", {}):
-            self.strays.append(f"{where} is {kind}")
+            self._strays.append(f"{where} is {kind}")
         for name, header in documented.get("headers", {}).items():
             if header["required"] and name not in headers:
-                self.strays.append(f"{where} has no {name}")
-
-
-def _unknown_characters(path: tuple[str, Any]) -> tuple[int, int]:
-    """Paths with more text of their own come first."""
-    return (-len(re.sub(r"\{.*?\}", "", path[0])), 0)
+                self._strays.append(f"{where} has no {name}")

@@ -280,6 +280,29 @@ def test_what_is_downloaded_is_what_was_uploaded(
     assert CONFIG in config.headers["content-disposition"]
 
 
+def test_a_part_of_a_file_can_be_downloaded(client: httpx.Client, mlp: Path) -> None:
+    headers = {"Range": "bytes=4-9"}
+
+    part = client.get(f"{ADAPTERS}/mlp/files/{WEIGHTS}", headers=headers)
+
+    assert part.status_code == 206
+    assert part.content == read_adapter(mlp)[WEIGHTS][4:10]
+
+
+@pytest.mark.parametrize(
+    ("part", "status"),
+    [("bytes=99999999-", 416), ("bytes=9-4", 400), ("pages=1-2", 400), ("x", 400)],
+)
+def test_a_part_that_there_is_not_is_refused_like_everything_else(
+    client: httpx.Client, part: str, status: int
+) -> None:
+    response = client.get(f"{ADAPTERS}/mlp/files/{WEIGHTS}", headers={"Range": part})
+
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == "Range"
+    assert ("content-range" in response.headers) == (status == 416)
+
+
 def test_peft_loads_what_is_downloaded(
     client: httpx.Client, model_folder: Path, tmp_path: Path, mlp: Path, name: str
 ) -> None:

@@ -6,6 +6,7 @@ import random
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -310,6 +311,29 @@ def test_what_is_no_archive_is_refused(client: httpx.Client, data: bytes) -> Non
     response = add_archive(client, "refused", data)
 
     assert all(fault["fix"] for fault in faults_of(response))
+
+
+def saying_that_it_needs(packed: bytes, size: int) -> bytes:
+    """An xz file whose header asks for a dictionary of another size, 2 to the power of `size`."""
+    changed = bytearray(packed)
+    start, end = 12, 12 + 4 * (packed[12] + 1)
+    assert changed[start + 2 : start + 4] == b"\x21\x01", "LZMA2 and nothing else"
+    changed[start + 4] = 2 * (size - 12)
+    changed[end - 4 : end] = zlib.crc32(changed[start : end - 4]).to_bytes(4, "little")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("size", "status"), [(26, 200), (27, 400), (30, 400)])
+def test_an_xz_that_asks_for_much_memory_is_refused(
+    client: httpx.Client, adapter_folders: dict[str, Path], size: int, status: int
+) -> None:
+    """`xz -9` asks for 2 to the power of 26; one may ask for all that there is."""
+    whole = tar_of(read_adapter(adapter_folders["mlp"]), "w:xz")
+    packed = saying_that_it_needs(whole, size)
+    response = client.post(f"{ADAPTERS}?dry_run=1", files={"archive": packed})
+    assert response.status_code == status, response.text
+    if status == 400:
+        assert "emory usage limit" in problem_of(response)
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("top_k", -2),
         ("top_k", 1.5),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-50),
         ("repetition_penalty", 1e9),
         ("presence_penalty", 3),
         ("frequency_penalty", -3),

@@ -104,7 +104,7 @@ def test_a_model_that_both_runners_compute_wrongly_is_refused_with_what_differs(
 def test_a_runner_that_forgets_the_adapter_is_caught(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.model.IA3Model._set_scales", lambda *_: None)
+    monkeypatch.setattr("adapters.slots.IA3Slots._set_scales", lambda *_: None)
 
     with pytest.raises(UnsupportedModel, match="of an adapter differ"):
         start(tiny_model("llama"), {})

@@ -33,6 +33,7 @@ from adapters.errors import (
 from adapters.merge import merge
 from adapters.registry import Composition, Part
 from adapters.residency import Lease
+from adapters.revision import DetailsChange
 from server.engine import FinishReason
 from tests.engine.harness import Harness, Oracle
 from tests.engine.life import BASE, KINDS, Effect, Life, World
@@ -193,10 +194,10 @@ class LifeMachine(RuleBasedStateMachine):
     @rule(data=st.data(), pinned=st.booleans(), enabled=st.sampled_from([True, True, False]))
     def describe(self, data: st.DataObject, pinned: bool, enabled: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.life.alive)))
-        details = replace(self.store.details(name), pinned=pinned, enabled=enabled)
+        change = DetailsChange(pinned=pinned, enabled=enabled)
         refused = pinned and not self.life.may_pin(name)
         with refused_as(TooManyPinned if refused else BASE) as taken:
-            self.registry.describe(name, details)
+            self.registry.describe(name, change)
             if taken:
                 self.life.set(name, pinned=pinned, enabled=enabled)
                 self.server.engine.wake()
