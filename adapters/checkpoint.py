@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
-from adapters.adapter_files import CONVERT, folder_with_adapter, missing_files
+from adapters.adapter_files import folder_with_adapter, missing_files
 from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
 from adapters.errors import CannotCombine, Fault, InvalidAdapter
 from adapters.peft_configs import BOTH_SIDES, names_of_targets
@@ -28,19 +27,14 @@ from adapters.saved import (
     saved_modules,
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
-from adapters.weights import StagedTensors, pieces_of
+from adapters.weights import SUFFIX, parse_weights, pieces_of, stage_weights
 
-_SUFFIX = ".ia3_l"
 _INPUT_SUFFIX = ".ia3_l_input"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's task types that bring a head, which a model that generates text has not."""
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
 """Characters of a key."""
-_MAX_HEADER_BYTES = 16 << 20
-"""Of an upload's weights file: a tensor takes about a hundred."""
-_UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
-"""What safetensors raises for a file that is none."""
 
 
 Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -112,7 +106,7 @@ def parse_checkpoint(files: Mapping[str, bytes]) -> Checkpoint:
 def staged_checkpoint(folder: Path) -> Checkpoint:
     """`read_checkpoint` for files that are to be checked only: the tensors stay on the disk, and
     have shapes and dtypes but no values. See StagedTensors."""
-    return _of_folder(folder, _stage_weights)
+    return _of_folder(folder, stage_weights)
 
 
 def _of_folder(
@@ -169,7 +163,7 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
     known = {*expected, *(key for name in names for key in keys_of(name, modules).values())}
     faults = cannot_serve(names, targets, modules)
     if config.task_type in _HEADS:
-        head = {key for key in tensors.keys() - known if not key.endswith(_SUFFIX)}
+        head = {key for key in tensors.keys() - known if not key.endswith(SUFFIX)}
         faults += [_head_fault(config, head)] if head else []
         known |= head
     faults += _unknown_keys(tensors, known)
@@ -226,7 +220,7 @@ def _vectors_of(
 
 def keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
     """The tensors that a file must have for a config's targets. Raises InvalidAdapter."""
-    keys = {f"{PREFIX}{target.module}{_SUFFIX}": target for target in targets}
+    keys = {f"{PREFIX}{target.module}{SUFFIX}": target for target in targets}
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     return keys | {
         f"{PREFIX}{module}{_INPUT_SUFFIX}": Target(module, Side.INPUT)
@@ -284,9 +278,9 @@ def tensors_of(vectors: Mapping[Target, torch.Tensor]) -> dict[str, torch.Tensor
     tensors = {}
     for target, vector in vectors.items():
         if target.side is Side.OUTPUT:
-            tensors[f"{PREFIX}{target.module}{_SUFFIX}"] = vector[:, None]
+            tensors[f"{PREFIX}{target.module}{SUFFIX}"] = vector[:, None]
         else:
-            suffix = _INPUT_SUFFIX if target.module in outputs else _SUFFIX
+            suffix = _INPUT_SUFFIX if target.module in outputs else SUFFIX
             tensors[f"{PREFIX}{target.module}{suffix}"] = vector[None]
     return tensors
 
@@ -320,51 +314,6 @@ def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
 def _read_config(path: Path) -> IA3Config:
     with path.open("rb") as file:
         return IA3Config.parse(file.read(MAX_CONFIG_BYTES + 1))
-
-
-def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
-    """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
-    try:
-        tensors = load(data)
-    except _UNREADABLE as error:
-        raise _unreadable(data, error) from None
-    return {plain: tensors[key] for plain, key in _without_name(tensors).items()}
-
-
-def _stage_weights(path: Path) -> StagedTensors:
-    with path.open("rb") as file:
-        start = file.read(8)
-    header = int.from_bytes(start, "little")
-    if _MAX_HEADER_BYTES < header <= path.stat().st_size:
-        problem = f"says that its list of tensors takes {header} bytes"
-        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, "upload the adapter's tensors alone")])
-    try:
-        return StagedTensors(path, _without_name)
-    except _UNREADABLE as error:
-        raise _unreadable(start, error) from None
-
-
-def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
-    # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        problem = "holds pickled weights, which can run code"
-        return InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)])
-    fix = "upload the file whole, as PEFT's save_pretrained wrote it"
-    problem = f"is no safetensors file, or is damaged: {error}"
-    return InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)])
-
-
-def _without_name(keys: Collection[str]) -> dict[str, str]:
-    """The keys of `save_pretrained`, and those of a file. A model's whole state names the adapter:
-    `…ia3_l.default`. PEFT loads it, and so do we."""
-    names = {key.rpartition(".")[2] for key in keys if _SUFFIX in key}
-    if len(names) != 1 or names == {_SUFFIX[1:]}:
-        return {key: key for key in keys}
-    [name] = names
-    plain = {
-        key.removesuffix(f".{name}") if f"{_SUFFIX}.{name}" in key else key: key for key in keys
-    }
-    return {each.replace(f".modules_to_save.{name}.", "."): key for each, key in plain.items()}
 
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:

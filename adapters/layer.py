@@ -82,7 +82,12 @@ class Scale:
         return y
 
     def _factor_of(self, x: torch.Tensor) -> torch.Tensor | None:
-        return self._factor if self.by_token is None else self.by_token.vectors(x.shape[-2])
+        if self.by_token is not None:
+            return self.by_token.vectors(x.shape[-2])
+        if self._factor is not None and self._factor.dim() == 3 and x.dim() == 4:
+            # Latent attention unfolds its heads before the layer.
+            return self._factor[:, None]
+        return self._factor
 
 
 def _by_row(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,22 @@
-"""The tensors of a weights file that is being checked: none of its numbers stay in memory."""
+"""The tensors of a weights file: all in memory, or, while it is only checked, none of them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
+from adapters.adapter_files import CONVERT
+from adapters.config import WEIGHTS_FILE
+from adapters.errors import Fault, InvalidAdapter
+
+SUFFIX = ".ia3_l"
+"""Of the keys of vectors."""
+_MAX_HEADER_BYTES = 16 << 20
+"""Of an upload's weights file: a tensor takes about a hundred."""
+_UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
+"""What safetensors raises for a file that is none."""
 _PIECE = 1 << 18
 """Values of a tensor that are looked at together."""
 _MAPPED = 1 << 22
@@ -63,3 +74,48 @@ def pieces_of(tensors: Mapping[str, torch.Tensor], key: str) -> Iterator[torch.T
         yield from tensors.pieces(key)
     else:
         yield from torch.split(tensors[key].detach().flatten(), _PIECE)
+
+
+def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
+    """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
+    try:
+        tensors = load(data)
+    except _UNREADABLE as error:
+        raise _unreadable(data, error) from None
+    return {plain: tensors[key] for plain, key in _without_name(tensors).items()}
+
+
+def stage_weights(path: Path) -> StagedTensors:
+    with path.open("rb") as file:
+        start = file.read(8)
+    header = int.from_bytes(start, "little")
+    if _MAX_HEADER_BYTES < header <= path.stat().st_size:
+        problem = f"says that its list of tensors takes {header} bytes"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, "upload the adapter's tensors alone")])
+    try:
+        return StagedTensors(path, _without_name)
+    except _UNREADABLE as error:
+        raise _unreadable(start, error) from None
+
+
+def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
+    # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        problem = "holds pickled weights, which can run code"
+        return InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)])
+    fix = "upload the file whole, as PEFT's save_pretrained wrote it"
+    problem = f"is no safetensors file, or is damaged: {error}"
+    return InvalidAdapter([Fault(WEIGHTS_FILE, problem, fix)])
+
+
+def _without_name(keys: Collection[str]) -> dict[str, str]:
+    """The keys of `save_pretrained`, and those of a file. A model's whole state names the adapter:
+    `…ia3_l.default`. PEFT loads it, and so do we."""
+    names = {key.rpartition(".")[2] for key in keys if SUFFIX in key}
+    if len(names) != 1 or names == {SUFFIX[1:]}:
+        return {key: key for key in keys}
+    [name] = names
+    plain = {
+        key.removesuffix(f".{name}") if f"{SUFFIX}.{name}" in key else key: key for key in keys
+    }
+    return {each.replace(f".modules_to_save.{name}.", "."): key for each, key in plain.items()}

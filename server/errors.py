@@ -54,7 +54,6 @@ from server.engine.errors import (
     EngineStopping,
     QueueFull,
 )
-from server.engine.faults import is_panic
 
 log = logging.getLogger(__name__)
 
@@ -152,29 +151,7 @@ def error_response(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, media_type="application/json")
 
 
-class LibraryPanic(RuntimeError):
-    """What a panic in a library's Rust code becomes, which is no Exception itself."""
-
-
-class PanicsAsErrors:
-    """ASGI middleware: a panic in a library's Rust code is logged and answered as any other error
-    that nobody foresaw."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except BaseException as error:
-            within = error.split(is_panic)[0] if isinstance(error, BaseExceptionGroup) else None
-            if within is None and not is_panic(error):
-                raise
-            raise LibraryPanic(str(error)) from error
-
-
 def install_error_handlers(app: FastAPI) -> None:
-    app.add_middleware(PanicsAsErrors)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(AdapterError, _adapter_error)
     app.add_exception_handler(EngineError, _engine_error)
@@ -373,15 +350,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of a path: Starlette names those of the first route that has the path."""
-    return [
+    """The methods of a path: Starlette names those of the first route that has the path. What
+    answers GET answers HEAD."""
+    routed = {
         method
         for method in _METHODS
-        if any(
-            route.matches(_bare_scope(request, method))[0] is Match.FULL
-            for route in request.app.routes
-        )
-    ]
+        for route in request.app.routes
+        if route.matches(_bare_scope(request, method))[0] is Match.FULL
+    }
+    return [each for each in _METHODS if each in routed or (each == "HEAD" and "GET" in routed)]
 
 
 def _bare_scope(request: Request, method: str) -> Scope:

@@ -83,7 +83,12 @@ class Engine:
         )
         chunk = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
         self._scheduler = Scheduler(
-            self._cache, residency, config.max_rows, chunk, config.prefix_cache
+            self._cache,
+            residency,
+            config.max_rows,
+            chunk,
+            config.prefix_cache,
+            execution.whole_prompts,
         )
         self._sampler = Sampler(self.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)

@@ -5,11 +5,12 @@ import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache
 
 from adapters.bank import BASE_SLOT
 from adapters.slots import IA3Slots
@@ -24,9 +25,16 @@ from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
 from server.engine.packing import Pack, noting_reads, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
+from server.engine.padded_layers import (
+    LayerStates,
+    kinds_of,
+    maker_of,
+    states_nbytes,
+)
 from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
+from server.engine.time_steps import limit_time_steps
 from server.engine.trace_cache import find_or_trace
 from server.engine.tracing import Forward, NotTraced, TracedForward
 
@@ -46,6 +54,8 @@ class Execution:
     cache: KVCache
     runner: Runner
     compiled: bool = False
+    whole_prompts: bool = False
+    """Whether a prompt is computed in one piece."""
 
 
 def prepare(
@@ -243,6 +253,8 @@ def _check_flat(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} has an encoder")
+    if model._is_stateful:
+        raise UnsupportedModel(f"{name} carries a state from token to token")
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if kinds - _FLAT_LAYERS:
         raise UnsupportedModel(f"{name} has layers of {', '.join(sorted(kinds - _FLAT_LAYERS))}")
@@ -260,22 +272,34 @@ def _prepare_padded(
 ) -> Execution:
     base = ia3.base
     ia3.unload()
-    shapes = _probe_padded(ia3)
+    limit_time_steps(base)
+    shapes, carried = _probe_padded(ia3)
+    goes_on = not any(each.count for each in carried) or _goes_on(ia3, shapes, carried)
     _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products, read=read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     tokens = cache_tokens(
-        both, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
+        both,
+        base.device,
+        max_tokens,
+        max_rows,
+        kv_cache_tokens,
+        ia3.saved_capacity,
+        states_nbytes(carried, max_rows),
     )
-    cache = PaddedCache(shapes, tokens, max_tokens, base.device, crosses)
-    runner = PaddedRunner(ia3, cache)
+    cache = PaddedCache(
+        shapes, tokens, max_tokens, base.device, crosses, carried, max_rows, maker_of(base)
+    )
+    if not cache.shares:
+        log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
+    runner = PaddedRunner(ia3, cache, goes_on)
     try:
         fidelity.compare("padded", runner, cache)
     except Unfaithful as error:
         name = type(base).__name__
         raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
     ia3.unload()
-    return Execution("padded", cache, runner)
+    return Execution("padded", cache, runner, whole_prompts=not goes_on)
 
 
 def _lay_out(
@@ -294,33 +318,54 @@ def _lay_out(
 
 
 @torch.inference_mode()
-def _probe_padded(ia3: IA3Slots) -> list[LayerShape]:
-    """What each layer keeps of a token; and that two rows of unequal length, padded, come out as
-    each does alone. Raises UnsupportedModel."""
+def _probe_padded(ia3: IA3Slots) -> tuple[list[LayerShape], list[LayerStates]]:
+    """What each layer keeps of a token, and carries of a row; and that two rows of unequal length,
+    padded, come out as each does alone. Raises UnsupportedModel."""
     base = ia3.base
     name = type(base).__name__
     crosses = bool(base.config.is_encoder_decoder)
     rows = [[token % 50 + 3 for token in range(5 * n, 6 * n)] for n in _PROBED]
     try:
         alone = [_alone(base, row, crosses) for row in rows]
-        shapes = _shapes(base, rows[0], crosses)
-        cache = PaddedCache(shapes, 1024, max(_PROBED), base.device, crosses)
+        shapes, carried = _kinds(base, rows[0], crosses)
+        cache = PaddedCache(
+            shapes, 1024, max(_PROBED), base.device, crosses, carried, make_cache=maker_of(base)
+        )
         runner = PaddedRunner(ia3, cache)
         for done, until in ((0, -1), (-1, None)):
             pieces = [
                 Piece(i, len(row[:done]) if done else 0, row[done:until], BASE_SLOT, row * crosses)
                 for i, row in enumerate(rows)
             ]
-            together = runner.forward(pieces, every=False)[:, -1]
+            batches = [pieces] if cache.shares or done else [[piece] for piece in pieces]
+            parts = [runner.forward(batch, every=False)[:, -1] for batch in batches]
+        together = torch.cat(parts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
-    wanted = torch.stack(alone).float()
-    tolerance = 64 * torch.finfo(base.dtype).eps * float(wanted.abs().max())
-    if not torch.allclose(together.float(), wanted, rtol=0, atol=max(tolerance, 1e-5)):
+    if not _close(together, torch.stack(alone)):
         raise UnsupportedModel(
             f"{name} cannot be run padded: its rows do not come out of a batch as they do alone"
         )
-    return shapes
+    return shapes, carried
+
+
+@torch.inference_mode()
+def _goes_on(ia3: IA3Slots, shapes: Sequence[LayerShape], carried: Sequence[LayerStates]) -> bool:
+    """Whether the model goes on from a row's state with more than one token. Mamba's scan does not:
+    it begins anew."""
+    row = [token % 50 + 3 for token in range(35, 42)]
+    cache = PaddedCache(
+        shapes, 1024, len(row), ia3.base.device, carried=carried, make_cache=maker_of(ia3.base)
+    )
+    runner = PaddedRunner(ia3, cache)
+    for start, end in ((0, 4), (4, len(row))):
+        found = runner.forward([Piece(0, start, row[start:end], BASE_SLOT, [])], every=False)[0, -1]
+    return _close(found, _alone(ia3.base, row, crosses=False))
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    return torch.allclose(found.float(), wanted.float(), rtol=0, atol=max(tolerance, 1e-5))
 
 
 def _alone(model: PreTrainedModel, row: list[int], crosses: bool) -> torch.Tensor:
@@ -331,14 +376,14 @@ def _alone(model: PreTrainedModel, row: list[int], crosses: bool) -> torch.Tenso
     return logits[0, -1]
 
 
-def _shapes(model: PreTrainedModel, row: list[int], crosses: bool) -> list[LayerShape]:
+def _kinds(
+    model: PreTrainedModel, row: list[int], crosses: bool
+) -> tuple[list[LayerShape], list[LayerStates]]:
     ids = torch.tensor([row], device=model.device)
-    given = {"decoder_input_ids": ids} if crosses else {}
-    cache = model(input_ids=ids, use_cache=True, **given).past_key_values
-    layers = (cache.self_attention_cache if crosses else cache).layers
-    return [
-        LayerShape(
-            layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1], layer.keys.dtype
-        )
-        for layer in layers
-    ]
+    given: dict[str, Any] = {"decoder_input_ids": ids} if crosses else {}
+    make_cache = maker_of(model)
+    if make_cache is not Cache:
+        given["past_key_values"] = make_cache(DynamicCache(config=model.config).layers)
+    out = model(input_ids=ids, use_cache=True, **given)
+    cache = out.get("past_key_values", out.get("cache_params"))
+    return kinds_of(cache.self_attention_cache if crosses else cache, model)

@@ -28,6 +28,9 @@ class KVCache(Protocol):
     """The budget."""
     nbytes: int
     """Bytes that the budget takes; on the CPU they are touched only as they are written."""
+    shares: bool
+    """Whether a row can begin with what another has computed. A state that a row carries from token
+    to token cannot be cut at any of them."""
 
     @property
     def blocks(self) -> Blocks:
@@ -76,6 +79,8 @@ class StripCache:
     A row that outgrows its strip moves to one twice as long. Kept blocks never change where rows
     lie: they go before a row takes a longer strip than it needs.
     """
+
+    shares = True
 
     def __init__(
         self,

@@ -12,113 +12,23 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit
 from server.engine.faults import FAULTS, Fault
 from server.engine.kv_cache import KeysLost
+from server.engine.padded_group import Group
+from server.engine.padded_layers import (
+    CacheMaker,
+    KeysAndValues,
+    LayerStates,
+    States,
+    states_nbytes,
+)
 
 _COLUMNS = 64
 """A group's columns are a multiple of this many, so that it seldom grows."""
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """How far a group was before a forward."""
-
-    starts: list[int]
-    end: int
-    encoded: bool
-
-
-@dataclass(slots=True)
-class Group:
-    """Rows that run together. Row i's tokens are in the columns `starts[i]:end`."""
-
-    rows: list[int]
-    starts: list[int]
-    end: int
-    columns: int
-    layers: list[KeysAndValues]
-    """Each `[rows, heads, columns, dim]`."""
-    sources: list[int]
-    """Of an encoder-decoder: how many tokens of each row's source the decoder attends to."""
-    crossed: list[KeysAndValues]
-    """Of an encoder-decoder, once the sources are encoded: each `[rows, heads, source, dim]`,
-    aligned at the left."""
-
-    def mark(self) -> Mark:
-        return Mark(list(self.starts), self.end, bool(self.crossed))
-
-    def go_back(self, mark: Mark) -> None:
-        """What was computed since then has not been."""
-        self.starts, self.end = mark.starts, mark.end
-        if not mark.encoded:
-            self.crossed.clear()
-
-    def length(self, row: int) -> int:
-        """Tokens of a row that have keys and values."""
-        return self.end - self.starts[self.rows.index(row)]
-
-    def cache(self) -> Cache:
-        """What a transformers model takes as its `past_key_values` and writes new tokens to."""
-        own = Cache(layers=[_OwnLayer(self, layer) for layer in range(len(self.layers))])
-        if not self.sources:
-            return own
-        crossed = Cache(layers=[_CrossLayer(self, layer) for layer in range(len(self.layers))])
-        return EncoderDecoderCache(own, crossed)
-
-
-class _OwnLayer(CacheLayerMixin):
-    """A layer's keys and values of the rows' own tokens."""
-
-    def __init__(self, group: Group, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._group = group
-        self._layer = layer
-        self.is_initialized = True
-
-    def lazy_initialization(self, *_: object) -> None:
-        raise AssertionError("made whole")
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-    ) -> KeysAndValues:
-        keys, values = self._group.layers[self._layer]
-        start, end = self._group.end, self._group.end + key_states.shape[-2]
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        return self._group.end
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._group.end + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _CrossLayer(_OwnLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values of the sources: written whole by the first forward, then read."""
-
-    def __init__(self, group: Group, layer: int) -> None:
-        super().__init__(group, layer)
-        if layer < len(group.crossed):
-            self.keys, self.values = group.crossed[layer]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
-    ) -> KeysAndValues:
-        self._group.crossed.append((key_states, value_states))
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else int(self.keys.shape[-2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +122,13 @@ class PaddedCache:
         max_tokens: int,
         device: torch.device,
         crosses: bool = False,
+        carried: Sequence[LayerStates] = (),
+        max_rows: int = 0,
+        make_cache: CacheMaker = Cache,
     ) -> None:
         """`crosses`: an encoder-decoder, whose layers keep as much of the source as of the answer.
+        `carried`: for each layer, the states that it carries beside keys and values; room for those
+        of `max_rows` rows lies outside of the budget of tokens.
 
         Raises DoesNotFit where the longest row does not fit.
         """
@@ -224,9 +139,13 @@ class PaddedCache:
             )
         self.total_tokens = total_tokens
         self.nbytes = total_tokens * sum(s.nbytes for s in shapes) * (2 if crosses else 1)
+        self.nbytes += states_nbytes(carried, max_rows)
+        self.shares = not any(each.count for each in carried)
         self._shapes = list(shapes)
+        self._states = [each.count for each in carried] or [0] * len(shapes)
         self._device = device
         self._crosses = crosses
+        self._make_cache = make_cache
         self._reserved: dict[int, int] = {}
         self._groups: dict[int, Group] = {}
         self.blocks = PaddedBlocks(self, crosses)
@@ -257,9 +176,9 @@ class PaddedCache:
         # Its columns are full: the row's first step copies it into a group of its own.
         if self._crosses:
             own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
-            self._groups[row] = Group([row], [0], 0, 0, own, [shared], layers)
+            self._groups[row] = Group([row], [0], 0, 0, own, [shared], layers, self._nothing)
         else:
-            self._groups[row] = Group([row], [0], shared, shared, layers, [], [])
+            self._groups[row] = Group([row], [0], shared, shared, layers, [], [], self._nothing)
         return True
 
     def holds(self, row: int) -> bool:
@@ -284,11 +203,20 @@ class PaddedCache:
         """By arrival, so that the others keep their order when one leaves."""
         return sorted(rows)
 
-    def gather(self, rows: Sequence[int], tokens: int, sources: Sequence[int] = ()) -> Group:
+    def gather(
+        self, rows: Sequence[int], lengths: Sequence[int], tokens: int, sources: Sequence[int] = ()
+    ) -> Group:
         """The group of exactly these rows, with columns for `tokens` more.
 
+        `lengths`: how many tokens of each row count. Where a group's last forward went further, its
+        step failed later on, and what it wrote is undone.
         `sources`: of an encoder-decoder, the length of each row's source. Raises KeysLost.
         """
+        for row, length in zip(rows, lengths, strict=True):
+            old = self._groups.get(row)
+            if old is not None and old.length(row) != length:
+                old.undo()
+            assert old is None or old.length(row) == length, "one forward is undone at most"
         group = self._groups.get(rows[0])
         if group is None or group.rows != list(rows) or group.end + tokens > group.columns:
             try:
@@ -320,7 +248,33 @@ class PaddedCache:
                 # Never two copies of all layers at once.
                 old.layers[layer] = (keys[:0], values[:0])
         crossed = self._crossed(rows, parts, sources) if parts and self._crosses else []
-        return Group(rows, starts, end, columns, layers, sources, crossed)
+        states = self._joined_states(rows, parts) if parts else self._nothing
+        return Group(rows, starts, end, columns, layers, sources, crossed, states, self._make_cache)
+
+    @property
+    def _nothing(self) -> list[States]:
+        """What new rows carry."""
+        return [[None] * (2 * pairs) for pairs in self._states]
+
+    def _joined_states(self, rows: list[int], parts: list[tuple[Group, list[int]]]) -> list[States]:
+        joined: list[States] = []
+        for layer, pairs in enumerate(self._states):
+            assert not pairs or sum(len(mine) for _, mine in parts) == len(rows), (
+                "rows that carry a state do not run with new ones"
+            )
+            states: States = []
+            for number in range(2 * pairs):
+                state: torch.Tensor | None = None
+                for old, mine in parts:
+                    kept = old.states[layer][number]
+                    if kept is None:
+                        continue
+                    if state is None:
+                        state = kept.new_empty(len(rows), *kept.shape[1:])
+                    state[self._indices(rows, mine)] = kept[self._indices(old.rows, mine)]
+                states.append(state)
+            joined.append(states)
+        return joined
 
     def _crossed(
         self, rows: list[int], parts: list[tuple[Group, list[int]]], sources: list[int]

@@ -10,17 +10,19 @@ from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from adapters.slots import IA3Slots
-from server.engine.padded_cache import Group, Mark, PaddedCache
+from server.engine.padded_cache import PaddedCache
+from server.engine.padded_group import Group
 from server.engine.runner import Logits, slot_of
 from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
@@ -50,33 +52,32 @@ class Piece:
             source=sequence.tokens[:source],
         )
 
+    def single_tokens(self) -> Iterator["Piece"]:
+        for number, token in enumerate(self.ids):
+            yield replace(self, start=self.start + number, ids=[token])
+
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Slots, cache: PaddedCache) -> None:
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
+        """Not `goes_on`: the model goes on from a row's state one token at a time only."""
         self._ia3 = ia3
         self._cache = cache
         self._device = ia3.base.device
         self._accepts = inspect.signature(ia3.base.forward).parameters.keys()
         self._positions = RowPositions(ia3.base)
         self._equal_beyond = _equal_beyond(ia3.base)
-        self._begun: list[tuple[Group, Mark]] = []
-        """The groups of the running step."""
+        self._carries = not cache.shares
+        self._goes_on = goes_on
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
         work = [*((s, 1) for s in step.decode), *step.prefill]
         logits: dict[int, torch.Tensor] = {}
-        self._begun = []
-        try:
-            for batch in self._batches(step):
-                every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
-                pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
-                scores = self.forward(pieces, every)
-                logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
-        except BaseException:
-            for group, mark in self._begun:
-                group.go_back(mark)
-            raise
+        for batch in self._batches(step):
+            every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
+            pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
+            scores = self.forward(pieces, every)
+            logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
         taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
         prompts = []
         for sequence, tokens in step.prefill:
@@ -92,40 +93,57 @@ class PaddedRunner:
     def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
         """What can run together: the same number of tokens, or nothing computed yet."""
         batches: dict[tuple[object, ...], list[tuple[Sequence, int]]] = defaultdict(list)
+        prefill = list(step.prefill)
         for sequence in step.decode:
             length = sequence.computed - sequence.source_tokens
+            if self._carries and length == 0:
+                prefill.append((sequence, 1))
+                continue
             batches["decode", length if length >= self._equal_beyond else 0].append((sequence, 1))
-        for sequence, tokens in step.prefill:
+        for sequence, tokens in prefill:
             if sequence.computed > sequence.source_tokens or tokens > self._equal_beyond:
                 batches["alone", sequence.row].append((sequence, tokens))
             else:
                 # Up to twice as long as the shortest: at least half of the batch is no padding.
+                # None at all where it would enter the state that a row carries.
                 kind = "encoded" if sequence.computed else "first"
-                batches[kind, tokens.bit_length()].append((sequence, tokens))
+                like = tokens if self._carries else tokens.bit_length()
+                batches[kind, like].append((sequence, tokens))
         yield from batches.values()
 
     @torch.inference_mode()
     def forward(self, pieces: Rows[Piece], every: bool) -> torch.Tensor:
         """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
         tokens = max(len(piece.ids) for piece in pieces)
+        if tokens > 1 and not self._goes_on and pieces[0].start > 0:
+            [piece] = pieces
+            return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
         sources = [len(piece.source) for piece in pieces if piece.source]
-        group = self._cache.gather([piece.row for piece in pieces], tokens, sources)
-        self._begun.append((group, group.mark()))
-        if all(piece.start == 0 for piece in pieces):
-            # New rows of unequal length: the shorter ones begin later.
-            group.starts = [group.end + tokens - len(piece.ids) for piece in pieces]
+        rows, lengths = [piece.row for piece in pieces], [piece.start for piece in pieces]
+        group = self._cache.gather(rows, lengths, tokens, sources)
+        with group.advancing([len(piece.ids) for piece in pieces]) as cache:
+            return self._forward(pieces, every, group, cache)
+
+    def _forward(
+        self, pieces: Rows[Piece], every: bool, group: Group, cache: Cache
+    ) -> torch.Tensor:
+        tokens = max(len(piece.ids) for piece in pieces)
         starts = torch.tensor(group.starts, device=self._device)[:, None]
         columns = torch.arange(group.end + tokens, device=self._device)
         positions = (columns[group.end :] - starts).clamp(min=0)
         ids = [[0] * (tokens - len(piece.ids)) + piece.ids for piece in pieces]
         arguments = {
             "position_ids": positions,
-            "past_key_values": group.cache(),
+            "past_key_values": cache,
             "use_cache": True,
             "logits_to_keep": 0 if every else 1,
         }
         mask = (columns >= starts).long()
-        if sources:
+        if "cache_params" in self._accepts:
+            # Without attention: there is nothing to mask, and the cache has another name.
+            arguments["cache_params"] = cache
+            arguments["input_ids"] = torch.tensor(ids, device=self._device)
+        elif group.sources:
             arguments |= self._source(pieces, group) | {"decoder_attention_mask": mask}
             arguments["decoder_input_ids"] = torch.tensor(ids, device=self._device)
         else:
@@ -135,7 +153,6 @@ class PaddedRunner:
         with self._positions.set(positions):
             accepted = {k: v for k, v in arguments.items() if k in self._accepts}
             out = self._ia3.base(**accepted)
-        group.end += tokens
         logits: torch.Tensor = out.logits
         return logits
 

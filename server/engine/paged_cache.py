@@ -32,6 +32,8 @@ _SCRATCH_BLOCK = 0
 class PagedCache:
     """Allocated once, on the device. Runs on any device; the kernel is chosen per layer."""
 
+    shares = True
+
     def __init__(
         self,
         shapes: Sequence[LayerShape],

@@ -50,15 +50,24 @@ def cache_tokens(
     max_rows: int,
     asked: int | None,
     set_aside: int = 0,
+    states: int = 0,
 ) -> int:
     """How many tokens' keys and values to keep: `asked`, or what rows and memory allow.
 
-    `set_aside`: bytes of a GPU's memory that are not for the cache. Raises DoesNotFit.
+    `set_aside`: bytes of a GPU's memory that are not for the cache. `states`: bytes of what all
+    rows carry beside keys and values. Raises DoesNotFit.
     """
-    per_token = sum(shape.nbytes for shape in shapes)
+    # Models without attention keep nothing of a token.
+    per_token = max(1, sum(shape.nbytes for shape in shapes))
     free = int(_free_bytes(device))
     if device.type == "cuda":
         free = max(0, free - set_aside)
+    if states > free:
+        raise DoesNotFit(
+            f"the states of max-rows {max_rows} take {states / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free; set max-rows lower"
+        )
+    free -= states
     tokens = asked
     if tokens is None:
         share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE

@@ -19,9 +19,10 @@ class Prefixes:
     """Rows' way into the cache. Whatever is kept there goes before any row has to."""
 
     def __init__(self, cache: KVCache, across_orders: bool) -> None:
-        """Not `across_orders`: only requests of one order share, and the last takes it along."""
+        """Not `across_orders`: only requests of one order share, and the last takes it along.
+        Nobody shares in a cache that cannot."""
         self._cache = cache
-        self._across_orders = across_orders
+        self._across_orders = across_orders and cache.shares
         self._known = PrefixCache(cache.blocks)
         self._members: Counter[Hashable] = Counter()
         """By content: the sequences that have not ended."""
@@ -124,7 +125,8 @@ class Prefixes:
         return digest, sequence.request.cache_salt, order
 
     def _shares(self, sequence: Sequence) -> bool:
-        return self._across_orders or sequence.request.order is not None
+        within = self._cache.shares and sequence.request.order is not None
+        return self._across_orders or within
 
     def _find(self, sequence: Sequence) -> tuple[list[Node], int]:
         """Blocks that a new row can begin with, and how many of their tokens."""

@@ -119,13 +119,16 @@ class Scheduler:
         max_rows: int,
         chunk_tokens: int,
         prefix_cache: bool = True,
+        whole_prompts: bool = False,
     ) -> None:
-        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall.
+        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
+        with `whole_prompts` it bounds only how many are in one step.
         Without `prefix_cache`, only the requests of one order have anything in common."""
         self._cache = cache
         self._residency = residency
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
+        self._whole_prompts = whole_prompts
         self.prefixes = Prefixes(cache, across_orders=prefix_cache)
         self._queue = FairQueue()
         self._expecting: list[Sequence] = []
@@ -176,15 +179,21 @@ class Scheduler:
             return []
         first = min(prompts, key=_RANK)
         least = max(1, self._chunk_tokens // _FIRST_SHARE)
-        chunks = {first: _chunk(first, least) or first.uncomputed}
+        chunks = {first: self._chunk(first, least) or first.uncomputed}
         left = self._chunk_tokens - chunks[first]
         for sequence in sorted(prompts, key=lambda s: (s.uncomputed, s.rank)):
             given = chunks.get(sequence, 0)
-            tokens = _chunk(sequence, given + left)
+            tokens = self._chunk(sequence, given + left)
             if tokens > given:
                 chunks[sequence] = tokens
                 left -= tokens - given
         return list(chunks.items())
+
+    def _chunk(self, sequence: Sequence, most: int) -> int:
+        """How many of its tokens to compute, `most` at most; 0 where more would be needed, for what
+        is computed whole: an encoder's source, or any prompt of some models."""
+        whole = self._whole_prompts or sequence.computed < sequence.source_tokens
+        return 0 if whole and sequence.uncomputed > most else min(most, sequence.uncomputed)
 
     def _grow(self, decode: list[Sequence]) -> list[Sequence]:
         """Room for one more token each; the last in rank give way where there is none."""
@@ -276,11 +285,3 @@ class Scheduler:
     def _unpin(self, sequence: Sequence) -> None:
         if sequence.request.lease is not None:
             self._residency.unpin(sequence.request.lease)
-
-
-def _chunk(sequence: Sequence, most: int) -> int:
-    """How many of its tokens to compute, `most` at most; 0 where an encoder, which reads its source
-    whole, would need more."""
-    if sequence.computed < sequence.source_tokens and sequence.uncomputed > most:
-        return 0
-    return min(most, sequence.uncomputed)

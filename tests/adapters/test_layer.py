@@ -111,3 +111,23 @@ def test_both_sides_may_be_scaled_at_once() -> None:
     inner = by_peft(merged, left, on_input=True)
     outer = by_peft(inner.merge() or inner.get_base_layer(), right, on_input=False)
     assert torch.allclose(layer(x), outer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+def test_rows_keep_their_own_vectors_where_heads_stand_between_rows_and_tokens(
+    on_input: bool,
+) -> None:
+    """`[rows, heads, tokens, size]`, as latent attention calls its layers."""
+    layer = IA3Layer(linear(bias=True))
+    vectors = torch.rand(3, 1, SIZE) + 0.5
+    x = torch.randn(3, 2, 5, SIZE)
+    inner = layer.base_layer
+    side = "input_scale" if on_input else "output_scale"
+    setattr(layer, side, Scale(vectors))
+
+    expected = [
+        inner(row * vector) if on_input else inner(row) * vector
+        for row, vector in zip(x, vectors, strict=True)
+    ]
+    with torch.no_grad():
+        assert torch.allclose(layer(x), torch.stack(expected), atol=1e-6)

@@ -68,9 +68,9 @@ def test_a_wrong_method_is_told_all_that_the_path_has(
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        (ADAPTERS, "GET, POST"),
-        (f"{ADAPTERS}/default", "GET, PUT, PATCH, DELETE"),
-        ("/v1/merges/one", "GET, DELETE"),
+        (ADAPTERS, "GET, HEAD, POST"),
+        (f"{ADAPTERS}/default", "GET, HEAD, PUT, PATCH, DELETE"),
+        ("/v1/merges/one", "GET, HEAD, DELETE"),
         ("/v1/completions", "POST"),
     ],
 )

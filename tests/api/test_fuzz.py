@@ -59,7 +59,7 @@ CHECKS = [
 WITH_BODIES = [each for each in STATUSES if each[0] in ("post", "put", "patch")]
 CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "stranger"]
 """Whose key goes with a request: a name of KEYS, no key, or one that the server does not know."""
-NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new"]
+NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new", "org/new"]
 """The base, the adapters, and some that come and go."""
 PLAIN: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "Once upon"},
@@ -185,7 +185,8 @@ def variations(draw: DrawFn, fuzzed: Fuzzed, made: Case) -> Case:
         if "model" in plain and draw(st.booleans()):
             case.body["model"] = draw(st.sampled_from(NAMES))
         if "name" in plain and draw(st.booleans()):
-            case.body["name"] = f"new-{draw(st.integers(0, 99_999))}"
+            owner = draw(st.sampled_from(["", "org/"]))
+            case.body["name"] = f"{owner}new-{draw(st.integers(0, 99_999))}"
     return case
 
 

@@ -218,23 +218,33 @@ def test_a_cache_too_small_for_the_longest_row_is_refused() -> None:
 
 def test_rows_keep_their_group_while_they_run_together() -> None:
     cache = PaddedCache(SHAPES, 4096, 256, CPU)
-    group = cache.gather([0, 1], 1)
-    group.end += 1
+    group = cache.gather([0, 1], [0, 0], 1)
+    with group.advancing([1, 1]):
+        pass
 
-    assert cache.gather([0, 1], 1) is group
-    assert cache.gather([0], 1) is not group
+    assert cache.gather([0, 1], [1, 1], 1) is group
+    assert cache.gather([0], [1], 1) is not group
+
+
+def test_what_a_failed_step_wrote_is_undone() -> None:
+    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    group = cache.gather([0, 1], [0, 0], 3)
+    with group.advancing([3, 2]):
+        pass
+
+    assert cache.gather([1], [0], 3).length(1) == 0
+    assert group.length(0) == 0
 
 
 def test_rows_take_their_keys_and_values_into_another_group() -> None:
     cache = PaddedCache(SHAPES, 4096, 256, CPU)
-    first, second = cache.gather([0, 1], 5), cache.gather([2], 3)
+    first, second = cache.gather([0, 1], [0, 0], 5), cache.gather([2], [0], 3)
     written = torch.arange(2 * 2 * 5 * 8, dtype=torch.float32).view(2, 2, 5, 8) + 1
     for group, states in ((first, written), (second, written[:1, :, :3] + 1000)):
-        group.cache().update(states, -states, 0)
-        group.starts = [0] * len(group.rows)
-        group.end = states.shape[2]
+        with group.advancing([states.shape[2]] * len(group.rows)) as taken:
+            taken.update(states, -states, 0)
 
-    joined = cache.gather([1, 2], 1)
+    joined = cache.gather([1, 2], [5, 3], 1)
 
     keys, values = joined.layers[0]
     assert (joined.starts, joined.end) == ([0, 2], 5)

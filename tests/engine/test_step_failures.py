@@ -16,12 +16,13 @@ from server.engine.padded_cache import PaddedBlocks, PaddedCache
 from tests.engine.harness import Answer, Harness
 from tests.factories import run_by_modules, tiny_model
 from tests.families import tiny
+from tests.hybrid_families import HYBRIDS, tiny_hybrid
 
 BAD = 200
 """A token that the failing models below cannot read."""
 PROMPTS = [[5 + (7 * n + 3 * row) % 60 for n in range(3 + 5 * row)] for row in range(8)]
-FAMILIES = ["llama", "bloom", "bart"]
-"""Flat, padded, and an encoder-decoder."""
+FAMILIES = ["llama", "bloom", "bart", "qwen3_next"]
+"""Flat, padded, an encoder-decoder, and one that carries a state."""
 
 
 class Faulty:
@@ -73,7 +74,10 @@ def start_engine(
     start: Callable[..., Harness], family: str, prefix_cache: bool = False
 ) -> tuple[PreTrainedModel, Harness]:
     """Without a prefix cache, or the second time would compute little of the prompts."""
-    base = run_by_modules(tiny_model("llama") if family == "llama" else tiny(family))
+    if family in HYBRIDS:
+        base = tiny_hybrid(family)
+    else:
+        base = run_by_modules(tiny_model("llama") if family == "llama" else tiny(family))
     offered = None if family == "llama" else {}
     return base, start(base, offered, prefix_cache=prefix_cache)
 
@@ -233,10 +237,11 @@ def test_keys_that_are_lost_as_rows_come_together_are_computed_again(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_that_finds_no_memory_is_done_in_parts(
-    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    _, engine = start_engine(start, "llama")
+    _, engine = start_engine(start, family)
     params = {"temperature": 1.0, "seed": 3, "logprobs": 2, "frequency_penalty": 0.5}
     usual = ask_all(engine, **params)
     score = sampler.score_tokens
