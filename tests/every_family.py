@@ -20,10 +20,13 @@ from transformers.models.auto.modeling_auto import (
 
 from tests.factories import TOKENS
 from tests.families import FAMILIES
+from tests.hybrid_families import HYBRIDS, REFUSED
 
 CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SEQ2SEQ = sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 TYPES = sorted({*CAUSAL, *SEQ2SEQ})
+ALONE = "/decoder"
+"""What follows the type of an encoder-decoder in the name of its decoder alone."""
 WINDOW = 8
 
 _SMALL: dict[str, Any] = {
@@ -57,7 +60,13 @@ _SMALL: dict[str, Any] = {
     "word_embed_proj_dim": 32,
 }
 """What a config's field is in a tiny model, wherever a config has that field."""
+_TOKENS = {"vocab_size": TOKENS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _DECODER = {"is_decoder": True}
+_SLIDING = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _GEMMA2 = {
     **{name: _SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
@@ -77,13 +86,18 @@ _OWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         **dict.fromkeys(("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta"), _DECODER),
         **dict.fromkeys(("bert-generation", "roberta-prelayernorm", "xlm-roberta-xl"), _DECODER),
         "xmod": _DECODER | {"default_language": "en_XX"},
+        **dict.fromkeys(("qwen2", "qwen3"), _SLIDING),
+        "mixtral": {"sliding_window": WINDOW},
         "codegen": {"rotary_dim": 8},
         "cohere_compass_text": {
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
         },
         "dots3_note_text": {
-            "per_layer_config": {},
+            **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+            **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank", "swa_v_head_dim"), 8),
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
             "mlp_layer_types": ["dense", "sparse"],
             "index_head_dim": 8,
             "index_n_heads": 4,
@@ -121,21 +135,29 @@ _NOT_TRIED: Mapping[str, str] = MappingProxyType({})
 
 def config_of(kind: str, **overrides: Any) -> PreTrainedConfig:
     """A config with everything small, and with every window that it knows."""
-    tokens = {"vocab_size": TOKENS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    usual = AutoConfig.for_model(kind)
-    known = usual.get_text_config().to_dict()
+    own = _OWN.get(kind, {})
+    if kind in FAMILIES:
+        small = FAMILIES[kind].config
+    elif kind in HYBRIDS:
+        small = HYBRIDS[kind].config
+    else:
+        small = REFUSED.get(kind) or _small(kind)
+    start = {"decoder_start_token_id": 2} if kind in SEQ2SEQ else {}
+    return AutoConfig.for_model(kind, **(_TOKENS | start | small | own | overrides))
+
+
+def _small(kind: str) -> dict[str, Any]:
+    known = AutoConfig.for_model(kind).get_text_config().to_dict()
     small = {name: value for name, value in _SMALL.items() if name in known}
     if isinstance(known.get("layer_types"), list):
-        small["layer_types"] = _layer_types(known["layer_types"])
+        small["layer_types"] = _layer_types(known)
         for name in ("num_hidden_layers", "num_layers"):
             if name in small:
                 small[name] = len(small["layer_types"])
     if "kv_lora_rank" in known:
         # Latent attention has keys of its own for each head, and rotates a part of them.
         small |= {"num_key_value_heads": 4, "head_dim": 8}
-    if kind in FAMILIES:
-        small = {**FAMILIES[kind].config}
-    return AutoConfig.for_model(kind, **(small | tokens | _OWN.get(kind, {}) | overrides))
+    return small
 
 
 def parts_of(kind: str) -> tuple[str, ...]:
@@ -146,6 +168,7 @@ def parts_of(kind: str) -> tuple[str, ...]:
 
 def not_tried(kind: str) -> str:
     """Why there is no tiny model of a type; empty where there is one."""
+    kind = kind.removesuffix(ALONE)
     if kind in _NOT_TRIED:
         return _NOT_TRIED[kind]
     if not (parts := parts_of(kind)):
@@ -155,15 +178,24 @@ def not_tried(kind: str) -> str:
     return f"made of several models ({', '.join(parts)}){part}"
 
 
-def _layer_types(usual: list[str]) -> list[str]:
-    """One layer of each kind, two at least."""
-    kinds = list(dict.fromkeys(usual))
+CASES = sorted([*TYPES, *(kind + ALONE for kind in {*CAUSAL} & {*SEQ2SEQ} if not not_tried(kind))])
+"""What is tried, or said why it is not: each class once."""
+
+
+def _layer_types(known: dict[str, Any]) -> list[str]:
+    """One layer of each kind that is usual, and one with a window where the config knows it; two
+    layers at least."""
+    kinds = list(dict.fromkeys(known["layer_types"]))
+    if kinds == ["full_attention"] and "sliding_window" in known:
+        kinds = ["sliding_attention", "full_attention"]
     return kinds if len(kinds) > 1 else kinds * 2
 
 
 def tiny_of(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model with random weights, of a type or of a type's decoder alone."""
+    kind, _, alone = kind.partition("/")
     config = config_of(kind, **overrides)
     torch.manual_seed(seed)
-    auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ and kind not in CAUSAL else AutoModelForCausalLM
+    auto = AutoModelForSeq2SeqLM if kind in SEQ2SEQ and not alone else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config).eval()
     return model

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from adapters.bank import BASE_SLOT
 from adapters.slots import IA3Slots
@@ -386,4 +386,7 @@ def _kinds(
         given["past_key_values"] = make_cache(DynamicCache(config=model.config).layers)
     out = model(input_ids=ids, use_cache=True, **given)
     cache = out.get("past_key_values", out.get("cache_params"))
-    return kinds_of(cache.self_attention_cache if crosses else cache, model)
+    if isinstance(cache, EncoderDecoderCache):
+        # Decoders that could attend to an encoder have one alone, too.
+        cache = cache.self_attention_cache
+    return kinds_of(cache, model)

@@ -32,7 +32,7 @@ def window_of(model: PreTrainedModel, asked: int | None) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _POSITIONS_BY_LENGTH:
         window = rope.get("original_max_position_embeddings", window)
-    if window is None:
+    if window is None or window < 0:
         # Relative positions (T5) and ALiBi (Bloom) have no end: these fields are advice.
         advised = getattr(config, "n_positions", None) or getattr(config, "seq_length", None)
         if asked is None and advised is None and not config.is_encoder_decoder:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.every_family import TYPES, not_tried
+from tests.every_family import ALONE, CASES, not_tried
 from tests.families import FAMILIES
 
 _PROPERTY = "models_page"
@@ -86,7 +86,7 @@ class ModelsPage:
         self._seen: dict[str, Seen] = {}
         self._outcomes = {
             kind: Outcome(kind, "not tried", reason)
-            for kind in TYPES
+            for kind in CASES
             if (reason := not_tried(kind))
         }
 
@@ -100,7 +100,7 @@ class ModelsPage:
                 self._outcomes[outcome.kind] = outcome
 
     def pytest_sessionfinish(self) -> None:
-        if self._seen.keys() == FAMILIES.keys() and self._outcomes.keys() == set(TYPES):
+        if self._seen.keys() == FAMILIES.keys() and self._outcomes.keys() == set(CASES):
             self._write()
 
     def _write(self) -> None:
@@ -111,7 +111,7 @@ class ModelsPage:
         ]
         types = [
             f"{beginning_of_type(kind)} {self._outcomes[kind].runs} | {self._outcomes[kind].why} |"
-            for kind in TYPES
+            for kind in CASES
         ]
         tables = [_ABOUT.rstrip(), *rows, _FOR_ALL.rstrip(), _EVERY_CLASS.rstrip(), *types]
         PAGE.write_text("\n".join(tables) + "\n")
@@ -125,4 +125,4 @@ def beginning(family: str, runner: str) -> str:
 
 def beginning_of_type(kind: str) -> str:
     """How the row of a model type begins in the table of all."""
-    return f"| `{kind}` |"
+    return f"| `{kind.removesuffix(ALONE)}`{' (decoder alone)' * kind.endswith(ALONE)} |"

@@ -10,7 +10,7 @@ from server.engine import UnsupportedModel
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Answer, Harness
 from tests.engine.models_page import PAGE, Outcome, beginning_of_type
-from tests.every_family import TYPES, WINDOW, not_tried, tiny_of
+from tests.every_family import CASES, WINDOW, not_tried, tiny_of
 
 TOKENS_OUT = 6
 PROMPTS = {"short": 5, "beyond-the-window": 2 * WINDOW + 4}
@@ -68,6 +68,11 @@ def _why_padded(logs: str) -> str:
 def _line(reason: str) -> str:
     """The padded runner's reason, which is the last one, on a line of a table."""
     first = reason.split("; and it cannot be run flat")[0].strip().split("\n")[0]
+    first = re.sub(r"^\w+ cannot be run padded: ", "", first)
+    # How much is another number on another machine.
+    first = re.sub(
+        r"its logits after .* differ from .*", "its logits are not the plain ones", first
+    )
     return first.replace("|", "\\|")
 
 
@@ -79,7 +84,7 @@ def test_a_class_is_served_exactly_or_refused(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if not not_tried(kind)])
+@pytest.mark.parametrize("kind", [kind for kind in CASES if not not_tried(kind)])
 def test_every_class_is_served_exactly_or_refused(
     start: Callable[..., Harness],
     caplog: pytest.LogCaptureFixture,
@@ -93,4 +98,4 @@ def test_every_class_is_served_exactly_or_refused(
 def test_the_page_about_models_names_every_class() -> None:
     """`make test-full` writes it."""
     page = PAGE.read_text()
-    assert [kind for kind in TYPES if beginning_of_type(kind) not in page] == []
+    assert [kind for kind in CASES if beginning_of_type(kind) not in page] == []
