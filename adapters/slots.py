@@ -97,16 +97,16 @@ class IA3Slots:
         """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
         the segments. Costs nothing while the batch stays as it is.
 
-        `kept`: what the LM head sees of the segments, where it does not see all of them
-        (`logits_to_keep`). It sees all rows.
+        `kept`: what the LM head, and layers before it that are behind the model's trunk, see of the
+        segments, where they do not see all of them (`logits_to_keep`). They see all rows.
         """
         kept = segments if kept is None else kept
         packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
         if packed != self._packed:
             self._packed = None
             scales = self.bank.packed(rows, segments)
-            name = self.modules_of_base.output_embedding
-            head = {target for target in self.bank.columns if target.module == name}
+            behind = self.modules_of_base.head
+            head = {target for target in self.bank.columns if target.module in behind}
             if kept != segments and head:
                 of_head = self.bank.packed(rows, kept, only=head)
                 scales = {t: s for t, s in scales.items() if t not in head} | of_head
@@ -135,7 +135,7 @@ class IA3Slots:
         if head_slots is not None and head_slots != slots:
             of_head = Layout(head_slots, self._with_copies, device, flat=flat)
         for name, layer in self._saved.items():
-            layer.use(of_head if name == self.modules_of_base.output_embedding else layout)
+            layer.use(of_head if name in self.modules_of_base.head else layout)
 
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None

@@ -58,6 +58,9 @@ class BaseModules:
     """(in, out) features of those that IA3 can adapt."""
     input_embedding: str | None
     output_embedding: str | None
+    head: frozenset[str]
+    """Modules behind the model's trunk, the output embedding among them: they see only the
+    tokens whose logits are wanted, where not all are (`logits_to_keep`)."""
     skeleton: nn.Module = field(repr=False, compare=False)
     """The model without its weights."""
 
@@ -81,7 +84,11 @@ class BaseModules:
             if module is head and output is None:
                 output = name
         kind = model.config.model_type
-        return cls(kind, tuple(names), sizes, read, output, _without_weights(model))
+        trunk = f"{model.base_model_prefix}."
+        whole = model.base_model is model
+        behind = {n for n in names if n == output or not (whole or f"{n}.".startswith(trunk))}
+        skeleton = _without_weights(model)
+        return cls(kind, tuple(names), sizes, read, output, frozenset(behind), skeleton)
 
     def __hash__(self) -> int:
         return hash((self.model_type, self.names))

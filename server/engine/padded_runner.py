@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from adapters.slots import IA3Slots
 from server.engine.padded_cache import PaddedCache
@@ -162,10 +162,11 @@ class PaddedRunner:
         lengths = torch.tensor(group.sources, device=self._device)[:, None]
         mask = (torch.arange(longest, device=self._device) < lengths).long()
         if group.crossed:
-            # The decoder reads keys and values from the cache, and only the shape of this.
+            # The decoder reads keys and values from the cache, and only the shape of this. Models
+            # with experts read the router's logits of it, too, be they none.
             width = int(self._ia3.base.config.hidden_size)
             encoded = torch.empty(1, 1, 1, dtype=self._ia3.base.dtype, device=self._device)
-            states = BaseModelOutput(encoded.expand(len(pieces), longest, width))
+            states = MoeModelOutputWithPast(encoded.expand(len(pieces), longest, width))
             return {"encoder_outputs": states, "attention_mask": mask}
         ids = [piece.source + [0] * (longest - len(piece.source)) for piece in pieces]
         return {"input_ids": torch.tensor(ids, device=self._device), "attention_mask": mask}

@@ -9,6 +9,7 @@ import transformers
 
 from tests.every_family import ALONE, CASES, not_tried
 from tests.families import FAMILIES
+from tests.hybrid_families import HYBRIDS
 
 _PROPERTY = "models_page"
 _OUTCOME = "models_page_outcome"
@@ -109,10 +110,7 @@ class ModelsPage:
             f"{self._seen[family].our_error:.1e} | equal | {' '.join(FAMILIES[family].remarks)} |"
             for family in FAMILIES
         ]
-        types = [
-            f"{beginning_of_type(kind)} {self._outcomes[kind].runs} | {self._outcomes[kind].why} |"
-            for kind in CASES
-        ]
+        types = [_row(self._outcomes[kind]) for kind in CASES]
         tables = [_ABOUT.rstrip(), *rows, _FOR_ALL.rstrip(), _EVERY_CLASS.rstrip(), *types]
         PAGE.write_text("\n".join(tables) + "\n")
 
@@ -121,6 +119,12 @@ def beginning(family: str, runner: str) -> str:
     """How the row of a family begins."""
     model_type, _, variant = family.partition("-")
     return f"| `{model_type}`{f' ({variant})' * bool(variant)} | {runner} |"
+
+
+def _row(outcome: Outcome) -> str:
+    remarks = HYBRIDS[outcome.kind].remarks if outcome.kind in HYBRIDS else ()
+    why = ". ".join([outcome.why, *remarks]).replace("|", "\\|")
+    return f"{beginning_of_type(outcome.kind)} {outcome.runs} | {why} |"
 
 
 def beginning_of_type(kind: str) -> str:
