@@ -341,7 +341,8 @@ def _probe_padded(ia3: IA3Slots) -> tuple[list[LayerShape], list[LayerStates]]:
             parts = [runner.forward(batch, every=False)[:, -1] for batch in batches]
         together = torch.cat(parts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise UnsupportedModel(f"{name} cannot be run padded: it fails there: {reason}") from error
     if not _close(together, torch.stack(alone)):
         raise UnsupportedModel(
             f"{name} cannot be run padded: its rows do not come out of a batch as they do alone"

@@ -146,6 +146,8 @@ class PaddedRunner:
         elif group.sources:
             arguments |= self._source(pieces, group) | {"decoder_attention_mask": mask}
             arguments["decoder_input_ids"] = torch.tensor(ids, device=self._device)
+            # Under their other name they would be the encoder's, which counts by itself.
+            arguments["decoder_position_ids"] = arguments.pop("position_ids")
         else:
             arguments["attention_mask"] = mask
             arguments["input_ids"] = torch.tensor(ids, device=self._device)

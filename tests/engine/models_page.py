@@ -46,6 +46,10 @@ answers to two prompts, one longer than the windows, equal the plain model's ful
 start-up check refuses the model. *Why*: why not flat, why refused, or why there is no tiny model
 of it; the start-up check judges those as all others.
 
+With a `sliding_window` in their configs, moshi, helium and granitemoe still attend to all tokens;
+transformers' `generate` gives them a cache that drops the older ones, so that its answers differ
+from the model's own full forward. Ours equal the full forward.
+
 | model type | runs | why |
 |---|---|---|
 """
@@ -123,7 +127,7 @@ def beginning(family: str, runner: str) -> str:
 
 def _row(outcome: Outcome) -> str:
     remarks = HYBRIDS[outcome.kind].remarks if outcome.kind in HYBRIDS else ()
-    why = ". ".join([outcome.why, *remarks]).replace("|", "\\|")
+    why = " ".join([f"{outcome.why}." if remarks else outcome.why, *remarks]).replace("|", "\\|")
     return f"{beginning_of_type(outcome.kind)} {outcome.runs} | {why} |"
 
 

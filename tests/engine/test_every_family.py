@@ -27,6 +27,8 @@ QUICK = {
     "ministral": "flat",
     "electra": "flat",
     "pegasus": "padded",
+    "t5gemma": "padded",
+    "megatron-bert": "padded",
     "roc_bert": "flat",
     "nllb-moe": "refused",
     "xlnet": "refused",
