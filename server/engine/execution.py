@@ -23,7 +23,7 @@ from server.engine.kernels.operators import load_operators
 from server.engine.kernels.product import panel_width_of, product_kernels
 from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Pack, noting_reads, noting_siblings, pack_linears
+from server.engine.packing import Pack, noting_siblings, pack_linears
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_layers import (
     LayerStates,
@@ -35,7 +35,7 @@ from server.engine.padded_runner import PaddedRunner, Piece
 from server.engine.planning import cache_tokens, make_flat_cache
 from server.engine.runner import FlatRunner, Modules, Runner
 from server.engine.time_steps import limit_time_steps
-from server.engine.trace_cache import find_or_trace
+from server.engine.trace_cache import find_or_trace, key_of
 from server.engine.tracing import Forward, NotTraced, TracedForward
 
 log = logging.getLogger(__name__)
@@ -70,68 +70,50 @@ def prepare(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`trace_cache`: keep a flat model's trace there. `compile_cache`: compile the model, and keep
-    what was made there. None: do not. The bank is made anew.
+    """`trace_cache`: keep a flat model's trace there, and what was compared. `compile_cache`:
+    compile the model, and keep what was made there. None: do not. The bank is made anew.
 
     Raises UnsupportedModel where neither way is exact, and DoesNotFit.
     """
     base = ia3.base
     kept = base.config._attn_implementation
     max_tokens = max_model_len * (1 if decoder_start is None else 2)
-    fidelity, read = _plain_logits(ia3, tokenizer, decoder_start, max_model_len, max_rows)
+    asked = _Asked(max_rows, max_tokens, kv_cache_tokens, pack, trace_cache, compile_cache)
+    file = None
+    if trace_cache is not None:
+        settings = (max_model_len, pack, compile_cache is not None, torch.get_num_threads())
+        processor = torch.backends.cpu.get_cpu_capability()
+        file = trace_cache / f"compared-{key_of(base, repr(settings), processor)}.json"
     try:
-        return _prepare_flat(
-            ia3,
-            fidelity,
-            read,
-            max_rows,
-            max_tokens,
-            kv_cache_tokens,
-            pack,
-            trace_cache,
-            compile_cache,
-        )
+        fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows, file)
+    except Exception as error:  # Whatever a model's code does.
+        name = type(base).__name__
+        raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
+    try:
+        return _prepare_flat(ia3, fidelity, asked)
     except UnsupportedModel as error:
         why_not_flat = str(error)
     log.info("Running %s padded: %s", type(base).__name__, why_not_flat)
     base.set_attn_implementation(kept)
     try:
-        return _prepare_padded(
-            ia3, fidelity, read, max_tokens, max_rows, kv_cache_tokens, pack, compile_cache
-        )
+        return _prepare_padded(ia3, fidelity, asked)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{error}; and it cannot be run flat: {why_not_flat}") from error
 
 
-def _plain_logits(
-    ia3: IA3Slots,
-    tokenizer: PreTrainedTokenizerFast,
-    decoder_start: tuple[int, ...] | None,
-    max_model_len: int,
-    max_rows: int,
-) -> tuple[Fidelity, set[str]]:
-    """What to compare a runner with; and the layers whose weights the model reads itself. Raises
-    UnsupportedModel."""
-    try:
-        with noting_reads(ia3.base) as read:
-            fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows)
-    except Exception as error:  # Whatever a model's code does.
-        name = type(ia3.base).__name__
-        raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
-    return fidelity, read
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `prepare` was asked for. `max_tokens`: of a row, with those that an encoder reads."""
+
+    max_rows: int
+    max_tokens: int
+    kv_cache_tokens: int | None
+    pack: bool
+    trace_cache: Path | None
+    compile_cache: Path | None
 
 
-def _prepare_flat(
-    ia3: IA3Slots,
-    fidelity: Fidelity,
-    read: set[str],
-    max_rows: int,
-    max_tokens: int,
-    kv_cache_tokens: int | None,
-    pack: bool,
-    trace_cache: Path | None,
-    compile_cache: Path | None,
-) -> Execution:
+def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution:
     """Raises UnsupportedModel where a flat batch would be computed wrongly."""
     base = ia3.base
     _check_flat(base)
@@ -141,24 +123,25 @@ def _prepare_flat(
             shapes = probe(base, context)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(f"{type(base).__name__} fails on a flat batch: {error}") from error
-    kernels = _kernels(base.device, pack, compile_cache, shapes)
-    _lay_out(base, pack, kernels.products, siblings, read)
+    kernels = _kernels(base.device, asked.pack, asked.compile_cache, shapes)
+    _lay_out(base, asked.pack, kernels.products, siblings, fidelity.read)
     _renew_bank(ia3)
+    max_tokens = asked.max_tokens
     tokens = cache_tokens(
-        shapes, base.device, max_tokens, max_rows, kv_cache_tokens, ia3.saved_capacity
+        shapes, base.device, max_tokens, asked.max_rows, asked.kv_cache_tokens, ia3.saved_capacity
     )
     cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     modules = Modules(base)
 
     def runner(forward: Forward | None) -> FlatRunner:
-        return FlatRunner(ia3, context, cache, modules, forward, max_rows, max_tokens)
+        return FlatRunner(ia3, context, cache, modules, forward, asked.max_rows, max_tokens)
 
     try:
         fidelity.compare("by its modules", runner(None), cache)
     except Unfaithful as error:
         raise UnsupportedModel(f"in a flat batch {error}") from error
     _renew_bank(ia3)
-    traced = _trace(ia3, context, modules, cache, trace_cache, compile_cache)
+    traced = _trace(ia3, context, modules, cache, asked.trace_cache, asked.compile_cache)
     # What is compiled runs as it was traced now and then, so that both must be right.
     faithful = None
     for forward in _forwards(traced):
@@ -169,10 +152,14 @@ def _prepare_flat(
             log.warning("The model does not run %s: %s", what, error)
             break
         faithful = forward
+    is_compiled = isinstance(faithful, CompiledForward)
+    if faithful is traced and is_compiled == (asked.compile_cache is not None):
+        # Else a later start may run the model in a way that was not compared now.
+        fidelity.keep()
     if base.device.type != "cpu" and faithful is not traced:
         faithful = None
     _renew_bank(ia3)
-    return Execution("flat", cache, runner(faithful), isinstance(faithful, CompiledForward))
+    return Execution("flat", cache, runner(faithful), is_compiled)
 
 
 def _forwards(
@@ -260,35 +247,28 @@ def _check_flat(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{name} has layers of {', '.join(sorted(kinds - _FLAT_LAYERS))}")
 
 
-def _prepare_padded(
-    ia3: IA3Slots,
-    fidelity: Fidelity,
-    read: set[str],
-    max_tokens: int,
-    max_rows: int,
-    kv_cache_tokens: int | None,
-    pack: bool,
-    compile_cache: Path | None,
-) -> Execution:
+def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution:
     base = ia3.base
     ia3.unload()
     limit_time_steps(base)
     shapes, carried = _probe_padded(ia3)
     goes_on = not any(each.count for each in carried) or _goes_on(ia3, shapes, carried)
-    _lay_out(base, pack, _kernels(base.device, pack, compile_cache).products, read=read)
+    products = _kernels(base.device, asked.pack, asked.compile_cache).products
+    _lay_out(base, asked.pack, products, read=fidelity.read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
+    rows, max_tokens = asked.max_rows, asked.max_tokens
     tokens = cache_tokens(
         both,
         base.device,
         max_tokens,
-        max_rows,
-        kv_cache_tokens,
+        rows,
+        asked.kv_cache_tokens,
         ia3.saved_capacity,
-        states_nbytes(carried, max_rows),
+        states_nbytes(carried, rows),
     )
     cache = PaddedCache(
-        shapes, tokens, max_tokens, base.device, crosses, carried, max_rows, maker_of(base)
+        shapes, tokens, max_tokens, base.device, crosses, carried, rows, maker_of(base)
     )
     if not cache.shares:
         log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
@@ -298,6 +278,7 @@ def _prepare_padded(
     except Unfaithful as error:
         name = type(base).__name__
         raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
+    fidelity.keep()
     ia3.unload()
     return Execution("padded", cache, runner, whole_prompts=not goes_on)
 

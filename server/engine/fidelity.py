@@ -6,11 +6,14 @@ length together, prompts in chunks, decode steps, the base and an adapter side b
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from adapters.errors import InvalidAdapter
 from adapters.slots import IA3Slots
 from adapters.targets import Side, Target, resolve_targets
 from server.engine.kv_cache import KVCache
+from server.engine.packing import noting_reads
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Runner
 from server.engine.scheduler import Step
@@ -82,7 +86,10 @@ class Fidelity:
         decoder_start: tuple[int, ...] | None,
         max_model_len: int,
         max_rows: int,
+        kept: Path | None = None,
     ) -> None:
+        """`kept`: a file that says which ways of running a start of the same kind has found equal.
+        These are not compared again. Raises whatever the model's code does."""
         self._ia3 = ia3
         self._tokenizer = tokenizer
         self._decoder_start = decoder_start
@@ -90,8 +97,16 @@ class Fidelity:
         self._random = torch.Generator().manual_seed(0)
         self._vectors = self._random_vectors()
         self.windows = {w for w in windows_of(ia3.base) if w < max_model_len}
-        self._texts = self._make_texts(max_model_len)
-        self._take_wanted()
+        self._kept = kept
+        self._equal: list[str] = []
+        """The ways of running that were compared."""
+        self.read: set[str] = set()
+        """The layers whose weights the model reads itself."""
+        self._is_known = self._find()
+        if not self._is_known:
+            self._texts = self._make_texts(max_model_len)
+            with noting_reads(ia3.base) as self.read:
+                self._take_wanted()
 
     def _random_vectors(self) -> dict[Target, torch.Tensor]:
         """An adapter on PEFT's default targets; where PEFT names none, on all linear layers."""
@@ -166,6 +181,10 @@ class Fidelity:
 
         Raises Unfaithful.
         """
+        if self._is_known:
+            if what not in self._equal:
+                raise Unfaithful(f"an earlier start found other logits; it is kept in {self._kept}")
+            return
         if self._vectors:
             self._ia3.fill_slot(_ADAPTER_SLOT, AdapterVectors(self._vectors))
         try:
@@ -188,6 +207,36 @@ class Fidelity:
             worst,
             f" Windows of {self.unreached} tokens were not reached." * bool(self.unreached),
         )
+        self._equal.append(what)
+
+    def keep(self) -> None:
+        """For later starts, all that was found."""
+        if self._kept is None or self._is_known:
+            return
+        found = {"equal": self._equal, "read": sorted(self.read)}
+        try:
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile("w", dir=self._kept.parent, delete=False) as part:
+                json.dump(found, part)
+            Path(part.name).replace(self._kept)
+        except OSError as error:
+            log.info("The next start compares again: %s", error)
+
+    def _find(self) -> bool:
+        """Whether an earlier start has kept what it found."""
+        if self._kept is None:
+            return False
+        try:
+            found = json.loads(self._kept.read_text())
+            self._equal, self.read = list(found["equal"]), set(found["read"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        log.info(
+            "%s equals the plain model %s: an earlier start has compared them.",
+            type(self._ia3.base).__name__,
+            ", ".join(self._equal),
+        )
+        return True
 
     def _run_all(self, runner: Runner, cache: KVCache) -> float:
         """All texts, as many together as there is room for: the largest difference."""

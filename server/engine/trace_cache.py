@@ -95,19 +95,23 @@ def find_or_trace(
     return traced
 
 
-def _file_in(folder: Path, base: PreTrainedModel) -> Path:
-    """Named by all that a trace follows from."""
+def key_of(base: PreTrainedModel, *more: str) -> str:
+    """A name for all that follows from a model's kind, the engine's code, and `more`."""
     parts = [
         torch.__version__,
         transformers.__version__,
         base.config.to_json_string(use_diff=False),
         repr(base),
         json.dumps([[name, *map(str, (t.shape, t.dtype, t.device))] for name, t in _named(base)]),
-        json.dumps([_widths(seam.layer) for seam in seams_of(base)]),
+        *more,
         *(each.read_text() for each in sorted(Path(__file__).parent.rglob("*.py"))),
     ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return folder / f"{digest[:16]}.pickle"
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _file_in(folder: Path, base: PreTrainedModel) -> Path:
+    widths = json.dumps([_widths(seam.layer) for seam in seams_of(base)])
+    return folder / f"{key_of(base, widths)}.pickle"
 
 
 def _widths(layer: torch.nn.Module) -> list[int]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from server.engine.scheduler import Step
 from server.engine.strip_attention import StripPlan
 from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model
+from tests.hybrid_families import tiny_hybrid
 
 LONGCAT: dict[str, Any] = {
     "q_lora_rank": 16,
@@ -148,3 +150,50 @@ def test_the_reason_of_a_refusal_names_both_runners(start: Callable[..., Harness
 
     with pytest.raises(UnsupportedModel, match=r"Bloom.* padded.*flat"):
         start(model, {}, max_model_len=64)
+
+
+def test_what_one_start_has_compared_the_next_one_does_not(
+    start: Callable[..., Harness], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for text in ("modules equals", "earlier start"):
+        caplog.clear()
+        engine = start(tiny_model("llama"), {}, trace_cache=tmp_path)
+        assert text in caplog.text
+        assert engine.ask([5, 6, 7]).tokens
+    [kept] = tmp_path.glob("compared-*.json")
+
+    for damage in ("", "{}", '{"equal": ["as'):
+        kept.write_text(damage)
+        caplog.clear()
+        start(tiny_model("llama"), {}, trace_cache=tmp_path)
+        assert "modules equals" in caplog.text
+
+
+def test_what_was_compared_is_known_of_models_of_that_kind_only(
+    start: Callable[..., Harness], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    start(tiny_model("llama"), {}, trace_cache=tmp_path)
+    for model, settings in (
+        (tiny_model("qwen2"), {}),
+        (tiny_model("llama"), {"max_model_len": 50}),
+        (tiny_model("llama"), {"pack_linears": False}),
+    ):
+        caplog.clear()
+        start(model, {}, trace_cache=tmp_path, **settings)
+        assert "earlier start" not in caplog.text
+
+
+def test_what_a_padded_model_reads_of_packed_layers_is_known_too(
+    start: Callable[..., Harness], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    answers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = tiny_hybrid("jamba")
+        answers.append(start(model, {}, trace_cache=tmp_path).ask([5, 6, 7]).tokens)
+
+    assert "earlier start" in caplog.text
+    assert answers[0] == answers[1]

@@ -349,11 +349,13 @@ def test_a_tokenizer_that_fails_ends_only_the_request_whose_token_it_was(
     push = Detokenizer.push
     broken: list[Detokenizer] = []
 
-    def fails_for_the_first(self: Detokenizer, token: int) -> tuple[str, bool]:
+    def fails_for_the_first(
+        self: Detokenizer, token: int, may_stop: bool = True
+    ) -> tuple[str, bool]:
         broken.append(self)
         if self is broken[0]:
             raise ValueError("no such token")
-        return push(self, token)
+        return push(self, token, may_stop)
 
     with engine.held():
         engine.submit("fails", [5], max_tokens=3)
