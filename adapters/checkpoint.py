@@ -27,7 +27,7 @@ from adapters.saved import (
     saved_modules,
 )
 from adapters.targets import BaseModules, Side, Target, resolve_targets
-from adapters.weights import SUFFIX, parse_weights, pieces_of, stage_weights
+from adapters.weights import FLOATS, SUFFIX, parse_weights, pieces_of, stage_weights
 
 _INPUT_SUFFIX = ".ia3_l_input"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -361,7 +361,7 @@ def _tensor_fault(
     if found != shape:
         problem = f"has shape {found}, and the base model's layer needs {shape}"
         return Fault(key, problem, "train the adapter on the base model that is served here")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         return Fault(key, f"has dtype {tensor.dtype}", "save the vectors as float32")
     return None
 

@@ -56,8 +56,8 @@ class IA3Config(BaseModel):
         targets, feedforward = self.target_modules, self.feedforward_modules
         if isinstance(targets, list) and isinstance(feedforward, list):
             # PEFT 0.14 and later shortened the targets alone, and then refused what it had written.
-            ends = tuple(f".{name}" for name in targets)
-            stray = sorted(n for n in feedforward if n not in targets and not n.endswith(ends))
+            known = frozenset(targets)
+            stray = sorted(name for name in feedforward if known.isdisjoint(_ends_of(name)))
             if stray:
                 raise ValueError(
                     f"feedforward_modules must be a subset of target_modules; not in it: {stray}"
@@ -85,6 +85,13 @@ class IA3Config(BaseModel):
     def dump(self) -> bytes:
         """The file as PEFT writes it."""
         return json.dumps(dict(self), indent=2, sort_keys=True).encode()
+
+
+def _ends_of(name: str) -> list[str]:
+    """A module's whole name, and what follows each of its dots. No model nests so deeply as this
+    looks."""
+    parts = name.split(".", 64)
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Wrapping:
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        """Whose attribute was replaced, which one, and what it was; the last one last."""
+        """The owner, attribute and original module of each replacement, oldest first."""
 
     def wrap(self, name: str, make: Callable[[nn.Module], W]) -> W:
         """Put a wrapper in the place of the module of that name, as the base alone names it."""

@@ -34,7 +34,7 @@ _Tensors = frozenset[tuple[str, str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Of a file with nothing but float32 vectors: those of sorted targets."""
+    """The layout of a file that holds nothing but float32 vectors."""
 
     targets: tuple[Target, ...]
     keys: tuple[str, ...]

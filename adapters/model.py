@@ -12,13 +12,7 @@ from transformers import PreTrainedModel
 
 from adapters.checkpoint import AdapterVectors, effective_vectors, read_checkpoint, write_checkpoint
 from adapters.config import IA3Config
-from adapters.errors import (
-    AdapterExists,
-    CannotCombine,
-    UnknownAdapter,
-    WrongCall,
-    WrongType,
-)
+from adapters.errors import AdapterExists, CannotCombine, UnknownAdapter, WrongCall, WrongType
 from adapters.peft_configs import config_of, names_of_targets, united
 from adapters.targets import resolve_targets
 from adapters.tuned_layer import BASE_NAME
@@ -60,7 +54,11 @@ class IA3Model(nn.Module):
     prefix = "ia3_"
 
     def __init__(
-        self, model: PreTrainedModel, peft_config: object = None, adapter_name: str = "default"
+        self,
+        model: PreTrainedModel,
+        peft_config: object = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,  # noqa: ARG002
     ) -> None:
         """With a config, a new adapter that changes nothing yet is attached and active. Raises
         WrongType for anything but a transformers model, InvalidAdapter."""
@@ -74,6 +72,8 @@ class IA3Model(nn.Module):
         self.model = model.requires_grad_(False)
         self.training = model.training
         self.active_adapter: str | list[str] = []
+        if isinstance(peft_config, Mapping):
+            peft_config = peft_config[adapter_name]
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=False)
             self.set_adapter(adapter_name, self.peft_config[adapter_name].inference_mode)

@@ -30,7 +30,8 @@ def config_of(given: object) -> IA3Config:
 
 
 def settled(config: IA3Config, targets: Sequence[Target], modules: BaseModules) -> IA3Config:
-    """With what PEFT fills in when it injects an adapter: the defaults, the kind of the layers."""
+    """Return the config with what PEFT fills in when it injects an adapter: its defaults, and the
+    kind of the layers."""
     names, inputs = config.target_modules, config.feedforward_modules
     if names is None:
         names = TARGET_MODULES[modules.model_type]
@@ -49,7 +50,10 @@ def settled(config: IA3Config, targets: Sequence[Target], modules: BaseModules) 
 
 
 def united(configs: Sequence[IA3Config]) -> IA3Config:
-    """Of `IA3Model.add_weighted_adapter`: all modules of all. Raises WrongCall."""
+    """Return the config of a weighted sum: all modules of all its adapters. Raises WrongCall.
+
+    PEFT `IA3Model.add_weighted_adapter`.
+    """
     return configs[0].model_copy(
         update={
             field: _united([getattr(config, field) for config in configs])

@@ -22,11 +22,10 @@ from adapters.combine import Method, Recipe, combine, mix
 from adapters.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
 from adapters.errors import (
     AdapterDisabled,
+    AdapterError,
     AdapterExists,
     Fault,
     InvalidAdapter,
-    RevisionDamaged,
-    StoreUnreachable,
     TooManyPinned,
     UnknownAdapter,
 )
@@ -315,11 +314,11 @@ class AdapterRegistry:
             self.residency.retire(old.digest)
 
     def _keep_if_whole(self, revision: Revision) -> None:
-        """A pinned adapter that is damaged, or cannot be read now, costs no other adapter and no
-        start. It is on the device again after it was stored anew."""
+        """A pinned adapter that is damaged, does not fit this base, or cannot be read now costs no
+        other adapter and no start. It is on the device again after it was stored anew."""
         try:
             self._keep(revision, self.vectors(revision))
-        except (RevisionDamaged, StoreUnreachable) as error:
+        except AdapterError as error:
             log.error("%s@%d is not kept on the device: %s", revision.name, revision.number, error)
 
     def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:

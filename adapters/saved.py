@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.config import WEIGHTS_FILE, IA3Config
 from adapters.errors import Fault
 from adapters.targets import BaseModules, Target
-from adapters.weights import pieces_of
+from adapters.weights import FLOATS, pieces_of
 
 PREFIX = "base_model.model."
 
@@ -105,7 +105,7 @@ def _fault(
         shown = str(needed).replace(str(needed[0]), "any", 1) if resizable else needed
         problem = f"has shape {found}, and the base model's module needs {shown}"
         return Fault(key, problem, "train the adapter on the base model that is served here")
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         return Fault(key, f"has dtype {tensor.dtype}", "save the modules as floating-point numbers")
     bad = sum(
         int((~torch.isfinite(piece.to(like.dtype).float())).sum())

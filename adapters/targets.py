@@ -295,10 +295,12 @@ class _SavedMatcher:
     """`modules_to_save` are never targets: each is a regular expression for a part of the path."""
 
     def __init__(self, names: tuple[str, ...], clock: _Clock) -> None:
-        self._patterns = [
-            _Pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", clock, whole=False)
-            for name in names
-        ]
+        self._patterns: list[_Pattern] = []
+        for name in names:
+            if time.monotonic() > clock.end:
+                raise _refusal("modules_to_save", f"takes more than {_MATCH_SECONDS:.0f} s to read")
+            pattern = rf"(^|.*\.){name}($|\..*)"
+            self._patterns.append(_Pattern("modules_to_save", pattern, clock, whole=False))
 
     def __call__(self, name: str) -> bool:
         return any(pattern.matches(name) for pattern in self._patterns)

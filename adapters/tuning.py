@@ -311,4 +311,5 @@ class Tuning:
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    return [*args[:1], *(kwargs[key] for key in _INPUTS if kwargs.get(key) is not None)]
+    given = [*args[:1], *(kwargs.get(key) for key in _INPUTS)]
+    return [each for each in given if each is not None]

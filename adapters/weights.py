@@ -13,10 +13,19 @@ from adapters.errors import Fault, InvalidAdapter
 
 SUFFIX = ".ia3_l"
 """Of the keys of vectors."""
-_MAX_HEADER_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 2 << 20
 """Of an upload's weights file: a tensor takes about a hundred."""
 _UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
 """What safetensors raises for a file that is none."""
+FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+"""Dtypes that an adapter's numbers may have: torch computes with them."""
 _PIECE = 1 << 18
 """Values of a tensor that are looked at together."""
 _MAPPED = 1 << 22
@@ -110,7 +119,7 @@ def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
 
 def _without_name(keys: Collection[str]) -> dict[str, str]:
     """The keys of `save_pretrained`, and those of a file. A model's whole state names the adapter:
-    `…ia3_l.default`. PEFT loads it, and so do we."""
+    `…ia3_l.default`. PEFT loads it, and so do we. Raises InvalidAdapter."""
     names = {key.rpartition(".")[2] for key in keys if SUFFIX in key}
     if len(names) != 1 or names == {SUFFIX[1:]}:
         return {key: key for key in keys}
@@ -118,4 +127,8 @@ def _without_name(keys: Collection[str]) -> dict[str, str]:
     plain = {
         key.removesuffix(f".{name}") if f"{SUFFIX}.{name}" in key else key: key for key in keys
     }
-    return {each.replace(f".modules_to_save.{name}.", "."): key for each, key in plain.items()}
+    renamed = {each.replace(f".modules_to_save.{name}.", "."): key for each, key in plain.items()}
+    if len(renamed) < len(keys):
+        problem = f"holds a tensor twice, with the adapter's name '{name}' and without it"
+        raise InvalidAdapter([Fault(WEIGHTS_FILE, problem, "write it with PEFT's save_pretrained")])
+    return renamed

@@ -81,7 +81,8 @@ class AdminClient:
                     f"{error.filename}: {error.strerror}; name a folder that PEFT's "
                     "save_pretrained wrote"
                 ) from None
-            return self._send(method, path, data=data, files=files)
+            # The server has its own limits of time, and knows better how far it is.
+            return self._send(method, path, data=data, files=files, timeout=None)
 
     def _send(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         try:
@@ -108,7 +109,7 @@ def _line(fault: Fault) -> str:
 
 
 def _path(name: str) -> str:
-    """Of an adapter. What is no name leads to no other resource."""
+    """Return an adapter's path; a text that is no name leads to no other resource."""
     return f"/v1/adapters/{quote(name, safe='')}"
 
 

@@ -167,7 +167,7 @@ class MergeJobs:
         return job
 
     def _seconds_until_one_ends(self) -> float:
-        """As the one that runs gets on; a minute where it has hardly begun."""
+        """Estimate until when the running merge ends; a minute where it has hardly begun."""
         shares = [job.progress for job in self._jobs.values() if job.state == "running"]
         share = max(shares, default=0.0)
         if share < _HARDLY:
@@ -242,6 +242,7 @@ class MergeJobs:
                 on_passing_thread(
                     partial(merge, task.base, task.vectors, output, _told(job), self._watch(task))
                 )
+                self._succeed(task, output)
             except _Interrupted:
                 if task.cancelled.is_set():
                     self._end(job, "cancelled")
@@ -251,8 +252,6 @@ class MergeJobs:
                 # Whatever ends a merge, a panic in a library's Rust code too, ends no other.
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
-            else:
-                self._succeed(task, output)
 
     def _succeed(self, task: _Task, output: Path) -> None:
         with self._mutex:
@@ -278,7 +277,7 @@ class MergeJobs:
         with self._mutex:
             last = self._jobs[job.id]
             values = {"state": state, "finished": datetime.now(UTC)} | more
-            self._tasks.pop(job.id)
+            self._tasks.pop(job.id, None)
             try:
                 self._keep(last.model_copy(update=values))
             except (OSError, StoreFull) as error:

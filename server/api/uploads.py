@@ -65,7 +65,7 @@ class _Xz(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Not from the end, which is not known. Going back unpacks again."""
+        """Go forward by unpacking; going back unpacks from the start. The end is not known."""
         if whence == io.SEEK_CUR:
             offset += self._position
         if offset < self._position:

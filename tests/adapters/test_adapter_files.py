@@ -6,8 +6,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from adapters.adapter_files import adapter_folder
+from adapters.checkpoint import effective_vectors, read_checkpoint, staged_checkpoint
 from adapters.config import WEIGHTS_FILE
 from adapters.errors import InvalidAdapter
 from adapters.layouts import Layouts
@@ -53,7 +55,10 @@ def test_keys_that_end_in_default_are_peft_s_too(tmp_path: Path) -> None:
     model = IA3Model.from_pretrained(tiny_llama(), folders[0])
     assert torch.equal(logits(model, IDS), expected)
     layouts = Layouts(BaseModules.of(tiny_llama()))
-    first, second = (layouts.read(folder) for folder in folders)
+    first, second = (
+        layouts.read({file.name: file.read_bytes() for file in folder.iterdir()})
+        for folder in folders
+    )
     assert first.digest == second.digest
 
 
@@ -90,3 +95,28 @@ def test_no_folder_is_said() -> None:
 )
 def test_the_topmost_config_is_the_adapter_s(files: list[str], found: str | None) -> None:
     assert adapter_folder(map(PurePosixPath, files)) == (found and PurePosixPath(found))
+
+
+def test_a_tensor_that_a_file_holds_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tiny_llama(), tmp_path / "twice")
+    tensors = load_file(folder / WEIGHTS_FILE)
+    named = {f"{key}.default": value for key, value in tensors.items()}
+    save_file(named | {key: value + 1 for key, value in tensors.items()}, folder / WEIGHTS_FILE)
+
+    for read in (read_checkpoint, staged_checkpoint):
+        # The file's order decides which of them comes last, and no order is promised.
+        with pytest.raises(InvalidAdapter):
+            effective_vectors(read(folder), BaseModules.of(tiny_llama()))
+
+
+def test_a_saved_module_that_a_file_holds_under_two_names_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(tiny_llama(), tmp_path / "twice", modules_to_save=["norm"])
+    tensors = load_file(folder / WEIGHTS_FILE)
+    named = {f"{key}.default" if ".ia3_l" in key else key: value for key, value in tensors.items()}
+    key = "base_model.model.model.norm"
+    twice = {f"{key}.modules_to_save.default.weight": tensors[f"{key}.weight"] + 1}
+    save_file(named | twice, folder / WEIGHTS_FILE)
+
+    for read in (read_checkpoint, staged_checkpoint):
+        with pytest.raises(InvalidAdapter, match="twice"):
+            read(folder)

@@ -187,3 +187,14 @@ def test_a_field_of_a_wrong_type_is_named(field: str, value: object) -> None:
 def test_all_wrong_fields_stand_in_one_answer() -> None:
     wrong = {"revision": 1, "target_modules": 3, "inference_mode": "no", "modules_to_save": {}}
     assert faults_of({"peft_type": "IA3", **wrong}).keys() == wrong.keys()
+
+
+def test_many_names_are_read_in_little_more_than_their_number() -> None:
+    names = [f"layer{number}" for number in range(20_000)]
+    config = {"peft_type": "IA3", "target_modules": names}
+    feedforward = [f"model.{name}" for name in names]
+
+    # Comparing each name with each other one would take minutes, and the test's time would be over.
+    read = IA3Config.parse(json.dumps(config | {"feedforward_modules": feedforward}).encode())
+
+    assert len(read.feedforward_modules or ()) == len(names)

