@@ -359,8 +359,16 @@ def _settings(config: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
     Raises ValueError where it names too many special tokens, or one that `backend` has no id for;
     KeyError and TypeError where one is written as none can be.
     """
-    known = {name: _token(config[name]) for name in _FIELDS if config.get(name) not in (None, "")}
-    extra = [*known.pop("extra_special_tokens", ()), *known.pop("additional_special_tokens", ())]
+    written = {name: config[name] for name in _FIELDS if config.get(name) not in (None, "")}
+    extra = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        tokens = written.pop(name, [])
+        # transformers 4.46 to 4.57 gave each a name of its own.
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list):
+            raise TypeError(f"{name} is no list of tokens")
+        extra += _token(tokens)
+    known = {name: _token(value) for name, value in written.items()}
     unnamed = {str(token): token for token in extra}
     special = unnamed.keys() | {str(known[name]) for name in _TOKEN_FIELDS if name in known}
     if len(special) > _MOST_SPECIAL_TOKENS:
