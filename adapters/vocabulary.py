@@ -43,6 +43,8 @@ _FIELDS = (
 _KEPT = 64
 """Tokenizers in memory; most are a few megabytes."""
 _KEPT_BY_CONTENT = 4096
+_MOST_SPECIAL_TOKENS = 1000
+"""Constructing a tokenizer takes their number squared."""
 _SAVE_AGAIN = "save it with tokenizer.save_pretrained"
 _ADD = (
     "add tokens to the base's tokenizer with add_tokens and save it with save_pretrained, or leave "
@@ -293,7 +295,7 @@ class Vocabularies:
         if answer["around"] is not None:
             surround(backend, *answer["around"])
         try:
-            known = {name: _token(config[name]) for name in _FIELDS if config.get(name) is not None}
+            known = _settings(config, backend)
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **known)  # type: ignore[no-untyped-call]
         except Exception as error:
             problem = f"does not fit its tokenizer: {str(error)[:200]}"
@@ -349,6 +351,32 @@ def _template(
         faults.append(Fault(name, "has a chat_template that is no text", "give one template"))
         return name, None
     return name, template or None
+
+
+def _settings(config: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer's config is read, with all its unnamed special tokens as one list.
+
+    Raises ValueError where it names too many special tokens, or one that `backend` has no id for;
+    KeyError and TypeError where one is written as none can be.
+    """
+    written = {name: config[name] for name in _FIELDS if config.get(name) not in (None, "")}
+    extra = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        tokens = written.pop(name, [])
+        # transformers 4.46 to 4.57 gave each a name of its own.
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list):
+            raise TypeError(f"{name} is no list of tokens")
+        extra += _token(tokens)
+    known = {name: _token(value) for name, value in written.items()}
+    unnamed = {str(token): token for token in extra}
+    special = unnamed.keys() | {str(known[name]) for name in _TOKEN_FIELDS if name in known}
+    if len(special) > _MOST_SPECIAL_TOKENS:
+        raise ValueError(f"it names more than {_MOST_SPECIAL_TOKENS} special tokens")
+    for token in sorted(special):
+        if backend.token_to_id(token) is None:
+            raise ValueError(f"it names {token[:100]!r}, which {TOKENIZER_FILE} has no token for")
+    return known | ({"extra_special_tokens": list(unnamed.values())} if unnamed else {})
 
 
 def _token(value: Any) -> Any:
