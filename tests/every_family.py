@@ -129,8 +129,6 @@ _OWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """What else a type needs. Those that were made for other tasks are causal as decoders only."""
 _WHOLE = {"dbrx", "moshi", "mpt", "t5gemma"}
 """Types whose parts' configs do not make them several models, or whose parts are as small."""
-_NOT_TRIED: Mapping[str, str] = MappingProxyType({})
-"""Types of one model of which no tiny one was made, and why."""
 
 
 def config_of(kind: str, **overrides: Any) -> PreTrainedConfig:
@@ -169,8 +167,6 @@ def parts_of(kind: str) -> tuple[str, ...]:
 def not_tried(kind: str) -> str:
     """Why there is no tiny model of a type; empty where there is one."""
     kind = kind.removesuffix(ALONE)
-    if kind in _NOT_TRIED:
-        return _NOT_TRIED[kind]
     if not (parts := parts_of(kind)):
         return ""
     text = getattr(CONFIG_MAPPING[kind].sub_configs.get("text_config"), "model_type", "")
