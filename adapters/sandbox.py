@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,7 @@ class Sandbox:
         self._base = base
         self._mutex = threading.Lock()
         self._running = threading.BoundedSemaphore(_AT_ONCE)
+        self._closed = False
         self._process: _Process | None = None
         self._kept: OrderedDict[str, _Worker] = OrderedDict()
         """Template -> a worker that has compiled it, least recently used first."""
@@ -141,8 +142,9 @@ class Sandbox:
         return answer
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; none starts any more."""
         with self._mutex:
+            self._closed = True
             if self._process is not None:
                 self._process.end()
                 self._process = None
@@ -167,6 +169,8 @@ class Sandbox:
 
     def _worker(self) -> "_Worker":
         with self._mutex:
+            if self._closed:
+                raise SandboxUnavailable("the server stops")
             if self._process is None or not self._process.runs:
                 self._forget()
                 self._process = _Process(self._base())
@@ -212,7 +216,7 @@ class Sandbox:
             if key in self._kept:
                 self._kept.pop(key).close()
             self._kept[key] = worker
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > (0 if self._closed else _KEPT):
                 self._kept.popitem(last=False)[1].close()
 
 
@@ -224,22 +228,27 @@ class _Process:
         """Raises SandboxUnavailable."""
         ours, its = socket.socketpair()
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        try:
-            with its:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", str(Path(sandboxed.__file__))],
-                    stdin=its.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    env=_ENVIRONMENT | passed_on,
-                    cwd="/",
-                )
-            ours.settimeout(_START_SECONDS)
-            sandboxed.send(ours, base.encode())
-            if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
-                raise SandboxUnavailable("its process does not start")
-        except OSError as error:
-            ours.close()
-            raise SandboxUnavailable(str(error)) from error
+        with ExitStack() as failed:
+            failed.callback(ours.close)
+            try:
+                with its:
+                    process = subprocess.Popen(
+                        [sys.executable, "-I", str(Path(sandboxed.__file__))],
+                        stdin=its.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        env=_ENVIRONMENT | passed_on,
+                        cwd="/",
+                    )
+                failed.callback(process.wait)
+                failed.callback(process.kill)
+                ours.settimeout(_START_SECONDS)
+                sandboxed.send(ours, base.encode())
+                if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
+                    raise SandboxUnavailable("its process does not start")
+            except OSError as error:
+                raise SandboxUnavailable(str(error)) from error
+            failed.pop_all()
+        self._process = process
         self._socket = ours
 
     @property
@@ -255,8 +264,12 @@ class _Process:
     def fork(self) -> socket.socket:
         """The socket of a new worker. Raises OSError."""
         ours, its = socket.socketpair()
-        with its:
-            socket.send_fds(self._socket, [b"1"], [its.fileno()])
+        try:
+            with its:
+                socket.send_fds(self._socket, [b"1"], [its.fileno()])
+        except OSError:
+            ours.close()
+            raise
         return ours
 
     def end(self) -> None:

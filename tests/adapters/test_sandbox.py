@@ -236,6 +236,35 @@ def test_a_job_that_a_busy_machine_did_not_finish_is_not_at_fault(
         render(box, RUNAWAYS["two loops"])
 
 
+def test_no_process_starts_after_it_is_closed() -> None:
+    box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
+    before = set(processes())
+    box.close()
+
+    with pytest.raises(SandboxUnavailable, match="the server stops"):
+        render(box, CHAT_TEMPLATE)
+    assert set(processes()) <= before
+
+
+def test_a_start_that_fails_leaves_nothing_behind() -> None:
+    box = Sandbox(lambda: "no tokenizer")
+    before = psutil.Process().children(), psutil.Process().num_fds()
+
+    with pytest.raises(SandboxUnavailable):
+        render(box, CHAT_TEMPLATE)
+    assert (psutil.Process().children(), psutil.Process().num_fds()) == before
+
+
+def test_a_start_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_START_SECONDS", 0.01)
+    box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
+    before = psutil.Process().children(), psutil.Process().num_fds()
+
+    with pytest.raises(SandboxUnavailable):
+        render(box, CHAT_TEMPLATE)
+    assert (psutil.Process().children(), psutil.Process().num_fds()) == before
+
+
 def test_who_may_not_wait_is_told_what_for() -> None:
     box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
     before = processes()
