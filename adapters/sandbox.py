@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
 """Forking wants one thread."""
 _PASSED_ON = ("LD_LIBRARY_PATH", "TZ")
 _START_SECONDS = 120.0
+_END_SECONDS = 0.2
+"""A worker that ends with its process does so a moment before."""
 _MOST_ANSWER = 64 << 20
 _KEPT = 8
 """Workers that wait for their template's next conversation."""
@@ -95,8 +98,9 @@ class Sandbox:
         self._base = base
         self._mutex = threading.Lock()
         self._running = threading.BoundedSemaphore(_AT_ONCE)
+        self._closed = False
         self._process: _Process | None = None
-        self._kept: OrderedDict[str, socket.socket] = OrderedDict()
+        self._kept: OrderedDict[str, _Worker] = OrderedDict()
         """Template -> a worker that has compiled it, least recently used first."""
 
     def compare(self, tokenizer: bytes, key: str) -> dict[str, Any]:
@@ -128,9 +132,7 @@ class Sandbox:
             "continue_final_message": continue_final_message,
         }
         with self._running:
-            with self._mutex:
-                worker = self._kept.pop(key, None)
-            worker = worker or self._worker()
+            worker = self._kept_worker(key) or self._worker()
             try:
                 answer = self._ask(worker, job, TEMPLATE)
             except BaseException:
@@ -140,8 +142,9 @@ class Sandbox:
         return answer
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; none starts any more."""
         with self._mutex:
+            self._closed = True
             if self._process is not None:
                 self._process.end()
                 self._process = None
@@ -155,37 +158,52 @@ class Sandbox:
         if not _may_wait.get():
             raise WouldWait(key)
 
-    def _worker(self) -> socket.socket:
+    def _kept_worker(self, key: str) -> "_Worker | None":
         with self._mutex:
+            worker = self._kept.pop(key, None)
+        if worker is None or worker.waits:
+            return worker
+        # Something else than a job ended it: memory that ran out, or the end of its process.
+        worker.close()
+        return None
+
+    def _worker(self) -> "_Worker":
+        with self._mutex:
+            if self._closed:
+                raise SandboxUnavailable("the server stops")
             if self._process is None or not self._process.runs:
                 self._forget()
                 self._process = _Process(self._base())
             try:
-                return self._process.fork()
+                return _Worker(self._process, self._process.fork())
             except OSError as error:
                 self._process.end()
                 self._process = None
                 raise SandboxUnavailable(str(error)) from error
 
     def _ask(
-        self, worker: socket.socket, job: dict[str, Any], limits: Limits, data: bytes | None = None
+        self, worker: "_Worker", job: dict[str, Any], limits: Limits, data: bytes | None = None
     ) -> dict[str, Any]:
         job |= {
             "cpu_seconds": limits.cpu_seconds,
             "wall_seconds": limits.wall_seconds,
             "memory": limits.memory,
         }
+        link, began = worker.link, time.monotonic()
         # The worker's own clock ends it; this one is for a worker that has none any more.
-        worker.settimeout(limits.wall_seconds + 5)
+        link.settimeout(limits.wall_seconds + 5)
         try:
-            sandboxed.send(worker, json.dumps(job).encode())
+            sandboxed.send(link, json.dumps(job).encode())
             if data is not None:
-                sandboxed.send(worker, data)
-            answer = sandboxed.receive(worker, _MOST_ANSWER)
+                sandboxed.send(link, data)
+            answer = sandboxed.receive(link, _MOST_ANSWER)
         except OSError:
             answer = b""
         if not answer:
-            if self._process is None or not self._process.runs:
+            if time.monotonic() - began >= limits.wall_seconds:
+                # Computing alone would have ended sooner: what was brought is not to blame.
+                raise SandboxUnavailable("the machine is too busy")
+            if worker.process.ends(_END_SECONDS):
                 raise SandboxUnavailable("its process has ended")
             raise Exceeded(str(limits))
         found: dict[str, Any] = json.loads(answer)
@@ -193,12 +211,12 @@ class Sandbox:
             raise Exceeded(found["exceeded"] or f"{limits.memory >> 20} MiB of memory")
         return found
 
-    def _keep(self, key: str, worker: socket.socket) -> None:
+    def _keep(self, key: str, worker: "_Worker") -> None:
         with self._mutex:
             if key in self._kept:
                 self._kept.pop(key).close()
             self._kept[key] = worker
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > (0 if self._closed else _KEPT):
                 self._kept.popitem(last=False)[1].close()
 
 
@@ -210,33 +228,48 @@ class _Process:
         """Raises SandboxUnavailable."""
         ours, its = socket.socketpair()
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        try:
-            with its:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", str(Path(sandboxed.__file__))],
-                    stdin=its.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    env=_ENVIRONMENT | passed_on,
-                    cwd="/",
-                )
-            ours.settimeout(_START_SECONDS)
-            sandboxed.send(ours, base.encode())
-            if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
-                raise SandboxUnavailable("its process does not start")
-        except OSError as error:
-            ours.close()
-            raise SandboxUnavailable(str(error)) from error
+        with ExitStack() as failed:
+            failed.callback(ours.close)
+            try:
+                with its:
+                    process = subprocess.Popen(
+                        [sys.executable, "-I", str(Path(sandboxed.__file__))],
+                        stdin=its.fileno(),
+                        stdout=subprocess.DEVNULL,
+                        env=_ENVIRONMENT | passed_on,
+                        cwd="/",
+                    )
+                failed.callback(process.wait)
+                failed.callback(process.kill)
+                ours.settimeout(_START_SECONDS)
+                sandboxed.send(ours, base.encode())
+                if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
+                    raise SandboxUnavailable("its process does not start")
+            except OSError as error:
+                raise SandboxUnavailable(str(error)) from error
+            failed.pop_all()
+        self._process = process
         self._socket = ours
 
     @property
     def runs(self) -> bool:
         return self._process.poll() is None
 
+    def ends(self, seconds: float) -> bool:
+        """Whether it has ended, or does within these seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return not self.runs
+
     def fork(self) -> socket.socket:
         """The socket of a new worker. Raises OSError."""
         ours, its = socket.socketpair()
-        with its:
-            socket.send_fds(self._socket, [b"1"], [its.fileno()])
+        try:
+            with its:
+                socket.send_fds(self._socket, [b"1"], [its.fileno()])
+        except OSError:
+            ours.close()
+            raise
         return ours
 
     def end(self) -> None:
@@ -245,3 +278,26 @@ class _Process:
             self._process.wait(5)
         self._process.kill()
         self._process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: _Process
+    """That it was forked from, and ends with."""
+    link: socket.socket
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is there for a further job."""
+        try:
+            self.link.setblocking(False)
+            self.link.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self.process.runs
+        except OSError:
+            return False
+        # It says nothing unasked: this is its end.
+        return False
+
+    def close(self) -> None:
+        self.link.close()

@@ -198,16 +198,71 @@ def test_no_process_outlives_a_server_that_is_killed() -> None:
     assert eventually_none(pids)
 
 
-def test_after_its_process_was_killed_another_one_takes_its_place(box: Sandbox) -> None:
+@pytest.mark.parametrize("which", ["its process", "its worker"])
+def test_after_what_waits_was_killed_another_one_takes_its_place(box: Sandbox, which: str) -> None:
     render(box, CHAT_TEMPLATE)
     pids = [each.pid for each in processes()]
+    if which == "its worker":
+        pids = [each.pid for each in processes() if each.ppid() in pids]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert eventually_none(pids)
 
-    with pytest.raises(SandboxUnavailable, match="try again"):
-        render(box, CHAT_TEMPLATE)
     assert render(box, CHAT_TEMPLATE)["text"]
+
+
+def test_a_job_whose_process_is_killed_is_not_at_fault(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 120, 128 << 20))
+    render(box, CHAT_TEMPLATE)
+    before = set(processes())
+    with ThreadPoolExecutor(1) as other:
+        ends = other.submit(render, box, RUNAWAYS["two loops"])
+        while not set(processes()) - before:
+            time.sleep(0.01)
+        for each in before:
+            each.kill()
+        with pytest.raises(SandboxUnavailable, match="try again"):
+            ends.result(60)
+    assert render(box, CHAT_TEMPLATE)["text"]
+
+
+def test_a_job_that_a_busy_machine_did_not_finish_is_not_at_fault(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 0.5, 128 << 20))
+    with pytest.raises(SandboxUnavailable, match="the machine is too busy"):
+        render(box, RUNAWAYS["two loops"])
+
+
+def test_no_process_starts_after_it_is_closed() -> None:
+    box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
+    before = set(processes())
+    box.close()
+
+    with pytest.raises(SandboxUnavailable, match="the server stops"):
+        render(box, CHAT_TEMPLATE)
+    assert set(processes()) <= before
+
+
+def test_a_start_that_fails_leaves_nothing_behind() -> None:
+    box = Sandbox(lambda: "no tokenizer")
+    before = psutil.Process().children(), psutil.Process().num_fds()
+
+    with pytest.raises(SandboxUnavailable):
+        render(box, CHAT_TEMPLATE)
+    assert (psutil.Process().children(), psutil.Process().num_fds()) == before
+
+
+def test_a_start_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_START_SECONDS", 0.01)
+    box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
+    before = psutil.Process().children(), psutil.Process().num_fds()
+
+    with pytest.raises(SandboxUnavailable):
+        render(box, CHAT_TEMPLATE)
+    assert (psutil.Process().children(), psutil.Process().num_fds()) == before
 
 
 def test_who_may_not_wait_is_told_what_for() -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapters import sandbox, vocabulary
-from adapters.errors import InvalidAdapter
+from adapters.errors import InvalidAdapter, SandboxUnavailable
 from adapters.sandbox import Limits
 from adapters.targets import BaseModules
 from adapters.vocabulary import Vocabularies
@@ -418,3 +418,21 @@ def test_a_refusal_is_remembered_and_not_tried_again(
     with pytest.raises(InvalidAdapter) as second:
         vocabularies.find("digest", tmp_path, {})
     assert first.value.faults == second.value.faults
+
+
+def test_what_a_busy_machine_did_not_finish_is_tried_again(
+    vocabularies: Vocabularies,
+    base: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base.add_tokens(["<tried again>"])
+    base.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "TOKENIZER", Limits(20, 0.001, 2 << 30))
+        with pytest.raises(SandboxUnavailable):
+            vocabularies.find("busy", tmp_path, {})
+
+    found = vocabularies.find("busy", tmp_path, {})
+    assert found is not None
+    assert "<tried again>" in found.tokenizer.get_vocab()
