@@ -13,7 +13,7 @@ from adapters.errors import Fault, InvalidAdapter
 
 SUFFIX = ".ia3_l"
 """Of the keys of vectors."""
-_MAX_HEADER_BYTES = 2 << 20
+_MAX_HEADER_BYTES = 4 << 20
 """Of an upload's weights file: a tensor takes about a hundred."""
 _UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
 """What safetensors raises for a file that is none."""

@@ -355,54 +355,6 @@ def test_settings_that_cannot_be_are_refused(
         vocabularies.read(tmp_path, {})
 
 
-@pytest.mark.parametrize("named", [{}, {"image_token": "<image>", "audio_token": "<audio>"}])
-def test_special_tokens_that_have_names_of_their_own_are_read(
-    vocabularies: Vocabularies, base: PreTrainedTokenizerFast, tmp_path: Path, named: Plain
-) -> None:
-    """As transformers 4.46 to 4.57 wrote them, beside those without."""
-    base.add_tokens(["<image>", "<audio>", "<|a|>"], special_tokens=True)
-    base.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config |= {"extra_special_tokens": named, "additional_special_tokens": ["<|a|>"]}
-    path.write_text(json.dumps(config))
-    found = vocabularies.read(tmp_path, {})
-
-    assert found is not None
-    assert found.tokenizer.extra_special_tokens == [*named.values(), "<|a|>"]
-    ids = base.encode("a<image>b<|a|>")
-    assert found.tokenizer.encode("a<image>b<|a|>") == ids
-
-
-@pytest.mark.parametrize("field", ["extra_special_tokens", "additional_special_tokens"])
-@pytest.mark.parametrize(
-    ("names", "problem"),
-    [
-        ([f"<token {number}>" for number in range(1001)], "more than 1000 special tokens"),
-        (["<token 1>", "<unheard of>"], "'<unheard of>', which tokenizer.json has no token for"),
-    ],
-    ids=["many", "unknown"],
-)
-def test_special_tokens_that_are_too_many_or_unknown_are_refused_before_they_are_added(
-    vocabularies: Vocabularies,
-    base: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    field: str,
-    names: list[str],
-    problem: str,
-) -> None:
-    many(base)
-    base.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: names}))
-    monkeypatch.setattr(vocabulary, "PreTrainedTokenizerFast", None)
-
-    with pytest.raises(InvalidAdapter, match=problem) as refusal:
-        vocabularies.read(tmp_path, {})
-    assert [fault.field for fault in refusal.value.faults] == ["tokenizer_config.json"]
-
-
 def test_a_refusal_is_remembered_and_not_tried_again(
     vocabularies: Vocabularies,
     base: PreTrainedTokenizerFast,
