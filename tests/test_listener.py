@@ -134,7 +134,7 @@ def test_the_drain_answers_all_that_is_in_flight(
                     for name, (path, body) in many.items()
                 }
                 await until_in_flight(client, 230)
-                # One of them is compiled, and perhaps refused in time; the other waits for its turn.
+                # One is compiled, and perhaps refused in time; the other waits for its turn.
                 slow = [asyncio.create_task(client.post(COMPLETIONS, json=each)) for each in held]
                 while not any("vetting" in part for part in arguments_of_children(server)):
                     await client.get("/health/live")
