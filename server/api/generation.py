@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pydantic_core
 from fastapi import Request
@@ -32,8 +32,6 @@ from server.openapi import READS, errors, header
 from server.services import Services
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 MAX_UNREAD = 1 << 16
 """Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""

@@ -67,18 +67,25 @@ class FairTurns:
             if self._working.total() >= self._at_once:
                 return
             if self._working[each] < self._each:
-                self._working[each] += 1
-                turn = self._waiting[each].popleft()
-                self._leave(each)
-                turn.set_result(None)
+                line = self._waiting.pop(each)
+                turn = None
+                while line and turn is None:
+                    # One that is cancelled may not have noticed yet.
+                    first = line.popleft()
+                    turn = None if first.cancelled() else first
+                if line:
+                    self._waiting[each] = line
+                if turn is not None:
+                    self._working[each] += 1
+                    turn.set_result(None)
 
-    def _leave(self, tenant: str, turn: asyncio.Future[None] | None = None) -> None:
-        """One that waited goes; its tenant stands last now, if more of it wait."""
-        line = self._waiting.pop(tenant)
-        if turn is not None:
+    def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        """A cancelled one goes, unless its line has passed it over already."""
+        line = self._waiting.get(tenant)
+        if line is not None and turn in line:
             line.remove(turn)
-        if line:
-            self._waiting[tenant] = line
+            if not line:
+                del self._waiting[tenant]
 
     def _seconds_until_room(self) -> float:
         """Until the first of a tenant that waits has had its turn."""

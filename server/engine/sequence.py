@@ -12,7 +12,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
-_MARK = 64
+_MARK = 256
 """Characters that what begins a grammar has at most."""
 HEADROOM = 64
 """Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""

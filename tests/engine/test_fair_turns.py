@@ -106,3 +106,20 @@ def test_too_many_of_one_tenant_are_refused_and_another_waits() -> None:
         assert work.order == list("aaba")
 
     asyncio.run(run())
+
+
+def test_a_turn_passes_over_who_was_cancelled_in_the_same_moment() -> None:
+    async def check() -> None:
+        work = Work(FairTurns(at_once=1, each=1))
+        work.ask("a")
+        await work.settle()
+        leaving, staying = work.ask("b"), work.ask("b")
+        await work.settle()
+        work._ends.pop(0).set()
+        leaving.cancel()
+        await work.settle()
+        assert work.order == ["a", "b"]
+        await work.end_one()
+        assert staying.done()
+
+    asyncio.run(check())
