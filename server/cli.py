@@ -88,6 +88,7 @@ def merge(
         base = BaseCheckpoint(model_folder(model), name)
         vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
         merged = mix(vectors, Recipe(method=composition, weights=weights))
+        output.parent.mkdir(parents=True, exist_ok=True)
         merge_into(base, merged, output, f"{composition} of {', '.join(adapters)}")
     except (AdapterError, EngineError, OSError) as error:
         typer.echo(f"infuse merge: {error}", err=True)

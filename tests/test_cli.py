@@ -347,15 +347,16 @@ def test_preloading_leaves_what_an_operator_has_changed(
 def test_a_merged_model_answers_without_its_adapter(
     model_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    arguments = ["merge", tmp_path / "merged", adapter, "--model", model_folder]
+    output = tmp_path / "new" / "merged"
+    arguments = ["merge", output, adapter, "--model", model_folder]
     merged = CliRunner().invoke(app, [str(part) for part in arguments])
     again = CliRunner().invoke(app, [str(part) for part in arguments])
 
     assert merged.exit_code == 0, merged.stderr
-    assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (output / "tokenizer.json").is_file()
+    AutoModelForCausalLM.from_pretrained(output)
     assert (again.exit_code, again.stdout) == (1, "")
-    assert again.stderr == f"infuse merge: {tmp_path / 'merged'} exists already\n"
+    assert again.stderr == f"infuse merge: {output} exists already\n"
 
 
 def test_several_are_merged_as_the_composition_says(

@@ -185,6 +185,14 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
         merge(base, AdapterVectors({}), tmp_path / "merged", "none")
 
 
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    with pytest.raises(CannotMerge, match="no folder .*gone"):
+        merge(base, AdapterVectors({}), tmp_path / "gone" / "merged", "none")
+
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_disk_that_fills_meanwhile_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
