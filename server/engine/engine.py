@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import suppress
 
 from adapters.residency import Residency
 from adapters.slots import IA3Slots
@@ -343,7 +344,8 @@ class Engine:
         except BaseException:
             log.exception("A request's row could not be given back.")
             self._sequences.pop(sequence.request.id, None)
-            self._fail(sequence.request, str(EngineDead()))
+            with suppress(AssertionError):  # Its adapter is pinned still.
+                self._fail(sequence.request, str(EngineDead()))
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
         """End a request that has no row."""
@@ -351,10 +353,10 @@ class Engine:
         self._answer(request, Output(request_id=request.id, finish_reason=reason, error=error))
 
     def _answer(self, request: GenerationRequest, last: Output) -> None:
-        if request.lease is not None:
-            request.lease.release()
         self._ended.append(request)
         self._outputs.append(last)
+        if request.lease is not None:
+            request.lease.release()
 
     def _all(self) -> list[Sequence]:
         return list(self._sequences.values())

@@ -101,7 +101,7 @@ def sources() -> list[Path]:
     kernels included."""
     folders = (Path(adapters.__file__).parent, Path(__file__).parent)
     files = (file for folder in folders for file in folder.rglob("*"))
-    return sorted(file for file in files if file.suffix in (".py", ".cpp"))
+    return sorted(file for file in files if file.suffix in (".py", ".cpp", ".h"))
 
 
 def key_of(base: PreTrainedModel, *more: str) -> str:
