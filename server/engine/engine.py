@@ -3,8 +3,9 @@
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import suppress
 
 from adapters.residency import Residency
 from adapters.slots import IA3Slots
@@ -106,8 +107,10 @@ class Engine:
         self._cancelled: set[str] = set()
         self._state = "new"
         self._sequences: dict[str, Sequence] = {}
+        self._outputs: list[Output] = []
+        """Not delivered yet."""
         self._ended: list[GenerationRequest] = []
-        """Whose last output is not delivered yet."""
+        """Requests whose last output is among these."""
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -213,8 +216,10 @@ class Engine:
                 self._state = "dead"
         reason = FinishReason.CANCELLED if self._state == "stopping" else FinishReason.ERROR
         with self._changed:
-            outputs = self._accept()
-        self._send(outputs + [self._end_anyway(s, reason) for s in self._all()])
+            self._accept()
+        for sequence in self._all():
+            self._end_anyway(sequence, reason)
+        self._send()
         self._sampler.close()
 
     def _receive(self) -> bool:
@@ -228,11 +233,12 @@ class Engine:
                 self._settle()
             if not self._sequences:
                 self._inbox.gather()
-            outputs = self._accept()
+            self._accept()
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in ("running", "draining")
-        ended = [self._sequences[each] for each in cancelled if each in self._sequences]
-        self._send(outputs + [self._end(sequence, FinishReason.CANCELLED) for sequence in ended])
+        for sequence in [self._sequences[each] for each in cancelled if each in self._sequences]:
+            self._end(sequence, FinishReason.CANCELLED)
+        self._send()
         return going
 
     def _settle(self) -> None:
@@ -246,9 +252,8 @@ class Engine:
                 log.error("An adapter cannot be kept on the device for now: %s", problem)
         self._unsettled = problem
 
-    def _accept(self) -> list[Output]:
-        """Queue what has come; the last outputs of requests that cannot even be queued."""
-        outputs = []
+    def _accept(self) -> None:
+        """Queue what has come; requests that cannot even be queued end."""
         for request in self._inbox.take_all():
             own = None if request.lease is None else request.lease.vocabulary
             tokenizer = self.tokenizer if own is None else own.tokenizer
@@ -257,19 +262,18 @@ class Engine:
                 sequence.drafter = self._speculation.drafter(request)
             except BaseException as error:
                 log.exception("A request cannot begin; it ends.")
-                outputs.append(self._failed(request, Fault.of(error).reason))
+                self._fail(request, f"The request cannot begin: {error}")
                 continue
             self._sequences[request.id] = sequence
             self._scheduler.add(sequence)
-        return outputs
 
     def _step(self) -> None:
-        outputs = []
         try:
             step = self._speculation.draft(self._scheduler.schedule())
         except CannotStart as error:
             log.error("A request could not be started; it ends.\n%s", error.fault.trace)
-            self._send([self._end(error.sequence, FinishReason.ERROR, error.fault.reason)])
+            self._end(error.sequence, FinishReason.ERROR, error.fault.reason)
+            self._send()
             return
         if not step:
             assert not self._sequences, "waiting requests with an idle model can always start"
@@ -278,14 +282,15 @@ class Engine:
             match part:
                 case Ran():
                     self._advance(part)
-                    outputs += [self._take_safely(*each) for each in part.choices]
+                    for sequence, choices in part.choices:
+                        self._take_safely(sequence, choices)
                 case Failed(sequence, reason):
-                    outputs.append(self._end(sequence, FinishReason.ERROR, reason))
+                    self._end(sequence, FinishReason.ERROR, reason)
                 case Lost(sequences):
                     for sequence in sequences:
                         self._scheduler.put_back(sequence)
         self._steps += 1
-        self._send(outputs)
+        self._send()
 
     def _advance(self, ran: Ran) -> None:
         """The tokens have keys and values now; prompts that asked for it are scored."""
@@ -301,22 +306,22 @@ class Engine:
                 tokens, max(0, sequence.prompt_tokens + tokens - sequence.computed)
             )
 
-    def _take_safely(self, sequence: Sequence, choices: Rows[Sampled]) -> Output:
+    def _take_safely(self, sequence: Sequence, choices: Rows[Sampled]) -> None:
         """Whatever a tokenizer or a stop string raises is the request's own failure."""
         try:
             output = take(sequence, choices, self.eos_token_ids)
         except BaseException as error:
             log.exception("A token could not be taken; its request ends.")
-            return self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
+            self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
+            return
         self._generated_tokens += len(output.token_ids)
-        if output.finish_reason is not None:
-            self._end(sequence, output.finish_reason)
-        return output
+        if output.finish_reason is None:
+            self._outputs.append(output)
+        else:
+            self._close(sequence, output)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> Output:
-        """The one place where a request ends: its row, its cache, its pin and its lease go."""
-        self._scheduler.remove(sequence)
-        del self._sequences[sequence.request.id]
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        """End a request whose latest step brought nothing."""
         output = Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
@@ -324,35 +329,40 @@ class Engine:
             error="" if reason is FinishReason.CANCELLED else error,
             predicted_tokens=sequence.predicted_tokens,
         )
-        return self._close(sequence.request, output)
+        self._close(sequence, output)
 
-    def _end_anyway(self, sequence: Sequence, reason: FinishReason) -> Output:
+    def _close(self, sequence: Sequence, last: Output) -> None:
+        """The one place where a request ends: its row, its cache, its pin and its lease go."""
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request.id]
+        self._answer(sequence.request, last)
+
+    def _end_anyway(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a request of a thread that ends: what broke it may have left the scheduler broken."""
         try:
-            return self._end(sequence, reason, str(EngineDead()))
+            self._end(sequence, reason, str(EngineDead()))
         except BaseException:
             log.exception("A request's row could not be given back.")
             self._sequences.pop(sequence.request.id, None)
-            return self._failed(sequence.request, str(EngineDead()))
+            with suppress(AssertionError):  # Its adapter is pinned still.
+                self._fail(sequence.request, str(EngineDead()))
 
-    def _failed(self, request: GenerationRequest, error: str) -> Output:
-        """The last output of a request that has no row."""
+    def _fail(self, request: GenerationRequest, error: str) -> None:
+        """End a request that has no row."""
         reason = FinishReason.ERROR
-        return self._close(
-            request, Output(request_id=request.id, finish_reason=reason, error=error)
-        )
+        self._answer(request, Output(request_id=request.id, finish_reason=reason, error=error))
 
-    def _close(self, request: GenerationRequest, last: Output) -> Output:
+    def _answer(self, request: GenerationRequest, last: Output) -> None:
+        self._ended.append(request)
+        self._outputs.append(last)
         if request.lease is not None:
             request.lease.release()
-        self._ended.append(request)
-        return last
 
     def _all(self) -> list[Sequence]:
         return list(self._sequences.values())
 
-    def _send(self, outputs: Iterable[Output]) -> None:
-        outputs = list(outputs)
+    def _send(self) -> None:
+        outputs, self._outputs = self._outputs, []
         if not outputs:
             return
         self._deliver(outputs)

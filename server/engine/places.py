@@ -1,5 +1,5 @@
-"""Who is let in when many have been, and when the others may come back: a flood refuses itself, and
-not others."""
+"""Which requests are admitted when many are in flight, and when refused ones may come back: who
+floods the queue is refused before others are."""
 
 import time
 from collections import Counter, deque

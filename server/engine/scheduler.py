@@ -16,13 +16,13 @@ from server.engine.prefixes import Prefixes
 from server.engine.sequence import HEADROOM, Sequence
 
 _FIRST_SHARE = 4
-"""Of a step's prompt tokens, the first in rank has at least one in so many."""
+"""The first in rank has at least one in so many of a step's prompt tokens."""
 _RANK = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A decoding row, and guesses at the tokens that follow its latest one."""
+    """A decoding row, and the tokens that are drafted to follow its latest one."""
 
     sequence: Sequence
     tokens: tuple[int, ...]
@@ -31,7 +31,7 @@ class Draft:
 @dataclass(frozen=True, slots=True)
 class Step:
     """One forward: a token for each decoding row in the cache's order, then the prefill chunks,
-    then the decoding rows that compute guessed tokens too."""
+    then the decoding rows that compute drafted tokens too."""
 
     decode: list[Sequence]
     prefill: list[tuple[Sequence, int]]
@@ -74,10 +74,14 @@ def _starting(sequence: Sequence) -> Iterator[None]:
 
 
 class _Claim:
-    """Of the first sequence that found all slots in use. So many others may overtake it; then no
-    other adapter's sequence starts before it, and a slot must become free. The base needs none."""
+    """Gives the next free slot to the first sequence that found all slots in use, in the end.
+
+    A few other sequences may overtake it. Then no other adapter's sequence starts before it, so
+    that a slot becomes free. Sequences of the base need no slot and always start.
+    """
 
     def __init__(self, patience: int) -> None:
+        """`patience`: how many sequences may overtake."""
         self._patience = patience
         self._holder: Sequence | None = None
         self._overtaken = 0

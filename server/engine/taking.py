@@ -26,7 +26,7 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
         if reason is not None:
             break
         if taken:
-            # The one before was guessed, so its keys and values are there.
+            # The one before was drafted, so its keys and values are there.
             sequence.computed += 1
         taken.append(choice)
         piece, reason = _append(sequence, choice.token, eos_token_ids)
