@@ -121,7 +121,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     except BaseException:
         store.close()
         raise
-    each = _threads_for(settings)
+    each = _turns_of_a_key(settings)
     return partial(
         Services,
         settings=settings,
@@ -137,16 +137,15 @@ def _load_services(settings: Settings) -> "partial[Services]":
         uploads=UploadBudget(settings.uploads_bytes),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
-        threads=CapacityLimiter(2 * each),
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
 
 
-def _threads_for(settings: Settings) -> int:
-    """On which one key's requests are made ready. More than a few only take Python's lock from each
-    other; but where adapters come from a bucket, some wait for it, and the others must not wait for
-    them."""
+def _turns_of_a_key(settings: Settings) -> int:
+    """How many requests of one key are prepared at once. More than a few only take Python's lock
+    from each other; but where adapters come from a bucket, some requests wait for it, and the
+    others must not wait for them."""
     return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 

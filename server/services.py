@@ -33,10 +33,9 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
-    threads: CapacityLimiter
-    """On which requests are made ready, as many as have a turn."""
     preparing: FairTurns
     strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+    """Bounds how many requests are prepared at once, each on a thread."""
         default_factory=WeakValueDictionary
     )
     """By what an adapter brings: threads for the requests that wait for it to be read or run."""
