@@ -26,7 +26,8 @@ from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
 from server.api.schemas import GenerationBody
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
-from server.errors import ApiError, error_body
+from server.engine.errors import EngineDead
+from server.errors import ApiError, error_body, from_engine_error
 from server.metrics import RequestMetrics
 from server.openapi import READS, errors, header
 from server.services import Services
@@ -34,7 +35,9 @@ from server.services import Services
 log = logging.getLogger(__name__)
 
 MAX_UNREAD = 1 << 16
-"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
+"""A stream whose reader leaves more outputs waiting, some tens of megabytes, is cancelled."""
+_DEAD = str(EngineDead())
+"""What the engine says of each request that its dead thread leaves behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +287,8 @@ def _raise_if_failed(output: Output) -> None:
         )
 
 
+        if output.error == _DEAD:
+            raise from_engine_error(EngineDead())
 Chunk = Mapping[str, object]
 """An event of a stream, as it becomes JSON. Models take four times as long, at every token."""
 
@@ -295,6 +300,7 @@ class Writer(Protocol):
 
     def chunks(self, number: int, output: Output) -> Iterable[Chunk]:
         """What the next output of choice `number` adds to a stream."""
+            code="stopping",
 
     def usage_chunk(self, usage: Usage) -> Chunk: ...
 

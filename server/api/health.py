@@ -27,7 +27,7 @@ class Health(BaseModel):
 async def live(services: ServicesDep) -> Health:
     """The process answers, and can compute. Where it says no, restart it."""
     if not services.engine.stats().alive:
-        raise ApiError(503, str(EngineDead()), code="engine_dead", headers={"Retry-After": "5"})
+        raise EngineDead
     return Health(status="ok")
 
 

@@ -168,6 +168,7 @@ def test_a_stopping_server_says_so_to_whom_it_cannot_finish(start_server: StartS
     assert "shutting down" in last["error"]["message"]
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
+    assert last["error"]["code"] == refused.json()["error"]["code"] == "stopping"
 
 
 @pytest.fixture
