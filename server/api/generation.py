@@ -58,8 +58,9 @@ class Order:
     requests: tuple[GenerationRequest, ...]
 
     @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [request.prompt for request in self.requests[:: self.choices]]
+    def prompt_tokens(self) -> int:
+        """Of all prompts; a prompt with several choices counts once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.choices])
 
     @property
     def head(self) -> dict[str, Any]:
@@ -180,6 +181,7 @@ class Generation:
         self._engine = services.engine
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._prompt_tokens = order.prompt_tokens
         self._is_unread = False
         """Whether it was cancelled because nobody reads it."""
         self._stream = services.streams.open(*self._numbers, observe=self._observe)
@@ -214,7 +216,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        usage = Usage.of(self.order.prompts, self._completion_tokens, self._cached_tokens)
+        usage = Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
         given = sum(len(request.prediction) for request in self.order.requests)
         if given:
             usage.completion_tokens_details = CompletionTokensDetails(
@@ -229,9 +231,9 @@ class Generation:
         prompt = sum(len(prompt) for prompt in self.order.prompts)
         tokens = self._completion_tokens
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": tokens,
-            "total_tokens": prompt + tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
 
     @property
