@@ -101,8 +101,9 @@ def test_probes_of_a_storage_that_hangs_are_answered_and_hold_one_thread(
     assert eventually(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
 
 
-def test_metrics_are_told_while_many_changes_of_adapters_hang(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models/tiny"])
+def test_what_changes_no_adapter_is_answered_while_many_changes_hang(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, gate: threading.Event, path: str
 ) -> None:
     url, services = start_server()
     hanging = Mock(side_effect=lambda *_: gate.wait(60))
@@ -112,7 +113,7 @@ def test_metrics_are_told_while_many_changes_of_adapters_hang(
         for _ in range(MANY):
             clients.submit(httpx.delete, f"{url}/v1/adapters/a", timeout=60)
         assert eventually(lambda: hanging.call_count == MANY)
-        answer = httpx.get(f"{url}/metrics", timeout=10)
+        answer = httpx.get(f"{url}{path}", timeout=10)
         gate.set()
 
     assert answer.status_code == 200
