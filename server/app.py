@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
 _SLOWEST = 16 << 10
-"""Bytes a second that a body may take, beside the time that each gets."""
+"""Bytes: each so many that have come give a body another second."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI page only: `Authorize` has looked at the key already."""
 _PRELOADED = Origin(source="preload")
@@ -68,10 +68,13 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
-            await to_thread.run_sync(services.merges.close)
+            # Requests that hang may hold all threads of the default limiter.
+            own = CapacityLimiter(1)
+            await to_thread.run_sync(services.merges.close, limiter=own)
             # Requests had their time before: now nobody listens any more.
-            await to_thread.run_sync(services.engine.stop, 0.0)
-            await to_thread.run_sync(services.registry.close)
+            await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
+            await to_thread.run_sync(services.registry.close, limiter=own)
+            services.probing.shutdown(wait=False)
             services.store.close()
 
     app = Application(
@@ -93,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def load_services(settings: Settings) -> "partial[Services]":
-    """Everything but the streams, which belong to an event loop that does not run yet."""
+    """The services without the streams, which belong to an event loop that does not run yet."""
     return on_passing_thread(partial(_load_services, settings))
 
 
@@ -121,7 +124,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
     except BaseException:
         store.close()
         raise
-    each = _threads_for(settings)
+    each = _turns_of_a_key(settings)
     return partial(
         Services,
         settings=settings,
@@ -137,16 +140,15 @@ def _load_services(settings: Settings) -> "partial[Services]":
         uploads=UploadBudget(settings.uploads_bytes),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
-        threads=CapacityLimiter(2 * each),
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
 
 
-def _threads_for(settings: Settings) -> int:
-    """On which one key's requests are made ready. More than a few only take Python's lock from each
-    other; but where adapters come from a bucket, some wait for it, and the others must not wait for
-    them."""
+def _turns_of_a_key(settings: Settings) -> int:
+    """How many requests of one key are prepared at once. More than a few only take Python's lock
+    from each other; but where adapters come from a bucket, some requests wait for it, and the
+    others must not wait for them."""
     return 4 if isinstance(settings.adapters_dir, Path) else 40
 
 

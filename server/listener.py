@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import State
 from starlette.types import ASGIApp
 
@@ -24,22 +24,22 @@ from server.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
-"""Of a request's line and headers."""
+"""The most that a request's line and headers may take."""
 _BACKLOG = 2048
-"""Connections that the system holds until they are accepted: uvicorn's."""
+"""Connections that the system holds until they are accepted: uvicorn's default."""
 ANSWERING_SECONDS = 5.0
-"""What requests get, after the drain, to take notice that they were ended and to say so."""
+"""How long, after the drain, requests may take to say that they were ended."""
 WRITING_SECONDS = 1.0
-"""What clients get, after that, to read it."""
+"""How long, after that, clients may take to read it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     connections: int
     receive_seconds: float
-    """Until a request's head is there."""
+    """How long a request's head may take."""
     send_seconds: float
-    """That a client may read nothing while there is something to read."""
+    """How long a client may read nothing while there is something to read."""
 
 
 class Connection(asyncio.Protocol):
@@ -198,7 +198,9 @@ class Server(uvicorn.Server):
         count = len(self.server_state.tasks)
         log.warning("The drain's time is over; %d requests are answered 503.", count)
         services: Services = self._state.services
-        stopping = asyncio.create_task(to_thread.run_sync(services.engine.stop, 0.0))
+        # Requests that hang may hold all threads of the default limiter.
+        own = CapacityLimiter(1)
+        stopping = asyncio.create_task(to_thread.run_sync(services.engine.stop, 0.0, limiter=own))
         if not await self._are_done(ANSWERING_SECONDS):
             for task in self.server_state.tasks:
                 task.cancel()

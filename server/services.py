@@ -1,5 +1,6 @@
 """What the routes work with, made once by `create_app`."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from weakref import WeakValueDictionary
@@ -33,15 +34,15 @@ class Services:
     model_name: str
     """What requests call the base model."""
     started: datetime
-    threads: CapacityLimiter
-    """On which requests are made ready, as many as have a turn."""
     preparing: FairTurns
+    """Bounds how many requests are prepared at once, each on a thread."""
     strangers: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )
-    """By what an adapter brings: threads for the requests that wait for it to be read or run."""
-    probing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
-    """The thread that asks the storage whether it is there, for probes."""
+    """Threads for the requests that wait until a tokenizer or chat template that an adapter brings
+    is read or run, by its key."""
+    probing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "probing"))
+    """The one thread that asks the storage whether it is there, for probes."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""

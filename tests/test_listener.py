@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import psutil
@@ -21,6 +24,7 @@ import pytest
 from server import listener
 from server.settings import Settings
 from tests.api.conftest import RunningServer, run_server
+from tests.api.test_health import MANY
 from tests.api.test_streaming import at_rest, eventually
 from tests.factories import CHAT_TEMPLATE, save_tiny_model
 
@@ -178,7 +182,7 @@ def test_a_clean_drain_lets_answers_end_and_the_process_ends_with_0(
 def test_a_second_signal_ends_the_process_at_once(start: Callable[[float], Process]) -> None:
     server, url = start(300.0)
 
-    with httpx.stream("POST", url + COMPLETIONS, json=LONG | {"stream": True, "n": 200}) as stream:
+    with httpx.stream("POST", url + COMPLETIONS, json=LONG | {"stream": True, "n": 100}) as stream:
         next(stream.iter_lines())
         server.send_signal(signal.SIGTERM)
         while is_listening(url):
@@ -186,6 +190,43 @@ def test_a_second_signal_ends_the_process_at_once(start: Callable[[float], Proce
         server.send_signal(signal.SIGTERM)
 
         assert server.wait(10) == 128 + signal.SIGTERM
+
+
+def test_the_drain_ends_streams_while_many_changes_of_adapters_hang(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        model=str(model_folder),
+        served_model_name="tiny",
+        adapters_dir=tmp_path / "store",
+        max_batch_rows=1,
+        drain_timeout=0.5,
+    )
+    gate = threading.Event()
+    hanging = Mock(side_effect=lambda *_: gate.wait(60))
+
+    def last_lines(stream: httpx.Response) -> list[str]:
+        try:
+            return [line for line in stream.iter_lines() if line][-2:]
+        finally:
+            gate.set()
+
+    with ThreadPoolExecutor(MANY + 1) as clients, ExitStack() as opened:
+        opened.callback(gate.set)
+        with run_server(settings) as (url, services):
+            monkeypatch.setattr(services.registry, "delete", hanging)
+            for _ in range(MANY):
+                clients.submit(httpx.delete, f"{url}/v1/adapters/a", timeout=60)
+            body = LONG | {"n": 100, "stream": True}
+            stream = opened.enter_context(
+                httpx.stream("POST", url + COMPLETIONS, json=body, timeout=60)
+            )
+            assert eventually(lambda: hanging.call_count == MANY)
+            ending = clients.submit(last_lines, stream)
+        last, done = ending.result()
+
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+    assert done == "data: [DONE]"
 
 
 def is_listening(url: str) -> bool:
@@ -304,7 +345,7 @@ def test_what_is_no_http_is_refused_in_our_shape(limited: RunningServer) -> None
 
 
 def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None:
-    body = json.dumps(LONG | {"n": 200, "stream": True, "logprobs": 5}).encode()
+    body = json.dumps(LONG | {"n": 100, "stream": True, "logprobs": 5}).encode()
     headers = ("Content-Type: application/json", f"Content-Length: {len(body)}")
     before = limited.services.engine.stats().generated_tokens
     with connection(limited, SO_RCVBUF=4096) as connected:
@@ -312,7 +353,7 @@ def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None
         connected.recv(100)
 
         assert eventually(lambda: at_rest(limited), 60)
-    assert limited.services.engine.stats().generated_tokens - before < 200 * 250
+    assert limited.services.engine.stats().generated_tokens - before < 100 * 250
 
 
 def test_more_connections_than_there_may_be_replace_those_that_wait(

@@ -1,6 +1,5 @@
 """What answers of completions and chat completions have alike: usage, and why they ended."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -50,10 +49,7 @@ class Usage(BaseModel):
     )
 
     @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], completion_tokens: int, cached_tokens: int
-    ) -> "Usage":
-        prompt_tokens = sum(len(prompt) for prompt in prompts)
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> "Usage":
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,

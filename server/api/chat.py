@@ -24,6 +24,7 @@ from server.api.constraining import chat_grammar
 from server.api.endings import finished_because, stopped_by
 from server.api.generation import (
     Chunk,
+    Generation,
     Order,
     check_order,
     describe,
@@ -65,7 +66,8 @@ async def create_chat_completion(
     check_order(services, body, 1)
     prepare = partial(_prepare, services, body, caller)
     order, new_reader = await prepared(request, services, caller, prepare)
-    return await respond(request, services, body, order, ChatWriter(body, order, new_reader))
+    with Generation(services, order) as generation:
+        return await respond(request, body, generation, ChatWriter(body, order, new_reader))
 
 
 def _prepare(

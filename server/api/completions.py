@@ -18,6 +18,7 @@ from server.api.constraining import Held, answer_grammar
 from server.api.endings import finished_because, stopped_by
 from server.api.generation import (
     Chunk,
+    Generation,
     Order,
     check_order,
     describe,
@@ -36,7 +37,7 @@ from server.errors import ApiError
 from server.services import Services, get_services
 
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's."""
+"""OpenAI's default."""
 
 router = APIRouter(tags=["generation"])
 
@@ -57,7 +58,8 @@ async def create_completion(
     check_order(services, body, len(body.prompt))
     prepare = partial(_prepare, services, body, caller)
     order = await prepared(request, services, caller, prepare)
-    return await respond(request, services, body, order, CompletionWriter(body, order))
+    with Generation(services, order) as generation:
+        return await respond(request, body, generation, CompletionWriter(body, order))
 
 
 def _prepare(services: Services, body: CompletionBody, caller: str | None) -> Order:

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import pydantic_core
 from fastapi import Request
@@ -25,8 +26,9 @@ from server.api.model_schemas import ModelBody
 from server.api.preparing import unless_client_leaves
 from server.api.sampling import params_of_choice
 from server.api.schemas import GenerationBody
+from server.engine.errors import EngineDead
 from server.engine.request import FinishReason, GenerationRequest, Output, SamplingParams
-from server.errors import ApiError, error_body
+from server.errors import ApiError, error_body, from_engine_error
 from server.metrics import RequestMetrics
 from server.openapi import READS, errors, header
 from server.services import Services
@@ -34,7 +36,9 @@ from server.services import Services
 log = logging.getLogger(__name__)
 
 MAX_UNREAD = 1 << 16
-"""Outputs that wait for a stream's reader, some tens of megabytes: it does not read any more."""
+"""A stream whose reader leaves more outputs waiting, some tens of megabytes, is cancelled."""
+_DEAD = str(EngineDead())
+"""What the engine says of each request that its dead thread leaves behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,9 @@ class Order:
     requests: tuple[GenerationRequest, ...]
 
     @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [request.prompt for request in self.requests[:: self.choices]]
+    def prompt_tokens(self) -> int:
+        """Of all prompts; a prompt with several choices counts once."""
+        return sum(len(request.prompt) for request in self.requests[:: self.choices])
 
     @property
     def head(self) -> dict[str, Any]:
@@ -167,14 +172,16 @@ class _Running:
 
 
 class Generation:
-    """An order in the engine. Close it in any case: what still runs is cancelled then.
+    """An order in the engine, which has the order's leases from here on.
 
-    Starting raises what `Engine.submit` raises; no request of the order runs then.
+    An error in its `with` block cancels what still runs. A stream outlives the block, and closes
+    the generation itself. Starting raises what `Engine.submit` raises; nothing runs then.
     """
 
     def __init__(self, services: Services, order: Order) -> None:
         self.order = order
         self._engine = services.engine
+        self._prompt_tokens = order.prompt_tokens
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
         self._is_unread = False
@@ -191,6 +198,18 @@ class Generation:
             request.id: _Running(request, services.metrics.request_started(label))
             for request in order.requests
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.close()
 
     def _observe(self, output: Output) -> None:
         if self._stream.unread > MAX_UNREAD:
@@ -211,7 +230,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        usage = Usage.of(self.order.prompts, self._completion_tokens, self._cached_tokens)
+        usage = Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
         given = sum(len(request.prediction) for request in self.order.requests)
         if given:
             usage.completion_tokens_details = CompletionTokensDetails(
@@ -223,12 +242,10 @@ class Generation:
     @property
     def usage_so_far(self) -> Mapping[str, int]:
         """Tokens alone: what was cached or predicted is known at the end."""
-        prompt = sum(len(prompt) for prompt in self.order.prompts)
-        tokens = self._completion_tokens
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": tokens,
-            "total_tokens": prompt + tokens,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
 
     @property
@@ -254,6 +271,7 @@ class Generation:
         return [join(outputs) for outputs in parts]
 
     def close(self) -> None:
+        """Cancel what still runs; a second time does nothing."""
         self._stream.close()
         for request_id, running in self._running.items():
             self._engine.cancel(request_id)
@@ -269,6 +287,8 @@ def _release(requests: Iterable[GenerationRequest]) -> None:
 
 def _raise_if_failed(output: Output) -> None:
     if output.finish_reason is FinishReason.ERROR:
+        if output.error == _DEAD:
+            raise from_engine_error(EngineDead())
         raise ApiError(500, output.error or "The engine failed; the server's log says why.")
     if output.finish_reason is FinishReason.CONSTRAINT:
         raise ApiError(
@@ -280,6 +300,7 @@ def _raise_if_failed(output: Output) -> None:
         raise ApiError(
             503,
             "The server is shutting down and could not finish this answer; send it again.",
+            code="stopping",
             headers={"Retry-After": "5"},
         )
 
@@ -300,22 +321,18 @@ class Writer(Protocol):
 
 
 async def respond(
-    request: Request, services: Services, body: GenerationBody, order: Order, writer: Writer
+    request: Request, body: GenerationBody, generation: Generation, writer: Writer
 ) -> Response:
-    """Run the order and answer: at once where it cannot run, else as a stream or as a whole."""
-    generation = Generation(services, order)
+    """Answer with what is generated, as a stream or as a whole."""
     if body.stream:
         return GenerationStream(generation, writer, body)
-    try:
-        outputs = await unless_client_leaves(request, generation.whole())
-        answer = writer.whole(outputs, generation.usage)
-    finally:
-        generation.close()
-    return Response(to_json(answer), media_type="application/json", headers=order.headers)
+    outputs = await unless_client_leaves(request, generation.whole())
+    answer = to_json(writer.whole(outputs, generation.usage))
+    return Response(answer, media_type="application/json", headers=generation.order.headers)
 
 
 def to_json(answer: BaseModel) -> str:
-    """Writers set every field that OpenAI's shape has, null or not; the others stay out."""
+    """The answer's JSON: writers set all fields of OpenAI's shape, and unset ones stay out."""
     return answer.model_dump_json(exclude_unset=True)
 
 
@@ -339,7 +356,7 @@ class GenerationStream(EventSourceResponse):
 async def _events(
     generation: Generation, writer: Writer, body: GenerationBody
 ) -> AsyncIterator[bytes]:
-    """What a step brings is sent as one piece; what ends the stream goes with the last one."""
+    """The stream's events: a step's in one piece, and in the last piece what ends the stream."""
     counts = body.wants_usage_in_all_chunks
     events: list[bytes] = []
     try:

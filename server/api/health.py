@@ -1,8 +1,9 @@
-"""For orchestrators and for Prometheus."""
+"""Routes that tell orchestrators and Prometheus how the server is."""
 
+import asyncio
 from typing import Annotated, Literal
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
@@ -16,6 +17,9 @@ router = APIRouter(tags=["operations"])
 
 ServicesDep = Annotated[Services, Depends(get_services)]
 
+PROBE_SECONDS = 5.0
+"""How long the storage may take to answer a probe."""
+
 
 class Health(BaseModel):
     status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
@@ -27,7 +31,7 @@ class Health(BaseModel):
 async def live(services: ServicesDep) -> Health:
     """The process answers, and can compute. Where it says no, restart it."""
     if not services.engine.stats().alive:
-        raise ApiError(503, str(EngineDead()), code="engine_dead", headers={"Retry-After": "5"})
+        raise EngineDead
     return Health(status="ok")
 
 
@@ -39,12 +43,11 @@ async def ready(services: ServicesDep) -> Health:
             503, "The server takes no requests now.", code="not_ready", headers={"Retry-After": "5"}
         )
     try:
-        # On a thread of its own: a disk that hangs must not stop the server too.
-        await to_thread.run_sync(services.store.check, limiter=services.probing)
-    except StoreUnreachable as error:
-        raise ApiError(
-            503, str(error), code="storage_unavailable", headers={"Retry-After": "5"}
-        ) from None
+        # All probes share one thread: a disk that hangs holds no more, and not the server.
+        async with asyncio.timeout(PROBE_SECONDS):
+            await asyncio.get_running_loop().run_in_executor(services.probing, services.store.check)
+    except TimeoutError:
+        raise StoreUnreachable("The storage does not answer.") from None
     return Health(status="ok")
 
 
@@ -53,6 +56,8 @@ async def ready(services: ServicesDep) -> Health:
     response_class=Response,
     responses=errors(401, 403, 429, 503) | {200: {"content": {"text/plain": {}}}},
 )
-def metrics(services: ServicesDep) -> Response:
+async def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
-    return Response(services.metrics.expose(), media_type="text/plain; version=0.0.4")
+    # Requests that hang may hold all threads of the default limiter.
+    text = await to_thread.run_sync(services.metrics.expose, limiter=CapacityLimiter(1))
+    return Response(text, media_type="text/plain; version=0.0.4")

@@ -96,11 +96,12 @@ def list_models(
     summary="Look a model up",
     responses=errors(404),
 )
-def get_model(
+async def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
     services: Annotated[Services, Depends(get_services)],
 ) -> Model:
     """The base model, an adapter, or one revision of an adapter (`name@revision`)."""
+    # Not on a thread: it reads memory alone, and requests that hang may hold all threads.
     if model == services.model_name:
         return _base(services)
     name, at, number = model.partition("@")

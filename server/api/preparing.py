@@ -1,4 +1,4 @@
-"""On which threads requests are made ready, so that nobody waits for what another one brings."""
+"""Prepares requests on threads: none waits for what another request's adapter brings."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -17,13 +17,13 @@ _T = TypeVar("_T")
 CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; only logs ever see it."""
 _AT_ONCE = 2
-"""Requests that wait for one adapter's tokenizer or chat template."""
+"""Threads for the requests that wait for one adapter's tokenizer or chat template."""
 
 
 async def prepared(
     request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
 ) -> _T:
-    """What `prepare` makes on a thread, to be submitted right after.
+    """Run `prepare` on a thread; the caller submits what it returns right after.
 
     Where it needs a grammar that is not compiled yet, which may take seconds, it is called again
     once that is done: neither a thread nor the engine waits meanwhile. Where it would wait for what
@@ -43,9 +43,12 @@ async def prepared(
             with grammars.asked():
                 if stranger is not None:
                     return await to_thread.run_sync(prepare, limiter=stranger)
-                with services.engine.expecting():
-                    async with services.preparing.turn(tenant):
-                        return await to_thread.run_sync(without_strangers, limiter=services.threads)
+                async with services.preparing.turn(tenant):
+                    # Inside its turn: an idle engine waits for no request that waits for another.
+                    with services.engine.expecting():
+                        # The turns bound the threads.
+                        own = CapacityLimiter(1)
+                        return await to_thread.run_sync(without_strangers, limiter=own)
         except WouldWait as wait:
             stranger = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
         except GrammarMissing as missing:
@@ -53,8 +56,8 @@ async def prepared(
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What `work` brings. Raises ApiError with CLIENT_GONE where nobody is left who wants it, and
-    whatever `work` raises."""
+    """Return what `work` returns. Raises ApiError with CLIENT_GONE where the client leaves first,
+    and whatever `work` raises."""
     result: list[_T] = []
     failure: Exception | None = None
 

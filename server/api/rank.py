@@ -118,11 +118,8 @@ async def rank(
     check_order(services, body, sum(len(each.choices) for each in body.inputs))
     prepare = partial(_prepare, services, body, caller)
     order, scored = await prepared(request, services, caller, prepare)
-    generation = Generation(services, order)
-    try:
+    with Generation(services, order) as generation:
         outputs = await unless_client_leaves(request, generation.whole())
-    finally:
-        generation.close()
     answer = RankAnswer(
         id=order.id,
         object="rank",

@@ -141,6 +141,13 @@ def _allowed_token_ids(
 ) -> frozenset[int] | None:
     if body.allowed_token_ids is None:
         return None
+    if len(body.allowed_token_ids) > vocabulary.size:
+        raise ApiError(
+            400,
+            f"allowed_token_ids has {len(body.allowed_token_ids)} token ids; this model has only "
+            f"{vocabulary.size}. Name each once.",
+            param="allowed_token_ids",
+        )
     for token in body.allowed_token_ids:
         _check_token(vocabulary, token, "allowed_token_ids")
     if body.is_constrained:

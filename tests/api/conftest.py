@@ -49,7 +49,8 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     # A socket that does not say TCP gets no TCP_NODELAY from asyncio, and answers 40 ms late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
-    quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": 5.0})
+    drain = min(settings.drain_timeout, 5.0)
+    quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": drain})
     server = Server(app, quiet, app.state)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

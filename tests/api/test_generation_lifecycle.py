@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from server.api import logprobs
 from server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle, upload
@@ -167,7 +168,25 @@ def test_a_stopping_server_says_so_to_whom_it_cannot_finish(start_server: StartS
     assert last["error"]["type"] == "server_error"
     assert "shutting down" in last["error"]["message"]
     assert refused.status_code == 503
+    assert last["error"]["code"] == refused.json()["error"]["code"] == "stopping"
     assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_cannot_be_written_keeps_nothing(
+    client: httpx.Client,
+    server: RunningServer,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    streamed: bool,
+) -> None:
+    monkeypatch.setattr(logprobs.TokenBytes, "__init__", lambda *_: 1 / 0)
+    scored = {COMPLETIONS: {"logprobs": 1}, CHAT: {"logprobs": True}}[path]
+    body = {"model": "default", "stream": streamed, **PROMPTS[path], **scored}
+
+    assert client.post(path, json=body).status_code == 500
+    assert eventually(lambda: at_rest(server))
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
 """What orchestrators ask: is the process alive, and may requests come?"""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
+from server.api import health
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
 from tests.factories import panic
 
 StartServer = Callable[..., tuple[str, Services]]
+MANY = 40
+"""Threads that FastAPI has for all routes that block."""
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
@@ -43,13 +48,75 @@ def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
 
     answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
 
-    assert answer.status_code == 500
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     assert "must be restarted" in answer.json()["error"]["message"]
+    assert int(answer.headers["retry-after"]) >= 1
     for path in ("/health/live", "/health/ready"):
         response = httpx.get(f"{url}{path}")
         assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
     refused = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+
+
+def test_a_stream_says_that_the_model_thread_has_ended(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, services = start_server()
+    body = LONG | {"model": "tiny", "stream": True}
+
+    with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=30) as response:
+        chunks = events(response)
+        next(chunks)
+        monkeypatch.setattr(services.engine._scheduler, "schedule", panic)
+        *_, last = chunks
+
+    assert last["error"]["code"] == "engine_dead"
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What hangs hangs until this is set."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def test_probes_of_a_storage_that_hangs_are_answered_and_hold_one_thread(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    url, services = start_server()
+    hanging = Mock(side_effect=lambda: gate.wait(60))
+    monkeypatch.setattr(services.store, "check", hanging)
+    monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
+
+    answers = [httpx.get(f"{url}/health/ready", timeout=30) for _ in range(3)]
+    threads = hanging.call_count
+    gate.set()
+
+    assert threads == 1
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable")
+        assert "does not answer" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+    assert eventually(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/models/tiny"])
+def test_what_changes_no_adapter_is_answered_while_many_changes_hang(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, gate: threading.Event, path: str
+) -> None:
+    url, services = start_server()
+    hanging = Mock(side_effect=lambda *_: gate.wait(60))
+    monkeypatch.setattr(services.registry, "delete", hanging)
+
+    with ThreadPoolExecutor(MANY) as clients:
+        for _ in range(MANY):
+            clients.submit(httpx.delete, f"{url}/v1/adapters/a", timeout=60)
+        assert eventually(lambda: hanging.call_count == MANY)
+        answer = httpx.get(f"{url}{path}", timeout=10)
+        gate.set()
+
+    assert answer.status_code == 200
 
 
 def test_a_server_that_drains_is_not_ready_and_finishes_what_runs(

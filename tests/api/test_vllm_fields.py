@@ -110,6 +110,7 @@ def test_a_prompt_is_truncated_at_either_side(client: httpx.Client, server: Runn
         ("allowed_token_ids", [], "at least 1"),
         ("allowed_token_ids", [999], "from 0 to 260"),
         ("allowed_token_ids", "a", "list"),
+        ("allowed_token_ids", [99] * 262, "has only 261"),
         ("bad_words", ["a", ""], "at least 1"),
         ("bad_words", "a", "list"),
         ("truncate_prompt_tokens", 0, "at least 1"),
