@@ -8,6 +8,7 @@ import pytest
 from server.engine import EngineDead, FinishReason, sequence
 from server.engine.constraints import MaskMaker
 from server.engine.detokenizer import Detokenizer
+from server.engine.scheduler import Scheduler
 from tests.engine.harness import Harness
 from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
 from tests.factories import byte_fallback_tokenizer, panic, tiny_model
@@ -113,9 +114,8 @@ def test_what_is_no_requests_own_leaves_a_dead_engine_and_no_request_waiting(
     with engine.held():
         engine.submit("runs", [5], "default", max_tokens=9)
         engine.submit("waits", [5], "queries", max_tokens=9)
-        scheduler = engine.engine._scheduler
-        monkeypatch.setattr(scheduler, "schedule", fails)
-        monkeypatch.setattr(scheduler, "remove", lambda _: fails())
+        monkeypatch.setattr(Scheduler, "schedule", lambda _: fails())
+        monkeypatch.setattr(Scheduler, "remove", lambda *_: fails())
     engine.wait()
 
     for name in ("runs", "waits"):
