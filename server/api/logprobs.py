@@ -8,6 +8,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from server.api.completion_schemas import CompletionLogprobs
+from server.engine.detokenizer import byte_of
 from server.engine.request import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
@@ -51,9 +52,7 @@ class TokenBytes:
             return b""
         if self._byte_level:
             return bytes(_BYTE_OF_LETTER[letter] for letter in piece if letter in _BYTE_OF_LETTER)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:5])
-        return piece.replace("▁", " ").encode()
+        return byte_of(piece) or piece.replace("▁", " ").encode()
 
 
 def _text_of(data: bytes) -> str | None:

@@ -57,7 +57,7 @@ class StripBlocks:
         self._place_of = place_of
         self._places: dict[int, Place] = {}
         self._rows: dict[int, int] = {}
-        """Of the other blocks: which row they are in."""
+        """Block -> the row that it is in, where it has no place of its own."""
         self._in_row: dict[int, dict[int, int]] = {}
         """Row -> block -> which of the row's."""
         self._names = count()

@@ -64,7 +64,7 @@ class CompiledForward:
         _move_gates(self._graph)
         _open_hypots(self._graph)
         self._products: list[Product] = []
-        """Of which the operators without a kernel have the numbers."""
+        """The operators without a kernel name these by their numbers."""
         self._kernels: list[tuple[Product, ProductCall]] = []
         self._attentions: list[AttentionCall] = []
         addresses = self._use_operators(cache)
@@ -236,7 +236,7 @@ def _compile(module: fx.GraphModule, inputs: list[InputType]) -> Callable[..., A
 
 
 def _fakes(constants: Sequence[torch.Tensor], example: Sequence[torch.Tensor]) -> list[InputType]:
-    """Of tensors that keep their sizes, and of some whose sizes may be any."""
+    """Fakes of `constants`, which keep their sizes, and of `example`, whose sizes may be any."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return [
         *(mode.from_tensor(each, static_shapes=True) for each in constants),
@@ -280,7 +280,7 @@ def _move_gates(graph: fx.Graph) -> None:
 
 
 _running: ContextVar[CompiledForward] = ContextVar("running")
-"""Whose operators call back."""
+"""The forward whose operators call back."""
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class EngineConfig:
     """Keep what ended requests have computed, for later ones that begin alike."""
     pack_linears: bool = True
     speculation: bool = False
-    """Guess tokens ahead where it pays, for requests that do not say."""
+    """Draft tokens where it pays, for requests that do not say."""
     trace_cache: Path | None = None
     """Where the traced forward is kept for later starts; None: each start traces it."""
     compile_cache: Path | None = None
@@ -36,19 +36,19 @@ class EngineStats:
     kv_tokens_used: int
     kv_tokens_total: int
     kv_tokens_cached: int
-    """Kept for requests to come, as long as no row needs the room."""
+    """Tokens kept for requests to come, as long as no row needs the room."""
     prefix_queried_tokens: int
-    """Of the prompts that were let in."""
+    """Tokens of the prompts that were admitted."""
     prefix_hit_tokens: int
-    """Of those, the ones that needed no computing."""
+    """Those of them that were cached."""
     weights_bytes: int
-    """Of the base model, each parameter once."""
+    """Bytes of the base model, each parameter once."""
     kv_cache_bytes: int
     """The planned budget."""
     compiled: bool
     """Whether the model is."""
     bank_bytes: int
-    """Of the columns that adapters have used so far, for all slots."""
+    """Bytes of the columns that adapters have used so far, for all slots."""
     preemptions: int
     steps: int
     step_retries: int
@@ -56,6 +56,6 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     drafted_tokens: int
-    """Guessed and computed beside the rows' own."""
+    """Tokens that were computed as drafts, beside the rows' own."""
     accepted_tokens: int
-    """Of those: came true."""
+    """Those of them that were accepted."""

@@ -34,7 +34,8 @@ from server.engine.kept_grammars import Key, Latest
 from server.engine.vetting import GrammarKind, compiled, error_of
 
 MAX_CHARACTERS = 1 << 16
-"""Of a grammar's source. More take seconds to compile, and a model has no use for them."""
+"""Characters of a grammar's source, at most. More take seconds to compile, and a model has no use
+for them."""
 MAX_CACHED = 64
 MAX_REFUSALS = 1024
 MAX_WAITING = 32
@@ -49,7 +50,7 @@ class Masks:
     allowed: torch.Tensor
     """`[rows, vocab]` bool, on the CPU."""
     errors: list[str]
-    """Of each row: empty, or why its grammar cannot go on."""
+    """For each row: empty, or why its grammar cannot go on."""
 
 
 class Grammar:
@@ -114,6 +115,8 @@ class Grammars:
         self._refusals = Latest[Refusal](MAX_REFUSALS)
         self._jobs: dict[Key, _Job] = {}
         self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
+        self._unavailable = ""
+        """Why the tokenizer cannot be constrained, once that is known."""
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
         """The grammar of a JSON schema, a regular expression, a list of texts, or Lark or GBNF.
@@ -158,6 +161,8 @@ class Grammars:
                     del self._jobs[key]
 
     async def _make(self, tenant: str, key: Key, text: str) -> "Grammar | Refusal":
+        if self._unavailable:
+            raise ConstraintsUnavailable(self._unavailable)
         async with self._turns.turn(tenant):
             problem = await _vet(key.kind, text)
             if problem == _TOO_BUSY:
@@ -176,7 +181,8 @@ class Grammars:
         try:
             return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
         except ValueError as error:
-            raise ConstraintsUnavailable(str(error)) from error
+            self._unavailable = str(error)
+            raise ConstraintsUnavailable(self._unavailable) from error
 
     def _compile(self, kind: GrammarKind, text: str, problem: str) -> "Grammar | Refusal":
         """`problem`: what vetting has found. Blocking."""
@@ -291,7 +297,7 @@ class Constraint:
 
     @cached_property
     def matcher(self) -> LLMatcher:
-        """Of the mask maker's thread only."""
+        """Belongs to the mask maker's thread."""
         return self._grammar.copy()
 
     @property

@@ -1,6 +1,7 @@
 """A request's text, as its tokens come: whole characters, and never a stop string."""
 
 import codecs
+import re
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -9,12 +10,21 @@ from transformers import PreTrainedTokenizerFast
 from server.engine.faults import is_panic
 
 _CONTEXT_TOKENS = 8
-"""Of the prompt: enough for a decoder that joins a token to the one before it."""
+"""Tokens of the prompt that are decoded too: enough for a decoder that joins a token to the one
+before it."""
 _MOST_TOKENS = 32
-"""That are decoded together. A character takes four at most, so a mark that has stood in so many is
-no half character."""
+"""Tokens that are decoded together at most. A character takes four at most, so a mark that has
+stood in so many is no half character."""
 _BROKEN = "\ufffd"
 """What decoders write for bytes that are no text: perhaps the first half of a character."""
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_of(name: str) -> bytes | None:
+    """The byte that a token of this name stands for, as byte fallback names them; None: it stands
+    for text."""
+    found = _BYTE.fullmatch(name)
+    return None if found is None else bytes.fromhex(found[1])
 
 
 class Detokenizer:
@@ -141,13 +151,7 @@ class Detokenizer:
     def _byte_of(self, token: int) -> bytes | None:
         if not self._byte_fallback:
             return None
-        name = self._tokenizer.id_to_token(token) or ""
-        if len(name) != 6 or not (name.startswith("<0x") and name.endswith(">")):
-            return None
-        try:
-            return bytes.fromhex(name[3:5])
-        except ValueError:
-            return None
+        return byte_of(self._tokenizer.id_to_token(token) or "")
 
     def _rest_of_bytes(self) -> str:
         """The mark of a character that has not become whole, unless it is the prompt's."""

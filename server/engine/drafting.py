@@ -1,7 +1,7 @@
-"""Guesses at how a sequence goes on, out of its own text (prompt lookup).
+"""Drafts how a sequence goes on, out of its own text (prompt lookup).
 
-What followed the latest tokens where they stood before is guessed to follow them again. A guess
-costs a few look-ups; how often such guesses come true is learned for each sequence, token by token.
+What followed the latest tokens where they stood before is drafted to follow them again. A draft
+costs a few look-ups; how often drafts are accepted is learned for each sequence, token by token.
 """
 
 from collections.abc import Sequence as Rows
@@ -12,15 +12,15 @@ _NONE = -1
 _PAIR, _TRIPLE = 2, 3
 """Tokens whose return makes a place worth expecting more from."""
 _BITS = 32
-"""Of a token, where several make one number."""
+"""Bits of a token, where several make one number."""
 _SURE = 6
 """Tokens in agreement from which on more of them say nothing new."""
 _RATES = (0.05, 0.3, 0.45, 0.5, 0.65, 0.75, 0.9)
-"""How often guesses come true at first, by how many tokens before them agree."""
+"""How often drafted tokens are accepted at first, by how many tokens before them agree."""
 _WEIGHT = 0.15
-"""Of the latest guess among all."""
+"""How much the latest drafted token counts among all."""
 _LEAST = 0.05
-"""A guess less likely than this is worth a token's computation on no machine."""
+"""A drafted token less likely than this is worth its computation on no machine."""
 
 
 class Drafter:
@@ -70,25 +70,25 @@ class Drafter:
             self._at, self._agreeing = 0, _SURE
 
     def chances(self, most: int) -> list[float]:
-        """How likely the next 1, 2, … guesses are to come true together, `most` of them at most."""
+        """How likely the next 1, 2, … drafted tokens, `most` at most, are all accepted."""
         chances: list[float] = []
         if self._at is None:
             return chances
         chance, agreeing = 1.0, self._agreeing
         for ahead in range(most):
             chance *= self._rates[min(agreeing, _SURE)]
-            if chance < _LEAST or self._guess(self._at + ahead) == _NONE:
+            if chance < _LEAST or self._token_at(self._at + ahead) == _NONE:
                 break
             chances.append(chance)
             agreeing += 1
         return chances
 
-    def guess(self, count: int) -> tuple[int, ...]:
+    def draft(self, count: int) -> tuple[int, ...]:
         """The next `count` tokens, no more than there are chances for."""
         assert self._at is not None, "without a place there are no chances"
-        return tuple(self._guess(self._at + ahead) for ahead in range(count))
+        return tuple(self._token_at(self._at + ahead) for ahead in range(count))
 
-    def _guess(self, place: int) -> int:
+    def _token_at(self, place: int) -> int:
         """The token at a place; past the end, what leads there comes over and over."""
         assert self._at is not None
         end = len(self._text)
@@ -100,14 +100,14 @@ class Drafter:
         """Whether the answer's next token is the one that was expected."""
         if self._at is None:
             return
-        guessed = self._text[self._at]
-        if guessed == _NONE:
+        expected = self._text[self._at]
+        if expected == _NONE:
             self._at = None
             return
         rate = self._rates[min(self._agreeing, _SURE)]
-        self._rates[min(self._agreeing, _SURE)] += _WEIGHT * ((guessed == token) - rate)
-        self.predicted_tokens += guessed == token and self._at < len(self._prediction)
-        self._agreeing = self._agreeing + 1 if guessed == token else 0
+        self._rates[min(self._agreeing, _SURE)] += _WEIGHT * ((expected == token) - rate)
+        self.predicted_tokens += expected == token and self._at < len(self._prediction)
+        self._agreeing = self._agreeing + 1 if expected == token else 0
         self._at += 1
 
     def _append(self, token: int) -> None:

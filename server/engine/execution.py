@@ -82,8 +82,8 @@ def prepare(
     file = None
     if trace_cache is not None:
         settings = (max_model_len, pack, compile_cache is not None, torch.get_num_threads())
-        processor = torch.backends.cpu.get_cpu_capability()
-        file = trace_cache / f"compared-{key_of(base, repr(settings), processor)}.json"
+        key = key_of(base, repr(settings), processor_of(base.device))
+        file = trace_cache / f"compared-{key}.json"
     try:
         fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows, file)
     except Exception as error:  # Whatever a model's code does.
@@ -99,6 +99,13 @@ def prepare(
         return _prepare_padded(ia3, fidelity, asked)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{error}; and it cannot be run flat: {why_not_flat}") from error
+
+
+def processor_of(device: torch.device) -> str:
+    """The kind of processor that computes there: another kind may round differently."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Who is let in next: fair among keys, and among each key's adapters, however many requests wait.
+"""Which request is admitted next: fair among keys and each key's adapters, however many wait.
 
 Virtual token counters, after "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024),
 in two levels: the key that has had the least goes next, and within it the adapter that has. Who
@@ -31,18 +31,18 @@ def cost(sequence: Sequence) -> int:
 
 
 def had(sequence: Sequence) -> int:
-    """Tokens of prompt and answer, but for those that needed no computing."""
+    """Tokens of prompt and answer, but for those that were cached."""
     return len(sequence.tokens) - (sequence.cached_tokens or 0)
 
 
 @dataclass(eq=False, slots=True)
 class _Share:
-    """What one of those who share has had of the model."""
+    """What a tenant, or one of its adapters, has used of the model."""
 
     ended: int = 0
     """Tokens of its requests that have ended."""
     started: set[Sequence] = field(default_factory=set)
-    """Let in, and not ended."""
+    """Sequences that were admitted and have not ended."""
     waiting: int = 0
 
     @property
@@ -194,7 +194,7 @@ class FairQueue:
         tenant.waiting -= 1
 
     def first(self, eligible: Eligible) -> Sequence | None:
-        """Who is to start next, of those that are eligible."""
+        """The sequence that is to start next, among those that are eligible."""
         for sequence in self._returning:
             if eligible(sequence):
                 return sequence

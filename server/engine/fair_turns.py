@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from server.engine.errors import QueueFull
 
 _WEIGHT = 0.2
-"""Of the latest turn, in what a turn is expected to take."""
+"""How much the latest turn counts in what a turn is expected to take."""
 
 
 class FairTurns:
@@ -25,7 +25,7 @@ class FairTurns:
         self._most_waiting = waiting
         self._working: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """By tenant; whose turn comes next stands first."""
+        """Tenant -> those that wait. The tenant whose turn comes next stands first."""
         self._seconds = 1.0
         """What a turn takes."""
 

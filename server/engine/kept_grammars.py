@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, slots=True)
 class Key:
     scope: str
-    """Whose cache it is in: the time that a hit saves tells what others have asked."""
+    """Only requests of one scope share: the time that a hit saves tells what others have asked."""
     kind: GrammarKind
     digest: bytes
 

@@ -24,7 +24,7 @@ _USUAL_TOKENS = 128
 _MEASURED_ROWS = (1, 32, 512)
 """One decoding row, many of them, a prompt's chunk."""
 _MEASURED_BYTES = 1 << 26
-"""Of weights: no cache holds them, as none holds a model's."""
+"""Bytes of weights that are measured: no cache holds them, as none holds a model's."""
 _TURNS = 5
 
 
@@ -100,7 +100,7 @@ class Siblings:
             torch.cat([linear.weight.detach() for linear in linears]),
             torch.cat(biases) if biases else None,
         )
-        """Of all of them, side by side."""
+        """Computes all of them, side by side."""
         edges = pairwise(accumulate(self.widths, initial=0))
         self.columns = [slice(start, stop) for start, stop in edges]
         self._input: torch.Tensor | None = None
@@ -168,8 +168,8 @@ def speed_of(dtype: torch.dtype) -> float:
 
 
 def fastest(packs: Sequence[Pack], dtype: torch.dtype) -> Pack | None:
-    """Of those that compute rightly, the one that is fastest over small and large batches, by a
-    short measurement; None where none is right."""
+    """The fastest over small and large batches, by a short measurement, of the packs that compute
+    rightly; None where none does."""
     right = [pack for pack in packs if packing_works(dtype, pack)]
     if len(right) < 2:
         return next(iter(right), None)
@@ -179,8 +179,8 @@ def fastest(packs: Sequence[Pack], dtype: torch.dtype) -> Pack | None:
 
 @torch.inference_mode()
 def _costs(kinds: Sequence[tuple[Pack, torch.dtype]], rows: Sequence[int]) -> list[float]:
-    """Of each kind, seconds for so many rows at their least, multiplied. All are measured in turns:
-    a busy moment must not decide."""
+    """The product, for each kind, of the least seconds that each number of rows takes. All are
+    measured in turns: a busy moment must not decide."""
     costs = [1.0] * len(kinds)
     layers = [
         [pack(weight, None) for _ in range(_MEASURED_BYTES // weight.nbytes)]

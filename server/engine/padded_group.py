@@ -40,9 +40,9 @@ class Group:
     layers: list[KeysAndValues]
     """Each `[rows, heads, columns, dim]`; no heads where a layer attends to nothing."""
     sources: list[int]
-    """Of an encoder-decoder: how many tokens of each row's source the decoder attends to."""
+    """In an encoder-decoder: how many tokens of each row's source the decoder attends to."""
     crossed: list[KeysAndValues]
-    """Of an encoder-decoder, once the sources are encoded: each `[rows, heads, source, dim]`,
+    """In an encoder-decoder, once the sources are encoded: each `[rows, heads, source, dim]`,
     aligned at the left."""
     states: list[States]
     """For each layer, what it carries from token to token."""

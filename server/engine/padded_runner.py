@@ -38,7 +38,7 @@ class Piece:
     ids: list[int]
     slot: int
     source: list[int]
-    """Of an encoder-decoder: what its encoder reads."""
+    """What the encoder of an encoder-decoder reads."""
 
     @classmethod
     def of(cls, sequence: Sequence, tokens: int) -> "Piece":

@@ -62,7 +62,7 @@ class PagedCache:
         ]
         self._free = list(range(blocks, _SCRATCH_BLOCK, -1))
         self._users = [0] * (blocks + 1)
-        """By block: the tables that it stands in, and how many times it is kept."""
+        """For each block: how many tables it stands in, and how many times it is kept."""
         self.tables: dict[int, list[int]] = {}
         self.blocks = PagedBlocks(self)
 
@@ -153,7 +153,7 @@ class PagedBlocks:
         self._pages: dict[int, int] = {}
         """Name -> the block in the pools."""
         self._kept: Counter[int] = Counter()
-        """By block in the pools: its names, which are two while its row writes on."""
+        """Block in the pools -> how many names it has: two while its row writes on."""
         self._names = count()
 
     @property

@@ -15,7 +15,7 @@ from server.engine.paged_cache import PagedCache
 
 _CPU_SHARE = 0.25
 _CUDA_SHARE = 0.85
-"""Of the memory that is free once weights and bank are in place. The CPU is shared with others."""
+"""Shares of the memory that is free once weights and bank are in place. Others use the CPU too."""
 _ENCODER_WINDOW = 512
 """What T5 and mT5 were trained on; their configs need not say so."""
 _POSITIONS_BY_LENGTH = {"dynamic", "longrope"}

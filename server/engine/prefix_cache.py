@@ -37,9 +37,9 @@ class Found:
     path: list[Node]
     """Blocks that are kept."""
     tokens: int
-    """Of the row, in those blocks."""
+    """Tokens of the row in those blocks."""
     owner: Sequence | None
-    """Who computes what comes next."""
+    """The sequence that computes what comes next."""
     expected: int
     """Tokens of the row that will be known then."""
 
@@ -54,7 +54,7 @@ class PrefixCache:
         self._used: OrderedDict[Node, None] = OrderedDict()
         """All that are kept, least recently used first; a node before its parent."""
         self._nodes: dict[int, Node] = {}
-        """By block."""
+        """Block -> its node."""
 
     def __len__(self) -> int:
         return len(self._used)

@@ -25,15 +25,16 @@ class Prefixes:
         self._across_orders = across_orders and cache.shares
         self._known = PrefixCache(cache.blocks)
         self._members: Counter[Hashable] = Counter()
-        """By content: the sequences that have not ended."""
+        """Content -> how many of its sequences have not ended."""
         self._computing: dict[Sequence, list[Node]] = {}
         """Running sequences whose prompt others may wait for."""
         self._awaited: dict[Sequence, Sequence] = {}
-        """Of each that waits, or has waited and is about to begin: whose prompt for."""
+        """A sequence that waits, or has waited and is about to begin -> the one whose prompt it
+        waits for."""
         self.queried_tokens = 0
-        """Of the prompts that were let in."""
+        """Tokens of the prompts that were admitted."""
         self.hit_tokens = 0
-        """Of those, the ones that needed no computing."""
+        """Those of them that were cached."""
 
     @property
     def kept_tokens(self) -> int:

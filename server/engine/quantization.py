@@ -24,7 +24,7 @@ from server.engine.errors import UnsupportedModel
 Quantization = Literal["none", "int8", "int4"]
 
 _PACKED_OUTPUTS = 32
-"""Of 4-bit layers, as bitsandbytes lays them out for AVX512-BF16: whole groups of so many."""
+"""bitsandbytes lays 4-bit layers out for AVX512-BF16 in whole groups of so many outputs."""
 
 _LIBRARIES = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
 

@@ -92,18 +92,19 @@ class GenerationRequest:
     params: SamplingParams
     lease: Lease | None = None
     tenant: str = ""
-    """Whose share of the model it uses; tenants have equal ones, as have a tenant's adapters."""
+    """The one whose fair share of the model it uses. Tenants have equal shares, as have a tenant's
+    adapters."""
     priority: int = 0
-    """Of a tenant's requests, those with a lower one are served earlier."""
+    """A tenant's requests with a lower one are served earlier."""
     order: str | None = None
     """Requests of one order share what they have in common, with or without a prefix cache."""
     cache_salt: str = ""
     """Only requests with the same salt share."""
     speculation: bool | None = None
-    """Whether tokens may be guessed and computed ahead, which changes when they come and not which;
-    None: as the engine is set."""
+    """Whether tokens may be drafted, which changes when they come and not which; None: the engine's
+    setting decides."""
     prediction: tuple[int, ...] = ()
-    """What the answer is expected to be, for the guesses."""
+    """What the answer is expected to be: drafts are taken from it."""
 
     @property
     def adapter(self) -> str:
@@ -129,7 +130,7 @@ class Output:
     """One per prompt token (None before the first that is scored); on the first output only, when
     asked for."""
     cached_tokens: int = 0
-    """Of the prompt: how many needed no computing. On the last output."""
+    """How many tokens of the prompt were cached. On the last output."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the one of `stop_token_ids`, that ended the answer, if one did."""

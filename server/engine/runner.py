@@ -31,7 +31,7 @@ class Logits:
     """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
     tokens that have no score yet."""
     drafts: torch.Tensor | None = None
-    """`[positions, vocab]`: what follows each drafted row's latest token, and each guess."""
+    """`[positions, vocab]`: what follows each drafted row's latest token, and each drafted one."""
 
 
 class Runner(Protocol):
@@ -121,7 +121,7 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Whose logits a step must give, and where they stand in the flat batch."""
+    """The sequences whose logits a step must give, and where they stand in the flat batch."""
 
     taking: list[Sequence]
     scoring: list[tuple[Sequence, int]]

@@ -5,8 +5,8 @@ between changes; a step updates the counts by its own tokens. The filters follow
 logits processors, in their order: penalties, temperature, top-k, top-p, min-p. A grammar's mask
 comes before the temperature: the filters choose among what it allows.
 
-Guessed tokens are verified by drawing: at each place with the random number that the sequence would
-draw that token by in any case. So it takes the same tokens as without guesses, only sooner.
+Drafted tokens are verified by drawing: at each place with the random number that the sequence would
+draw that token by in any case. So it takes the same tokens as without drafts, only sooner.
 """
 
 from collections.abc import Sequence as Rows
@@ -37,7 +37,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A row of the logits: what follows the tokens of a sequence and `ahead` guessed ones."""
+    """A row of the logits: what follows the tokens of a sequence and `ahead` drafted ones."""
 
     sequence: Sequence
     ahead: int = 0
@@ -77,10 +77,10 @@ class Sampler:
         ]
 
     def verify(self, logits: torch.Tensor, drafts: Rows[Draft]) -> list[list[Sampled]]:
-        """What each of the drafted rows takes: at least one token, at most one more than guessed.
+        """What each of the drafted rows takes: at least one token, at most one more than drafted.
 
-        `logits` `[places, vocab]`: what follows each row's tokens, and each guess. The rows have
-        neither a grammar nor a penalty.
+        `logits` `[places, vocab]`: what follows each row's tokens, and each drafted one. The rows
+        have neither a grammar nor a penalty.
         """
         places = [_Place(d.sequence, n) for d in drafts for n in range(1 + len(d.tokens))]
         batch = _Batch(places, logits.shape[-1], logits.device)

@@ -17,7 +17,7 @@ from server.engine.speculation import Speculation
 from server.engine.step import Step
 
 _FIRST_SHARE = 4
-"""Of a step's prompt tokens, the first in rank has at least one in so many."""
+"""The first in rank has at least one in so many of a step's prompt tokens."""
 _RANK = attrgetter("rank")
 
 
@@ -42,10 +42,14 @@ def _starting(sequence: Sequence) -> Iterator[None]:
 
 
 class _Claim:
-    """Of the first sequence that found all slots in use. So many others may overtake it; then no
-    other adapter's sequence starts before it, and a slot must become free. The base needs none."""
+    """Gives the next free slot to the first sequence that found all slots in use, in the end.
+
+    A few other sequences may overtake it. Then no other adapter's sequence starts before it, so
+    that a slot becomes free. Sequences of the base need no slot and always start.
+    """
 
     def __init__(self, patience: int) -> None:
+        """`patience`: how many sequences may overtake."""
         self._patience = patience
         self._holder: Sequence | None = None
         self._overtaken = 0

@@ -13,7 +13,7 @@ from server.engine.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
 _MARK = 256
-"""Characters that what begins a grammar has at most."""
+"""Characters of what begins a grammar, at most."""
 HEADROOM = 64
 """Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
 
@@ -85,7 +85,8 @@ class Sequence:
         grammar = request.params.grammar
         self._awaits_grammar = request.params.grammar_begin is not None
         self._text = ""
-        """The answer's, while its grammar has not begun."""
+        """The answer's end, while its grammar has not begun: as much as may belong to the mark, and
+        one character before it, so that no pattern takes a later place for the start."""
         self.constraint = None if grammar is None or self._awaits_grammar else Constraint(grammar)
         self.prompt_logprobs: list[TokenLogprob | None] = [
             None
@@ -159,6 +160,7 @@ class Sequence:
         self._text += text
         found = params.grammar_begin.search(self._text, max(0, len(self._text) - len(text) - _MARK))
         if found is None:
+            self._text = self._text[-_MARK - 1 :]
             return
         self._awaits_grammar = False
         rest = params.grammar.after(self._text[found.end() :])

@@ -17,7 +17,7 @@ class Place:
     strip: int
     """Tokens that the strip holds."""
     number: int
-    """Of the strip, if all memory were cut into strips of its length."""
+    """Which strip it is, if all memory were cut into strips of its length."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Which rows of a step are drafted, and how far: as much as makes tokens come faster.
 
-A row that is drafted computes its guessed tokens beside its own, and takes as many as it would have
+A row that is drafted computes its drafted tokens beside its own, and takes as many as it would have
 drawn itself. What that costs is learned from the steps that ran, so that it is done where computing
 more tokens costs little (few rows; a device that waits for memory) and left where it does not pay.
 """
@@ -16,13 +16,13 @@ from server.engine.sequence import Sequence
 from server.engine.step import Draft, Step
 
 MOST = 16
-"""Tokens that are guessed of one row."""
+"""Tokens that are drafted for one row, at most."""
 _GAIN = 1.1
 """Tokens in a second, against those without drafts, that drafts must promise: less is noise."""
 _WEIGHT = 0.1
-"""Of the latest measurement among all."""
+"""How much the latest measurement counts among all."""
 _FORGETTING = 0.01
-"""Of a surcharge, with each step without drafts: so that they are tried again."""
+"""What each step without drafts takes off a surcharge, so that drafts are tried again."""
 
 
 class StepCosts:
@@ -86,7 +86,7 @@ class Speculation:
         if not chances:
             return step
         drafts = [
-            Draft(sequence, sequence.drafter.guess(count))
+            Draft(sequence, sequence.drafter.draft(count))
             for sequence, count in self._worthwhile(step, chances).items()
             if sequence.drafter is not None and prefixes.grow(sequence, count)
         ]
@@ -95,7 +95,7 @@ class Speculation:
         return replace(step, decode=decode, drafts=drafts)
 
     def _worthwhile(self, step: Step, chances: dict[Sequence, list[float]]) -> dict[Sequence, int]:
-        """How many guesses of each sequence make the step's tokens come fastest."""
+        """How many drafted tokens of each sequence make the step's tokens come fastest."""
         likeliest = sorted(
             ((chance, sequence) for sequence, mine in chances.items() for chance in mine),
             key=lambda each: -each[0],

@@ -7,7 +7,7 @@ from server.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A decoding row, and guesses at the tokens that follow its latest one."""
+    """A decoding row, and the tokens that are drafted to follow its latest one."""
 
     sequence: Sequence
     tokens: tuple[int, ...]
@@ -16,7 +16,7 @@ class Draft:
 @dataclass(frozen=True, slots=True)
 class Step:
     """One forward: a token for each decoding row in the cache's order, then the prefill chunks,
-    then the decoding rows that compute guessed tokens too."""
+    then the decoding rows that compute drafted tokens too."""
 
     decode: list[Sequence]
     prefill: list[tuple[Sequence, int]]

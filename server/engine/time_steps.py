@@ -38,7 +38,7 @@ class _LimitedSteps(Wrapper):
 
 
 def limit_time_steps(model: PreTrainedModel) -> None:
-    """Once for a model, before its layers are packed."""
+    """Hold a model's time steps to its limits. Called once, before the layers are packed."""
     for mixer in list[Any](model.modules()):
         limit = getattr(mixer, "time_step_limit", None)
         if limit is not None and tuple(limit) != (0.0, math.inf):
@@ -46,7 +46,7 @@ def limit_time_steps(model: PreTrainedModel) -> None:
 
 
 def _before_softplus(step: float) -> float:
-    """What softplus makes a time step of."""
+    """The number that softplus maps to this time step."""
     if step == 0.0:
         return -math.inf
     return step + math.log(-math.expm1(-step))

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 from transformers import PreTrainedModel
 
+import adapters
 from adapters.slots import IA3Slots
 from server.engine.attention import LayerAttention, StepContext
 from server.engine.seams import innermost, seams_of, siblings_of, width_of
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 _Node = tuple[str, Any, Any, Any, str]
-"""Of a graph: operation, target, arguments, named arguments, name."""
+"""A graph's node: operation, target, arguments, named arguments, name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _NodeBefore:
-    """Among the arguments of a node: one that comes earlier."""
+    """An earlier node, among the arguments of another."""
 
     number: int
 
@@ -95,8 +96,16 @@ def find_or_trace(
     return traced
 
 
+def sources() -> list[Path]:
+    """The files of our own that what is kept depends on: those of the engine and of the adapters,
+    kernels included."""
+    folders = (Path(adapters.__file__).parent, Path(__file__).parent)
+    files = (file for folder in folders for file in folder.rglob("*"))
+    return sorted(file for file in files if file.suffix in (".py", ".cpp", ".h"))
+
+
 def key_of(base: PreTrainedModel, *more: str) -> str:
-    """A name for all that follows from a model's kind, the engine's code, and `more`."""
+    """A name for all that follows from a model's kind, our own code, and `more`."""
     parts = [
         torch.__version__,
         transformers.__version__,
@@ -104,7 +113,7 @@ def key_of(base: PreTrainedModel, *more: str) -> str:
         repr(base),
         json.dumps([[name, *map(str, (t.shape, t.dtype, t.device))] for name, t in _named(base)]),
         *more,
-        *(each.read_text() for each in sorted(Path(__file__).parent.rglob("*.py"))),
+        *(file.read_text() for file in sources()),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

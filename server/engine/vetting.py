@@ -16,7 +16,7 @@ GrammarKind = Literal["json", "regex", "choice", "grammar"]
 
 CPU_SECONDS = 4
 MEMORY_BYTES = 2 << 30
-"""Of addresses: more than is ever touched."""
+"""Bytes of addresses: more than is ever touched."""
 WALL_SECONDS = 60.0
 """On a machine too busy for `CPU_SECONDS` of work."""
 JSON_OPTIONS = {"whitespace_pattern": " ?"}

@@ -55,6 +55,15 @@ def test_a_sentence_piece_keeps_its_leading_space(sentence_piece: PreTrainedToke
     ]
 
 
+def test_a_token_that_only_looks_like_a_byte_is_text() -> None:
+    vocab = {"<unk>": 0, "</s>": 1, "<0xZZ>": 2, "<0x  >": 3, "<0x41>": 4}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.decoder = decoders.ByteFallback()
+    token_bytes = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+
+    assert [token_bytes[token] for token in (2, 3, 4)] == [b"<0xZZ>", b"<0x  >", b"A"]
+
+
 def test_a_token_beyond_the_vocabulary_has_no_bytes(
     sentence_piece: PreTrainedTokenizerFast,
 ) -> None:

@@ -111,7 +111,7 @@ class Line:
         self.waits: list[float] = []
         """Of those that were outside."""
         self.returns: Counter[bool] = Counter()
-        """How many that came back when they were told were let in, and not."""
+        """How many that came back when they were told were admitted, and how many not."""
         self._random = Random(seed)
         self._seconds = seconds
         self._waiting: deque[GenerationRequest] = deque()
@@ -135,7 +135,7 @@ class Line:
         self.now = until
 
     def take(self) -> int | None:
-        """None: a request is let in; else after how many seconds it is to come back."""
+        """None: a request is admitted; else after how many seconds it is to come back."""
         asked = request()
         if not self.admission.admit([asked]):
             return QueueFull(0, self.admission.seconds_until_free([asked])).retry_after

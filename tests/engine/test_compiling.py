@@ -129,7 +129,7 @@ def test_a_model_in_bfloat16_is_compiled_to_the_bit(
 
 @pytest.mark.usefixtures("only_kernels", "free_tokens")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_depends_on_what_was_computed_before_or_guessed(
+def test_no_bit_depends_on_what_was_computed_before_or_drafted(
     start: Callable[..., Harness], cache: Path, dtype: torch.dtype
 ) -> None:
     """A prompt's last token alone, an answer's tokens one by one, or several of them as a chunk."""

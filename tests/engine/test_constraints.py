@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import regex
 import torch
 
-from server.engine import BadConstraint, FinishReason
+from server.engine import BadConstraint, ConstraintsUnavailable, FinishReason, constraints
 from server.engine.constraints import MAX_CHARACTERS, Constraint, Grammar, Grammars, MaskMaker
 from server.engine.vetting import FORMATS
 from tests.engine.harness import Harness
@@ -351,34 +350,19 @@ def test_what_only_describes_is_ignored(grammars: Grammars) -> None:
     assert reaches(grammar, '"a"') == (True, True)
 
 
-def test_a_grammar_may_begin_in_the_midst_of_an_answer(start: Start) -> None:
-    harness = start()
-    digits = compiled(harness.engine.grammars, "regex", "[0-9]{3}")
-    letter = tiny_tokenizer().encode("F")[0]
-    params = {
-        "grammar": digits,
-        "grammar_begin": regex.compile("FF"),
-        "ignore_eos": False,
-        "max_tokens": 20,
-    }
-    with harness.held():
-        for name, bias in (("calls", {letter: 100.0}), ("says", {letter: -100.0, END: -100.0})):
-            harness.submit(name, [5], logit_bias=bias, temperature=1.0, seed=3, **params)
-    harness.wait()
+def test_a_tokenizer_that_cannot_be_constrained_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
 
-    calls, says = harness.answers["calls"], harness.answers["says"]
-    assert re.fullmatch("FF[0-9]{3}", calls.text)
-    assert calls.finish is FinishReason.STOP
-    assert (says.finish, len(says.tokens)) == (FinishReason.LENGTH, 20)
+    def refuse(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise ValueError("no fast tokenizer")
 
+    monkeypatch.setattr(constraints, "from_tokenizer", refuse)
+    grammars = Grammars(tiny_tokenizer(), TOKENS, frozenset({END}))
 
-def test_a_grammar_goes_on_behind_what_its_beginning_brought(grammars: Grammars) -> None:
-    grammar = compiled(grammars, "regex", "[0-9]{3}")
-
-    rest = grammar.after("12")
-    assert rest is not None
-    assert reaches(rest, "3") == (True, True)
-    assert reaches(rest, "34") == (False, False)
-    assert grammar.after("") is grammar
-    assert grammar.after("x") is None
-    assert grammar.after("1234") is None
+    for source in ("a", "b"):
+        with pytest.raises(ConstraintsUnavailable, match="no fast tokenizer"):
+            compiled(grammars, "regex", source)
+    assert len(asked) == 1

@@ -1,4 +1,4 @@
-"""What is guessed of a text, how likely, and when computing guesses pays."""
+"""What is drafted of a text, how likely, and when computing drafts pays."""
 
 import itertools
 import random
@@ -32,40 +32,40 @@ def reader(*texts: list[int], prediction: list[int] | None = None) -> Drafter:
     return drafter
 
 
-def guessed(drafter: Drafter, most: int = 8) -> list[int]:
-    return list(drafter.guess(len(chances))) if (chances := drafter.chances(most)) else []
+def draft_of(drafter: Drafter, most: int = 8) -> list[int]:
+    return list(drafter.draft(len(chances))) if (chances := drafter.chances(most)) else []
 
 
-def test_what_followed_the_latest_tokens_before_is_guessed() -> None:
-    assert guessed(reader([*TEXT, 30, 4, 15]), 3) == [9, 2, 6]
-    assert guessed(reader([*TEXT, 30], [4, 15]), 3) == [9, 2, 6]
+def test_what_followed_the_latest_tokens_before_is_drafted() -> None:
+    assert draft_of(reader([*TEXT, 30, 4, 15]), 3) == [9, 2, 6]
+    assert draft_of(reader([*TEXT, 30], [4, 15]), 3) == [9, 2, 6]
 
 
-def test_nothing_is_guessed_where_nothing_came_before() -> None:
+def test_nothing_is_drafted_where_nothing_came_before() -> None:
     assert reader(TEXT).chances(8) == []
     assert reader([5]).chances(8) == []
     assert reader([*TEXT, 15]).chances(8) == []  # one token alone says little
 
 
 def test_the_latest_of_several_places_is_taken() -> None:
-    assert guessed(reader([4, 15, 7, 4, 15, 8, 4, 15]), 1) == [8]
+    assert draft_of(reader([4, 15, 7, 4, 15, 8, 4, 15]), 1) == [8]
 
 
 def test_three_tokens_say_more_than_two() -> None:
-    assert guessed(reader([1, 4, 15, 7, 2, 4, 15, 8, 1, 4, 15]), 1) == [7]
+    assert draft_of(reader([1, 4, 15, 7, 2, 4, 15, 8, 1, 4, 15]), 1) == [7]
 
 
 def test_a_place_stays_as_long_as_it_agrees() -> None:
     """The text before it came up elsewhere, too, and later."""
-    assert guessed(reader([1, 2, 3, 4, 5, 9, 3, 4, 8], [1, 2, 3, 4]), 1) == [5]
+    assert draft_of(reader([1, 2, 3, 4, 5, 9, 3, 4, 8], [1, 2, 3, 4]), 1) == [5]
 
 
-def test_a_text_that_runs_in_circles_is_guessed_to_go_on() -> None:
-    assert guessed(reader([7, 8, 9] * 3), 7)[:5] == [7, 8, 9, 7, 8]
-    assert guessed(reader([6, 6, 6]), 4) == [6] * len(guessed(reader([6, 6, 6]), 4))
+def test_a_text_that_runs_in_circles_is_drafted_to_go_on() -> None:
+    assert draft_of(reader([7, 8, 9] * 3), 7)[:5] == [7, 8, 9, 7, 8]
+    assert draft_of(reader([6, 6, 6]), 4) == [6] * len(draft_of(reader([6, 6, 6]), 4))
 
 
-def test_chances_fall_with_each_guess_and_rise_with_each_that_comes_true() -> None:
+def test_chances_fall_with_each_drafted_token_and_rise_with_each_accepted_one() -> None:
     copied = [*range(10, 40)]
     early = reader([*copied, 99], copied[:3]).chances(MOST)
     late = reader([*copied, 99], copied[:14]).chances(MOST)
@@ -75,7 +75,7 @@ def test_chances_fall_with_each_guess_and_rise_with_each_that_comes_true() -> No
     assert len(late) == MOST
 
 
-def test_guesses_that_fail_become_unlikely() -> None:
+def test_drafts_that_are_rejected_become_unlikely() -> None:
     rng = random.Random(1)
     prompt = [rng.randrange(4) for _ in range(60)]
     drafter = reader(prompt, [rng.randrange(4) for _ in range(200)])
@@ -86,21 +86,21 @@ def test_guesses_that_fail_become_unlikely() -> None:
 
 def test_a_prediction_is_expected_from_the_answers_start() -> None:
     drafter = reader([50, 51], prediction=TEXT)
-    assert guessed(drafter) == TEXT  # and not beyond its end
+    assert draft_of(drafter) == TEXT  # and not beyond its end
     drafter = reader([50, 51], TEXT[:4], prediction=TEXT)
-    assert guessed(drafter) == TEXT[4:]
+    assert draft_of(drafter) == TEXT[4:]
     assert drafter.predicted_tokens == 4
 
 
 def test_an_exchanged_token_costs_a_prediction_only_itself() -> None:
     drafter = reader([50, 51], [3, 1, 99, 15, 9], prediction=TEXT)
     assert drafter.predicted_tokens == 4
-    assert guessed(drafter, 1) == [2]
+    assert draft_of(drafter, 1) == [2]
 
 
 def test_a_prediction_is_found_again_after_an_insertion() -> None:
     drafter = reader([50, 51], [3, 77, 78, 79, 1, 4, 15], prediction=TEXT)
-    assert guessed(drafter, 2) == [9, 2]
+    assert draft_of(drafter, 2) == [9, 2]
 
 
 @given(
@@ -109,7 +109,7 @@ def test_a_prediction_is_found_again_after_an_insertion() -> None:
     prediction=st.lists(st.integers(0, 3), max_size=20),
     most=st.integers(0, 40),
 )
-def test_guesses_are_tokens_that_came_before(
+def test_drafts_are_tokens_that_came_before(
     prompt: list[int], answer: list[int], prediction: list[int], most: int
 ) -> None:
     drafter = reader(prompt, answer, prediction=prediction)
@@ -117,7 +117,7 @@ def test_guesses_are_tokens_that_came_before(
 
     assert len(chances) <= most
     assert all(0 < chance <= 1 for chance in chances)
-    assert set(guessed(drafter, most)) <= {*prompt, *answer, *prediction}
+    assert set(draft_of(drafter, most)) <= {*prompt, *answer, *prediction}
 
 
 class Times(StepCosts):
@@ -167,7 +167,7 @@ def lengths(step: Step) -> list[int]:
     return [len(draft.tokens) for draft in step.drafts]
 
 
-def test_rows_are_guessed_as_far_as_may_be_where_tokens_cost_nothing() -> None:
+def test_rows_are_drafted_as_far_as_may_be_where_tokens_cost_nothing() -> None:
     step, _ = drafted(decoding(4), Times(1.0, 0.0))
 
     assert (step.decode, lengths(step)) == ([], [MOST] * 4)
@@ -175,13 +175,13 @@ def test_rows_are_guessed_as_far_as_may_be_where_tokens_cost_nothing() -> None:
     assert step.tokens == 4 * (1 + MOST)
 
 
-def test_nothing_is_guessed_where_each_token_takes_its_time() -> None:
+def test_nothing_is_drafted_where_each_token_takes_its_time() -> None:
     step, _ = drafted(decoding(4), Times(0.0, 1.0))
 
     assert (len(step.decode), step.drafts) == (4, [])
 
 
-def test_few_rows_are_guessed_far_and_many_less_far() -> None:
+def test_few_rows_are_drafted_far_and_many_less_far() -> None:
     costs = Times(0.017, 0.0007)
     [alone] = lengths(drafted(decoding(1), costs)[0])
     many = lengths(drafted(decoding(32), costs)[0])
@@ -190,7 +190,7 @@ def test_few_rows_are_guessed_far_and_many_less_far() -> None:
     assert sum(many) / 32 < alone / 2
 
 
-def test_rows_that_copy_are_guessed_before_rows_that_may_not() -> None:
+def test_rows_that_copy_are_drafted_before_rows_that_may_not() -> None:
     sure, unsure = decoding(2, agreeing=12).decode, decoding(2, agreeing=2).decode
     for sequence in unsure:
         sequence.row += 2
@@ -200,7 +200,7 @@ def test_rows_that_copy_are_guessed_before_rows_that_may_not() -> None:
     assert step.decode == unsure
 
 
-def test_no_more_is_guessed_than_the_answer_may_have() -> None:
+def test_no_more_is_drafted_than_the_answer_may_have() -> None:
     step, _ = drafted(decoding(1, max_tokens=15), Times(1.0, 0.0))
     assert lengths(step) == [15 - 12 - 1]
     step, _ = drafted(decoding(1, max_tokens=13), Times(1.0, 0.0))

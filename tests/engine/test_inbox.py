@@ -69,3 +69,38 @@ def test_a_request_that_cannot_be_made_ready_is_waited_for_no_longer(
     with pytest.raises(ValueError, match="bad body"), engine.engine.expecting():
         raise ValueError("bad body")
     assert len(engine.ask([5, 6], max_tokens=3).tokens) == 3
+
+
+def test_requests_wait_no_longer_for_one_that_fails_to_be_made_ready(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", 10 * LONG)
+    engine = start()
+
+    def fail() -> None:
+        with engine.engine.expecting():
+            engine.submit("waits", [5, 6])
+            time.sleep(0.2)
+            assert engine.engine.stats().steps == 0
+            raise ValueError("bad body")
+
+    with pytest.raises(ValueError, match="bad body"):
+        fail()
+    engine.wait()
+    engine.assert_idle()
+
+
+def test_they_wait_on_where_more_than_one_is_made_ready(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "GATHERING_SECONDS", 10 * LONG)
+    engine = start()
+    with engine.engine.expecting():
+        engine.submit("waits", [5, 6])
+        with pytest.raises(ValueError, match="bad body"), engine.engine.expecting():
+            raise ValueError("bad body")
+        time.sleep(0.2)
+        assert engine.engine.stats().steps == 0
+    engine.submit("comes", [7, 8])
+    engine.wait()
+    engine.assert_idle()

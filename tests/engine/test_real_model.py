@@ -92,11 +92,11 @@ def test_a_copied_text_takes_fewer_steps_and_stays_the_same(start: Callable[...,
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     plain = engine.ask(prompt, max_tokens=60, ignore_eos=False)
     before = engine.engine.stats()
-    engine.submit("guessed", prompt, max_tokens=60, ignore_eos=False, speculation=True)
+    engine.submit("drafted", prompt, max_tokens=60, ignore_eos=False, speculation=True)
     engine.wait()
     after = engine.engine.stats()
 
-    assert engine.answers["guessed"].tokens == plain.tokens
+    assert engine.answers["drafted"].tokens == plain.tokens
     assert after.accepted_tokens > len(plain.tokens) / 2
     assert after.steps - before.steps < len(plain.tokens) / 2
 

@@ -1,4 +1,4 @@
-"""Guessed tokens change when an answer comes, and never which answer it is."""
+"""Drafted tokens change when an answer comes, and never which answer it is."""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -19,11 +19,11 @@ from tests.factories import tiny_model
 pytestmark = pytest.mark.usefixtures("free_tokens")
 
 LOOP = [5, 9, 11, 5, 9, 11, 5, 9]
-"""A prompt that repeats itself: it is guessed from."""
+"""A prompt that repeats itself: drafts are taken from it."""
 
 
 def begin(start: Callable[..., Harness], **config: Any) -> tuple[Harness, Harness]:
-    """An engine that guesses wherever it can, and one that never does."""
+    """An engine that drafts wherever it can, and one that never does."""
     return start(**config, speculation=True), start(**config)
 
 
@@ -81,7 +81,7 @@ def test_answers_are_the_same_token_by_token(
     eager.assert_idle()
 
 
-def test_a_guess_that_comes_true_saves_a_step(start: Callable[..., Harness]) -> None:
+def test_an_accepted_draft_saves_a_step(start: Callable[..., Harness]) -> None:
     eager, plain = begin(start)
     same(eager.ask(LOOP, max_tokens=60), plain.ask(LOOP, max_tokens=60))
     stats = eager.engine.stats()
@@ -91,7 +91,7 @@ def test_a_guess_that_comes_true_saves_a_step(start: Callable[..., Harness]) -> 
     assert stats.generated_tokens == plain.engine.stats().generated_tokens == 60
 
 
-def test_a_stop_string_cuts_what_was_guessed_beyond_it(start: Callable[..., Harness]) -> None:
+def test_a_stop_string_cuts_what_was_drafted_beyond_it(start: Callable[..., Harness]) -> None:
     eager, plain = begin(start)
     two = {"logit_bias": {70: 40.0, 72: 40.0}, "temperature": 1.0, "seed": 1, "max_tokens": 40}
     whole = plain.ask(LOOP, **two)
@@ -104,7 +104,7 @@ def test_a_stop_string_cuts_what_was_guessed_beyond_it(start: Callable[..., Harn
     assert eager.engine.stats().accepted_tokens > 0
 
 
-def test_a_token_that_ends_the_text_cuts_what_was_guessed_beyond_it(
+def test_a_token_that_ends_the_text_cuts_what_was_drafted_beyond_it(
     start: Callable[..., Harness],
 ) -> None:
     eager, plain = begin(start)
@@ -126,7 +126,7 @@ def test_answers_never_grow_beyond_their_length_or_the_window(
         assert len(ours.tokens) == length
 
 
-def test_rows_are_guessed_beside_prompts_that_come_in_chunks(
+def test_rows_are_drafted_beside_prompts_that_come_in_chunks(
     start: Callable[..., Harness], adapters: dict[str, Path]
 ) -> None:
     eager, plain = begin(start, prefill_chunk_tokens=4, max_rows=6)
@@ -171,10 +171,10 @@ def test_choices_of_one_order_go_on_from_what_they_share(start: Callable[..., Ha
     eager.assert_idle()
 
 
-def test_what_is_kept_of_a_guessed_answer_serves_the_next_turn(
+def test_what_is_kept_of_a_drafted_answer_serves_the_next_turn(
     start: Callable[..., Harness],
 ) -> None:
-    """Keys of guesses that failed are not among what the prefix cache keeps."""
+    """Keys of rejected drafts are not among what the prefix cache keeps."""
     eager, plain = begin(start)
     turns: list[list[int]] = []
     for engine in (eager, plain):
@@ -226,7 +226,7 @@ parts = st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=6), min_size=
     ),
     prediction=parts,
 )
-def test_any_prompts_are_answered_as_without_guesses(
+def test_any_prompts_are_answered_as_without_drafts(
     pair: tuple[Harness, Harness],
     rows: list[tuple[list[list[int]], str | None, float]],
     prediction: list[list[int]],
@@ -265,8 +265,8 @@ def pair(start: Callable[..., Harness]) -> tuple[Harness, Harness]:
     ],
     ids=str,
 )
-def test_rows_that_are_not_guessed(start: Callable[..., Harness], params: dict[str, Any]) -> None:
-    """Penalties and grammars depend on the tokens before, guesses included."""
+def test_rows_that_are_not_drafted(start: Callable[..., Harness], params: dict[str, Any]) -> None:
+    """Penalties and grammars depend on the tokens before, drafts included."""
     eager, _ = begin(start)
     eager.submit("a", LOOP * 4, max_tokens=30, **params)
     eager.wait()
@@ -274,7 +274,7 @@ def test_rows_that_are_not_guessed(start: Callable[..., Harness], params: dict[s
     assert eager.engine.stats().drafted_tokens == 0
 
 
-def test_a_constrained_row_is_not_guessed(start: Callable[..., Harness]) -> None:
+def test_a_constrained_row_is_not_drafted(start: Callable[..., Harness]) -> None:
     eager, _ = begin(start)
     grammar = eager.engine.grammars.compile("regex", "(ab){20}", "regex")
     answer = eager.ask(LOOP, max_tokens=60, grammar=grammar, ignore_eos=False)
@@ -293,7 +293,7 @@ def test_a_request_decides_for_itself(start: Callable[..., Harness]) -> None:
     assert off.engine.stats().drafted_tokens > 0
 
 
-def test_a_model_that_runs_padded_is_not_guessed(start: Callable[..., Harness]) -> None:
+def test_a_model_that_runs_padded_is_not_drafted(start: Callable[..., Harness]) -> None:
     engine = start(tiny_model("bloom"), {})
     engine.submit("a", LOOP * 3, max_tokens=20, speculation=True)
     engine.wait()
@@ -302,7 +302,7 @@ def test_a_model_that_runs_padded_is_not_guessed(start: Callable[..., Harness]) 
     assert engine.engine.stats().drafted_tokens == 0
 
 
-def test_a_prediction_is_guessed_from_its_first_token_on(start: Callable[..., Harness]) -> None:
+def test_a_prediction_is_drafted_from_its_first_token_on(start: Callable[..., Harness]) -> None:
     eager, plain = begin(start)
     prompt = [40, 3, 77]
     answer = plain.ask(prompt, "default", max_tokens=12).tokens

@@ -202,7 +202,7 @@ def test_if_everything_fails_each_request_says_so_after_a_bounded_effort(
     engine.assert_idle()
 
 
-def test_guesses_are_left_out_where_they_find_no_memory(start: Callable[..., Harness]) -> None:
+def test_drafts_are_left_out_where_they_find_no_memory(start: Callable[..., Harness]) -> None:
     base, engine = start_engine(start, "llama")
     prompt = [5, 6, 7, 8] * 6
     usual = engine.ask(prompt, max_tokens=30)

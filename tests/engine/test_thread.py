@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from server.engine import EngineDead, FinishReason, sequence
 from server.engine.constraints import MaskMaker
 from server.engine.detokenizer import Detokenizer
 from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
 from tests.factories import byte_fallback_tokenizer, panic, tiny_model
@@ -124,4 +126,62 @@ def test_what_is_no_requests_own_leaves_a_dead_engine_and_no_request_waiting(
     assert not engine.engine.stats().alive
     with pytest.raises(EngineDead):
         engine.submit("late", [5])
+    assert engine.registry.stats().leases == 0
+
+
+def test_a_request_that_cannot_begin_says_why_whatever_that_is(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sequence, "Detokenizer", lost)
+    answer = engine.ask([5], "default")
+
+    assert answer.finish is FinishReason.ERROR
+    assert "cannot begin: CUDA error" in answer.error
+    monkeypatch.undo()
+    assert engine.ask([5], "default").finish is FinishReason.LENGTH
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_request_whose_end_fails_is_answered(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    engine = start()
+    with engine.held():
+        engine.submit("ends", [5], "default", max_tokens=3)
+        monkeypatch.setattr(Sequence, "predicted_tokens", property(lambda _: 1 / 0))
+        if cancelled:
+            engine.engine.cancel("ends")
+    engine.wait()
+
+    assert engine.answers["ends"].finish is FinishReason.ERROR
+    assert "must be restarted" in engine.answers["ends"].error
+    assert engine.registry.stats().leases == 0
+
+
+def test_what_breaks_the_engine_keeps_back_no_answer_that_has_ended_in_the_same_step(
+    start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    remove = Scheduler.remove
+
+    def remove_one(scheduler: Scheduler, each: Sequence) -> None:
+        if each.request.id == "breaks":
+            panic()
+        remove(scheduler, each)
+
+    with engine.held():
+        engine.submit("ends", [5], "default", max_tokens=1)
+        engine.submit("breaks", [6], "default", max_tokens=1)
+        monkeypatch.setattr(Scheduler, "remove", remove_one)
+    engine.wait()
+
+    assert engine.answers["ends"].finish is FinishReason.LENGTH
+    assert len(engine.answers["ends"].tokens) == 1
+    assert engine.answers["breaks"].finish is FinishReason.ERROR
     assert engine.registry.stats().leases == 0

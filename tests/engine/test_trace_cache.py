@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine import tracing
+from server.engine import trace_cache, tracing
+from server.engine.execution import processor_of
 from server.engine.packing import Pack
-from server.engine.trace_cache import find_or_trace
+from server.engine.trace_cache import find_or_trace, key_of, sources
 from server.engine.tracing import NotTraced
 from tests.engine.test_tracing import FLAT, assert_equal, prepared
 from tests.factories import tiny_model
@@ -109,3 +110,38 @@ def test_a_model_with_hooks_finds_no_trace_either(tmp_path: Path) -> None:
 
     with pytest.raises(NotTraced, match="hooks"):
         find_or_trace(ia3, context, modules, tmp_path)
+
+
+def test_what_is_kept_depends_on_all_code_of_the_engine_and_of_the_adapters() -> None:
+    root = Path(__file__).parents[2]
+    rooms = (root / "adapters", root / "server" / "engine")
+    code = {file for room in rooms for end in ("py", "cpp", "h") for file in room.rglob(f"*.{end}")}
+
+    assert set(sources()) == code
+
+
+def test_other_code_finds_nothing_of_what_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model("llama")
+    files = [tmp_path / "layer.py", tmp_path / "kernel.cpp"]
+    for file in files:
+        file.write_text("1\n")
+    monkeypatch.setattr(trace_cache, "sources", lambda: files)
+    keys = [key_of(base), key_of(base)]
+    for file in files:
+        file.write_text("2\n")
+        keys.append(key_of(base))
+
+    assert len(set(keys)) == 3
+
+
+def test_what_was_compared_on_one_gpu_is_not_known_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = {0: "NVIDIA L4", 1: "NVIDIA H200"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: kinds[device.index])
+
+    found = [processor_of(torch.device("cuda", index)) for index in kinds]
+    assert found == list(kinds.values())
+    assert processor_of(torch.device("cpu")) not in found

@@ -61,7 +61,7 @@ class Scales(NamedTuple):
     input: Scale | None = None
     outputs: tuple[Rescaled, ...] = ()
     gated: Scale | None = None
-    """Of what its gate lets through."""
+    """Rescales what the gate lets through."""
 
 
 _UNSCALED = Scales()
@@ -181,7 +181,7 @@ def _load(flags: Sequence[str], cache: Path) -> ctypes.CDLL:
 
 
 def panel_width_of(model: nn.Module) -> int | None:
-    """Of a packed model's products by our kernel; None where it has none."""
+    """Columns of the panels that our kernel packed the model's weights in; None: it packed none."""
     for module in model.modules():
         if isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct):
             return module.product.panel_width
