@@ -21,15 +21,17 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from adapters.layer import Scale
+from adapters.registry import AdapterRegistry
 from benchmarks.report import PROFILE
 from benchmarks.workload import Template
 from server.app import load_services
 from server.engine import GenerationRequest, SamplingParams, packing
-from server.engine.engine import Engine
+from server.engine.core import EngineCore
 from server.engine.kv_cache import StripCache
 from server.engine.loading import default_model_folder
+from server.engine.runner import FlatRunner
+from server.engine.sampler import Sampler
 from server.engine.strip_attention import StripPlan
-from server.services import Services
 from server.settings import Settings
 
 ROWS, PROMPT, STEPS = 32, 64, 128
@@ -86,47 +88,43 @@ def measure(folder: Path, dtype: str) -> tuple[dict[str, float], float]:
             compile=True,
         )
     )(streams=None)
-    engine = services.engine
-    engine._state = "running"  # The model's thread is this one.
-    _ask(services, names)
-    untimed = [_seconds(engine._step) for _ in range(STEPS)]
-    while engine._sequences:
-        engine._step()
-    _ask(services, names)
-    return _parts(engine), 1e3 * median(untimed)
+    core = services.engine.core
+    _ask(core, services.registry, names)
+    untimed = [_seconds(core) for _ in range(STEPS)]
+    while core:
+        core.step()
+    _ask(core, services.registry, names)
+    return _parts(core), 1e3 * median(untimed)
 
 
-def _ask(services: Services, names: list[str]) -> None:
+def _ask(core: EngineCore, registry: AdapterRegistry, names: list[str]) -> None:
     """Until all rows decode."""
-    engine = services.engine
     draw = random.Random(0)
-    engine.submit(
-        *(
+    for each in names:
+        core.add(
             GenerationRequest(
                 id=each,
                 prompt=tuple(draw.choices(range(1000, 40000), k=PROMPT)),
                 params=SamplingParams(temperature=0, max_tokens=STEPS + PROMPT, ignore_eos=True),
-                lease=services.registry.lease(each),
+                lease=registry.lease(each),
             )
-            for each in names
         )
-    )
-    engine._accept()
-    while any(each.computed < PROMPT for each in engine._sequences.values()):
-        engine._step()
+    begun: set[str] = set()
+    while len(begun) < len(names):
+        begun |= {output.request_id for output in core.step() if output.token_ids}
 
 
-def _parts(engine: Engine) -> dict[str, float]:
+def _parts(core: EngineCore) -> dict[str, float]:
     clocks = Clocks()
     clocks.time(packing, "_packed_linear", "gemm")
     clocks.time(StripPlan, "attend", "attention")
     clocks.time(Scale, "scale_", "adapters")
     clocks.time(Scale, "scaled", "adapters")
     clocks.time(StripCache, "reserve", "cache")
-    clocks.time(engine._sampler, "sample", "sampling")
-    clocks.time(engine._stepping._runner, "run", "forward")
+    clocks.time(Sampler, "sample", "sampling")
+    clocks.time(FlatRunner, "run", "forward")
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        step = sum(_seconds(engine._step) for _ in range(STEPS))
+        step = sum(_seconds(core) for _ in range(STEPS))
     spent = clocks.seconds
     for operators in profiled.key_averages():
         if operators.key in _KERNELS:
@@ -144,9 +142,9 @@ def _parts(engine: Engine) -> dict[str, float]:
     return {part: 1e3 * seconds / STEPS for part, seconds in parts.items()}
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _seconds(core: EngineCore) -> float:
     began = time.perf_counter()
-    step()
+    core.step()
     return time.perf_counter() - began
 
 

@@ -3,6 +3,7 @@
 What HTTP costs is less than what processes of one kind differ by: this one answers either way.
 """
 
+import asyncio
 import socket
 import sys
 import threading
@@ -15,18 +16,19 @@ from fastapi import FastAPI
 
 from benchmarks.engines import Answer, Request, Round
 from benchmarks.engines.lines import Run, serve
-from server.app import create_app
+from server import app as application
+from server.api.streams import Streams
 from server.engine import GenerationRequest, Output, SamplingParams
 from server.settings import Settings
 
 
 def make(**settings: Any) -> Run:
-    app = create_app(Settings(**settings))
+    # The application makes its streams itself, once its event loop runs.
+    application.Streams = _TappedStreams
+    app = application.create_app(Settings(**settings))
     _serve(app)
     services = app.state.services
-    rounds = _Rounds(services.streams.deliver)
-    # Started by the app, it would deliver to streams alone.
-    services.engine._deliver = rounds.deliver
+    rounds = services.streams.rounds
 
     def run(requests: list[Request], in_flight: int | None) -> Round:
         assert in_flight in (None, services.settings.max_batch_rows)
@@ -55,6 +57,17 @@ def _serve(app: FastAPI) -> None:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.05)
     print(f"answers on http://127.0.0.1:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
+
+
+class _TappedStreams(Streams):
+    """What the model's thread delivers goes to the round that runs, if one does."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.rounds = _Rounds(super().deliver)
+
+    def deliver(self, outputs: list[Output]) -> None:
+        self.rounds.deliver(outputs)
 
 
 class _Rounds:

@@ -28,9 +28,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    alive: bool
+    alive: bool = True
     """False: the model thread has ended on an error, and only a restart helps."""
-    ready: bool
+    ready: bool = True
     running: int
     waiting: int
     kv_tokens_used: int

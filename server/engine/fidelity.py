@@ -31,8 +31,8 @@ from server.engine.kv_cache import KVCache
 from server.engine.packing import noting_reads
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Runner
-from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class Fidelity:
             params=SamplingParams(max_tokens=len(text.answer), **scored),  # type: ignore[arg-type]
         )
         sequence = Sequence(request, row, self._tokenizer, self._decoder_start)
-        sequence.slot = text.slot
+        sequence.start(text.slot, turn=0)
         return sequence
 
     def _run(
@@ -286,13 +286,13 @@ class Fidelity:
             logits = runner.run(step)
             for sequence, part in logits.prompts:
                 found[sequence.row].append(part.float().clone())
-                sequence.prompt_logprobs += [None] * len(part)
+                sequence.score_prompt([None] * len(part))
             for sequence, last in zip(logits.sequences, logits.next_token, strict=True):
                 found[sequence.row].append(last[None].float().clone())
             for sequence, tokens in [*((s, 1) for s in step.decode), *chunks]:
-                sequence.computed += tokens
+                sequence.advance(tokens)
                 if not sequence.uncomputed and answers[sequence.row]:
-                    sequence.tokens.append(answers[sequence.row].pop(0))
+                    sequence.append(answers[sequence.row].pop(0))
             going = [sequence for sequence in going if sequence.uncomputed]
         return [found[sequence.row] for _, sequence in together]
 

@@ -24,8 +24,8 @@ from adapters.slots import IA3Slots
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_group import Group
 from server.engine.runner import Logits, slot_of
-from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,12 @@ class Prefixes:
                 return False
         self._awaited.pop(sequence, None)
         self._known.touch(path)
-        sequence.computed = shared
+        is_new = sequence.cached_tokens is None
+        sequence.begin(shared)
         if self._shares(sequence):
-            self._count(sequence)
+            if is_new:
+                self.queried_tokens += sequence.prompt_tokens
+                self.hit_tokens += shared
             self._expect(sequence)
         return True
 
@@ -97,12 +100,11 @@ class Prefixes:
             self._keep(sequence)
             self._forget_expected(sequence)
 
-    def give_way(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """The row goes, and those that waited for it look elsewhere."""
         self._forget_expected(sequence)
         self._awaited = {s: other for s, other in self._awaited.items() if other is not sequence}
         self._release(sequence)
-        sequence.computed = 0
 
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended, whether it ran or not: its row goes, what it computed stays."""
@@ -136,12 +138,6 @@ class Prefixes:
         content = self._content(sequence)
         found = self._known.find(content, sequence.sharable, sequence.skippable)
         return (found.path, found.tokens) if found.tokens >= LEAST_SHARED else ([], 0)
-
-    def _count(self, sequence: Sequence) -> None:
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
-            self.queried_tokens += sequence.prompt_tokens
-            self.hit_tokens += sequence.computed
 
     def _expect(self, sequence: Sequence) -> None:
         prompt = sequence.sharable[: sequence.prompt_tokens]

@@ -14,8 +14,8 @@ from server.engine.attention import Chunk, StepContext
 from server.engine.cuda_graphs import DecodeGraphs
 from server.engine.kv_cache import FlatCache
 from server.engine.paged_cache import PagedCache
-from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 from server.engine.tracing import Forward
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from server.engine.adjustments import Allowed, Bias, Penalties, column
 from server.engine.constraints import Constraint, MaskMaker
 from server.engine.request import TokenLogprob
-from server.engine.scheduler import Draft
 from server.engine.sequence import Sequence
+from server.engine.step import Draft
 
 _CANDIDATES = 512
 """The best tokens, sorted; top-p rows that need more of them are sorted whole."""

@@ -4,7 +4,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from adapters.bank import BASE_SLOT
@@ -14,43 +13,12 @@ from server.engine.faults import FAULTS, Fault
 from server.engine.kv_cache import KVCache
 from server.engine.prefixes import Prefixes
 from server.engine.sequence import HEADROOM, Sequence
+from server.engine.speculation import Speculation
+from server.engine.step import Step
 
 _FIRST_SHARE = 4
 """The first in rank has at least one in so many of a step's prompt tokens."""
 _RANK = attrgetter("rank")
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A decoding row, and the tokens that are drafted to follow its latest one."""
-
-    sequence: Sequence
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward: a token for each decoding row in the cache's order, then the prefill chunks,
-    then the decoding rows that compute drafted tokens too."""
-
-    decode: list[Sequence]
-    prefill: list[tuple[Sequence, int]]
-    """A sequence and how many of its next tokens to compute."""
-    drafts: list[Draft] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill or self.drafts)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        chunks = (sequence for sequence, _ in self.prefill)
-        return [*self.decode, *chunks, *(draft.sequence for draft in self.drafts)]
-
-    @property
-    def tokens(self) -> int:
-        """How many the forward computes."""
-        chunks = sum(tokens for _, tokens in self.prefill)
-        return len(self.decode) + chunks + sum(1 + len(draft.tokens) for draft in self.drafts)
 
 
 class CannotStart(Exception):
@@ -124,15 +92,18 @@ class Scheduler:
         chunk_tokens: int,
         prefix_cache: bool = True,
         whole_prompts: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
         with `whole_prompts` it bounds only how many are in one step.
-        Without `prefix_cache`, only the requests of one order have anything in common."""
+        Without `prefix_cache`, only the requests of one order have anything in common.
+        Without `speculation`, no row is drafted."""
         self._cache = cache
         self._residency = residency
         self._max_rows = max_rows
         self._chunk_tokens = chunk_tokens
         self._whole_prompts = whole_prompts
+        self._speculation = speculation
         self.prefixes = Prefixes(cache, across_orders=prefix_cache)
         self._queue = FairQueue()
         self._expecting: list[Sequence] = []
@@ -174,7 +145,8 @@ class Scheduler:
         self._admit()
         decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
         by_row = {sequence.row: sequence for sequence in decode}
-        return Step([by_row[row] for row in self._cache.order(list(by_row))], self._prefill())
+        step = Step([by_row[row] for row in self._cache.order(list(by_row))], self._prefill())
+        return step if self._speculation is None else self._speculation.draft(step, self.prefixes)
 
     def _prefill(self) -> list[tuple[Sequence, int]]:
         """The shortest prompts first, but the first in rank always gets on."""
@@ -209,7 +181,7 @@ class Scheduler:
                 grown.append(sequence)
                 continue
             victim = max(self.running, key=_RANK)
-            self.put_back(victim)
+            self.preempt(victim)
             if victim is not sequence:
                 growing.appendleft(sequence)
                 growing = deque(s for s in growing if s is not victim)
@@ -260,27 +232,24 @@ class Scheduler:
     def _start(self, sequence: Sequence, slot: int) -> None:
         self._queue.start(sequence)
         self._claim.see(sequence)
-        sequence.slot = slot
-        if sequence.turn is None:
-            sequence.turn = next(self._turns)
+        sequence.start(slot, next(self._turns))
         self.running.append(sequence)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self._queue.remove(sequence)
         self._claim.drop(sequence)
 
-    def put_back(self, sequence: Sequence) -> None:
-        """A running sequence is to be computed again."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's row away: it is computed again later."""
         self._stop(sequence)
-        self.prefixes.give_way(sequence)
-        sequence.gave_way = True
+        self.prefixes.preempt(sequence)
+        sequence.preempt()
         self.preemptions += 1
         self._queue.add(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._unpin(sequence)
-        sequence.slot = None
 
     def _pin(self, sequence: Sequence) -> int | None:
         lease = sequence.request.lease

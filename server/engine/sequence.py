@@ -52,8 +52,10 @@ class Sequence:
         row: int,
         tokenizer: PreTrainedTokenizerFast,
         decoder_start: tuple[int, ...] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`decoder_start`: of an encoder-decoder, what its decoder begins with."""
+        """`decoder_start`: what the decoder of an encoder-decoder begins with. `drafter`: what
+        drafts its next tokens; None: they are not drafted."""
         self.request = request
         self.row = row
         """The engine's own number for this request: names its keys and values in the cache."""
@@ -64,16 +66,15 @@ class Sequence:
         self.prompt_tokens = len(self.tokens)
         self.computed = 0
         self.cached_tokens: int | None = None
-        """How many tokens of the prompt were cached; None until the sequence first runs."""
+        """Tokens of the prompt that were a prefix hit; None until the sequence first runs."""
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
         self.turn: int | None = None
-        """Which of all that ever started it was; None: it has not."""
-        self.gave_way = False
-        """It had started, and was put back to be computed again."""
+        """The number of its first start among all starts; None: it has not started."""
+        self.preempted = False
+        """Whether it ever was."""
         self.draws = Draws(request.params.seed)
-        self.drafter: Drafter | None = None
-        """Drafts its next tokens; None where that is off."""
+        self.drafter = drafter
         self.detokenizer = Detokenizer(
             tokenizer,
             request.prompt if decoder_start is None else (),
@@ -106,10 +107,10 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[bool, int, float, int]:
-        """The larger gives way to the smaller. Who gave way once does so to nobody that has not,
-        and the first of them to nobody: it always gets on."""
+        """The running sequence with the largest is preempted first. One that was preempted comes
+        before all that were not, and the first of those is never preempted again."""
         turn = math.inf if self.turn is None else self.turn
-        return not self.gave_way, 0 if self.gave_way else self.request.priority, turn, self.row
+        return not self.preempted, 0 if self.preempted else self.request.priority, turn, self.row
 
     @property
     def answer(self) -> list[int]:
@@ -118,6 +119,36 @@ class Sequence:
     @property
     def answer_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    def begin(self, computed: int) -> None:
+        """A row of the cache is the sequence's, which holds its first `computed` tokens already."""
+        self.computed = computed
+        if self.cached_tokens is None:
+            self.cached_tokens = computed
+
+    def start(self, slot: int, turn: int) -> None:
+        """The sequence runs, for the first time or again, on the adapter in this slot."""
+        self.slot = slot
+        if self.turn is None:
+            self.turn = turn
+
+    def preempt(self) -> None:
+        """Its row is taken away, so that all of it is to be computed again."""
+        self.slot = None
+        self.computed = 0
+        self.preempted = True
+
+    def advance(self, tokens: int) -> None:
+        """Keys and values of its next `tokens` tokens have been computed."""
+        self.computed += tokens
+
+    def append(self, token: int) -> None:
+        """This is the answer's next token."""
+        self.tokens.append(token)
+
+    def score_prompt(self, scores: Rows[TokenLogprob | None]) -> None:
+        """These are the scores of the prompt's next tokens that had none."""
+        self.prompt_logprobs += scores
 
     def see(self, text: str) -> None:
         """The answer goes on with this text, in which its grammar may begin."""
@@ -204,7 +235,7 @@ class Sequence:
             return
         ours, theirs = self.tokens[: self.prompt_tokens], other.tokens[: other.prompt_tokens]
         common = common_tokens(ours, theirs)
-        self.prompt_logprobs += other.prompt_logprobs[len(self.prompt_logprobs) : common]
+        self.score_prompt(other.prompt_logprobs[len(self.prompt_logprobs) : common])
 
 
 def common_tokens(some: Rows[int], others: Rows[int]) -> int:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from server.engine.drafting import Drafter
 from server.engine.prefixes import Prefixes
 from server.engine.request import GenerationRequest
-from server.engine.scheduler import Draft, Step
 from server.engine.sequence import Sequence
+from server.engine.step import Draft, Step
 
 MOST = 16
 """Tokens that are drafted for one row, at most."""
@@ -52,10 +52,9 @@ class StepCosts:
 
 
 class Speculation:
-    def __init__(self, prefixes: Prefixes, *, by_default: bool, possible: bool) -> None:
+    def __init__(self, *, by_default: bool, possible: bool) -> None:
         """`by_default`: for requests that do not say. `possible`: the runner takes several tokens
         of a decoding row at once."""
-        self._prefixes = prefixes
         self._by_default = by_default
         self._possible = possible
         self.costs = StepCosts()
@@ -75,8 +74,8 @@ class Speculation:
             return None
         return Drafter(request.prompt, request.prediction)
 
-    def draft(self, step: Step) -> Step:
-        """The step, with some of its decoding rows drafted; their room is reserved."""
+    def draft(self, step: Step, prefixes: Prefixes) -> Step:
+        """The step, with some of its decoding rows drafted; `prefixes` reserves their room."""
         chances: dict[Sequence, list[float]] = {}
         for sequence in step.decode:
             if sequence.drafter is not None:
@@ -89,7 +88,7 @@ class Speculation:
         drafts = [
             Draft(sequence, sequence.drafter.draft(count))
             for sequence, count in self._worthwhile(step, chances).items()
-            if sequence.drafter is not None and self._prefixes.grow(sequence, count)
+            if sequence.drafter is not None and prefixes.grow(sequence, count)
         ]
         drafted = {draft.sequence for draft in drafts}
         decode = [sequence for sequence in step.decode if sequence not in drafted]

@@ -18,8 +18,8 @@ from server.engine.kv_cache import KVCache
 from server.engine.request import TokenLogprob
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, Sampler, score_tokens
-from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
         if reason is not None:
             break
         if taken:
-            # The one before was drafted, so its keys and values are there.
-            sequence.computed += 1
+            # The token before was drafted, so its keys and values are there.
+            sequence.advance(1)
         taken.append(choice)
         piece, reason = _append(sequence, choice.token, eos_token_ids)
         text += piece
@@ -52,7 +52,7 @@ def _append(
 ) -> tuple[str, FinishReason | None]:
     """The text that the token brings, and whether it is the last."""
     params = sequence.request.params
-    sequence.tokens.append(token)
+    sequence.append(token)
     goes_on = params.ignore_eos and sequence.constraint is None
     is_end = token in eos_token_ids and not goes_on
     if is_end or token in params.stop_token_ids:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from server.api import health
+from server.engine.scheduler import Scheduler
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
@@ -42,9 +43,9 @@ def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> N
 def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
 ) -> None:
-    url, services = start_server()
+    url, _ = start_server()
     body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
-    monkeypatch.setattr(services.engine._scheduler, "schedule", fails)
+    monkeypatch.setattr(Scheduler, "schedule", lambda _: fails())
 
     answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
 
@@ -61,13 +62,13 @@ def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
 def test_a_stream_says_that_the_model_thread_has_ended(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, services = start_server()
+    url, _ = start_server()
     body = LONG | {"model": "tiny", "stream": True}
 
     with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=30) as response:
         chunks = events(response)
         next(chunks)
-        monkeypatch.setattr(services.engine._scheduler, "schedule", panic)
+        monkeypatch.setattr(Scheduler, "schedule", lambda _: panic())
         *_, last = chunks
 
     assert last["error"]["code"] == "engine_dead"

@@ -8,15 +8,14 @@ import pytest
 
 from tests.api.conftest import RunningServer
 from tests.api.test_chat import MESSAGES, chat
-from tests.engine.test_speculation import FreeTokens
+
+pytestmark = pytest.mark.usefixtures("free_tokens")
 
 LOOP = [5, 9, 11] * 8
 
 
 @pytest.fixture(scope="module")
 def base(server: RunningServer) -> str:
-    """Where guesses cost nothing, so that they are made."""
-    server.services.engine._speculation.costs = FreeTokens()
     return server.services.model_name
 
 

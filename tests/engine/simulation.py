@@ -17,8 +17,9 @@ from adapters.residency import Residency
 from adapters.targets import Target
 from server.engine.kv_cache import StripCache
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler, Step
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
@@ -160,7 +161,7 @@ class Simulation:
         return step
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
-        sequence.computed += tokens
+        sequence.advance(tokens)
         if sequence.uncomputed:
             return
         journey = self._by_row[sequence.row]
@@ -170,7 +171,7 @@ class Simulation:
             journey.first_token = self.now
             fresh += sequence.prompt_tokens
         self.served[flow] = self.served.get(flow, 0) + fresh
-        sequence.tokens.append(7)
+        sequence.append(7)
         if sequence.answer_tokens == sequence.request.params.max_tokens:
             self._end(journey)
 

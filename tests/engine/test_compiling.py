@@ -20,7 +20,6 @@ from server.engine import compiling, tracing
 from server.engine.kernels.attention import AttentionKernel
 from server.engine.kernels.product import KernelProduct, panel_width_of
 from tests.engine.harness import Harness, Oracle
-from tests.engine.test_speculation import FreeTokens
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 
 PROMPT = [5, 9, 14, 6, 5, 9]
@@ -128,7 +127,7 @@ def test_a_model_in_bfloat16_is_compiled_to_the_bit(
     assert all(len(engine.answers[name].tokens) == 8 for name in [*adapters, "base"])
 
 
-@pytest.mark.usefixtures("only_kernels")
+@pytest.mark.usefixtures("only_kernels", "free_tokens")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bit_depends_on_what_was_computed_before_or_drafted(
     start: Callable[..., Harness], cache: Path, dtype: torch.dtype
@@ -138,7 +137,6 @@ def test_no_bit_depends_on_what_was_computed_before_or_drafted(
     scored = {"max_tokens": 24, "logprobs": 3}
     plain = start(tiny_model("llama").to(dtype), compile_cache=cache, prefix_cache=False)
     engine = start(tiny_model("llama").to(dtype), compile_cache=cache, speculation=True)
-    engine.engine._speculation.costs = FreeTokens()
     assert engine.engine.stats().compiled
 
     first = plain.ask(asked, "default", **scored)

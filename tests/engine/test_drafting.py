@@ -13,9 +13,9 @@ from server.engine.drafting import Drafter
 from server.engine.kv_cache import StripCache
 from server.engine.prefixes import Prefixes
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Step
 from server.engine.sequence import Sequence
 from server.engine.speculation import MOST, Speculation, StepCosts
+from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 TEXT = [3, 1, 4, 15, 9, 2, 6]
@@ -147,17 +147,20 @@ def decoding(rows: int, agreeing: int = 12, **params: int) -> Step:
     return Step(sequences, [])
 
 
-def drafted(step: Step, costs: StepCosts, slabs: int = 64) -> tuple[Step, Speculation]:
+def prefixes_of(step: Step, slabs: int = 64) -> Prefixes:
+    """With room for the step's rows."""
     cache = StripCache([LayerShape(1, 1, 1, torch.float32)], slabs * 128, 128)
     for sequence in step.decode:
         assert cache.reserve(sequence.row, len(sequence.tokens))
-        # A drafter meets its sequence at the start of its answer.
-    prefixes = Prefixes(cache, across_orders=True)
-    speculation = Speculation(prefixes, by_default=True, possible=True)
+    return Prefixes(cache, across_orders=True)
+
+
+def drafted(step: Step, costs: StepCosts, slabs: int = 64) -> tuple[Step, Speculation]:
+    speculation = Speculation(by_default=True, possible=True)
     speculation.costs = costs
     for sequence in step.decode:
         sequence.drafter = speculation.drafter(sequence.request)
-    return speculation.draft(step), speculation
+    return speculation.draft(step, prefixes_of(step, slabs)), speculation
 
 
 def lengths(step: Step) -> list[int]:
@@ -222,11 +225,11 @@ def test_what_disappoints_is_left_and_tried_again_later() -> None:
     speculation.costs = Times(0.01, 0.0001)
     for _ in range(40):
         speculation.learn(step, seconds=0.2, accepted=0)
-    assert speculation.draft(plain).drafts == []
+    assert speculation.draft(plain, prefixes_of(plain)).drafts == []
     for _ in range(400):
         speculation.learn(plain, seconds=0.01, accepted=0)
 
-    assert speculation.draft(plain).drafts != []
+    assert speculation.draft(plain, prefixes_of(plain)).drafts != []
     assert (speculation.drafted_tokens, speculation.accepted_tokens) == (40 * 4 * MOST, 0)
 
 

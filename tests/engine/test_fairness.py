@@ -115,6 +115,6 @@ def test_who_gave_way_to_urgent_ones_once_does_not_give_way_to_others() -> None:
     simulation = Simulation(rows=ROWS, window=256, cache_tokens=512)
     first, *others = simulation.run([patient, *urgent])
 
-    assert first.sequence.gave_way
+    assert first.sequence.preempted
     assert first.ended is not None
     assert first.ended < (others[20].ended or 0)

@@ -14,7 +14,7 @@ from server.engine import attention as attention_module
 from server.engine.attention import LayerAttention
 from server.engine.padded_runner import PaddedRunner
 from server.engine.runner import FlatRunner, Logits
-from server.engine.scheduler import Step
+from server.engine.step import Step
 from server.engine.strip_attention import StripPlan
 from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model

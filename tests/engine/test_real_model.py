@@ -12,7 +12,6 @@ from adapters.checkpoint import effective_vectors, read_checkpoint
 from adapters.merge import merge
 from server.engine.loading import default_model_folder
 from tests.engine.harness import Harness, Oracle
-from tests.engine.test_speculation import FreeTokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 ADAPTERS = {path.name: path for path in EXAMPLES.iterdir() if path.is_dir()}
@@ -78,12 +77,12 @@ def test_a_merged_export_yields_the_served_adapters_greedy_tokens(
     assert served.tokens == Oracle(model).greedy(prompt, 20)
 
 
+@pytest.mark.usefixtures("free_tokens")
 def test_a_copied_text_takes_fewer_steps_and_stays_the_same(start: Callable[..., Harness]) -> None:
     folder = default_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     engine = start(base, {}, tokenizer=tokenizer, max_model_len=512, kv_cache_tokens=1024)
-    engine.engine._speculation.costs = FreeTokens()
     text = (
         "The harbour was built in 1812 by John Rennie. It has two piers, the older of which is "
         "140 metres long. In the winter of 1884 a storm destroyed the lighthouse at its end."

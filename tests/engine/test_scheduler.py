@@ -16,8 +16,9 @@ from adapters.store import AdapterStore
 from server.engine.attention import LayerShape
 from server.engine.kv_cache import StripCache
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler, Step
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 WINDOW = 256
@@ -112,11 +113,11 @@ class Machine:
         for sequence, tokens in [*((s, 1) for s in step.decode), *step.prefill]:
             start, end = sequence.computed, sequence.computed + tokens
             self.keys(sequence)[start:end] = torch.tensor(self.expected(sequence)[start:end])
-            sequence.computed = end
+            sequence.advance(end - sequence.computed)
             self.computed += tokens
             if sequence.uncomputed == 0:
                 if sequence.request.params.max_tokens > 0:
-                    sequence.tokens.append(20 + sequence.row)
+                    sequence.append(20 + sequence.row)
                 if sequence.answer_tokens == sequence.request.params.max_tokens:
                     self.finish(sequence)
         return step

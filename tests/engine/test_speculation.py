@@ -13,26 +13,18 @@ from hypothesis import strategies as st
 from server.engine import FinishReason, execution
 from server.engine.attention import LayerShape
 from server.engine.paged_cache import PagedCache
-from server.engine.speculation import StepCosts
 from tests.engine.harness import Answer, Harness
 from tests.factories import tiny_model
+
+pytestmark = pytest.mark.usefixtures("free_tokens")
 
 LOOP = [5, 9, 11, 5, 9, 11, 5, 9]
 """A prompt that repeats itself: drafts are taken from it."""
 
 
-class FreeTokens(StepCosts):
-    """As on a device that waits for memory: more tokens take no longer, so every row is drafted."""
-
-    def seconds(self, _: int) -> float:
-        return 1.0
-
-
 def begin(start: Callable[..., Harness], **config: Any) -> tuple[Harness, Harness]:
     """An engine that drafts wherever it can, and one that never does."""
-    eager, plain = start(**config, speculation=True), start(**config)
-    eager.engine._speculation.costs = FreeTokens()
-    return eager, plain
+    return start(**config, speculation=True), start(**config)
 
 
 def same(ours: Answer, theirs: Answer) -> None:
@@ -293,7 +285,6 @@ def test_a_constrained_row_is_not_drafted(start: Callable[..., Harness]) -> None
 
 def test_a_request_decides_for_itself(start: Callable[..., Harness]) -> None:
     off = start()
-    off.engine._speculation.costs = FreeTokens()
     off.ask(LOOP, max_tokens=20)
     assert off.engine.stats().drafted_tokens == 0
     off.submit("asks", LOOP, max_tokens=20, speculation=True)
@@ -304,7 +295,6 @@ def test_a_request_decides_for_itself(start: Callable[..., Harness]) -> None:
 
 def test_a_model_that_runs_padded_is_not_drafted(start: Callable[..., Harness]) -> None:
     engine = start(tiny_model("bloom"), {})
-    engine.engine._speculation.costs = FreeTokens()
     engine.submit("a", LOOP * 3, max_tokens=20, speculation=True)
     engine.wait()
 

@@ -206,9 +206,8 @@ def test_drafts_are_left_out_where_they_find_no_memory(start: Callable[..., Harn
     base, engine = start_engine(start, "llama")
     prompt = [5, 6, 7, 8] * 6
     usual = engine.ask(prompt, max_tokens=30)
-    engine.engine._speculation._by_default = True
     with Faulty(lambda ids: 1 < ids.numel() < 24, gpu_memory()).of(base) as failing:
-        answer = engine.ask(prompt, max_tokens=30)
+        answer = engine.ask(prompt, max_tokens=30, speculation=True)
 
     assert_alike([answer], [usual])
     assert failing.failures > 0

@@ -9,6 +9,7 @@ import torch
 from server.engine import EngineDead, FinishReason, sequence
 from server.engine.constraints import MaskMaker
 from server.engine.detokenizer import Detokenizer
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
@@ -115,9 +116,8 @@ def test_what_is_no_requests_own_leaves_a_dead_engine_and_no_request_waiting(
     with engine.held():
         engine.submit("runs", [5], "default", max_tokens=9)
         engine.submit("waits", [5], "queries", max_tokens=9)
-        scheduler = engine.engine._scheduler
-        monkeypatch.setattr(scheduler, "schedule", fails)
-        monkeypatch.setattr(scheduler, "remove", lambda _: fails())
+        monkeypatch.setattr(Scheduler, "schedule", lambda _: fails())
+        monkeypatch.setattr(Scheduler, "remove", lambda *_: fails())
     engine.wait()
 
     for name in ("runs", "waits"):
@@ -168,18 +168,17 @@ def test_what_breaks_the_engine_keeps_back_no_answer_that_has_ended_in_the_same_
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    scheduler = engine.engine._scheduler
-    remove = scheduler.remove
+    remove = Scheduler.remove
 
-    def remove_one(each: Sequence) -> None:
+    def remove_one(scheduler: Scheduler, each: Sequence) -> None:
         if each.request.id == "breaks":
             panic()
-        remove(each)
+        remove(scheduler, each)
 
     with engine.held():
         engine.submit("ends", [5], "default", max_tokens=1)
         engine.submit("breaks", [6], "default", max_tokens=1)
-        monkeypatch.setattr(scheduler, "remove", remove_one)
+        monkeypatch.setattr(Scheduler, "remove", remove_one)
     engine.wait()
 
     assert engine.answers["ends"].finish is FinishReason.LENGTH

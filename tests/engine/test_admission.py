@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from adapters.residency import Lease
 from server.engine import QueueFull
-from server.engine.places import Places
+from server.engine.admission import Admission
 from server.engine.request import GenerationRequest, SamplingParams
 
-PLACES = 8
+CAPACITY = 8
 
 
 def request(tenant: str = "", adapter: str = "") -> GenerationRequest:
@@ -26,47 +26,47 @@ def request(tenant: str = "", adapter: str = "") -> GenerationRequest:
     return GenerationRequest(id="", prompt=(1,), params=params, lease=lease, tenant=tenant)
 
 
-def flooded(**like: Any) -> Places:
-    places = Places(PLACES)
-    assert places.take([request(**like)] * PLACES)
-    assert not places.take([request(**like)])
-    return places
+def flooded(**like: Any) -> Admission:
+    admission = Admission(CAPACITY)
+    assert admission.admit([request(**like)] * CAPACITY)
+    assert not admission.admit([request(**like)])
+    return admission
 
 
-def taken(places: Places, **like: Any) -> int:
+def taken(admission: Admission, **like: Any) -> int:
     count = 0
-    while places.take([request(**like)]):
+    while admission.admit([request(**like)]):
         count += 1
     return count
 
 
 def test_another_tenant_has_places_in_a_full_queue_up_to_an_even_part() -> None:
-    places = flooded(tenant="flood")
+    admission = flooded(tenant="flood")
 
-    assert taken(places, tenant="b") == PLACES // 2
-    assert taken(places, tenant="c") == PLACES // 3
+    assert taken(admission, tenant="b") == CAPACITY // 2
+    assert taken(admission, tenant="c") == CAPACITY // 3
 
 
 def test_another_adapter_has_places_in_a_full_queue() -> None:
-    places = flooded(adapter="flood")
+    admission = flooded(adapter="flood")
 
-    assert taken(places, adapter="b") == PLACES // 2
-    assert taken(places) == 0, "half as many again were taken"
+    assert taken(admission, adapter="b") == CAPACITY // 2
+    assert taken(admission) == 0, "half as many again were taken"
 
 
 def test_a_free_place_is_anybodys() -> None:
-    places = flooded(tenant="flood")
-    places.leave(request(tenant="flood"))
+    admission = flooded(tenant="flood")
+    admission.leave(request(tenant="flood"))
 
-    assert places.take([request(tenant="flood")])
-    assert not places.take([request(tenant="flood")])
+    assert admission.admit([request(tenant="flood")])
+    assert not admission.admit([request(tenant="flood")])
 
 
 def test_an_order_that_does_not_fit_takes_no_place() -> None:
-    places = Places(PLACES)
+    admission = Admission(CAPACITY)
 
-    assert not places.take([request()] * (PLACES + 1))
-    assert places.take([request()] * PLACES)
+    assert not admission.admit([request()] * (CAPACITY + 1))
+    assert admission.admit([request()] * CAPACITY)
 
 
 @given(
@@ -78,18 +78,18 @@ def test_an_order_that_does_not_fit_takes_no_place() -> None:
 def test_places_are_bounded_and_an_empty_queue_lets_in(
     events: list[tuple[bool, str, str]],
 ) -> None:
-    places = Places(PLACES)
+    admission = Admission(CAPACITY)
     inside: list[GenerationRequest] = []
     for enters, tenant, adapter in events:
-        if enters and places.take([request(tenant, adapter)]):
+        if enters and admission.admit([request(tenant, adapter)]):
             inside.append(request(tenant, adapter))
         elif not enters and inside:
-            places.leave(inside.pop(0))
-        assert len(inside) <= 2 * PLACES
+            admission.leave(inside.pop(0))
+        assert len(inside) <= 2 * CAPACITY
     for each in inside:
-        places.leave(each)
+        admission.leave(each)
 
-    assert places.take([request()] * PLACES)
+    assert admission.admit([request()] * CAPACITY)
 
 
 # When to come back
@@ -103,7 +103,7 @@ class Line:
     def __init__(self, seed: int, seconds: float) -> None:
         """`seconds`: that a request is served for, on average."""
         self.now = 0.0
-        self.places = Places(3 * self.ROWS, lambda: self.now)
+        self.admission = Admission(3 * self.ROWS, lambda: self.now)
         self.rate = self.ROWS / seconds
         """How many can be served in a second."""
         self.outside: deque[float] = deque()
@@ -137,10 +137,10 @@ class Line:
     def take(self) -> int | None:
         """None: a request is admitted; else after how many seconds it is to come back."""
         asked = request()
-        if not self.places.take([asked]):
-            return QueueFull(0, self.places.seconds_until_free([asked])).retry_after
+        if not self.admission.admit([asked]):
+            return QueueFull(0, self.admission.seconds_until_free([asked])).retry_after
         self._waiting.append(asked)
-        if self.places.taken <= self.ROWS:
+        if self.admission.admitted <= self.ROWS:
             self._serve()
         return None
 
@@ -157,7 +157,7 @@ class Line:
         self.at(self.now + seconds, lambda: self._end(served))
 
     def _end(self, served: GenerationRequest) -> None:
-        self.places.leave(served)
+        self.admission.leave(served)
         if self._waiting:
             self._serve()
         if self.outside and self.take() is None:
@@ -219,9 +219,9 @@ def test_tenants_that_are_refused_share_what_becomes_free() -> None:
     line.run(100.0)
     while line.take() is None:
         pass
-    places = line.places
-    flood = [places.seconds_until_free([request()]) for _ in range(20)]
-    other = places.seconds_until_free([request("other")])
+    admission = line.admission
+    flood = [admission.seconds_until_free([request()]) for _ in range(20)]
+    other = admission.seconds_until_free([request("other")])
 
     assert flood == sorted(flood)
     assert other <= flood[4], "a flood of one does not keep another away"

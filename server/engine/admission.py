@@ -1,5 +1,7 @@
-"""Which requests are admitted when many are in flight, and when refused ones may come back: who
-floods the queue is refused before others are."""
+"""Which requests are admitted when many are in flight, and when a refused one should come back.
+
+A tenant that floods the queue is refused itself; other tenants are still admitted.
+"""
 
 import time
 from collections import Counter, deque
@@ -8,9 +10,9 @@ from collections.abc import Callable, Sequence
 from server.engine.request import GenerationRequest
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
-"""Until a refused request is to come back."""
+"""How soon and how late a refused request is asked to come back."""
 _REMEMBERED = 64
-"""Ends of requests that the pace is taken from."""
+"""How many ends of requests the pace is measured over."""
 
 
 class _Pace:
@@ -47,30 +49,33 @@ class _Pace:
         return passed / ended * ends if ended else passed
 
 
-class Places:
-    """So many requests may be in flight. Once they are, a tenant with less than an even part of
-    them may have up to as many again taken; and up to half as many, an adapter with less than an
-    even part of what its tenant has."""
+class Admission:
+    """Admits `capacity` requests, and beyond that only those of tenants and adapters with few.
 
-    def __init__(self, places: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._places = places
-        self.taken = 0
+    Once `capacity` requests are in flight, a tenant that has less than an even share of them is
+    still admitted until twice as many are; and a tenant's adapter that has less than an even share
+    of the tenant's, until one and a half times as many are.
+    """
+
+    def __init__(self, capacity: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = capacity
+        self.admitted = 0
         """How many requests are in flight."""
         self._of: dict[str, Counter[str]] = {}
-        """Tenant -> adapter -> how many are taken."""
+        """Tenant -> adapter -> how many requests are in flight."""
         self._now = now
         self._pace = _Pace(now)
         self._promised: dict[str, deque[float]] = {}
-        """Tenant -> when those that were refused come back, each to a place of its own."""
+        """Tenant -> when each of its refused requests was asked to come back."""
 
-    def take(self, requests: Sequence[GenerationRequest]) -> bool:
-        """A place for each, or for none."""
+    def admit(self, requests: Sequence[GenerationRequest]) -> bool:
+        """Admit all of these requests, or none."""
         for number, request in enumerate(requests):
-            if not self._may_take(request):
-                for taken in requests[:number]:
-                    self._give_back(taken)
+            if self.admitted >= self._limit_for(request):
+                for admitted in requests[:number]:
+                    self._discount(admitted)
                 return False
-            self.taken += 1
+            self.admitted += 1
             self._of.setdefault(request.tenant, Counter())[request.adapter] += 1
         self._pace.begin()
         return True
@@ -78,49 +83,46 @@ class Places:
     def leave(self, request: GenerationRequest) -> None:
         """A request has ended."""
         self._pace.end()
-        self._give_back(request)
-        if not self.taken:
+        self._discount(request)
+        if not self.admitted:
             self._pace.rest()
 
-    def _give_back(self, request: GenerationRequest) -> None:
+    def _discount(self, request: GenerationRequest) -> None:
         adapters = self._of[request.tenant]
-        self.taken -= 1
+        self.admitted -= 1
         adapters[request.adapter] -= 1
         if not adapters[request.adapter]:
             del adapters[request.adapter]
         if not adapters:
             del self._of[request.tenant]
 
-    def _may_take(self, request: GenerationRequest) -> bool:
-        return self.taken < self._most_for(request)
-
-    def _most_for(self, request: GenerationRequest) -> int:
-        """How many places there are for a request like this."""
+    def _limit_for(self, request: GenerationRequest) -> int:
+        """With how many requests in flight one like this is no longer admitted."""
         adapters = self._of.get(request.tenant, Counter())
         mine = adapters.total()
-        if mine < self._places // len(self._of.keys() | {request.tenant}):
-            return 2 * self._places
+        if mine < self._capacity // len(self._of.keys() | {request.tenant}):
+            return 2 * self._capacity
         if adapters[request.adapter] < mine // len(adapters.keys() | {request.adapter}):
-            return self._places + self._places // 2
-        return self._places
+            return self._capacity + self._capacity // 2
+        return self._capacity
 
     def seconds_until_free(self, requests: Sequence[GenerationRequest]) -> float:
-        """When these requests, which were refused, are to come back: as many requests will have
-        ended then as take their places, and the places of those that were told so before.
+        """When these refused requests should come back: as many requests will have ended by then as
+        make room for them, and for those that were asked to come back before them.
 
-        Tenants that were refused share what becomes free.
+        Tenants whose requests were refused share the room equally.
         """
         tenant = requests[0].tenant
         promised = self._outstanding(tenant)
         turn = (len(promised) + len(requests)) * len(self._promised)
-        ends = max(self.taken - self._most_for(requests[0]) + turn, 1)
+        ends = max(self.admitted - self._limit_for(requests[0]) + turn, 1)
         seconds = self._pace.seconds_until(ends)
         if seconds < MOST_SECONDS:
             promised.extend([self._now() + seconds] * len(requests))
         return min(max(seconds, LEAST_SECONDS), MOST_SECONDS)
 
     def _outstanding(self, tenant: str) -> deque[float]:
-        """When those of a tenant that were refused come back, but for those that have."""
+        """When a tenant's refused requests should come back, without the times that are past."""
         self._promised.setdefault(tenant, deque())
         for each, times in list(self._promised.items()):
             while times and times[0] <= self._now():
