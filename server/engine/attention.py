@@ -7,7 +7,7 @@ and values of all rows, flat, to the plan of the running step, which the KV cach
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,30 @@ class LayerShape:
     def nbytes(self) -> int:
         """Bytes for the keys and values of one token."""
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """All keys and values of one layer, whatever strips they are cut into."""
+
+    keys: torch.Tensor
+    """`[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
+    `[strips, kv_heads, length, key_dim]`."""
+    values: torch.Tensor
+    shape: LayerShape
+
+    @property
+    def kv_heads(self) -> int:
+        return self.shape.kv_heads
+
+    @classmethod
+    def empty(cls, tokens: int, shape: LayerShape) -> Self:
+        heads = tokens * shape.kv_heads
+        return cls(
+            torch.empty(heads, shape.key_dim, dtype=shape.dtype),
+            torch.empty(heads, shape.value_dim, dtype=shape.dtype),
+            shape,
+        )
 
 
 class Probe:

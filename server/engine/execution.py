@@ -20,10 +20,10 @@ from server.engine.errors import UnsupportedModel
 from server.engine.fidelity import Fidelity, Unfaithful
 from server.engine.kernels.attention import Kernels, attention_kernels
 from server.engine.kernels.operators import load_operators
-from server.engine.kernels.product import panel_width_of, product_kernels
+from server.engine.kernels.product import Pack, product_kernels
 from server.engine.kv_cache import FlatCache, KVCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Pack, noting_siblings, pack_linears
+from server.engine.packing import noting_siblings, pack_linears, panel_width_of
 from server.engine.padded_cache import PaddedCache
 from server.engine.padded_layers import (
     LayerStates,

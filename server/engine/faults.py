@@ -7,14 +7,16 @@ from typing import Self
 
 import torch
 
-from server.engine.kv_cache import KeysLost
-
 FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
 """What a model, or a request in it, may raise. Anything else is a fault of ours, but for what
 `is_foreign` knows."""
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|bad_alloc|ALLOC_FAILED"
 )
+
+
+class KeysLost(RuntimeError):
+    """There was no memory for rows that come together anew: their keys and values are gone."""
 
 
 def is_panic(error: BaseException) -> bool:

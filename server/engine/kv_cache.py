@@ -19,10 +19,6 @@ SMALLEST_STRIP = 64
 """Tokens."""
 
 
-class KeysLost(RuntimeError):
-    """There was no memory for rows that come together anew: their keys and values are gone."""
-
-
 class KVCache(Protocol):
     total_tokens: int
     """The budget."""

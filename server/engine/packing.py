@@ -5,7 +5,7 @@ dtype is tried on a small example first, and layers of one that fails stay as th
 """
 
 import timeit
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from server.engine.kernels.product import KernelProduct, Pack, Product
 from server.engine.quantization import is_quantized
 
 _USUAL_TOKENS = 128
@@ -26,12 +27,6 @@ _MEASURED_ROWS = (1, 32, 512)
 _MEASURED_BYTES = 1 << 26
 """Bytes of weights that are measured: no cache holds them, as none holds a model's."""
 _TURNS = 5
-
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-"""`[..., inputs]` to `[..., outputs]`: a linear layer's weight and bias, in their own layout."""
-Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
-"""From a weight `[outputs, inputs]` and a bias."""
 
 
 def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
@@ -325,6 +320,14 @@ def pack_linears(
             if type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
                 tensor.data = tensor.data.clone()
     return len(linears)
+
+
+def panel_width_of(model: nn.Module) -> int | None:
+    """Columns of the panels that our kernel packed the model's weights in; None: it packed none."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct):
+            return module.product.panel_width
+    return None
 
 
 def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:

@@ -16,8 +16,7 @@ from transformers.cache_utils import Cache
 
 from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.faults import FAULTS, Fault
-from server.engine.kv_cache import KeysLost
+from server.engine.faults import FAULTS, Fault, KeysLost
 from server.engine.padded_group import Group
 from server.engine.padded_layers import (
     CacheMaker,

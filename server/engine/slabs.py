@@ -5,11 +5,10 @@ A slab takes another length once it is empty. Memory is touched only as it is wr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
-from server.engine.attention import LayerShape
+from server.engine.attention import LayerMemory, LayerShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,30 +17,6 @@ class Place:
     """Tokens that the strip holds."""
     number: int
     """Which strip it is, if all memory were cut into strips of its length."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerMemory:
-    """All keys and values of one layer, whatever strips they are cut into."""
-
-    keys: torch.Tensor
-    """`[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
-    `[strips, kv_heads, length, key_dim]`."""
-    values: torch.Tensor
-    shape: LayerShape
-
-    @property
-    def kv_heads(self) -> int:
-        return self.shape.kv_heads
-
-    @classmethod
-    def empty(cls, tokens: int, shape: LayerShape) -> Self:
-        heads = tokens * shape.kv_heads
-        return cls(
-            torch.empty(heads, shape.key_dim, dtype=shape.dtype),
-            torch.empty(heads, shape.value_dim, dtype=shape.dtype),
-            shape,
-        )
 
 
 class Slabs:

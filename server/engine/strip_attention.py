@@ -12,9 +12,8 @@ from typing import Protocol
 
 import torch
 
-from server.engine.attention import Chunk, LayerAttention, attend_chunk, causal_mask
+from server.engine.attention import Chunk, LayerAttention, LayerMemory, attend_chunk, causal_mask
 from server.engine.kernels.attention import Kernels
-from server.engine.slabs import LayerMemory
 
 _GAP_TOKENS = 512
 """Keys of rows that do not decode, which a product computes along rather than be cut in two: about

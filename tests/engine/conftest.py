@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine import packing
-from server.engine.kernels.product import product_kernels
-from server.engine.packing import Pack, pack_for_onednn
+from server.engine.kernels.product import Pack, product_kernels
+from server.engine.packing import pack_for_onednn
 from tests.engine.harness import Harness
 from tests.factories import save_adapter, tiny_model
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from server.engine import compiling, tracing
 from server.engine.kernels.attention import AttentionKernel
-from server.engine.kernels.product import KernelProduct, panel_width_of
+from server.engine.kernels.product import KernelProduct
+from server.engine.packing import panel_width_of
 from tests.engine.harness import Harness, Oracle
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from adapters.layer import ByToken, Scale
 from server.engine.kernels import product as product_module
 from server.engine.kernels.build import NUMBERS
-from server.engine.kernels.product import KernelProduct, Scales
-from server.engine.packing import Pack, packing_works
+from server.engine.kernels.product import KernelProduct, Pack, Scales
+from server.engine.packing import packing_works
 
 ENTRIES = 4
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from server.engine import trace_cache, tracing
 from server.engine.execution import processor_of
-from server.engine.packing import Pack
+from server.engine.kernels.product import Pack
 from server.engine.trace_cache import find_or_trace, key_of, sources
 from server.engine.tracing import NotTraced
 from tests.engine.test_tracing import FLAT, assert_equal, prepared

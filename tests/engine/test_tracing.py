@@ -14,10 +14,10 @@ from adapters.targets import Side, Target
 from server.engine.attention import Probe, StepContext, install, run_probe
 from server.engine.compiling import compile_forward
 from server.engine.kernels.operators import load_operators
-from server.engine.kernels.product import panel_width_of
+from server.engine.kernels.product import Pack
 from server.engine.kv_cache import StripCache
 from server.engine.norms import fuse_norms
-from server.engine.packing import Pack, noting_siblings, pack_linears
+from server.engine.packing import noting_siblings, pack_linears, panel_width_of
 from server.engine.runner import Modules
 from server.engine.tracing import Forward, NotTraced, trace
 from tests.factories import run_by_modules, tiny_model

@@ -11,9 +11,8 @@ from typing import Self
 
 import torch
 
-from server.engine.attention import LayerAttention, LayerShape
+from server.engine.attention import LayerAttention, LayerMemory, LayerShape
 from server.engine.kernels.build import NUMBERS, load_kernel
-from server.engine.slabs import LayerMemory
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Of glibc's functions for several numbers at once, but with the order of sums as it is written.

@@ -6,24 +6,26 @@ own.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from adapters.layer import Scale
 from server.engine.kernels.build import NUMBERS, load_kernel
-from server.engine.packing import Pack, PackedLinear
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
 _INPUT_BYTES = 4
 """The kernel reads so much of a token at a time: two numbers in bfloat16."""
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""`[..., inputs]` to `[..., outputs]`: a linear layer's weight and bias, in their own layout."""
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
+"""From a weight `[outputs, inputs]` and a bias."""
 Rescaled = tuple[slice, Scale]
 """Columns of a product, and how they are rescaled."""
 
@@ -178,11 +180,3 @@ def _load(flags: Sequence[str], cache: Path) -> ctypes.CDLL:
     library.product.restype = None
     library.panel_width.restype = number
     return library
-
-
-def panel_width_of(model: nn.Module) -> int | None:
-    """Columns of the panels that our kernel packed the model's weights in; None: it packed none."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct):
-            return module.product.panel_width
-    return None
