@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapters.config import IA3Config as IA3Config
-    from adapters.model import IA3Model as IA3Model
+    from adapters.checkpoint.config import IA3Config as IA3Config
+    from adapters.model.model import IA3Model as IA3Model
 
 __all__ = ["IA3Config", "IA3Model"]
-_ROOMS = {"IA3Config": "adapters.config", "IA3Model": "adapters.model"}
+_ROOMS = {"IA3Config": "adapters.checkpoint.config", "IA3Model": "adapters.model.model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from adapters.checkpoint import (
+from adapters.checkpoint.checkpoint import (
     AdapterVectors,
     base_mismatch_warning,
     both_sides_warning,
@@ -18,8 +18,10 @@ from adapters.checkpoint import (
     staged_checkpoint,
     write_checkpoint,
 )
-from adapters.combine import Method, Recipe, combine, mix
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
+from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
+from adapters.checkpoint.layouts import Layouts
+from adapters.checkpoint.targets import BaseModules
+from adapters.derive.combine import Method, Recipe, combine, mix
 from adapters.errors import (
     AdapterDisabled,
     AdapterError,
@@ -29,13 +31,11 @@ from adapters.errors import (
     TooManyPinned,
     UnknownAdapter,
 )
-from adapters.layouts import Layouts
-from adapters.names import check_name
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
-from adapters.revision import Details, DetailsChange, Origin, Revision
-from adapters.store import UPLOADED, AdapterStore
-from adapters.targets import BaseModules
-from adapters.vocabulary import Vocabularies, Vocabulary
+from adapters.storage.names import check_name
+from adapters.storage.revision import Details, DetailsChange, Origin, Revision
+from adapters.storage.store import UPLOADED, AdapterStore
+from adapters.vocabulary.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger(__name__)
 

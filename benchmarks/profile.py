@@ -20,18 +20,19 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from adapters.layer import Scale
+from adapters.model.layer import Scale
 from adapters.registry import AdapterRegistry
 from benchmarks.report import PROFILE
 from benchmarks.workload import Template
 from server.app import load_services
-from server.engine import GenerationRequest, SamplingParams, packing
-from server.engine.core import EngineCore
-from server.engine.kv_cache import StripCache
-from server.engine.loading import default_model_folder
-from server.engine.runner import FlatRunner
-from server.engine.sampler import Sampler
-from server.engine.strip_attention import StripPlan
+from server.engine import GenerationRequest, SamplingParams
+from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.cache.strip_attention import StripPlan
+from server.engine.native.core import EngineCore
+from server.engine.native.forward.runner import FlatRunner
+from server.engine.native.model import packing
+from server.engine.native.model.loading import default_model_folder
+from server.engine.native.sampling.sampler import Sampler
 from server.settings import Settings
 
 ROWS, PROMPT, STEPS = 32, 64, 128

@@ -16,25 +16,25 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.bucket import BucketStorage
-from adapters.config import CONFIG_FILE
+from adapters.checkpoint.config import CONFIG_FILE
 from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
-from adapters.objects import Objects
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
 from adapters.residency import Residency
-from adapters.revision import Origin
-from adapters.slots import IA3Slots
-from adapters.source_url import parse_prefixes
-from adapters.sources import Sources
-from adapters.storage import Storage
-from adapters.store import AdapterStore
+from adapters.sources.source_url import parse_prefixes
+from adapters.sources.sources import Sources
+from adapters.storage.bucket import BucketStorage
+from adapters.storage.objects import Objects
+from adapters.storage.revision import Origin
+from adapters.storage.storage import Storage
+from adapters.storage.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.api.uploads import UploadBudget
 from server.auth import Authorize, Key, read_keys
 from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.fair_turns import FairTurns
-from server.engine.loading import cache_dir
+from server.engine.native.model.loading import cache_dir
 from server.engine.threads import on_passing_thread
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.gzip_bodies import GunzipBodies

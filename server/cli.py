@@ -74,12 +74,12 @@ def merge(
     Example: infuse merge ./merged ./out/support-de --model ./my-base-model
     """
     # These import torch and transformers: seconds that nothing else here need wait for.
-    from adapters.base_checkpoint import BaseCheckpoint
-    from adapters.checkpoint import effective_vectors, read_checkpoint
-    from adapters.combine import Recipe, mix
-    from adapters.merge import merge as merge_into
+    from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+    from adapters.derive.base_checkpoint import BaseCheckpoint
+    from adapters.derive.combine import Recipe, mix
+    from adapters.derive.merge import merge as merge_into
     from server.engine import EngineError
-    from server.engine.loading import model_folder
+    from server.engine.native.model.loading import model_folder
 
     parts = [_part(adapter) for adapter in adapters]
     weights = tuple(part["weight"] for part in parts)

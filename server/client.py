@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import httpx
 
-from adapters.adapter_files import folder_with_adapter, missing_files
-from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
+from adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 
 _TIMEOUT = 60.0

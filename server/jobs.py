@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from adapters.base_checkpoint import BaseCheckpoint
-from adapters.checkpoint import AdapterVectors
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.derive.base_checkpoint import BaseCheckpoint
+from adapters.derive.merge import UNFINISHED, check_room, merge
 from adapters.errors import (
     AdapterError,
     CannotMerge,
@@ -39,11 +40,10 @@ from adapters.errors import (
     TooManyMerges,
     UnknownMerge,
 )
-from adapters.folder import NO_ROOM
-from adapters.journal import is_at, sync
-from adapters.merge import UNFINISHED, check_room, merge
+from adapters.storage.folder import NO_ROOM
+from adapters.storage.journal import is_at, sync
 from server.engine import EngineError
-from server.engine.loading import model_folder
+from server.engine.native.model.loading import model_folder
 from server.engine.threads import on_passing_thread
 
 log = logging.getLogger(__name__)

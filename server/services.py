@@ -9,8 +9,8 @@ from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
-from adapters.sources import Sources
-from adapters.store import AdapterStore
+from adapters.sources.sources import Sources
+from adapters.storage.store import AdapterStore
 from server.api.streams import Streams
 from server.api.uploads import UploadBudget
 from server.engine import Engine

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import BadSource
-from adapters.source_url import parse_prefixes
+from adapters.sources.source_url import parse_prefixes
 
 MEBIBYTE = 1 << 20
 _BUCKET = "^(s3|gs|az)://[^/]"

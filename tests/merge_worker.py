@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapters.checkpoint import AdapterVectors
+from adapters.checkpoint.checkpoint import AdapterVectors
 from server.jobs import MergeJobs
 
 

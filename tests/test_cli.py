@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from server.cli import _bind, app
 from server.client import AdminClient
 from server.settings import Settings

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from adapters.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 from server.cli import app
 from server.settings import Settings
 from tests.api.conftest import run_server

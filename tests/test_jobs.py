@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.checkpoint import AdapterVectors
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import Side, Target
 from adapters.errors import CannotMerge, MergeNotDone, StoreLocked, UnknownMerge
-from adapters.targets import Side, Target
 from server.jobs import Merge, MergeJobs
 from tests.api.test_streaming import eventually
 from tests.factories import save_tiny_model

@@ -6,9 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapters.combine import SPARSE, Method
-from adapters.names import NAME_PATTERN
-from adapters.revision import Details, Revision
+from adapters.derive.combine import SPARSE, Method
+from adapters.storage.names import NAME_PATTERN
+from adapters.storage.revision import Details, Revision
 from server.api.model_schemas import AdapterWeight
 from server.services import Services
 

@@ -11,9 +11,9 @@ from starlette.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
-from adapters.names import MAX_NAME
 from adapters.registry import Part
-from adapters.revision import DetailsChange, Origin
+from adapters.storage.names import MAX_NAME
+from adapters.storage.revision import DetailsChange, Origin
 from server.api.adapter_schemas import (
     Adapter,
     AdapterList,
@@ -39,7 +39,7 @@ from server.settings import MEBIBYTE
 
 class _NameConvertor(StringConvertor):
     """A name in a path, which may hold one slash, written as it is or as %2F. What follows a name
-    in other paths is no part of one: see `adapters.names`."""
+    in other paths is no part of one: see `adapters.storage.names`."""
 
     regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
 

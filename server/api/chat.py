@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import Usage
 from server.api.chat_schemas import (
     AssistantMessage,
@@ -40,7 +40,7 @@ from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import CallPart, Reader, Said, make_reader
 from server.api.tool_schemas import CalledFunction, ToolCall
 from server.auth import Caller
-from server.engine.engine import Engine
+from server.engine.native.engine import Engine
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services

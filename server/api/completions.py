@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import Usage
 from server.api.completion_schemas import (
     Completion,
@@ -31,7 +31,7 @@ from server.api.preparing import prepared
 from server.api.prompts import encode_prompts, fit_to_window, truncated
 from server.api.sampling import sampling_params
 from server.auth import Caller
-from server.engine.engine import Engine
+from server.engine.native.engine import Engine
 from server.engine.request import Output, SamplingParams
 from server.errors import ApiError
 from server.services import Services, get_services

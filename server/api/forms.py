@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from adapters.errors import Fault, InvalidAdapter, StoreFull
-from adapters.folder import NO_ROOM
-from adapters.names import NAME_PATTERN
-from adapters.store import UPLOADED
+from adapters.storage.folder import NO_ROOM
+from adapters.storage.names import NAME_PATTERN
+from adapters.storage.store import UPLOADED
 from server.api.uploads import Take, save_files, unpack
 from server.errors import ApiError
 from server.services import Services

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapters.residency import Lease
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join
 from server.api.foreign_fields import refuse_foreign

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from adapters.errors import UnknownAdapter, UnknownRevision
 from adapters.registry import Part
 from adapters.residency import Lease
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.model_schemas import ModelBody
 from server.errors import ApiError
 from server.services import Services

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
-from adapters.revision import Revision
+from adapters.storage.revision import Revision
 from server.api.leasing import unknown_model
 from server.openapi import errors
 from server.services import Services, get_services

@@ -7,8 +7,8 @@ import anyio
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
-from adapters.sandbox import WouldWait, without_waiting
-from server.engine.constraints import GrammarMissing, RequestGrammars
+from adapters.vocabulary.sandbox import WouldWait, without_waiting
+from server.engine.constraints.grammars import GrammarMissing, RequestGrammars
 from server.errors import ApiError
 from server.services import Services
 

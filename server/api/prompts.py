@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from adapters.errors import TemplateRefused
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
 from server.api.schemas import GenerationBody
 from server.api.tool_schemas import Tool
-from server.engine.engine import Engine
+from server.engine.native.engine import Engine
 from server.errors import ApiError
 
 MAX_CHARACTERS_PER_TOKEN = 128

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from transformers import GenerationConfig
 
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.constraining import FREE, Held
 from server.api.prompts import shown
 from server.api.schemas import INT64, GenerationBody
-from server.engine.engine import Engine
+from server.engine.native.engine import Engine
 from server.engine.request import SamplingParams
 from server.errors import ApiError
 

@@ -18,9 +18,9 @@ from transformers.utils.chat_parsing.response_templates import (
 )
 
 from adapters.errors import TemplateRefused
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.tool_schemas import NO_PARAMETERS, Tool, new_call_id
-from server.engine.vetting import JSON_OPTIONS, supported_schema
+from server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
-from adapters.adapter_files import adapter_folder, missing_files
-from adapters.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from adapters.checkpoint.adapter_files import adapter_folder, missing_files
+from adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 from server.errors import ApiError
 

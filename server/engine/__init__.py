@@ -1,7 +1,5 @@
 """Tokens in, tokens out: continuous batching of rows that each use an adapter of their own."""
 
-from server.engine.config import EngineConfig, EngineStats
-from server.engine.engine import Engine
 from server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,
@@ -13,7 +11,9 @@ from server.engine.errors import (
     QueueFull,
     UnsupportedModel,
 )
-from server.engine.loading import LoadedModel, load_model
+from server.engine.native.config import EngineConfig, EngineStats
+from server.engine.native.engine import Engine
+from server.engine.native.model.loading import LoadedModel, load_model
 from server.engine.request import (
     FinishReason,
     GenerationRequest,

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import regex
 
 from adapters.residency import Lease
-from server.engine.constraints import Grammar
+from server.engine.constraints.grammars import Grammar
 
 
 class FinishReason(StrEnum):

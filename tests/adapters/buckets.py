@@ -5,9 +5,9 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
-from adapters.bucket import BucketStorage
-from adapters.objects import Objects
-from adapters.store import AdapterStore
+from adapters.storage.bucket import BucketStorage
+from adapters.storage.objects import Objects
+from adapters.storage.store import AdapterStore
 
 OpenStore = Callable[..., AdapterStore]
 

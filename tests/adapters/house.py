@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.bank import Segment
+from adapters.model.bank import Segment
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
 from adapters.residency import Lease
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from tests.adapters.kinds import Known, packed_logits
 from tests.factories import tiny_llama
 

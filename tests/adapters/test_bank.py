@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.bank import BASE_SLOT, AdapterBank, Segment
-from adapters.checkpoint import AdapterVectors
-from adapters.layer import IA3Layer
-from adapters.slots import IA3Slots
-from adapters.targets import BaseModules, Side, Target
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import BaseModules, Side, Target
+from adapters.model.bank import BASE_SLOT, AdapterBank, Segment
+from adapters.model.layer import IA3Layer
+from adapters.model.slots import IA3Slots
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 

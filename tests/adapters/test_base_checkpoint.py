@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from adapters.base_checkpoint import BaseCheckpoint
+from adapters.checkpoint.targets import BaseModules
+from adapters.derive.base_checkpoint import BaseCheckpoint
 from adapters.errors import CannotMerge
-from adapters.targets import BaseModules
 from tests.families import FAMILIES, tiny
 
 

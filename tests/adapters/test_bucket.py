@@ -11,8 +11,6 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from adapters.bucket import BucketStorage
-from adapters.bucket_journal import COMPACT_EVERY
 from adapters.errors import (
     AdapterError,
     StoreDamaged,
@@ -20,8 +18,10 @@ from adapters.errors import (
     StoreLocked,
     StoreUnreachable,
 )
-from adapters.objects import Objects
-from adapters.store import AdapterStore
+from adapters.storage.bucket import BucketStorage
+from adapters.storage.bucket_journal import COMPACT_EVERY
+from adapters.storage.objects import Objects
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.store_contents import content_of, create, replace
 from tests.adapters.test_store_failures import CHANGES

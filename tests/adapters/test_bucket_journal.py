@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from obstore.store import MemoryStore
 
-from adapters.bucket_journal import BucketJournal
 from adapters.errors import StoreLocked, StoreUnreachable
-from adapters.objects import Objects
+from adapters.storage.bucket_journal import BucketJournal
+from adapters.storage.objects import Objects
 
 
 class LossyObjects(Objects):

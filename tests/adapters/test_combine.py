@@ -10,9 +10,9 @@ from peft import IA3Config, get_peft_model
 from peft.utils import merge_utils
 from transformers import PreTrainedModel
 
-from adapters.checkpoint import AdapterVectors, product
-from adapters.combine import METHODS, CombinedNotFinite, Recipe, combine
-from adapters.targets import Side, Target
+from adapters.checkpoint.checkpoint import AdapterVectors, product
+from adapters.checkpoint.targets import Side, Target
+from adapters.derive.combine import METHODS, CombinedNotFinite, Recipe, combine
 from tests.factories import tiny_llama
 
 SIZE = 12

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
+from adapters.checkpoint.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
 from adapters.errors import InvalidAdapter
 
 FIELDS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from tests.adapters.crash_worker import FILES, storage_at
 
 REPOSITORY = Path(__file__).parents[2]

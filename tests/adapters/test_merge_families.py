@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from adapters.base_checkpoint import BaseCheckpoint
-from adapters.checkpoint import effective_vectors, product, read_checkpoint
-from adapters.merge import merge
+from adapters.checkpoint.checkpoint import effective_vectors, product, read_checkpoint
+from adapters.derive.base_checkpoint import BaseCheckpoint
+from adapters.derive.merge import merge
 from tests.factories import save_adapter
 from tests.families import FAMILIES, tiny
 

@@ -8,10 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from adapters.base_checkpoint import BaseCheckpoint
-from adapters.checkpoint import effective_vectors, read_checkpoint
+from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+from adapters.derive.base_checkpoint import BaseCheckpoint
+from adapters.derive.merge import check_room, merge
 from adapters.errors import StoreFull
-from adapters.merge import check_room, merge
 from tests.adapters.test_merge_families import load, logits
 from tests.factories import save_adapter
 from tests.families import FAMILIES, tiny

@@ -8,8 +8,7 @@ import peft
 import pytest
 import torch
 
-from adapters.bank import Segment
-from adapters.checkpoint import product
+from adapters.checkpoint.checkpoint import product
 from adapters.errors import (
     AdapterDisabled,
     AdapterExists,
@@ -17,10 +16,11 @@ from adapters.errors import (
     TooManyPinned,
     UnknownAdapter,
 )
+from adapters.model.bank import Segment
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry, Part
-from adapters.revision import DetailsChange
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
+from adapters.storage.revision import DetailsChange
+from adapters.storage.store import AdapterStore
 from tests.adapters.kinds import Known
 from tests.adapters.oracle import vectors_of
 from tests.factories import tiny_llama

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 import adapters
-from adapters.config import CONFIG_FILE
+from adapters.checkpoint.config import CONFIG_FILE
 from adapters.errors import AdapterError, CannotCombine, InvalidAdapter, WrongCall, WrongType
-from adapters.model import NOT_SERVED, IA3Model
+from adapters.model.model import NOT_SERVED, IA3Model
 from tests.adapters.oracle import logits, peft_logits
 from tests.adapters.tiny_t5 import tiny_t5
 from tests.factories import save_adapter, tiny_llama, tiny_model

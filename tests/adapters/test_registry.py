@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.checkpoint import WEIGHTS_FILE, AdapterVectors
-from adapters.config import CONFIG_FILE
+from adapters.checkpoint.checkpoint import WEIGHTS_FILE, AdapterVectors
+from adapters.checkpoint.config import CONFIG_FILE
 from adapters.errors import (
     AdapterExists,
     InvalidAdapter,
@@ -16,10 +16,10 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
-from adapters.revision import Revision
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
+from adapters.storage.revision import Revision
+from adapters.storage.store import AdapterStore
 from tests.adapters.house import CAPACITY, House
 from tests.adapters.oracle import vectors_of
 from tests.factories import save_adapter, tiny_llama

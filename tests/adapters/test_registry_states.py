@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adapters.bank import Segment
 from adapters.errors import AdapterExists, UnknownAdapter
+from adapters.model.bank import Segment
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
 from adapters.residency import Lease
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 

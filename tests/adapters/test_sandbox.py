@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from adapters import sandbox
 from adapters.errors import SandboxUnavailable
-from adapters.sandbox import Exceeded, Limits, Sandbox, WouldWait, without_waiting
+from adapters.vocabulary import sandbox
+from adapters.vocabulary.sandbox import Exceeded, Limits, Sandbox, WouldWait, without_waiting
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -171,7 +171,7 @@ SERVER = """
 import sys, threading, psutil
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from adapters.sandbox import Sandbox
+from adapters.vocabulary.sandbox import Sandbox
 
 box = Sandbox(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str)
 how = {"add_generation_prompt": True, "continue_final_message": False}

@@ -13,9 +13,9 @@ import pytest
 import trustme
 from fastapi import FastAPI, Request, Response
 
-from adapters import source_http
 from adapters.errors import SourceFailed, SourceRefused, SourceTimeout, SourceTooLarge
-from adapters.source_http import is_public
+from adapters.sources import source_http
+from adapters.sources.source_http import is_public
 from tests.adapters.test_sources import FILES, fetch, read
 from tests.adapters.test_sources import staged as staged
 from tests.publishers import (

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import BadSource
-from adapters.source_url import Source, parse_prefixes, parse_source
+from adapters.sources.source_url import Source, parse_prefixes, parse_source
 
 PLACES = {
     "hf://org/name": Source("hf", ("org", "name")),

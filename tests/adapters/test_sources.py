@@ -19,8 +19,8 @@ from adapters.errors import (
     SourceRefused,
     SourceTooLarge,
 )
-from adapters.source_url import parse_prefixes, parse_source
-from adapters.sources import Sources, sign
+from adapters.sources.source_url import parse_prefixes, parse_source
+from adapters.sources.sources import Sources, sign
 from tests.publishers import (
     BUCKET,
     HUB_TOKEN,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from adapters import vocabulary
 from adapters.errors import InvalidAdapter
-from adapters.vocabulary import Vocabularies
+from adapters.vocabulary import vocabulary
+from adapters.vocabulary.vocabulary import Vocabularies
 from tests.adapters.test_vocabulary import BASES, NoEmbeddings, Plain, many
 
 

@@ -17,8 +17,8 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.revision import Origin
-from adapters.store import AdapterStore
+from adapters.storage.revision import Origin
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace
 
@@ -216,9 +216,9 @@ def test_the_current_etag_or_a_star_may_change_and_delete(
 
 def test_a_second_process_cannot_open_the_folder(folder: Path) -> None:
     code = (
-        f"from pathlib import Path; from adapters.store import *; AdapterStore(Path({folder!s:}))"
+        "from pathlib import Path; from adapters.storage.store import AdapterStore; "
+        f"AdapterStore(Path({str(folder)!r}))"
     )
-    code = code.replace(str(folder), repr(str(folder)))
     with closing(AdapterStore(folder)) as store:
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert second.returncode != 0

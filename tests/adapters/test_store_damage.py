@@ -14,8 +14,8 @@ from adapters.errors import (
     StoreUnreachable,
     UnknownRevision,
 )
-from adapters.revision import DetailsChange
-from adapters.store import AdapterStore
+from adapters.storage.revision import DetailsChange
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore, open_bucket
 from tests.adapters.store_contents import content_of, create, reopened, replace
 

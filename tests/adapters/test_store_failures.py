@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from adapters.errors import StoreFull
-from adapters.revision import DetailsChange, Origin
-from adapters.store import AdapterStore
+from adapters.storage.revision import DetailsChange, Origin
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
 

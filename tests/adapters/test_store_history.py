@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.revision import Details, DetailsChange, Origin
-from adapters.store import AdapterStore
+from adapters.storage.revision import Details, DetailsChange, Origin
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.store_contents import content_of, create, reopened, replace, write
 

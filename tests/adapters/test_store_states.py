@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.revision import DetailsChange
-from adapters.store import AdapterStore
+from adapters.storage.revision import DetailsChange
+from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.store_contents import content_of, create, replace
 

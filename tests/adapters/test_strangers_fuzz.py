@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 import pytest
 
-from adapters import sandbox
 from adapters.errors import InvalidAdapter, TemplateRefused
-from adapters.sandbox import Limits
-from adapters.vocabulary import Vocabularies
-from server.engine.detokenizer import Detokenizer
+from adapters.vocabulary import sandbox
+from adapters.vocabulary.sandbox import Limits
+from adapters.vocabulary.vocabulary import Vocabularies
+from server.engine.native.sequences.detokenizer import Detokenizer
 from tests.adapters.test_sandbox import RUNAWAYS
 from tests.adapters.test_vocabulary import NoEmbeddings
 from tests.chat_templates import HERMES, LLAMA, MISTRAL

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adapters import sandbox, vocabulary
+from adapters.checkpoint.targets import BaseModules
 from adapters.errors import InvalidAdapter, SandboxUnavailable
-from adapters.sandbox import Limits
-from adapters.targets import BaseModules
-from adapters.vocabulary import Vocabularies
-from server.engine.loading import default_model_folder
+from adapters.vocabulary import sandbox, vocabulary
+from adapters.vocabulary.sandbox import Limits
+from adapters.vocabulary.vocabulary import Vocabularies
+from server.engine.native.model.loading import default_model_folder
 from tests.factories import byte_fallback_tokenizer, tiny_tokenizer
 
 Plain = dict[str, Any]

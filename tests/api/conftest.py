@@ -14,9 +14,9 @@ import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapters.base_checkpoint import BaseCheckpoint
+from adapters.derive.base_checkpoint import BaseCheckpoint
 from server.app import create_app
-from server.engine.tracing import NotTraced
+from server.engine.native.forward.tracing import NotTraced
 from server.listener import Server
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -130,7 +130,7 @@ def start_server(
     It runs its model by the modules: tracing them would take most of so many starts.
     """
     not_traced = Mock(side_effect=NotTraced("a test of the API"))
-    monkeypatch.setattr("server.engine.execution.find_or_trace", not_traced)
+    monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
     with contextlib.ExitStack() as servers:
 
         def start(**overrides: Any) -> tuple[str, Services]:

@@ -11,8 +11,8 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from adapters.objects import Objects
-from server.engine.tracing import NotTraced
+from adapters.storage.objects import Objects
+from server.engine.native.forward.tracing import NotTraced
 from server.settings import Settings
 from tests.api.conftest import run_server
 
@@ -66,7 +66,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 def serve(place: Place, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """A client of a server on the place; it stops with the block."""
     not_traced = Mock(side_effect=NotTraced("a test of the API"))
-    monkeypatch.setattr("server.engine.execution.find_or_trace", not_traced)
+    monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
 
     @contextmanager
     def serve(**more: Any) -> Iterator[httpx.Client]:

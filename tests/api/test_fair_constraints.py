@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine import constraints
+from server.engine.constraints import grammars as constraints
 from server.services import Services
 from server.settings import Settings
 from tests.api.conftest import run_server

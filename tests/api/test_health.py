@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from server.api import health
-from server.engine.scheduler import Scheduler
+from server.engine.native.scheduling.scheduler import Scheduler
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from server.services import Services
 
 COUNT = 250

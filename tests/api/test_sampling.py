@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.completion_schemas import CompletionBody
 from server.api.sampling import SamplingDefaults, params_of_choice, sampling_params
 from server.engine.request import SamplingParams

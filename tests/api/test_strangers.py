@@ -11,8 +11,8 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from adapters import sandbox
-from adapters.sandbox import Limits
+from adapters.vocabulary import sandbox
+from adapters.vocabulary.sandbox import Limits
 from server.client import AdminClient, ClientError
 from server.services import Services
 from tests.adapters.test_sandbox import RUNAWAYS

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from adapters.vocabulary import Vocabulary
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import Reader, make_reader
 from server.api.tool_schemas import Tool
-from server.engine.constraints import Constraint, Grammars, MaskMaker
+from server.engine.constraints.grammars import Constraint, Grammars, MaskMaker
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import TOKENS, tiny_tokenizer
 

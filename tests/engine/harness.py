@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry, Part
 from adapters.residency import Lease
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
+from adapters.storage.store import AdapterStore
 from server.engine import (
     Engine,
     EngineConfig,

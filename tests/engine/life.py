@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from adapters.checkpoint import AdapterVectors
-from adapters.combine import Recipe, combine
-from adapters.config import WEIGHTS_FILE
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.config import WEIGHTS_FILE
+from adapters.checkpoint.targets import Side, Target
+from adapters.derive.combine import Recipe, combine
+from adapters.derive.merge import BaseCheckpoint
 from adapters.errors import (
     AdapterDisabled,
     AdapterError,
@@ -22,9 +24,7 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.merge import BaseCheckpoint
-from adapters.revision import Details
-from adapters.targets import Side, Target
+from adapters.storage.revision import Details
 from tests.factories import save_adapter, tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.checkpoint import AdapterVectors
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import Target
 from adapters.residency import Residency
-from adapters.targets import Target
-from server.engine.kv_cache import StripCache
+from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.scheduling.scheduler import Scheduler
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.sequences.step import Step
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()

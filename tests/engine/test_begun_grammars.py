@@ -10,8 +10,8 @@ import regex
 from server.api.tool_formats import FORMATS
 from server.api.tool_schemas import Tool
 from server.engine import FinishReason, GenerationRequest, SamplingParams
-from server.engine.constraints import Grammar, Grammars
-from server.engine.sequence import Sequence
+from server.engine.constraints.grammars import Grammar, Grammars
+from server.engine.native.sequences.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.test_constraints import END, compiled, reaches
 from tests.factories import TOKENS, tiny_tokenizer

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import BadConstraint, ConstraintsUnavailable, FinishReason, constraints
-from server.engine.constraints import MAX_CHARACTERS, Constraint, Grammar, Grammars, MaskMaker
-from server.engine.vetting import FORMATS
+from server.engine import BadConstraint, ConstraintsUnavailable, FinishReason
+from server.engine.constraints import grammars as constraints
+from server.engine.constraints.grammars import (
+    MAX_CHARACTERS,
+    Constraint,
+    Grammar,
+    Grammars,
+    MaskMaker,
+)
+from server.engine.constraints.vetting import FORMATS
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, tiny_tokenizer
 

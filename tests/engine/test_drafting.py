@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.attention import LayerShape
-from server.engine.drafting import Drafter
-from server.engine.kv_cache import StripCache
-from server.engine.prefixes import Prefixes
+from server.engine.native.attention import LayerShape
+from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.scheduling.prefixes import Prefixes
+from server.engine.native.scheduling.speculation import MOST, Speculation, StepCosts
+from server.engine.native.sequences.drafting import Drafter
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.sequences.step import Step
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.sequence import Sequence
-from server.engine.speculation import MOST, Speculation, StepCosts
-from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 TEXT = [3, 1, 4, 15, 9, 2, 6]

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine import UnsupportedModel
-from server.engine import attention as attention_module
-from server.engine.attention import LayerAttention
-from server.engine.padded_runner import PaddedRunner
-from server.engine.runner import FlatRunner, Logits
-from server.engine.step import Step
-from server.engine.strip_attention import StripPlan
+from server.engine.native import attention as attention_module
+from server.engine.native.attention import LayerAttention
+from server.engine.native.cache.strip_attention import StripPlan
+from server.engine.native.forward.padded_runner import PaddedRunner
+from server.engine.native.forward.runner import FlatRunner, Logits
+from server.engine.native.sequences.step import Step
 from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model
 from tests.hybrid_families import tiny_hybrid
@@ -106,7 +106,7 @@ def test_a_model_that_both_runners_compute_wrongly_is_refused_with_what_differs(
 def test_a_runner_that_forgets_the_adapter_is_caught(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.slots.IA3Slots._set_scales", lambda *_: None)
+    monkeypatch.setattr("adapters.model.slots.IA3Slots._set_scales", lambda *_: None)
 
     with pytest.raises(UnsupportedModel, match="of an adapter differ"):
         start(tiny_model("llama"), {})

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from server.engine import FinishReason, UnsupportedModel
-from server.engine.attention import LayerShape
 from server.engine.errors import DoesNotFit
-from server.engine.padded_cache import PaddedCache
-from server.engine.padded_layers import LayerStates
-from server.engine.planning import cache_tokens
+from server.engine.native.attention import LayerShape
+from server.engine.native.cache.padded_cache import PaddedCache
+from server.engine.native.cache.padded_layers import LayerStates
+from server.engine.native.cache.planning import cache_tokens
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
 from tests.engine.test_families import table

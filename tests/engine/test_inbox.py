@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.engine import inbox
+from server.engine.native import inbox
 from tests.engine.harness import Harness
 
 LONG = 60.0

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from transformers import AutoModelForCausalLM
 
-from adapters.combine import METHODS, SPARSE, Recipe
+from adapters.derive.combine import METHODS, SPARSE, Recipe
+from adapters.derive.merge import merge
 from adapters.errors import (
     AdapterError,
     AdapterExists,
@@ -30,10 +31,9 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.merge import merge
 from adapters.registry import Composition, Part
 from adapters.residency import Lease
-from adapters.revision import DetailsChange
+from adapters.storage.revision import DetailsChange
 from server.engine import FinishReason
 from tests.engine.harness import Harness, Oracle
 from tests.engine.life import BASE, KINDS, Effect, Life, World

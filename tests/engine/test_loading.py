@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, load_model, loading
-from server.engine.planning import window_of
+from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, load_model
+from server.engine.native.cache.planning import window_of
+from server.engine.native.model import loading
 from tests.engine.harness import Harness
 from tests.factories import save_tiny_model, tiny_model
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine import packing
-from server.engine.packing import (
+from server.engine.native.model import packing
+from server.engine.native.model.packing import (
     PackedLinear,
     PackedSibling,
     Product,

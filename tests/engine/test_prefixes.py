@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from server.engine import FinishReason
-from server.engine.blocks import StripBlocks
+from server.engine.native.cache.blocks import StripBlocks
 from tests.engine.harness import Answer, Harness, Oracle
 from tests.factories import tiny_model
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.layer import ByToken, Scale
-from server.engine.kernels import product as product_module
-from server.engine.kernels.build import NUMBERS
-from server.engine.kernels.product import KernelProduct, Pack, Scales
-from server.engine.packing import packing_works
+from adapters.model.layer import ByToken, Scale
+from server.engine.native.kernels import product as product_module
+from server.engine.native.kernels.build import NUMBERS
+from server.engine.native.kernels.product import KernelProduct, Pack, Scales
+from server.engine.native.model.packing import packing_works
 
 ENTRIES = 4
 

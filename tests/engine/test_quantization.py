@@ -19,9 +19,10 @@ from transformers import (
     TorchAoConfig,
 )
 
-from server.engine import UnsupportedModel, load_model, quantization
-from server.engine.packing import pack_linears
-from server.engine.quantization import is_quantized, weights_bytes
+from server.engine import UnsupportedModel, load_model
+from server.engine.native.model import quantization
+from server.engine.native.model.packing import pack_linears
+from server.engine.native.model.quantization import is_quantized, weights_bytes
 from tests.engine.harness import Harness, Oracle, worst_error
 from tests.factories import TOKENS, save_adapter, tiny_model, tiny_tokenizer
 

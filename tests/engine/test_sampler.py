@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from server.engine.native.sampling.sampler import Sampler
+from server.engine.native.sequences.sequence import Sequence
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.sampler import Sampler
-from server.engine.sequence import Sequence
 from tests.factories import tiny_tokenizer
 
 VOCAB = 40

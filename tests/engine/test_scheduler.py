@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
-from adapters.slots import IA3Slots
-from adapters.store import AdapterStore
-from server.engine.attention import LayerShape
-from server.engine.kv_cache import StripCache
+from adapters.storage.store import AdapterStore
+from server.engine.native.attention import LayerShape
+from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.scheduling.scheduler import Scheduler
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.sequences.step import Step
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.engine.step import Step
 from tests.factories import tiny_tokenizer
 
 WINDOW = 256

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import scheduler
-from server.engine.fair_queue import Eligible, FairQueue
-from server.engine.sequence import Sequence
+from server.engine.native.scheduling import scheduler
+from server.engine.native.scheduling.fair_queue import Eligible, FairQueue
+from server.engine.native.sequences.sequence import Sequence
 from tests.engine.simulation import Arrival, Journey, Simulation, worst_ttft
 
 ROWS, LONGEST = 4, 250

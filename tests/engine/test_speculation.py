@@ -10,9 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine import FinishReason, execution
-from server.engine.attention import LayerShape
-from server.engine.paged_cache import PagedCache
+from server.engine import FinishReason
+from server.engine.native.attention import LayerShape
+from server.engine.native.cache.paged_cache import PagedCache
+from server.engine.native.forward import execution
 from tests.engine.harness import Answer, Harness
 from tests.factories import tiny_model
 

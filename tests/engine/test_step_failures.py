@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine import FinishReason, sampler, stepping
-from server.engine.detokenizer import Detokenizer
-from server.engine.padded_cache import PaddedBlocks, PaddedCache
+from server.engine import FinishReason
+from server.engine.native import stepping
+from server.engine.native.cache.padded_cache import PaddedBlocks, PaddedCache
+from server.engine.native.sampling import sampler
+from server.engine.native.sequences.detokenizer import Detokenizer
 from tests.engine.harness import Answer, Harness
 from tests.factories import run_by_modules, tiny_model
 from tests.families import tiny

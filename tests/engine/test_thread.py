@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import EngineDead, FinishReason, sequence
-from server.engine.constraints import MaskMaker
-from server.engine.detokenizer import Detokenizer
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine import EngineDead, FinishReason
+from server.engine.constraints.grammars import MaskMaker
+from server.engine.native.scheduling.scheduler import Scheduler
+from server.engine.native.sequences import sequence
+from server.engine.native.sequences.detokenizer import Detokenizer
+from server.engine.native.sequences.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
 from tests.factories import byte_fallback_tokenizer, panic, tiny_model

@@ -7,19 +7,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adapters.bank import Segment
-from adapters.checkpoint import AdapterVectors
-from adapters.slots import IA3Slots
-from adapters.targets import Side, Target
-from server.engine.attention import Probe, StepContext, install, run_probe
-from server.engine.compiling import compile_forward
-from server.engine.kernels.operators import load_operators
-from server.engine.kernels.product import Pack
-from server.engine.kv_cache import StripCache
-from server.engine.norms import fuse_norms
-from server.engine.packing import noting_siblings, pack_linears, panel_width_of
-from server.engine.runner import Modules
-from server.engine.tracing import Forward, NotTraced, trace
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import Side, Target
+from adapters.model.bank import Segment
+from adapters.model.slots import IA3Slots
+from server.engine.native.attention import Probe, StepContext, install, run_probe
+from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.forward.compiling import compile_forward
+from server.engine.native.forward.runner import Modules
+from server.engine.native.forward.tracing import Forward, NotTraced, trace
+from server.engine.native.kernels.operators import load_operators
+from server.engine.native.kernels.product import Pack
+from server.engine.native.model.norms import fuse_norms
+from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
 from tests.factories import run_by_modules, tiny_model
 
 FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]

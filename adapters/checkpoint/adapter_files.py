@@ -1,0 +1,60 @@
+"""Where in a folder or an archive an adapter's files lie, and what to say where they do not.
+
+Without torch, for the command line. A folder, an archive and the library ask here.
+"""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import Fault, InvalidAdapter
+
+PICKLED_FILE = "adapter_model.bin"
+CONVERT = (
+    "convert it where you trust it: PeftModel.from_pretrained(base, folder)"
+    ".save_pretrained(new_folder, safe_serialization=True)"
+)
+PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", CONVERT)
+"""What is wrong with a folder that has no other weights."""
+_SHOWN = 5
+
+
+def adapter_folder(files: Iterable[PurePosixPath]) -> PurePosixPath | None:
+    """The folder of the adapter among these files: PEFT's `save_pretrained` writes `default` to the
+    folder itself, and others to one of their name in it. None where no file is a config.
+
+    Raises InvalidAdapter where several lie equally deep.
+    """
+    folders = [file.parent for file in files if file.name == CONFIG_FILE]
+    if not folders:
+        return None
+    top = min(len(folder.parts) for folder in folders)
+    found = sorted({str(folder) for folder in folders if len(folder.parts) == top})
+    if len(found) > 1:
+        names = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        problem = f"lies in {len(found)} folders: {names}"
+        raise InvalidAdapter([Fault(CONFIG_FILE, problem, "name or pack one of them")])
+    return PurePosixPath(found[0])
+
+
+def folder_with_adapter(folder: Path) -> Path:
+    """The folder itself, or the one in it that has an adapter. Raises InvalidAdapter."""
+    if not folder.is_dir():
+        fix = "name a folder that save_pretrained wrote, or download one: hf download <repository>"
+        raise InvalidAdapter([Fault(str(folder), "is no folder on this machine", fix)])
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    below = [PurePosixPath(p.relative_to(folder)) for p in folder.glob(f"*/{CONFIG_FILE}")]
+    return folder / (adapter_folder(below) or "")
+
+
+def missing_files(names: Collection[str]) -> list[Fault]:
+    """What is missing in an adapter's folder with files of these names."""
+    faults = []
+    fix = "PEFT's save_pretrained writes it; upload both files"
+    if CONFIG_FILE not in names:
+        faults.append(Fault(CONFIG_FILE, "is missing", fix))
+    if WEIGHTS_FILE not in names:
+        pickled = PICKLED_FILE in names
+        faults.append(PICKLED if pickled else Fault(WEIGHTS_FILE, "is missing", fix))
+    return faults

@@ -1,0 +1,99 @@
+"""What PEFT makes of a config once its adapter is in a model, and of several in one."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapters.checkpoint.config import IA3Config, Names
+from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+from adapters.checkpoint.targets import ALL_LINEAR, BaseModules, Side, Target
+from adapters.errors import WrongCall, WrongType
+
+BOTH_SIDES = "infuse_both_sides"
+"""Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
+
+
+def config_of(given: object) -> IA3Config:
+    """Ours, for PEFT's config object or ours. Raises WrongType, InvalidAdapter."""
+    if isinstance(given, IA3Config):
+        return given
+    if not callable(getattr(given, "to_dict", None)):
+        raise WrongType(
+            f"A config is an IA3Config, adapters' or PEFT's, not {type(given).__name__}"
+        )
+    values: Mapping[str, Any] = given.to_dict()  # type: ignore[attr-defined]
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()}
+    return IA3Config.parse(json.dumps(plain).encode())
+
+
+def settled(config: IA3Config, targets: Sequence[Target], modules: BaseModules) -> IA3Config:
+    """Return the config with what PEFT fills in when it injects an adapter: its defaults, and the
+    kind of the layers."""
+    names, inputs = config.target_modules, config.feedforward_modules
+    if names is None:
+        names = TARGET_MODULES[modules.model_type]
+    elif isinstance(names, str) and names.lower() == ALL_LINEAR:
+        names = [target.module for target in targets]
+    if inputs is None:
+        inputs = FEEDFORWARD_MODULES[modules.model_type]
+    last = modules.skeleton.get_submodule(targets[-1].module)
+    return config.model_copy(
+        update={
+            "target_modules": names,
+            "feedforward_modules": inputs,
+            "fan_in_fan_out": isinstance(last, Conv1D),
+        }
+    )
+
+
+def united(configs: Sequence[IA3Config]) -> IA3Config:
+    """Return the config of a weighted sum: all modules of all its adapters. Raises WrongCall.
+
+    PEFT `IA3Model.add_weighted_adapter`.
+    """
+    return configs[0].model_copy(
+        update={
+            field: _united([getattr(config, field) for config in configs])
+            for field in ("target_modules", "feedforward_modules")
+        }
+    )
+
+
+def _united(several: Sequence[Names]) -> Names:
+    patterns = [names for names in several if isinstance(names, str)]
+    if len(patterns) == len(several):
+        return "|".join(f"({pattern})" for pattern in patterns)
+    if patterns:
+        raise WrongCall(
+            "All adapter configs should have the same type for target and feedforward modules: "
+            "lists of names, or regular expressions"
+        )
+    return sorted({name for names in several for name in names or ()})
+
+
+def names_of_targets(targets: Collection[Target]) -> dict[str, Any]:
+    """The fields of a config that say these targets, module by module."""
+    outputs = {target.module for target in targets if target.side is Side.OUTPUT}
+    inputs = {target.module for target in targets if target.side is Side.INPUT}
+    both = sorted(inputs & outputs)
+    return {
+        "target_modules": sorted(outputs | inputs),
+        "feedforward_modules": sorted(inputs - outputs),
+    } | ({BOTH_SIDES: both} if both else {})
+
+
+def saved_form(config: IA3Config, model: PreTrainedModel) -> IA3Config:
+    """What `PeftModel.save_pretrained` writes of a config."""
+    kind = type(model)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    base = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
+    return config.model_copy(
+        update={
+            "inference_mode": True,
+            "base_model_name_or_path": base,
+            "auto_mapping": mapping if config.task_type is None else None,
+        }
+    )

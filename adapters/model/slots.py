@@ -1,0 +1,176 @@
+"""IA3 on a base model by slots: a forward in which every row and segment has its own adapter."""
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import BaseModules, Side, Target
+from adapters.model.bank import AdapterBank, Segment
+from adapters.model.layer import IA3Layer, Scale, Wrapping
+from adapters.model.saved_layer import Layout, SavedLayer, copy_of
+
+DEFAULT_SAVED_BYTES = 512 << 20
+
+
+class IA3Slots:
+    """A base model with up to `max_adapters` IA3 adapters on the device: what a server calls.
+
+    A server keeps its own names and fills slots: `fill_slot`, then `set_packed` or `set_rows`
+    before a forward of `base`. Inference only, and not thread-safe: one thread fills, sets and
+    runs. `adapters.model.model.IA3Model` is what a notebook calls.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        max_adapters: int = 64,
+        max_saved_bytes: int = DEFAULT_SAVED_BYTES,
+    ) -> None:
+        """`max_saved_bytes`: what the saved modules of a server's resident adapters may take."""
+        self.base = base.requires_grad_(False)
+        self.modules_of_base = BaseModules.of(base)
+        self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
+        self.saved_capacity = max_saved_bytes
+        self._layers: dict[str, IA3Layer] = {}
+        self._saved: dict[str, SavedLayer] = {}
+        self._wrapping = Wrapping(base)
+        self.changes = 0
+        """How often a module of the base was wrapped, or all of them unwrapped."""
+        self.scaled = 0
+        """How often scales were set."""
+        self._with_copies: set[int] = set()
+        """Slots whose adapter has modules of its own."""
+        self._scaled: dict[Target, Scale] = {}
+        self._packed: tuple[object, ...] | None = None
+        """The batch that the scales are set for, and the state of the bank then; no segments at
+        all: a padded batch."""
+
+    @property
+    def capacity(self) -> int:
+        """How many adapters can be resident at once."""
+        return self.bank.capacity
+
+    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
+        """Copy an adapter to the device; modules that it is the first to change are wrapped."""
+        skeleton = self.modules_of_base.skeleton
+        # First what may find no memory: without it the slot stays as it was.
+        copies = {
+            module: copy_of(skeleton.get_submodule(module), state, self.bank.device)
+            for module, state in vectors.saved.items()
+        }
+        self._drop_copies(slot)
+        self.bank.fill(slot, vectors)
+        for target in vectors.vectors:
+            if target.module not in self._layers:
+                self._layers[target.module] = self._wrapping.wrap(target.module, IA3Layer)
+                self.changes += 1
+        if copies:
+            self._with_copies.add(slot)
+        for module, copy in copies.items():
+            if module not in self._saved:
+                self._saved[module] = self._wrapping.wrap(module, SavedLayer)
+                self.changes += 1
+            self._saved[module].copies[slot] = copy
+
+    def clear_slot(self, slot: int) -> None:
+        """Forget a slot's adapter; no row may use the slot any more."""
+        self.bank.clear(slot)
+        self._drop_copies(slot)
+
+    def has_copies(self, slots: Iterable[int]) -> bool:
+        """Whether one of these slots' adapters has modules of its own."""
+        return not self._with_copies.isdisjoint(slots)
+
+    def _drop_copies(self, slot: int) -> None:
+        if slot in self._with_copies:
+            self._with_copies.remove(slot)
+            for layer in self._saved.values():
+                layer.drop(slot)
+
+    def set_packed(
+        self,
+        rows: Sequence[int],
+        segments: Sequence[Segment] = (),
+        kept: Sequence[Segment] | None = None,
+    ) -> None:
+        """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
+        the segments. Costs nothing while the batch stays as it is.
+
+        `kept`: what the LM head, and layers before it that are behind the model's trunk, see of the
+        segments, where they do not see all of them (`logits_to_keep`). They see all rows.
+        """
+        kept = segments if kept is None else kept
+        packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
+        if packed != self._packed:
+            self._packed = None
+            scales = self.bank.packed(rows, segments)
+            behind = self.modules_of_base.head
+            head = {target for target in self.bank.columns if target.module in behind}
+            if kept != segments and head:
+                of_head = self.bank.packed(rows, kept, only=head)
+                scales = {t: s for t, s in scales.items() if t not in head} | of_head
+            self._set_scales(scales)
+            if self._saved:
+                self._set_copies(_by_token(rows, segments), _by_token(rows, kept))
+            self._packed = packed
+
+    def set_rows(self, slots: Sequence[int]) -> None:
+        """For the next forwards: a `[batch, tokens]` batch whose row i uses `slots[i]`. Costs
+        nothing while the batch stays as it is."""
+        rows = (self.bank.fills, tuple(slots), None)
+        if rows != self._packed:
+            self._packed = None
+            self._set_scales(self.bank.by_row(slots))
+            self._set_copies(slots, flat=False)
+            self._packed = rows
+
+    def _set_copies(
+        self, slots: Sequence[int], head_slots: Sequence[int] | None = None, *, flat: bool = True
+    ) -> None:
+        """The slot of each token or row; the LM head may see fewer."""
+        device = self.bank.device
+        layout = Layout(slots, self._with_copies, device, flat=flat)
+        of_head = layout
+        if head_slots is not None and head_slots != slots:
+            of_head = Layout(head_slots, self._with_copies, device, flat=flat)
+        for name, layer in self._saved.items():
+            layer.use(of_head if name in self.modules_of_base.head else layout)
+
+    def _set_scales(self, scales: dict[Target, Scale]) -> None:
+        self._packed = None
+        if scales == self._scaled:
+            return  # A batch's own vectors are found by what the bank has written for it.
+        self.scaled += 1
+        for target in self._scaled.keys() - scales.keys():
+            self._set_scale(target, None)
+        for target, scale in scales.items():
+            self._set_scale(target, scale)
+        self._scaled = scales
+
+    def _set_scale(self, target: Target, scale: Scale | None) -> None:
+        layer = self._layers[target.module]
+        if target.side is Side.INPUT:
+            layer.input_scale = scale
+        else:
+            layer.output_scale = scale
+
+    def unload(self) -> PreTrainedModel:
+        """The base model as it was before any adapter was attached."""
+        self._set_scales({})
+        self._wrapping.undo()
+        self.changes += 1
+        self._layers.clear()
+        self._saved.clear()
+        self._with_copies.clear()
+        # Its columns belong to modules that are no longer wrapped.
+        self.bank = AdapterBank(self.modules_of_base, self.capacity, self.base.device)
+        return self.base
+
+
+def _by_token(rows: Sequence[int], segments: Sequence[Segment]) -> list[int]:
+    """The slot of each token of a flat batch."""
+    slots = list(rows)
+    for segment in segments:
+        slots += [segment.slot] * segment.tokens
+    return slots

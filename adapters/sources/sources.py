@@ -1,0 +1,272 @@
+"""Fetch an adapter from where it was published: the hub, a bucket, or a folder of this machine."""
+
+import os
+import re
+import stat
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+import httpx2
+import obstore
+from anyio import to_thread
+from huggingface_hub import constants, get_token, hf_hub_url
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from adapters.checkpoint.adapter_files import PICKLED, PICKLED_FILE
+from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import (
+    InvalidAdapter,
+    SourceFailed,
+    SourceNotAllowed,
+    SourceNotFound,
+    SourceRefused,
+    SourceTimeout,
+    SourceTooLarge,
+)
+from adapters.sources.source_http import GuardedHttp
+from adapters.sources.source_url import Source, parse_source
+
+REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
+WANTED = (
+    *REQUIRED,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""All that is ever fetched; the files after the first two are taken where they are."""
+_AT_ONCE = 4
+"""Fetches that run beside each other; more wait."""
+_CHUNK = 1 << 16
+"""Bytes read from a file at once."""
+_CREDENTIALS = {
+    "hf": "HF_TOKEN",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_SERVICE_ACCOUNT",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_STORES = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+
+Chunks = AsyncIterator[bytes]
+
+
+class _Place(Protocol):
+    """A folder somewhere. Raises SourceError."""
+
+    def open(self, name: str) -> AbstractAsyncContextManager[Chunks | None]:
+        """A file's bytes as they come; None where there is no such file."""
+
+    @property
+    def origin(self) -> str:
+        """The place and what it held just now, to be kept as where a revision came from."""
+
+
+class Sources:
+    """What an operator has allowed, and its limits. Credentials come from the environment."""
+
+    def __init__(self, prefixes: Sequence[Source], max_bytes: int, timeout: float) -> None:
+        """`max_bytes`: of all files together. `timeout`: seconds, for the whole of a fetch."""
+        self._prefixes = tuple(prefixes)
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._turns = anyio.CapacityLimiter(_AT_ONCE)
+
+    async def fetch(
+        self, url: str, folder: Path, take: Callable[[int], object] = lambda _: None
+    ) -> str:
+        """Write the adapter's files into `folder`; the answer is where they came from, exactly.
+
+        Raises BadSource, SourceNotAllowed, SourceNotFound, SourceRefused, SourceTooLarge,
+        SourceTimeout, SourceFailed, and InvalidAdapter where all weights are pickled. The files
+        are not checked: that is the upload's way from here on. `take` hears of bytes before they
+        are written; what it raises ends the fetch.
+        """
+        source = parse_source(url)
+        if not any(prefix.holds(source) for prefix in self._prefixes):
+            raise SourceNotAllowed
+        try:
+            with anyio.fail_after(self._timeout):
+                async with self._turns, self._place(source) as place:
+                    await self._take(place, source, folder, take)
+                    return place.origin
+        except TimeoutError:
+            raise SourceTimeout(self._timeout) from None
+
+    @asynccontextmanager
+    async def _place(self, source: Source) -> AsyncIterator[_Place]:
+        if source.scheme == "file":
+            roots = [_path(each) for each in self._prefixes if each.scheme == "file"]
+            yield _Folder(_path(source), [root.resolve() for root in roots])
+            return
+        tls = await to_thread.run_sync(httpx2.create_ssl_context)
+        async with aclosing(GuardedHttp(tls)) as http:
+            if source.scheme == "hf":
+                yield _Hub(source, http)
+            else:
+                yield _Bucket(source, http, await sign(source, self._timeout))
+
+    async def _take(
+        self, place: _Place, source: Source, folder: Path, take: Callable[[int], object]
+    ) -> None:
+        left = self._max_bytes
+        for name in WANTED:
+            async with place.open(name) as chunks:
+                if chunks is None:
+                    continue
+                async with await anyio.open_file(folder / name, "xb") as file:
+                    async for chunk in chunks:
+                        left -= len(chunk)
+                        if left < 0:
+                            raise SourceTooLarge(self._max_bytes)
+                        take(len(chunk))
+                        await file.write(chunk)
+        if not (folder / WEIGHTS_FILE).exists():
+            async with place.open(PICKLED_FILE) as pickled:
+                if pickled is not None:
+                    raise InvalidAdapter([PICKLED])
+            if not (folder / CONFIG_FILE).exists():
+                raise SourceNotFound(str(source))
+
+
+class _Folder:
+    """A folder of this machine. Every file is opened first and then asked where it really is, so
+    no symlink leads out of what is allowed, not even one that changes meanwhile."""
+
+    def __init__(self, path: Path, roots: Sequence[Path]) -> None:
+        """`roots`: the allowed folders, with their own symlinks resolved."""
+        self._path = path
+        self._roots = roots
+
+    @property
+    def origin(self) -> str:
+        return f"file://{self._path}"
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[Chunks | None]:
+        try:
+            file = await anyio.open_file(self._path / name, "rb", opener=_without_waiting)
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+            return
+        except OSError as error:
+            raise SourceRefused(f"{name} cannot be read: {error.strerror}.") from None
+        async with file:
+            real = Path(os.readlink(f"/proc/self/fd/{file.wrapped.fileno()}"))
+            if not any(real.is_relative_to(root) for root in self._roots):
+                raise SourceNotAllowed
+            if not stat.S_ISREG(os.fstat(file.wrapped.fileno()).st_mode):
+                raise SourceRefused(f"{name} is no plain file.")
+            yield _chunks(file)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe without a writer must not block."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+async def _chunks(file: anyio.AsyncFile[bytes]) -> Chunks:
+    while chunk := await file.read(_CHUNK):
+        yield chunk
+
+
+class _Hub:
+    """A repository of the Hugging Face hub, or of a server that speaks its protocol: the one that
+    `HF_ENDPOINT` names. Large files come over plain HTTP, never Xet, whose own client would follow
+    any address."""
+
+    def __init__(self, source: Source, http: GuardedHttp) -> None:
+        self._source = source if source.revision is not None else source.at("main")
+        self._http = http
+        self._endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        token = get_token()
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    @property
+    def origin(self) -> str:
+        return str(self._source)
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[Chunks | None]:
+        organisation, repository, *folders = self._source.path
+        url = hf_hub_url(
+            f"{organisation}/{repository}",
+            name,
+            subfolder="/".join(folders),
+            revision=self._source.revision,
+            endpoint=self._endpoint.rstrip("/"),
+        )
+        async with self._http.get(url, self._headers) as answer:
+            commit = answer.first.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT, "")
+            if re.fullmatch(r"[0-9a-f]{40}", commit):
+                # All other files are taken from the same commit.
+                self._source = self._source.at(commit)
+            yield _body(answer.response, name, "hf")
+
+
+class _Bucket:
+    """A folder of a bucket. obstore signs the URLs; its own client would follow a redirect to any
+    address."""
+
+    def __init__(self, source: Source, http: GuardedHttp, urls: Mapping[str, str]) -> None:
+        """`urls`: each file's signed URL."""
+        self._source = source
+        self._http = http
+        self._urls = urls
+        self._etag = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self._source}#{self._etag}" if self._etag else str(self._source)
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator[Chunks | None]:
+        async with self._http.get(self._urls[name], {}) as answer:
+            chunks = _body(answer.response, name, self._source.scheme)
+            etag = answer.response.headers.get("ETag", "").strip('"')
+            if name == WEIGHTS_FILE and chunks and re.fullmatch(r"[\w./+=:-]{1,100}", etag):
+                self._etag = etag
+            yield chunks
+
+
+async def sign(source: Source, seconds: float) -> dict[str, str]:
+    """Each file's URL. Raises SourceRefused where the environment has no usable credentials."""
+    names = [*WANTED, PICKLED_FILE]
+    bucket, *folders = source.path
+    paths = ["/".join([*folders, name]) for name in names]
+    try:
+        store = _STORES[source.scheme](bucket, retry_config={"max_retries": 0})
+        lifetime = timedelta(seconds=seconds + 1)
+        urls = await obstore.sign_async(store, "GET", paths, expires_in=lifetime)
+    except (BaseError, ValueError):
+        # Its text may hold parts of a credential.
+        needed = _CREDENTIALS[source.scheme]
+        raise SourceRefused(
+            f"This server has no credentials that work for {source.scheme}://: set {needed} in its "
+            "environment."
+        ) from None
+    return dict(zip(names, urls, strict=True))
+
+
+def _body(response: httpx2.Response, name: str, scheme: str) -> Chunks | None:
+    if response.status_code == 200:
+        return response.aiter_raw()
+    refused = response.status_code in (401, 403)
+    # A bucket that may not be listed answers 403 for what is not there.
+    if response.status_code == 404 or (refused and name not in REQUIRED):
+        return None
+    if refused:
+        raise SourceRefused(
+            f"The place answers {response.status_code} for {name}: it is not there, or this server "
+            f"may not read it; check the name, and {_CREDENTIALS[scheme]} in its environment."
+        )
+    raise SourceFailed(f"the place answers {response.status_code} for {name}")
+
+
+def _path(source: Source) -> Path:
+    return Path("/", *source.path)

@@ -1,0 +1,218 @@
+"""A store's storage in a bucket, with a local cache of contents.
+
+    content/<digest>/<epoch>-<count>/<file>   an adapter's files
+    journal/                                  every change of every adapter: bucket_journal.py
+    lease/                                    who owns the bucket: bucket_lease.py
+
+An epoch is one process's ownership of the bucket; epochs grow. Content is written to a place that
+was never used before, and its event says which. So neither a removal that arrives late nor a
+process that was taken over without noticing can touch what was written since.
+"""
+
+import itertools
+import logging
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+from weakref import WeakValueDictionary
+
+from adapters.errors import AdapterError, StoreDamaged
+from adapters.storage.bucket_journal import BucketJournal
+from adapters.storage.bucket_lease import Lease
+from adapters.storage.folder import ContentFolder, digest_of
+from adapters.storage.journal import Event
+from adapters.storage.objects import Objects
+from adapters.storage.revision import Revision
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "content"
+_KEY = re.compile(rf"(?P<place>{_PREFIX}/(?P<digest>[^/]+)/(?P<epoch>\d+)-\d+)/[^/]+")
+
+
+class BucketStorage:
+    """A `Storage` in a bucket. What is in `cache` may be removed at any time.
+
+    Raises StoreLocked where another process owns the bucket or the cache, StoreFull where either
+    has no room, and StoreUnreachable.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        cache: Path,
+        lease_seconds: float = 30.0,
+        renew_every: float = 5.0,
+    ) -> None:
+        """`lease_seconds`: how long a bucket stays owned after its owner has died."""
+        self._objects = objects
+        self._cache = ContentFolder(cache)
+        try:
+            self._lease = Lease(objects, _identity(self._cache.lock), lease_seconds, renew_every)
+        except BaseException:
+            self._cache.close()
+            objects.close()
+            raise
+        self._journal = BucketJournal(objects, uuid.uuid4().hex)
+        self._places: dict[str, str] = {}
+        """Digest -> the folder of its files in the bucket."""
+        self._count = itertools.count()
+        self._fetches: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        """Digest -> held by the one who fetches it."""
+        self._background = ThreadPoolExecutor(1, "bucket-keeper")
+        self._compaction: Future[None] | None = None
+
+    def close(self) -> None:
+        self._background.shutdown()
+        self._lease.release()
+        self._objects.close()
+        self._cache.close()
+
+    def read(self) -> list[Event]:
+        events = self._journal.read()
+        self._places = {
+            str(event["digest"]): str(event["place"])
+            for event in events
+            if {"digest", "place"} <= event.keys()
+        }
+        self._stay_short()
+        return events
+
+    def append(self, event: Mapping[str, object]) -> None:
+        place = self._places.get(str(event.get("digest")))
+        self._journal.append(event if place is None else {**event, "place": place})
+        self._stay_short()
+
+    def settle(self) -> Sequence[Event]:
+        return self._journal.settle()
+
+    def check(self) -> None:
+        """A bucket is asked by each change. Its cache on this machine is made again if it goes."""
+
+    def staging(self) -> AbstractContextManager[Path]:
+        self._cache.make()
+        return self._cache.staging()
+
+    def keep(self, staged: Path, digest: str) -> bool:
+        """What is there already is fetched and compared: only so can damage be seen and mended."""
+        place = self._places.get(digest)
+        is_whole = place is not None and self._is_whole(place, digest)
+        if not is_whole:
+            # What is damaged is written over where it lies: its events say that place.
+            new = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
+            place = self._places.setdefault(digest, new)
+            files = {f"{place}/{file.name}": file for file in staged.iterdir()}
+            self._objects.put_all(files)
+            if place != new:
+                self._objects.delete(set(self._objects.list(place)) - files.keys())
+        with self._one_at_a_time(digest):
+            self._cache.keep(staged, digest)
+        return not is_whole
+
+    def files(self, revision: Revision) -> Path:
+        """Raises StoreDamaged where the bucket has not what was stored in it."""
+        cached = self._cache.path(revision.digest)
+        if revision.digest in self._places and not _is_whole(cached, revision):
+            with self._one_at_a_time(revision.digest):
+                place = self._places.get(revision.digest)
+                if place is not None and not _is_whole(cached, revision):
+                    self._fetch(revision, place)
+        return cached
+
+    def refresh(self, revision: Revision) -> None:
+        with self._one_at_a_time(revision.digest):
+            place = self._places.get(revision.digest)
+            if place is not None:
+                self._fetch(revision, place)
+
+    def remove(self, digests: Iterable[str]) -> None:
+        if self._journal.in_doubt:
+            # The event may have happened, and need its content.
+            return
+        for digest in digests:
+            place = self._places.pop(digest, None)
+            self._cache.remove([digest])
+            if place is not None:
+                _quietly(partial(self._delete, place))
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        self._cache.keep_only(digests)
+        self._places = {each: place for each, place in self._places.items() if each in digests}
+        self._background.submit(_quietly, self._delete_leftovers)
+
+    def _one_at_a_time(self, digest: str) -> threading.Lock:
+        return self._fetches.setdefault(digest, threading.Lock())
+
+    def _is_whole(self, place: str, digest: str) -> bool:
+        with self.staging() as fetched:
+            self._download(place, fetched)
+            return digest_of(fetched)[0] == digest
+
+    def _fetch(self, revision: Revision, place: str) -> None:
+        with self.staging() as staged:
+            self._download(place, staged)
+            if digest_of(staged)[0] == revision.digest:
+                self._cache.remove([revision.digest])
+                self._cache.keep(staged, revision.digest)
+            elif revision.digest in self._places:
+                raise StoreDamaged(
+                    f"The files of {revision.name}@{revision.number} in {self._objects.url} are "
+                    "not those that were stored; upload the adapter again."
+                )
+
+    def _download(self, place: str, folder: Path) -> None:
+        keys = self._objects.list(place)
+        self._objects.fetch_all({key: folder / key.rpartition("/")[2] for key in keys})
+
+    def _delete(self, place: str) -> None:
+        self._objects.delete(self._objects.list(place))
+
+    def _delete_leftovers(self) -> None:
+        """Contents of earlier epochs that no event names: of uploads that a crash cut off."""
+        found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
+        self._objects.delete(
+            key[0]
+            for key in found
+            if key is not None
+            and int(key["epoch"]) < self._journal.epoch
+            and self._places.get(key["digest"]) != key["place"]
+        )
+
+    def _stay_short(self) -> None:
+        if self._journal.is_long and (self._compaction is None or self._compaction.done()):
+            self._compaction = self._background.submit(_quietly, self._journal.compact)
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    """Do what nothing depends on, and what is done again later."""
+    try:
+        work()
+    except AdapterError as error:
+        log.warning("Nothing is lost, but a clean-up has failed: %s", error)
+
+
+def _identity(lock: TextIO) -> str:
+    """Names whoever holds the lock of a cache: after a crash the next one is the same owner."""
+    lock.seek(0)
+    text = lock.read()
+    if not text:
+        text = uuid.uuid4().hex
+        lock.write(text)
+        lock.flush()
+    # The host too: a copy of a cache on another machine is another owner.
+    return f"{socket.gethostname()}/{text}"
+
+
+def _is_whole(folder: Path, revision: Revision) -> bool:
+    """Whatever cleans caches up may have taken one file of it."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir()) == revision.size
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,232 @@
+"""A journal as objects: one an event, named by its number, and segments of many.
+
+    journal/000000000301.jsonl               event 301
+    journal/000000000001-000000000300.jsonl  events 1 to 300, once they are many
+
+An event is *created*, never overwritten, so no two can have the same number. Each process that
+opens the journal first creates an event of its own there, "opened". Whoever had it before wants
+that very number for its next event, finds it taken, and so knows that the journal is no longer its
+own. That is why the object of an "opened" stays for ever; others go once a segment has them.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from adapters.errors import StoreLocked, StoreUnreachable
+from adapters.storage.journal import Event
+from adapters.storage.objects import Objects
+
+log = logging.getLogger(__name__)
+
+COMPACT_EVERY = 256
+"""Events that stay objects of their own until a segment takes them."""
+LONGEST = 50_000
+"""Events of a segment that is not written again."""
+_PREFIX = "journal"
+_KEY = re.compile(rf"{_PREFIX}/(\d{{12}})(?:-(\d{{12}}))?\.jsonl")
+_LOOKS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """An object of the journal: the events from `first` to `last`, one line each."""
+
+    first: int
+    last: int
+
+    @property
+    def key(self) -> str:
+        last = "" if self.first == self.last else f"-{self.last:012}"
+        return f"{_PREFIX}/{self.first:012}{last}.jsonl"
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first + 1
+
+
+class BucketJournal:
+    """Owns the objects under journal/, unless another process opens them. One thread at a time
+    reads, appends or settles; another may compact."""
+
+    def __init__(self, objects: Objects, writer: str) -> None:
+        """`writer`: an id that no other process has."""
+        self._objects = objects
+        self._writer = writer
+        self._last = 0
+        """The number of the last event."""
+        self._compacted = 0
+        """Up to here there are segments."""
+        self._in_doubt = False
+        self.epoch = 0
+        """The number of this process's first event: later processes have higher ones."""
+
+    @property
+    def in_doubt(self) -> bool:
+        """An append failed, and its event may be there all the same."""
+        return self._in_doubt
+
+    @property
+    def is_long(self) -> bool:
+        return self._last - self._compacted >= COMPACT_EVERY
+
+    def read(self) -> list[Event]:
+        """Every event, oldest first. From here on no process that opened it before can append."""
+        for _ in range(_LOOKS):
+            lines = self._lines()
+            opened = self._line("opened", {})
+            ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
+            mine = _Span(self._last + 1, self._last + 1)
+            # A listing is no moment's picture: what moved meanwhile is in a segment by now.
+            if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
+                self._last = self.epoch = mine.last
+                return [event for event in _parsed(lines) if "name" in event]
+        raise StoreLocked(f"other servers write to {self._objects.url}")
+
+    def append(self, event: Mapping[str, object]) -> None:
+        """Raises StoreLocked where another process has opened the journal since."""
+        assert not self._in_doubt, "settle comes first"
+        line = self._line(str(event["event"]), event)
+        self._in_doubt = True
+        if not self._objects.create(self._key(1), line) and self._now_at_next() != line:
+            raise self._taken()
+        self._in_doubt = False
+        self._last += 1
+
+    def settle(self) -> Sequence[Event]:
+        """The event that was in doubt, if it happened; its number is taken by nothing if not."""
+        if not self._in_doubt:
+            return ()
+        event = {}
+        if not self._objects.create(self._key(1), self._line("void", {})):
+            event = json.loads(self._now_at_next())
+            if event.get("writer") != self._writer:
+                raise self._taken()
+        happened = event and event["event"] != "void"
+        if not happened and self._objects.get(self._key(2)) is not None:
+            # It happened, and whoever opened the journal after it has put it into a segment.
+            raise self._taken()
+        self._in_doubt = False
+        self._last += 1
+        return (event,) if happened else ()
+
+    def compact(self) -> None:
+        """Write the last events, and segments that are no longer than they, as one segment.
+
+        Safe at every moment and beside every other process: what it writes is what is there. Later
+        events stay: a process that does not know yet whether it wrote one looks for its object.
+        """
+        last = self._last
+        spans = [span for span in self._spans() if span.last <= last]
+        tail: list[_Span] = []
+        for span in reversed(_cover(spans)):
+            longest = min(2 * _count(tail), LONGEST)
+            if tail and (span.last + 1 != tail[0].first or span.count > longest):
+                break
+            tail.insert(0, span)
+        if len(tail) < 2:
+            return
+        texts = self._objects.get_all([span.key for span in tail])
+        lines = _numbered(zip(tail, texts, strict=True))
+        segment = _Span(tail[0].first, tail[-1].last)
+        if len(lines) < segment.count:
+            return
+        text = b"".join(lines[number] + b"\n" for number in sorted(lines))
+        self._objects.create(segment.key, text)
+        self._objects.delete(
+            span.key
+            for span in spans
+            if span != segment
+            and segment.first <= span.first
+            and span.last <= segment.last
+            and not (span.count == 1 and _is_fence(lines[span.first]))
+        )
+        self._compacted = segment.last
+
+    def _lines(self) -> dict[int, bytes]:
+        """Number -> event.
+
+        Another process may compact meanwhile: then what is missing is found at the next look. What
+        stays missing was removed from outside, and takes no other event with it.
+        """
+        for _ in range(_LOOKS):
+            cover = _cover(self._spans())
+            texts = self._objects.get_all([span.key for span in cover])
+            lines = _numbered(zip(cover, texts, strict=True))
+            self._last = cover[-1].last if cover else 0
+            self._compacted = max((span.last for span in cover if span.count > 1), default=0)
+            if len(lines) == self._last:
+                break
+        else:
+            gone = self._last - len(lines)
+            log.warning("%d events are gone from %s.", gone, self._objects.url)
+        return lines
+
+    def _spans(self) -> list[_Span]:
+        found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
+        return [_Span(int(key[1]), int(key[2] or key[1])) for key in found if key is not None]
+
+    def _key(self, further: int) -> str:
+        number = self._last + further
+        return _Span(number, number).key
+
+    def _now_at_next(self) -> bytes:
+        found = self._objects.get(self._key(1))
+        if found is None:
+            # The bucket saw two creations at once and took neither, or not yet.
+            raise StoreUnreachable(f"The bucket {self._objects.url} refused a write; try again.")
+        return found
+
+    def _line(self, event: str, values: Mapping[str, object]) -> bytes:
+        now = datetime.now(UTC).isoformat()
+        whole = {"time": now, "event": event, **values, "writer": self._writer}
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _taken(self) -> StoreLocked:
+        return StoreLocked(
+            f"another server has taken over the adapters in {self._objects.url}; this one changes "
+            "none any more"
+        )
+
+
+def _cover(spans: Iterable[_Span]) -> list[_Span]:
+    """Those that hold all events, the widest of those that begin together."""
+    cover: list[_Span] = []
+    for span in sorted(spans, key=lambda span: (span.first, -span.last)):
+        if not cover or span.last > cover[-1].last:
+            cover.append(span)
+    return cover
+
+
+def _count(spans: Sequence[_Span]) -> int:
+    return sum(span.count for span in spans)
+
+
+def _numbered(objects: Iterable[tuple[_Span, bytes | None]]) -> dict[int, bytes]:
+    lines: dict[int, bytes] = {}
+    for span, text in objects:
+        if text is not None:
+            lines.update(zip(range(span.first, span.last + 1), text.split(b"\n"), strict=False))
+    return lines
+
+
+def _parsed(lines: Mapping[int, bytes]) -> Iterable[Event]:
+    for number in sorted(lines):
+        try:
+            event = json.loads(lines[number])
+        except ValueError:
+            event = None
+        if isinstance(event, dict):
+            yield event
+        else:
+            log.warning("Event %d is damaged and passed over.", number)
+
+
+def _is_fence(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line)["event"] == "opened")
+    except (ValueError, KeyError, TypeError):
+        return False

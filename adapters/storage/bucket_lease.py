@@ -1,0 +1,109 @@
+"""Who owns a bucket: one object, lease/<number>, that its owner replaces by the next number.
+
+Objects are created here, never overwritten, so of all who want the next number one gets it. No
+clock is compared with another: a lease has run out once it was seen unchanged for its own time.
+It keeps a second server from starting; that no two write is the journal's work.
+"""
+
+import json
+import logging
+import re
+import threading
+import time
+
+from adapters.errors import AdapterError, StoreLocked
+from adapters.storage.objects import Objects
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "lease"
+_KEY = re.compile(rf"{_PREFIX}/(\d{{12}})\.json")
+
+
+class Lease:
+    """Taken when made, renewed in a thread until it is released.
+
+    Raises StoreLocked where another owner renews it. Where that one is dead, making it takes as
+    long as its lease lasts; where `owner` itself died, no time.
+    """
+
+    def __init__(self, objects: Objects, owner: str, seconds: float, renew_every: float) -> None:
+        self._objects = objects
+        self._renew_every = renew_every
+        self._owner = owner
+        self._mine = json.dumps({"owner": owner, "seconds": seconds}).encode()
+        self._number = self._take()
+        self._lost = False
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="bucket-lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """The next owner need not wait."""
+        self._released.set()
+        self._thread.join()
+        if self._lost:
+            return
+        try:
+            self._objects.delete([_key(self._number)])
+        except AdapterError as error:
+            log.warning("The lease on %s runs out by itself: %s", self._objects.url, error)
+
+    def _take(self) -> int:
+        begun = time.monotonic()
+        first: int | None = None
+        while True:
+            numbers = self._numbers()
+            latest = max(numbers, default=0)
+            holder, seconds = self._holder(latest)
+            if first is None:
+                first = latest
+                log.info("%s is owned by %s.", self._objects.url, holder or "nobody")
+            if holder in ("", self._owner) or time.monotonic() - begun >= seconds:
+                if not self._put(latest + 1):
+                    continue
+                self._objects.delete([_key(number) for number in numbers])
+                return latest + 1
+            if latest != first:
+                raise StoreLocked(f"another server, {holder}, uses {self._objects.url}")
+            time.sleep(min(seconds, self._renew_every) / 10)
+
+    def _renew(self) -> None:
+        while not self._released.wait(self._renew_every):
+            try:
+                still = self._objects.get(_key(self._number)) == self._mine
+                if not still or not self._put(self._number + 1):
+                    log.error(
+                        "The lease on %s was taken over by another server.", self._objects.url
+                    )
+                    self._lost = True
+                    return
+                self._number += 1
+                self._objects.delete([_key(self._number - 1)])
+            except AdapterError as error:
+                log.warning("The lease on %s was not renewed: %s", self._objects.url, error)
+
+    def _put(self, number: int) -> bool:
+        return (
+            self._objects.create(_key(number), self._mine)
+            or self._objects.get(_key(number)) == self._mine
+        )
+
+    def _holder(self, number: int) -> tuple[str, float]:
+        """Who holds a lease, and for how many seconds; nobody, if it is gone."""
+        text = self._objects.get(_key(number)) if number else None
+        if text is None:
+            return "", 0.0
+        try:
+            values = json.loads(text)
+            return str(values["owner"]), float(values["seconds"])
+        except (ValueError, KeyError, TypeError):
+            return "", 0.0
+
+    def _numbers(self) -> list[int]:
+        found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
+        return [int(key[1]) for key in found if key is not None]
+
+
+def _key(number: int) -> str:
+    return f"{_PREFIX}/{number:012}.json"

@@ -1,0 +1,209 @@
+"""A store's storage in a folder on disk.
+
+content/<digest>/   an adapter's files, shared by every revision with this content
+journal.jsonl       every change of every adapter, one line each, by whom and when
+staging/            uploads in progress, emptied at start
+lock                held by the one process that owns the folder
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from adapters.errors import StoreFull, StoreLocked, StoreUnreachable
+from adapters.storage.journal import Event, Journal, is_at, sync
+from adapters.storage.revision import Revision
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CHUNK = 1 << 20
+"""Bytes of a file that are in memory at once."""
+
+
+class ContentFolder:
+    """Owns `content/`, `staging/` and `lock`: no other process may write there.
+
+    Raises StoreLocked where another process owns the folder, and StoreFull where the disk has no
+    room.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._content = folder / "content"
+        self._staging = folder / "staging"
+        with room():
+            self.make()
+            self.lock = (folder / "lock").open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise StoreLocked(f"another server uses the adapters folder {folder}") from None
+        for leftover in self._staging.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
+
+    def make(self) -> None:
+        for each in (self._content, self._staging):
+            each.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        self.lock.close()
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A private folder to write files in; gone afterwards."""
+        with room():
+            self._staging.mkdir(exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=self._staging))
+        try:
+            with room():
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, staged: Path, digest: str) -> bool:
+        """Move the staged files to where their digest says, durably. False where they are there
+        already, each byte of them."""
+        target = self.path(digest)
+        if target.exists():
+            if self._is_whole(digest):
+                return False
+            self.remove([digest])
+        with room():
+            for file in staged.iterdir():
+                sync(file)
+            sync(staged)
+            staged.rename(target)
+            sync(self._content)
+        return True
+
+    def _is_whole(self, digest: str) -> bool:
+        try:
+            return digest_of(self.path(digest))[0] == digest
+        except OSError:
+            return False
+
+    def path(self, digest: str) -> Path:
+        return self._content / digest
+
+    def remove(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            # Out of sight first: a half-removed folder must never pass for the content.
+            doomed = self._staging / f"{digest}.removed"
+            with suppress(OSError):
+                self.path(digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Remove every other content."""
+        self.remove([each.name for each in os.scandir(self._content) if each.name not in digests])
+
+
+class FolderStorage(ContentFolder):
+    """A `Storage` on this machine's disk."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        try:
+            with room():
+                self._journal = Journal(folder / "journal.jsonl")
+        except BaseException:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        self._journal.close()
+        super().close()
+
+    def read(self) -> list[Event]:
+        return self._journal.read()
+
+    def check(self) -> None:
+        """Raises StoreUnreachable where the folder is no longer the one that was opened."""
+        lock, content = self._folder / "lock", self._content
+        if not (is_at(self.lock, lock) and self._journal.is_in_place and content.is_dir()):
+            raise StoreUnreachable(
+                f"The adapters folder {self._folder} was removed, moved or replaced while the "
+                "server runs, so no change would last: put it back as it was, or restart the "
+                "server."
+            )
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        self.check()
+        with self._told_if_gone(), super().staging() as folder:
+            yield folder
+
+    def keep(self, staged: Path, digest: str) -> bool:
+        with self._told_if_gone():
+            return super().keep(staged, digest)
+
+    def append(self, event: Mapping[str, object]) -> None:
+        with self._told_if_gone(), room():
+            self._journal.append(event)
+
+    def settle(self) -> Sequence[Event]:
+        """A failed append leaves nothing on a disk."""
+        self.check()
+        return ()
+
+    def files(self, revision: Revision) -> Path:
+        return self.path(revision.digest)
+
+    def refresh(self, revision: Revision) -> None:
+        """What is on the disk is the only copy."""
+
+    @contextmanager
+    def _told_if_gone(self) -> Iterator[None]:
+        """What fails because the folder is no longer there says so."""
+        try:
+            yield
+        except OSError:
+            self.check()
+            raise
+
+
+def digest_of(folder: Path) -> tuple[str, int]:
+    """SHA-256 over the names and bytes of a folder's files, and how many bytes they have."""
+    digest, size, _ = read_files(folder, ())
+    return digest, size
+
+
+def read_files(folder: Path, names: Container[str]) -> tuple[str, int, dict[str, bytes]]:
+    """What `digest_of` returns, and the bytes of the named files: those that the digest is of."""
+    sha = hashlib.sha256()
+    size = 0
+    kept = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            sha.update(f"{path.name}\0{length}\0".encode())
+            if path.name in names:
+                kept[path.name] = file.read()
+                sha.update(kept[path.name])
+            else:
+                while chunk := file.read(_CHUNK):
+                    sha.update(chunk)
+        size += length
+    return sha.hexdigest(), size, kept
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """A disk without room is ours to name; every other failure of it is not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StoreFull(
+                "The disk that holds the adapters is full; delete adapters or make room."
+            ) from error
+        raise

@@ -1,0 +1,389 @@
+"""An adapter's own tokenizer and chat template, where its files hold them."""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from adapters.checkpoint.config import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEXT_FILES,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from adapters.checkpoint.saved import State, rows_of
+from adapters.checkpoint.targets import BaseModules
+from adapters.errors import Fault, InvalidAdapter, TemplateRefused
+from adapters.vocabulary.sandbox import Exceeded, Sandbox
+from adapters.vocabulary.sandboxed import surround
+
+_MOST_BYTES = {TOKENIZER_FILE: 64 << 20}
+_MOST_OTHER_BYTES = 1 << 20
+_TOKEN_FIELDS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+_FIELDS = (
+    *_TOKEN_FIELDS,
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "add_bos_token",
+    "add_eos_token",
+    "clean_up_tokenization_spaces",
+)
+"""All that is read of a tokenizer's config: it could name files and classes too."""
+_KEPT = 64
+"""Tokenizers in memory; most are a few megabytes."""
+_KEPT_BY_CONTENT = 4096
+_MOST_SPECIAL_TOKENS = 1000
+"""Constructing a tokenizer takes their number squared."""
+_SAVE_AGAIN = "save it with tokenizer.save_pretrained"
+_ADD = (
+    "add tokens to the base's tokenizer with add_tokens and save it with save_pretrained, or leave "
+    "the tokenizer out where it adds none"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A stranger's chat template. It runs in a limited process only."""
+
+    text: str
+    sandbox: Sandbox
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> str:
+        """Raises TemplateRefused, SandboxUnavailable, WouldWait."""
+        try:
+            answer = self.sandbox.render(
+                self.text,
+                messages,
+                tools,
+                variables,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except Exceeded as error:
+            raise TemplateRefused(f"it takes more than {error}") from error
+        if "text" not in answer:
+            raise TemplateRefused(str(answer.get("refused") or answer.get("malformed")))
+        return str(answer["text"])
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """How texts and conversations become tokens, and back."""
+
+    tokenizer: PreTrainedTokenizerFast
+    """The base's, or made of the base's: nothing of a stranger's runs in it."""
+    size: int
+    """The model reads and writes token ids below this."""
+    template: ChatTemplate | None = None
+    """An adapter's own; None: the tokenizer's, which is the base's."""
+
+    @property
+    def has_template(self) -> bool:
+        return self.template is not None or bool(self.tokenizer.chat_template)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> str:
+        """A conversation as the chat template writes it. `variables`: what else it reads.
+
+        Raises TemplateRefused; SandboxUnavailable and WouldWait where the template is an adapter's.
+        """
+        if self.template is not None:
+            return self.template.render(
+                messages,
+                tools,
+                {**self.tokenizer.special_tokens_map, **variables},
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,  # type: ignore[arg-type]
+                tools=tools,  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+        except Exception as error:
+            # A template may compute whatever it likes with what a request brings.
+            raise TemplateRefused(str(error)) from error
+        return str(rendered)
+
+
+_Read = tuple[PreTrainedTokenizerFast, str | None]
+"""The tokenizer of an adapter's files, and its chat template where that is its own."""
+
+
+class Vocabularies:
+    """Reads adapters' vocabularies, and keeps them. Thread-safe; blocking."""
+
+    def __init__(self, base: PreTrainedTokenizerFast, modules: BaseModules) -> None:
+        self._base = base
+        self._modules = modules
+        self._sandbox = Sandbox(base.backend_tokenizer.to_str)
+        self._mutex = threading.Lock()
+        self._read: OrderedDict[str, _Read | InvalidAdapter | None] = OrderedDict()
+        """By the files' content: None where they say nothing that the base's do not."""
+        self._found: OrderedDict[str, Vocabulary | InvalidAdapter | None] = OrderedDict()
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+    def knows(self, digest: str) -> bool:
+        """Whether `find` reads no file for this digest."""
+        with self._mutex:
+            return digest in self._found
+
+    def find(self, digest: str, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
+        """As `read`, for files with this digest."""
+        with self._mutex:
+            known = digest in self._found
+            found = self._found.get(digest)
+            if known:
+                self._found.move_to_end(digest)
+        if not known:
+            try:
+                found = self.read(folder, saved)
+            except InvalidAdapter as refusal:
+                found = refusal
+            # A folder that has gone meanwhile may have seemed to lack files.
+            if folder.is_dir():
+                with self._mutex:
+                    self._found[digest] = found
+                    while len(self._found) > _KEPT_BY_CONTENT:
+                        self._found.popitem(last=False)
+        if isinstance(found, InvalidAdapter):
+            raise InvalidAdapter(found.faults)
+        return found
+
+    def read(self, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
+        """What the files in a folder say; None where they say nothing that the base's does not.
+
+        Raises InvalidAdapter: the files are damaged, change the ids of the base's tokens, or do
+        not fit the embeddings.
+        """
+        files = _read(folder)
+        found = self._load(files)
+        tokenizer = None if found is None else found[0]
+        template = None
+        if found is not None and found[1] is not None:
+            template = ChatTemplate(found[1], self._sandbox)
+        embeddings = self._modules.input_embedding
+        if embeddings is None:
+            if tokenizer is None:
+                return None
+            return Vocabulary(tokenizer, len(tokenizer), template)
+        size = rows_of(embeddings, saved, self._modules)
+        base_size = rows_of(embeddings, {}, self._modules)
+        if size != base_size and TOKENIZER_FILE not in files:
+            problem = f"is missing: the adapter has {size} embeddings, and the base {base_size}"
+            fix = "put the tokenizer that it was trained with beside it, in the archive"
+            raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
+        if tokenizer is None and size == base_size:
+            # The usual case, on the way of every cold request.
+            return None
+        highest = max((tokenizer or self._base).get_vocab().values(), default=-1)
+        if highest >= size:
+            problem = f"has a token {highest}, and there are {size} embeddings"
+            fix = "resize the embeddings and save them: modules_to_save=['embed_tokens', 'lm_head']"
+            raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
+        return Vocabulary(tokenizer or self._base, size, template)
+
+    def _load(self, files: Mapping[str, bytes]) -> _Read | None:
+        if not files:
+            return None
+        sha = hashlib.sha256()
+        for name in sorted(files):
+            sha.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
+        key = sha.hexdigest()
+        with self._mutex:
+            known = key in self._read
+            found = self._read.get(key)
+            if known:
+                self._read.move_to_end(key)
+        if not known:
+            try:
+                found = self._make(files, key)
+            except InvalidAdapter as refusal:
+                # What takes long to refuse is not tried again at each request.
+                found = refusal
+            with self._mutex:
+                self._read[key] = found
+                while len(self._read) > _KEPT:
+                    self._read.popitem(last=False)
+        if isinstance(found, InvalidAdapter):
+            raise InvalidAdapter(found.faults)
+        return found
+
+    def _make(self, files: Mapping[str, bytes], key: str) -> _Read | None:
+        faults: list[Fault] = []
+        config = _object(files, SPECIAL_TOKENS_FILE, faults)
+        config |= _object(files, TOKENIZER_CONFIG_FILE, faults)
+        name, template = _template(files, config, faults)
+        if template == self._base.chat_template:
+            template = None
+        tokenizer = None
+        if TOKENIZER_FILE in files:
+            tokenizer = self._rebuild(files[TOKENIZER_FILE], config, key, faults)
+        if template is not None and (fault := self._template_fault(template, tokenizer)):
+            faults.append(Fault(name, fault, "mend the template"))
+        if faults:
+            raise InvalidAdapter(faults)
+        if tokenizer is None and template is None:
+            return None
+        return tokenizer or self._base, template
+
+    def _template_fault(self, template: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
+        """What is wrong with a template that is tried on a small conversation; one that refuses it
+        may take others."""
+        try:
+            answer = self._sandbox.render(
+                template,
+                [{"role": "user", "content": "Hello"}],
+                None,
+                (tokenizer or self._base).special_tokens_map,
+                add_generation_prompt=True,
+                continue_final_message=False,
+            )
+        except Exceeded as error:
+            return f"holds a chat template that takes more than {error}"
+        problem = answer.get("malformed", "")
+        return f"holds a chat template that cannot be compiled: {problem}" if problem else ""
+
+    def _rebuild(
+        self, data: bytes, config: Mapping[str, Any], key: str, faults: list[Fault]
+    ) -> PreTrainedTokenizerFast | None:
+        """The base's tokenizer with the tokens that another adds; None where it adds none, or where
+        it does something else, as `faults` say then."""
+        try:
+            answer = self._sandbox.compare(data, key)
+        except Exceeded as error:
+            answer = {"fault": f"takes more than {error}"}
+        if "fault" in answer:
+            faults.append(Fault(TOKENIZER_FILE, answer["fault"], _ADD))
+            return None
+        backend = Tokenizer.from_str(self._base.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.add_tokens([AddedToken(**token) for token in answer["tokens"]])
+        if answer["around"] is not None:
+            surround(backend, *answer["around"])
+        try:
+            known = _settings(config, backend)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **known)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            problem = f"does not fit its tokenizer: {str(error)[:200]}"
+            faults.append(Fault(TOKENIZER_CONFIG_FILE, problem, _SAVE_AGAIN))
+            return None
+        tokenizer.chat_template = self._base.chat_template
+        return None if _content(tokenizer) == _content(self._base) else tokenizer
+
+
+def _content(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
+    """What makes two tokenizers that are made of one the same."""
+    backend = tokenizer.backend_tokenizer
+    added = {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}
+    around = repr(backend.encode("a").ids)
+    return added, around, tokenizer.eos_token
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    files, faults = {}, []
+    for name in TEXT_FILES:
+        path = folder / name
+        if path.is_file():
+            most = _MOST_BYTES.get(name, _MOST_OTHER_BYTES)
+            if path.stat().st_size > most:
+                faults.append(Fault(name, f"is larger than {most} bytes", _SAVE_AGAIN))
+            else:
+                files[name] = path.read_bytes()
+    if faults:
+        raise InvalidAdapter(faults)
+    return files
+
+
+def _object(files: Mapping[str, bytes], name: str, faults: list[Fault]) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+        if isinstance(value, dict):
+            return value
+        problem = "is no JSON object"
+    except (ValueError, RecursionError) as error:
+        problem = f"is no JSON: {error}"
+    faults.append(Fault(name, problem, _SAVE_AGAIN))
+    return {}
+
+
+def _template(
+    files: Mapping[str, bytes], config: Mapping[str, Any], faults: list[Fault]
+) -> tuple[str, str | None]:
+    """The file that holds a chat template, and the template, if there is one."""
+    name, template = TOKENIZER_CONFIG_FILE, config.get("chat_template")
+    if CHAT_TEMPLATE_FILE in files:
+        name, template = CHAT_TEMPLATE_FILE, files[CHAT_TEMPLATE_FILE].decode(errors="replace")
+    if template is not None and not isinstance(template, str):
+        faults.append(Fault(name, "has a chat_template that is no text", "give one template"))
+        return name, None
+    return name, template or None
+
+
+def _settings(config: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer's config is read, with all its unnamed special tokens as one list.
+
+    Raises ValueError where it names too many special tokens, or one that `backend` has no id for;
+    KeyError and TypeError where one is written as none can be.
+    """
+    written = {name: config[name] for name in _FIELDS if config.get(name) not in (None, "")}
+    extra = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        tokens = written.pop(name, [])
+        # transformers 4.46 to 4.57 gave each a name of its own.
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list):
+            raise TypeError(f"{name} is no list of tokens")
+        extra += _token(tokens)
+    known = {name: _token(value) for name, value in written.items()}
+    unnamed = {str(token): token for token in extra}
+    special = unnamed.keys() | {str(known[name]) for name in _TOKEN_FIELDS if name in known}
+    if len(special) > _MOST_SPECIAL_TOKENS:
+        raise ValueError(f"it names more than {_MOST_SPECIAL_TOKENS} special tokens")
+    for token in sorted(special):
+        if backend.token_to_id(token) is None:
+            raise ValueError(f"it names {token[:100]!r}, which {TOKENIZER_FILE} has no token for")
+    return known | ({"extra_special_tokens": list(unnamed.values())} if unnamed else {})
+
+
+def _token(value: Any) -> Any:
+    """A token is written as its text, or with how it takes blanks."""
+    if isinstance(value, list):
+        return [_token(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    ways = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    return AddedToken(value["content"], **{way: bool(value[way]) for way in ways if way in value})

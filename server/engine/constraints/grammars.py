@@ -1,0 +1,388 @@
+"""Constrained answers: the tokens that a row's grammar allows next, through llguidance.
+
+A grammar is compiled once for all who ask for it meanwhile, never on the model thread, and in turns
+among tenants. Each sequence walks it with a matcher of its own; a batch's next masks are made on a
+thread of their own, while the model computes the next logits.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.constraints import vetting
+from server.engine.constraints.kept import Key, Latest
+from server.engine.constraints.vetting import GrammarKind, compiled, error_of
+from server.engine.errors import BadConstraint, ConstraintsUnavailable
+from server.engine.fair_turns import FairTurns
+
+MAX_CHARACTERS = 1 << 16
+"""Characters of a grammar's source, at most. More take seconds to compile, and a model has no use
+for them."""
+MAX_CACHED = 64
+MAX_REFUSALS = 1024
+MAX_WAITING = 32
+"""Grammars of one tenant that wait to be compiled."""
+_AT_ONCE = 2
+"""Compilations, of different tenants: more would take too many processors from the model."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    allowed: torch.Tensor
+    """`[rows, vocab]` bool, on the CPU."""
+    errors: list[str]
+    """For each row: empty, or why its grammar cannot go on."""
+
+
+class Grammar:
+    """A compiled constraint. Immutable: every sequence walks a copy."""
+
+    def __init__(self, matcher: LLMatcher, lexicon: LLTokenizer) -> None:
+        self._matcher = matcher
+        self.lexicon = lexicon
+        self.first: Future[Masks] = Future()
+        """One row: what an answer may begin with."""
+        self.first.set_result(_masks([matcher.deep_copy()], lexicon, LLExecutor(1)))
+
+    def copy(self) -> LLMatcher:
+        return self._matcher.deep_copy()
+
+    def after(self, text: str) -> "Grammar | None":
+        """The grammar of what follows this text; None where no answer begins so."""
+        tokens = self.lexicon.greedy_tokenize(text)
+        if not tokens:
+            return self
+        matcher = self.copy()
+        if matcher.validate_tokens(tokens) < len(tokens) or not matcher.consume_tokens(tokens):
+            return None
+        return Grammar(matcher, self.lexicon)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a source is no grammar here. It is the same for all who send it."""
+
+    problem: str
+    fix: str
+
+
+class GrammarMissing(Exception):
+    """A grammar that is not compiled yet. Let `RequestGrammars` do it, and ask again."""
+
+    def __init__(self, kind: GrammarKind, text: str) -> None:
+        self.kind: GrammarKind = kind
+        self.text = text
+
+
+class _Job:
+    """A compilation, and how many wait for it."""
+
+    def __init__(self, task: "asyncio.Task[Grammar | Refusal]") -> None:
+        self.task = task
+        self.wanted = 0
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer, and keeps the latest. `make` is for one event loop,
+    the rest for any thread but the model's."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, vocab: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._eos = sorted(eos_token_ids)
+        self._grammars = Latest[Grammar](MAX_CACHED)
+        self._refusals = Latest[Refusal](MAX_REFUSALS)
+        self._jobs: dict[Key, _Job] = {}
+        self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
+        self._unavailable = ""
+        """Why the tokenizer cannot be constrained, once that is known."""
+
+    def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
+        """The grammar of a JSON schema, a regular expression, a list of texts, or Lark or GBNF.
+
+        An answer matches it as a whole. `where` names the source in errors. Raises BadConstraint,
+        and ConstraintsUnavailable where the tokenizer cannot be constrained. Does not wait within
+        `RequestGrammars.asked`: raises GrammarMissing there where it must be compiled first.
+        """
+        text = _text_of(kind, source, where)
+        request = _REQUEST.get()
+        if request is not None:
+            result = request.find(kind, text)
+        else:
+            known = self.find("", kind, text)
+            result = asyncio.run(self.make("", "", kind, text)) if known is None else known
+        if isinstance(result, Refusal):
+            raise BadConstraint(where, result.problem, result.fix)
+        return result
+
+    def find(self, scope: str, kind: GrammarKind, text: str) -> "Grammar | Refusal | None":
+        """What is known of this source; None: nothing yet."""
+        key = _key(scope, kind, text)
+        return self._grammars.get(key) or self._refusals.get(key)
+
+    async def make(
+        self, tenant: str, scope: str, kind: GrammarKind, text: str
+    ) -> "Grammar | Refusal":
+        """Compile a grammar when it is the tenant's turn, once for all who ask meanwhile. It stops
+        when all of them were cancelled. Raises ConstraintsUnavailable, QueueFull."""
+        key = _key(scope, kind, text)
+        if key not in self._jobs:
+            self._jobs[key] = _Job(asyncio.create_task(self._make(tenant, key, text)))
+        job = self._jobs[key]
+        job.wanted += 1
+        try:
+            return await asyncio.shield(job.task)
+        finally:
+            job.wanted -= 1
+            if not job.wanted:
+                job.task.cancel()
+                if self._jobs.get(key) is job:
+                    del self._jobs[key]
+
+    async def _make(self, tenant: str, key: Key, text: str) -> "Grammar | Refusal":
+        if self._unavailable:
+            raise ConstraintsUnavailable(self._unavailable)
+        async with self._turns.turn(tenant):
+            problem = await _vet(key.kind, text)
+            if problem == _TOO_BUSY:
+                # A matter of the machine, and perhaps of this moment alone.
+                return Refusal(problem, "mend or simplify it")
+            result = await _to_its_end(partial(self._compile, key.kind, text, problem))
+        if isinstance(result, Grammar):
+            self._grammars.put(key, result)
+        else:
+            self._refusals.put(key, result)
+        return result
+
+    @cached_property
+    def _lexicon(self) -> LLTokenizer:
+        """Made when first asked for: it takes a second, and most servers never need it."""
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
+        except ValueError as error:
+            self._unavailable = str(error)
+            raise ConstraintsUnavailable(self._unavailable) from error
+
+    def _compile(self, kind: GrammarKind, text: str, problem: str) -> "Grammar | Refusal":
+        """`problem`: what vetting has found. Blocking."""
+        lexicon = self._lexicon
+        if problem:
+            return _explained(kind, text, problem)
+        try:
+            matcher = compiled(kind, text, lexicon)
+        except (ValueError, RecursionError) as error:
+            return _explained(kind, text, str(error))
+        if problem := error_of(matcher):
+            return _explained(kind, text, problem)
+        grammar = Grammar(matcher, lexicon)
+        if problem := grammar.first.result().errors[0]:
+            return _explained(kind, text, problem)
+        return grammar
+
+
+class RequestGrammars:
+    """The grammars of one request, which finds again what was compiled for it."""
+
+    def __init__(self, grammars: Grammars, tenant: str, scope: str) -> None:
+        """`scope`: whose cache it shares."""
+        self._grammars = grammars
+        self._tenant = tenant
+        self._scope = scope
+        self._given: dict[tuple[GrammarKind, str], Grammar | Refusal] = {}
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Within, and on threads that are begun within: `Grammars.compile` is for this request."""
+        token = _REQUEST.set(self)
+        try:
+            yield
+        finally:
+            _REQUEST.reset(token)
+
+    def find(self, kind: GrammarKind, text: str) -> Grammar | Refusal:
+        """Raises GrammarMissing."""
+        known = self._given.get((kind, text)) or self._grammars.find(self._scope, kind, text)
+        if known is None:
+            raise GrammarMissing(kind, text)
+        self._given[kind, text] = known
+        return known
+
+    async def compile(self, missing: GrammarMissing) -> None:
+        """Raises ConstraintsUnavailable, QueueFull."""
+        kind, text = missing.kind, missing.text
+        self._given[kind, text] = await self._grammars.make(self._tenant, self._scope, kind, text)
+
+
+_REQUEST: ContextVar[RequestGrammars | None] = ContextVar("request", default=None)
+
+
+def _key(scope: str, kind: GrammarKind, text: str) -> Key:
+    return Key(scope, kind, hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+
+
+def _text_of(kind: GrammarKind, source: object, where: str) -> str:
+    try:
+        as_it_is = isinstance(source, str) and kind != "json"
+        text = str(source) if as_it_is else json.dumps(source, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise BadConstraint(where, f"is no JSON: {error}", "write plain JSON") from error
+    if len(text) > MAX_CHARACTERS:
+        raise BadConstraint(where, f"has {len(text)} characters", f"keep it below {MAX_CHARACTERS}")
+    return text
+
+
+_TOO_BUSY = "takes too long to compile"
+
+
+async def _vet(kind: GrammarKind, text: str) -> str:
+    """Why this grammar is not to be compiled here; empty where it is harmless. The process that
+    tries it ends with whoever waits for it."""
+    command = (sys.executable, "-I", vetting.__file__)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        async with asyncio.timeout(vetting.WALL_SECONDS):
+            said, _ = await process.communicate(json.dumps([kind, text]).encode())
+    except TimeoutError:
+        return _TOO_BUSY
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        return "takes too much time or memory to compile"
+    return str(json.loads(said))
+
+
+async def _to_its_end(work: Callable[[], _T]) -> _T:
+    """What `work` returns, on a thread. It cannot be stopped: who is cancelled waits for it too."""
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(thread)
+    finally:
+        if not thread.done():
+            await asyncio.wait([thread])
+
+
+class Constraint:
+    """How far one sequence has come in its grammar. Belongs to the model thread."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._masks = grammar.first
+        self._row = 0
+
+    @cached_property
+    def matcher(self) -> LLMatcher:
+        """Belongs to the mask maker's thread."""
+        return self._grammar.copy()
+
+    @property
+    def lexicon(self) -> LLTokenizer:
+        return self._grammar.lexicon
+
+    @property
+    def allowed(self) -> torch.Tensor:
+        """`[vocab]` bool: the tokens that may come next. Waits until that is known."""
+        return self._masks.result().allowed[self._row]
+
+    @property
+    def error(self) -> str:
+        """Why the grammar cannot go on; empty where it can. Waits as `allowed` does."""
+        return self._masks.result().errors[self._row]
+
+    def allows_others_than(self, tokens: frozenset[int]) -> bool:
+        allowed = self.allowed
+        return int(allowed.sum()) > int(allowed[list(tokens)].sum())
+
+    def follow(self, masks: Future[Masks], row: int) -> None:
+        self._masks, self._row = masks, row
+
+
+class MaskMaker:
+    """Makes the next masks of a batch while the model runs, on threads without the GIL."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        """One, so that a sequence's tokens are taken in order."""
+
+    def advance(self, taken: Rows[tuple[Constraint, int]]) -> None:
+        """Each of these sequences took this token. Returns at once."""
+        masks = self._thread.submit(self._advance, taken)
+        for row, (constraint, _) in enumerate(taken):
+            constraint.follow(masks, row)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
+
+    def _advance(self, taken: Rows[tuple[Constraint, int]]) -> Masks:
+        matchers = [constraint.matcher for constraint, _ in taken]
+        tokens = [token for _, token in taken]
+        self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
+        return _masks(matchers, taken[0][0].lexicon, self._executor)
+
+
+def _masks(matchers: Rows[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
+    vocab = lexicon.vocab_size
+    packed = allocate_token_bitmask(len(matchers), vocab)
+    fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)
+    bits = np.unpackbits(packed.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    return Masks(torch.from_numpy(bits.view(np.bool_)), [error_of(m) for m in matchers])
+
+
+def _explained(kind: GrammarKind, text: str, reason: str) -> Refusal:
+    """What is wrong, from llguidance's own words, and in a schema also where."""
+    if kind != "json":
+        return Refusal(reason, "mend or simplify it")
+    unsupported = reason.removeprefix("Unimplemented keys: ")
+    schema = json.loads(text)
+    if unsupported != reason:
+        keys = json.loads(unsupported)
+        places = ", ".join(place for key in keys for place in _places(schema, key, "$"))
+        return Refusal(f"uses what is not supported: {places}", "leave it out")
+    rules = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+    fault = None
+    with suppress(RecursionError):
+        fault = best_match(rules.iter_errors(schema))
+    if fault is not None:
+        reason = f"is no JSON schema: at {fault.json_path}, {fault.message}"
+    return Refusal(reason, "mend or simplify it")
+
+
+def _places(schema: object, key: str, at: str) -> Iterator[str]:
+    """Where in a schema `key` stands, as JSON paths."""
+    if isinstance(schema, list):
+        for index, each in enumerate(schema):
+            yield from _places(each, key, f"{at}[{index}]")
+    if isinstance(schema, dict):
+        for name, each in schema.items():
+            if name == key:
+                yield f"{at}.{key}"
+            yield from _places(each, key, f"{at}.{name}")

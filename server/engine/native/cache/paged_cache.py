@@ -1,0 +1,301 @@
+"""Keys and values in blocks of 256 tokens, for CUDA; a row's block table says which are its own.
+
+Rows that begin alike have their first whole blocks in common, with what is kept of rows that have
+ended; blocks are counted here alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+from server.engine.errors import DoesNotFit
+from server.engine.native.attention import (
+    AttentionPlan,
+    Chunk,
+    LayerAttention,
+    LayerShape,
+    attend_chunk,
+    causal_mask,
+)
+
+BLOCK = 256
+"""Tokens; what the paged kernel behind `varlen_attn` is built for."""
+_SCRATCH_BLOCK = 0
+"""Written by the padding of captured batches, read by nobody."""
+
+
+class PagedCache:
+    """Allocated once, on the device. Runs on any device; the kernel is chosen per layer."""
+
+    shares = True
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        total_tokens: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """`max_tokens` is the longest row. Raises DoesNotFit where one such does not fit."""
+        blocks = total_tokens // BLOCK
+        self.table_width = -(-max_tokens // BLOCK)
+        if blocks < self.table_width:
+            raise DoesNotFit(
+                f"a cache of {total_tokens} tokens is too small for a window of {max_tokens}: "
+                f"set kv-cache-tokens to {self.table_width * BLOCK} or more, or max-model-len lower"
+            )
+        self.total_tokens = blocks * BLOCK
+        self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
+        self.device = device
+        self.keys = [
+            torch.zeros(blocks + 1, BLOCK, s.kv_heads, s.key_dim, dtype=s.dtype, device=device)
+            for s in shapes
+        ]
+        self.values = [
+            torch.zeros(blocks + 1, BLOCK, s.kv_heads, s.value_dim, dtype=s.dtype, device=device)
+            for s in shapes
+        ]
+        self._free = list(range(blocks, _SCRATCH_BLOCK, -1))
+        self._users = [0] * (blocks + 1)
+        """For each block: how many tables it stands in, and how many times it is kept."""
+        self.tables: dict[int, list[int]] = {}
+        self.blocks = PagedBlocks(self)
+
+    @property
+    def used_tokens(self) -> int:
+        return self.total_tokens - len(self._free) * BLOCK - self.blocks.tokens
+
+    def reserve(self, row: int, tokens: int) -> bool:
+        table = self.tables.get(row, [])
+        missing = -(-tokens // BLOCK) - len(table)
+        if missing > len(self._free):
+            return False
+        if missing > 0:
+            new = [self._free.pop() for _ in range(missing)]
+            self.tables[row] = table + new
+            self.count(new, 1)
+            index = torch.tensor(new, device=self.device)
+            for pool in (*self.keys, *self.values):
+                # What another row left there is masked, but NaN times a weight of 0 is NaN.
+                pool.index_fill_(0, index, 0.0)
+        return True
+
+    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+        assert row not in self.tables, "only a new row begins"
+        origin = self.blocks.pages(blocks)
+        whole, rest = divmod(shared, BLOCK)
+        self.tables[row] = origin[:whole]
+        if not self.reserve(row, tokens):
+            del self.tables[row]
+            return False
+        self.count(origin[:whole], 1)
+        if rest:
+            begun, copy = origin[whole], self.tables[row][whole]
+            for pool in (*self.keys, *self.values):
+                pool[copy, :rest] = pool[begun, :rest]
+        return True
+
+    def release(self, row: int) -> None:
+        self.count(self.tables.pop(row, []), -1)
+
+    def count(self, pages: Sequence[int], change: int) -> None:
+        """More or fewer use these blocks; those that nobody uses are free."""
+        for page in pages:
+            self._users[page] += change
+            assert self._users[page] >= 0, "a block is released once"
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    def users(self, page: int) -> int:
+        return self._users[page]
+
+    def order(self, rows: Sequence[int]) -> list[int]:
+        return sorted(rows)
+
+    def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
+        return PagedPlan(self, self.index([*decode, *prefill]), [*decode, *prefill], len(decode))
+
+    def attention_call(self, _layer: LayerAttention) -> None:
+        return None
+
+    def index(self, chunks: Sequence[Chunk]) -> "PagedIndex":
+        width = max(len(self.tables[chunk.row]) for chunk in chunks)
+        rows = [self.tables[chunk.row] for chunk in chunks]
+        tables = torch.tensor([row + [_SCRATCH_BLOCK] * (width - len(row)) for row in rows])
+        starts = torch.tensor([chunk.start for chunk in chunks])
+        tokens = torch.tensor([chunk.tokens for chunk in chunks])
+        cumulative = F.pad(tokens.cumsum(0), (1, 0))
+        row = torch.arange(len(chunks)).repeat_interleave(tokens)
+        positions = torch.arange(int(tokens.sum())) - cumulative[row] + starts[row]
+        return PagedIndex(
+            tables=tables.int().to(self.device),
+            lengths=(starts + tokens).int().to(self.device),
+            cumulative=cumulative.int().to(self.device),
+            block=tables[row, positions // BLOCK].to(self.device),
+            offset=(positions % BLOCK).to(self.device),
+            longest_chunk=max(chunk.tokens for chunk in chunks),
+            longest_row=max(chunk.start + chunk.tokens for chunk in chunks),
+        )
+
+
+class PagedBlocks:
+    """Blocks of rows themselves, counted: keeping one copies nothing."""
+
+    size = BLOCK
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._cache = cache
+        self._pages: dict[int, int] = {}
+        """Name -> the block in the pools."""
+        self._kept: Counter[int] = Counter()
+        """Block in the pools -> how many names it has: two while its row writes on."""
+        self._names = count()
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._is_alone(page) for page in list(self._kept)) * BLOCK
+
+    def keep(self, row: int, start: int, tokens: int) -> list[int]:
+        pages = self._cache.tables[row][start // BLOCK : -(-(start + tokens) // BLOCK)]
+        self._cache.count(pages, 1)
+        self._kept.update(pages)
+        names = [next(self._names) for _ in pages]
+        self._pages.update(zip(names, pages, strict=True))
+        return names
+
+    def leave(self, _row: int, /) -> list[int]:
+        return []
+
+    def has_place(self, block: int) -> bool:
+        return self._is_alone(self._pages[block])
+
+    def drop(self, block: int) -> None:
+        page = self._pages.pop(block)
+        self._cache.count([page], -1)
+        self._kept[page] -= 1
+        if not self._kept[page]:
+            del self._kept[page]
+
+    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
+        first = next((b for b in blocks if self._is_alone(self._pages[b])), None)
+        if first is None:
+            return []
+        return [first]
+
+    def pages(self, blocks: Sequence[int]) -> list[int]:
+        return [self._pages[block] for block in blocks]
+
+    def _is_alone(self, page: int) -> bool:
+        """Whether no row uses it."""
+        return self._cache.users(page) == self._kept[page]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedIndex:
+    """Where a step's `rows` chunks find their keys, on the device."""
+
+    tables: torch.Tensor
+    """`[rows, blocks]`, int32."""
+    lengths: torch.Tensor
+    """`[rows]`, int32: keys of each row, this step's included."""
+    cumulative: torch.Tensor
+    """`[rows + 1]`, int32: where each row's tokens begin in the flat batch."""
+    block: torch.Tensor
+    """`[tokens]`: the block that each token's key goes to."""
+    offset: torch.Tensor
+    """`[tokens]`: and where in it."""
+    longest_chunk: int
+    longest_row: int
+
+
+class PagedPlan:
+    def __init__(
+        self, cache: PagedCache, index: PagedIndex, chunks: Sequence[Chunk], decoding: int
+    ) -> None:
+        """The first `decoding` of the chunks hold one token each."""
+        self._cache = cache
+        self._index = index
+        self._chunks = chunks
+        self._decoding = decoding
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
+    ) -> torch.Tensor:
+        index = self._index
+        keys, values = self._cache.keys[layer.layer], self._cache.values[layer.layer]
+        keys[index.block, index.offset] = key.transpose(0, 1)
+        values[index.block, index.offset] = value.transpose(0, 1)
+        if _kernel_fits(query, value, layer):
+            out = varlen_attn(
+                query.transpose(0, 1).contiguous(),
+                keys,
+                values,
+                index.cumulative,
+                None,
+                index.longest_chunk,
+                index.longest_row,
+                scale=layer.scaling,
+                window_size=(-1 if layer.window is None else layer.window - 1, 0),
+                enable_gqa=query.shape[0] != key.shape[0],
+                seqused_k=index.lengths,
+                block_table=index.tables,
+            )
+            assert isinstance(out, torch.Tensor)
+            return out
+        return self._gathered(query, keys, values, layer)
+
+    def _gathered(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: LayerAttention
+    ) -> torch.Tensor:
+        """For what the kernel does not know (float32, soft-capping): blocks gathered, then SDPA."""
+        out = query.new_empty(query.shape[1], query.shape[0], values.shape[-1])
+        if self._decoding:
+            out[: self._decoding] = self._decode(query[:, : self._decoding], keys, values, layer)
+        start = self._decoding
+        for row, chunk in enumerate(self._chunks[self._decoding :], start=self._decoding):
+            span = slice(start, start + chunk.tokens)
+            end = chunk.start + chunk.tokens
+            table = self._index.tables[row]
+            out[span] = attend_chunk(
+                query[:, span],
+                keys[table].flatten(0, 1)[:end].transpose(0, 1),
+                values[table].flatten(0, 1)[:end].transpose(0, 1),
+                causal_mask(chunk, layer.window, query.device),
+                layer,
+            ).transpose(0, 1)
+            start += chunk.tokens
+        return out
+
+    def _decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: LayerAttention
+    ) -> torch.Tensor:
+        rows = query.shape[1]
+        tables, lengths = self._index.tables[:rows], self._index.lengths[:rows, None]
+        mine = keys[tables].flatten(1, 2).transpose(1, 2)
+        kept = values[tables].flatten(1, 2).transpose(1, 2)
+        times = torch.arange(mine.shape[2], device=query.device)
+        seen = times < lengths
+        if layer.window is not None:
+            seen &= times >= lengths - layer.window
+        # Query heads that share a key head: [rows, kv_heads, group, dim].
+        grouped = query.transpose(0, 1).reshape(rows, mine.shape[1], -1, query.shape[-1])
+        scores = torch.matmul(grouped * layer.scaling, mine.transpose(-1, -2))
+        if layer.softcap is not None:
+            scores = torch.tanh(scores / layer.softcap) * layer.softcap
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(kept.dtype)
+        return torch.matmul(weights, kept).flatten(1, 2)
+
+
+def _kernel_fits(query: torch.Tensor, value: torch.Tensor, layer: LayerAttention) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and layer.softcap is None
+        and query.shape[-1] == value.shape[-1] <= 256
+    )

@@ -1,0 +1,268 @@
+"""The running batch and all that belongs to it, as one synchronous object without locks."""
+
+import itertools
+import logging
+from collections.abc import Sequence as Rows
+from contextlib import suppress
+
+from adapters.model.slots import IA3Slots
+from adapters.residency import Residency
+from server.engine.native.cache.planning import memory_table, window_of
+from server.engine.native.config import EngineConfig, EngineStats
+from server.engine.native.faults import FAULTS, Fault
+from server.engine.native.forward.execution import prepare
+from server.engine.native.model.loading import LoadedModel
+from server.engine.native.model.quantization import weights_bytes
+from server.engine.native.sampling.sampler import Sampled, Sampler
+from server.engine.native.scheduling.scheduler import CannotStart, Scheduler
+from server.engine.native.scheduling.speculation import Speculation
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.stepping import Failed, Lost, Ran, Stepping
+from server.engine.native.taking import take
+from server.engine.request import FinishReason, GenerationRequest, Output
+
+log = logging.getLogger(__name__)
+
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Prompt tokens in a step: what decoding rows wait for at most, by device."""
+
+
+class EngineCore:
+    """Batches any number of requests over one model. Made before any adapter is resident.
+
+    One thread calls it; `stats` alone may be called by any. Every request that was added gets one
+    last output, which carries a finish reason; its lease is released just before.
+
+    Raises UnsupportedModel where the model cannot be run exactly, and DoesNotFit.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
+    ) -> None:
+        base = loaded.model
+        self._residency = residency
+        self._weights_bytes = weights_bytes(base)
+        self._tokenizer = loaded.tokenizer
+        self._eos_token_ids = loaded.end_tokens
+        self.max_model_len = window_of(base, config.max_model_len)
+        self.decoder_start = loaded.decoder_start()
+        execution = prepare(
+            ia3,
+            tokenizer=loaded.tokenizer,
+            decoder_start=self.decoder_start,
+            max_rows=config.max_rows,
+            max_model_len=self.max_model_len,
+            kv_cache_tokens=config.kv_cache_tokens,
+            pack=config.pack_linears,
+            trace_cache=config.trace_cache,
+            compile_cache=config.compile_cache,
+        )
+        self._bank = ia3.bank
+        self.runner_kind = execution.kind
+        self._compiled = execution.compiled
+        self._cache = execution.cache
+        self._log_memory(ia3, residency)
+        self.chunk_tokens = config.prefill_chunk_tokens or _CHUNK_TOKENS[base.device.type]
+        self._speculation = Speculation(
+            by_default=config.speculation, possible=execution.kind == "flat"
+        )
+        self._scheduler = Scheduler(
+            self._cache,
+            residency,
+            config.max_rows,
+            self.chunk_tokens,
+            config.prefix_cache,
+            execution.whole_prompts,
+            self._speculation,
+        )
+        self._sampler = Sampler(self._eos_token_ids)
+        self._stepping = Stepping(execution.runner, self._sampler, self._cache)
+        self._rows = itertools.count()
+        self._sequences: dict[str, Sequence] = {}
+        """Request id -> its sequence, until it has ended."""
+        self._outputs: list[Output] = []
+        """Those that no step has returned yet."""
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._unsettled = ""
+        """Why the adapters that are kept are not all on the device."""
+
+    def __bool__(self) -> bool:
+        """Whether there is something to do or to say."""
+        return bool(self._sequences or self._outputs)
+
+    @property
+    def running(self) -> int:
+        """How many rows the batch has."""
+        return len(self._scheduler.running)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. One that cannot even be queued ends with the next step."""
+        own = None if request.lease is None else request.lease.vocabulary
+        tokenizer = self._tokenizer if own is None else own.tokenizer
+        try:
+            drafter = self._speculation.drafter(request)
+            row = next(self._rows)
+            sequence = Sequence(request, row, tokenizer, self.decoder_start, drafter)
+        except BaseException as error:
+            log.exception("A request cannot begin; it ends.")
+            self._fail(request, f"The request cannot begin: {error}")
+            return
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """The request ends with the next step, unless it has ended already."""
+        if request_id in self._sequences:
+            self._end(self._sequences[request_id], FinishReason.CANCELLED)
+
+    def step(self) -> list[Output]:
+        """Compute the next token of every row that runs, or a part of its prompt.
+
+        A failure that is not one request's own is raised; nothing but `abandon` may follow it.
+        """
+        try:
+            step = self._scheduler.schedule()
+        except CannotStart as error:
+            log.error("A request could not be started; it ends.\n%s", error.fault.trace)
+            self._end(error.sequence, FinishReason.ERROR, error.fault.reason)
+            return self._take_outputs()
+        if step:
+            for part in self._stepping.run(step):
+                self._advance(part)
+            self._steps += 1
+        else:
+            assert not self._sequences, "waiting requests with an idle model can always start"
+        assert self._sequences or not self._cache.used_tokens, "an idle engine holds no rows"
+        return self._take_outputs()
+
+    def settle(self) -> None:
+        """Bring kept adapters to the device; those that find no memory are tried again."""
+        problem = ""
+        try:
+            self._residency.settle()
+        except FAULTS as error:
+            problem = Fault.of(error).message
+            if problem != self._unsettled:
+                log.error("An adapter cannot be kept on the device for now: %s", problem)
+        self._unsettled = problem
+
+    def abandon(self, reason: FinishReason, error: str) -> list[Output]:
+        """End every request, whatever state a failure has left. Nothing may follow this."""
+        for sequence in list(self._sequences.values()):
+            try:
+                self._end(sequence, reason, error)
+            except BaseException:
+                log.exception("A request's row could not be given back.")
+                self._sequences.pop(sequence.request.id, None)
+                with suppress(AssertionError):  # Its adapter is still pinned.
+                    self._fail(sequence.request, error)
+        self._sampler.close()
+        return self._take_outputs()
+
+    def stats(self) -> EngineStats:
+        prefixes = self._scheduler.prefixes
+        return EngineStats(
+            running=self.running,
+            waiting=self._scheduler.waiting,
+            kv_tokens_used=self._cache.used_tokens,
+            kv_tokens_total=self._cache.total_tokens,
+            kv_tokens_cached=prefixes.kept_tokens,
+            prefix_queried_tokens=prefixes.queried_tokens,
+            prefix_hit_tokens=prefixes.hit_tokens,
+            weights_bytes=self._weights_bytes,
+            kv_cache_bytes=self._cache.nbytes,
+            compiled=self._compiled,
+            bank_bytes=self._bank.nbytes,
+            preemptions=self._scheduler.preemptions,
+            steps=self._steps,
+            step_retries=self._stepping.retries,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            drafted_tokens=self._speculation.drafted_tokens,
+            accepted_tokens=self._speculation.accepted_tokens,
+        )
+
+    def _log_memory(self, ia3: IA3Slots, residency: Residency) -> None:
+        tokens, slots = self._cache.total_tokens, ia3.capacity
+        log.info(
+            "Memory planned:\n%s",
+            memory_table(
+                {
+                    "weights": self._weights_bytes,
+                    f"keys and values of {tokens:,} tokens": self._cache.nbytes,
+                    f"{slots:,} adapters of the default kind": ia3.bank.planned_nbytes(),
+                    "whole modules of adapters, at most": ia3.saved_capacity,
+                    "adapters off the device, at most": residency.host_capacity,
+                },
+                ia3.base.device,
+            ),
+        )
+
+    def _advance(self, part: Ran | Failed | Lost) -> None:
+        match part:
+            case Ran():
+                self._count(part)
+                for sequence, choices in part.choices:
+                    self._append(sequence, choices)
+            case Failed(sequence, reason):
+                self._end(sequence, FinishReason.ERROR, reason)
+            case Lost(sequences):
+                for sequence in sequences:
+                    self._scheduler.preempt(sequence)
+
+    def _count(self, ran: Ran) -> None:
+        """The step's tokens have keys and values now; prompts that asked for it are scored."""
+        step = ran.step
+        accepted = sum(len(choices) - 1 for _, choices in ran.choices)
+        self._speculation.learn(step, ran.seconds, accepted)
+        for sequence, scores in ran.prompts:
+            sequence.score_prompt(scores)
+        decoding = [*step.decode, *(draft.sequence for draft in step.drafts)]
+        for sequence, tokens in [*((s, 1) for s in decoding), *step.prefill]:
+            self._prompt_tokens += min(tokens, max(0, sequence.prompt_tokens - sequence.computed))
+            sequence.advance(tokens)
+
+    def _append(self, sequence: Sequence, choices: Rows[Sampled]) -> None:
+        """Whatever a tokenizer or a stop string raises is the request's own failure."""
+        try:
+            output = take(sequence, choices, self._eos_token_ids)
+        except BaseException as error:
+            log.exception("A token could not be taken; its request ends.")
+            self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
+            return
+        self._generated_tokens += len(output.token_ids)
+        if output.finish_reason is None:
+            self._outputs.append(output)
+        else:
+            self._close(sequence, output)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
+        """End a request whose latest step brought nothing."""
+        last = Output(
+            request_id=sequence.request.id,
+            cached_tokens=sequence.cached_tokens or 0,
+            finish_reason=reason,
+            error="" if reason is FinishReason.CANCELLED else error,
+            predicted_tokens=sequence.predicted_tokens,
+        )
+        self._close(sequence, last)
+
+    def _close(self, sequence: Sequence, last: Output) -> None:
+        """The one place where a request ends: its row, its cache, its pin and its lease go."""
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request.id]
+        self._answer(sequence.request, last)
+
+    def _fail(self, request: GenerationRequest, error: str) -> None:
+        """End a request that has no row."""
+        reason = FinishReason.ERROR
+        self._answer(request, Output(request_id=request.id, finish_reason=reason, error=error))
+
+    def _answer(self, request: GenerationRequest, last: Output) -> None:
+        self._outputs.append(last)
+        if request.lease is not None:
+            request.lease.release()
+
+    def _take_outputs(self) -> list[Output]:
+        outputs, self._outputs = self._outputs, []
+        return outputs

@@ -1,0 +1,191 @@
+"""The engine's thread takes requests in, lets the core step, and delivers what a step brought."""
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from enum import Enum, auto
+
+from adapters.model.slots import IA3Slots
+from adapters.residency import Residency
+from server.engine.constraints.grammars import Grammars
+from server.engine.errors import EngineDead, EngineStopping, QueueFull
+from server.engine.native.admission import Admission
+from server.engine.native.config import EngineConfig, EngineStats
+from server.engine.native.core import EngineCore
+from server.engine.native.inbox import Inbox
+from server.engine.native.model.loading import LoadedModel
+from server.engine.request import FinishReason, GenerationRequest, Output
+
+log = logging.getLogger(__name__)
+
+
+class _State(Enum):
+    NEW = auto()
+    RUNNING = auto()
+    DRAINING = auto()
+    """Requests end, and no others are admitted."""
+    STOPPING = auto()
+    """What runs is cancelled."""
+    DEAD = auto()
+    """The thread ended on an error."""
+
+
+_STEPS = (_State.RUNNING, _State.DRAINING)
+
+
+class Engine:
+    """Runs an `EngineCore` on a thread of its own. Every method may be called from any thread.
+
+    Raises UnsupportedModel where the model cannot be run exactly, and DoesNotFit.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
+    ) -> None:
+        self.model_name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self.generation_config = loaded.generation_config
+        self.vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        self.eos_token_ids = loaded.end_tokens
+        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
+        self.core = EngineCore(loaded, ia3, residency, config)
+        """Belongs to the thread once that has started."""
+        self.max_model_len = self.core.max_model_len
+        self.decoder_start = self.core.decoder_start
+        self.runner_kind = self.core.runner_kind
+        self._changed = threading.Condition()
+        """Guards all that follows."""
+        self._state = _State.NEW
+        self._admission = Admission(config.max_rows + config.max_queue)
+        self._inbox = Inbox(self._changed, config.max_rows, self.core.chunk_tokens)
+        self.expecting = self._inbox.expecting
+        self._cancelled: set[str] = set()
+        self._in_flight: dict[str, GenerationRequest] = {}
+        """Request id -> a request that has not got its last output."""
+        self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
+        self._deliver: Callable[[list[Output]], None] = lambda _: None
+
+    def start(self, deliver: Callable[[list[Output]], None]) -> None:
+        """Start the thread. It calls `deliver` after each step; that must not block."""
+        self._deliver = deliver
+        self._state = _State.RUNNING
+        self._thread.start()
+
+    def submit(self, *requests: GenerationRequest) -> None:
+        """Queue requests, all of them or none; never blocks. Until this returns, their leases are
+        the caller's.
+
+        Raises QueueFull, EngineStopping, EngineDead.
+        """
+        for request in requests:
+            tokens = len(request.prompt)
+            assert tokens > 0, "the API refuses empty prompts"
+            assert request.params.max_tokens <= self.room_after(tokens), "and too long ones"
+        with self._changed:
+            if self._state is _State.DEAD:
+                raise EngineDead
+            if self._state is not _State.RUNNING:
+                raise EngineStopping
+            if not self._admission.admit(requests):
+                waiting = self._admission.admitted - self.core.running
+                raise QueueFull(waiting, self._admission.seconds_until_free(requests))
+            self._in_flight |= {request.id: request for request in requests}
+            self._inbox.put(requests)
+
+    def room_after(self, prompt_tokens: int) -> int:
+        """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
+        room = self.max_model_len - prompt_tokens
+        if self.decoder_start is None or room < 0:
+            return room
+        return self.max_model_len - len(self.decoder_start)
+
+    def cancel(self, request_id: str) -> None:
+        """The request still ends with one output, CANCELLED, unless it has ended already."""
+        with self._changed:
+            self._cancelled.add(request_id)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Something beside requests may have changed: which adapters are kept on the device."""
+        with self._changed:
+            self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        stats = self.core.stats()
+        waiting = max(0, self._admission.admitted - stats.running)
+        alive, ready = self._state is not _State.DEAD, self._state is _State.RUNNING
+        return replace(stats, alive=alive, ready=ready, waiting=waiting)
+
+    def stop(self, timeout: float) -> None:
+        """Refuse new requests, let the running ones end for up to `timeout` seconds, cancel the
+        rest, and end the thread."""
+        with self._changed:
+            if self._state is _State.RUNNING:
+                self._state = _State.DRAINING
+            self._changed.notify()
+            self._changed.wait_for(
+                lambda: not self._admission.admitted or self._state is _State.DEAD, timeout
+            )
+            if self._state is _State.DRAINING:
+                self._state = _State.STOPPING
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _loop(self) -> None:
+        try:
+            while self._take_in():
+                self._send(self.core.step())
+        except BaseException:
+            # A panic in a library's Rust code is no Exception.
+            log.exception("The model thread ends.")
+            with self._changed:
+                self._state = _State.DEAD
+        cancelled = self._state is _State.STOPPING
+        reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
+        self._send(self.core.abandon(reason, str(EngineDead())))
+        self._send(self._left_over(reason))
+
+    def _take_in(self) -> bool:
+        """Hand the core what has been asked; wait while there is nothing to do. False: stop."""
+        with self._changed:
+            self.core.settle()
+            while not (self.core or self._inbox) and self._state in _STEPS:
+                self._cancelled.clear()
+                self._changed.wait()
+                self.core.settle()
+            if not self.core:
+                self._inbox.gather()
+            requests = self._inbox.take_all()
+            cancelled, self._cancelled = self._cancelled, set()
+            going = self._state in _STEPS
+        for request in requests:
+            self.core.add(request)
+        for request_id in cancelled:
+            self.core.cancel(request_id)
+        return going
+
+    def _left_over(self, reason: FinishReason) -> list[Output]:
+        """The last outputs of requests that the core never had, or lost."""
+        with self._changed:
+            requests = list(self._in_flight.values())
+        for request in requests:
+            if request.lease is not None:
+                with suppress(AssertionError):  # Its adapter is still pinned.
+                    request.lease.release()
+        error = "" if reason is FinishReason.CANCELLED else str(EngineDead())
+        return [Output(request_id=each.id, finish_reason=reason, error=error) for each in requests]
+
+    def _send(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        last = [each.request_id for each in outputs if each.finish_reason is not None]
+        ended = [self._in_flight.pop(request_id) for request_id in last]
+        self._deliver(outputs)
+        if ended:
+            with self._changed:
+                for request in ended:
+                    self._admission.leave(request)
+                self._changed.notify_all()

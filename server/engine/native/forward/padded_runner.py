@@ -1,0 +1,220 @@
+"""One step of rows that run padded: `[rows, tokens]` forwards on transformers' own attention.
+
+For models that a flat batch would compute wrongly: whose attention goes past the interface, reads
+the flat axis, or crosses to an encoder. Decoding rows run together, aligned at the right; prompts
+of like length run together on their first chunk, and alone on the others.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from adapters.model.slots import IA3Slots
+from server.engine.native.cache.padded_cache import PaddedCache
+from server.engine.native.cache.padded_group import Group
+from server.engine.native.forward.runner import Logits, slot_of
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.sequences.step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of one row."""
+
+    row: int
+    start: int
+    """How many tokens of the row have keys and values; those of a source do not count."""
+    ids: list[int]
+    slot: int
+    source: list[int]
+    """What the encoder of an encoder-decoder reads."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokens: int) -> "Piece":
+        source = sequence.source_tokens
+        start, end = sequence.computed, sequence.computed + tokens
+        return cls(
+            row=sequence.row,
+            start=max(0, start - source),
+            ids=sequence.tokens[max(start, source) : end],
+            slot=slot_of(sequence),
+            source=sequence.tokens[:source],
+        )
+
+    def single_tokens(self) -> Iterator["Piece"]:
+        for number, token in enumerate(self.ids):
+            yield replace(self, start=self.start + number, ids=[token])
+
+
+class PaddedRunner:
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
+        """Not `goes_on`: the model goes on from a row's state one token at a time only."""
+        self._ia3 = ia3
+        self._cache = cache
+        self._device = ia3.base.device
+        self._accepts = inspect.signature(ia3.base.forward).parameters.keys()
+        self._positions = RowPositions(ia3.base)
+        self._equal_beyond = _equal_beyond(ia3.base)
+        self._carries = not cache.shares
+        self._goes_on = goes_on
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Logits:
+        work = [*((s, 1) for s in step.decode), *step.prefill]
+        logits: dict[int, torch.Tensor] = {}
+        for batch in self._batches(step):
+            every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
+            pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
+            scores = self.forward(pieces, every)
+            logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
+        taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
+        prompts = []
+        for sequence, tokens in step.prefill:
+            unscored = sequence.unscored(tokens)
+            if unscored:
+                # Those of an encoder's tokens are not there, and nobody asks for them.
+                at = slice(unscored.start - tokens, (unscored.stop - tokens) or None)
+                prompts.append((sequence, logits[sequence.row][at]))
+        last = [logits[sequence.row][-1] for sequence in taking]
+        none = next(iter(logits.values()))[:0]
+        return Logits(taking, torch.stack(last) if last else none, prompts)
+
+    def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
+        """What can run together: the same number of tokens, or nothing computed yet."""
+        batches: dict[tuple[object, ...], list[tuple[Sequence, int]]] = defaultdict(list)
+        prefill = list(step.prefill)
+        for sequence in step.decode:
+            length = sequence.computed - sequence.source_tokens
+            if self._carries and length == 0:
+                prefill.append((sequence, 1))
+                continue
+            batches["decode", length if length >= self._equal_beyond else 0].append((sequence, 1))
+        for sequence, tokens in prefill:
+            if sequence.computed > sequence.source_tokens or tokens > self._equal_beyond:
+                batches["alone", sequence.row].append((sequence, tokens))
+            else:
+                # Up to twice as long as the shortest: at least half of the batch is no padding.
+                # None at all where it would enter the state that a row carries.
+                kind = "encoded" if sequence.computed else "first"
+                like = tokens if self._carries else tokens.bit_length()
+                batches[kind, like].append((sequence, tokens))
+        yield from batches.values()
+
+    @torch.inference_mode()
+    def forward(self, pieces: Rows[Piece], every: bool) -> torch.Tensor:
+        """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
+        tokens = max(len(piece.ids) for piece in pieces)
+        if tokens > 1 and not self._goes_on and pieces[0].start > 0:
+            [piece] = pieces
+            return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
+        sources = [len(piece.source) for piece in pieces if piece.source]
+        rows, lengths = [piece.row for piece in pieces], [piece.start for piece in pieces]
+        group = self._cache.gather(rows, lengths, tokens, sources)
+        with group.advancing([len(piece.ids) for piece in pieces]) as cache:
+            return self._forward(pieces, every, group, cache)
+
+    def _forward(
+        self, pieces: Rows[Piece], every: bool, group: Group, cache: Cache
+    ) -> torch.Tensor:
+        tokens = max(len(piece.ids) for piece in pieces)
+        starts = torch.tensor(group.starts, device=self._device)[:, None]
+        columns = torch.arange(group.end + tokens, device=self._device)
+        positions = (columns[group.end :] - starts).clamp(min=0)
+        ids = [[0] * (tokens - len(piece.ids)) + piece.ids for piece in pieces]
+        arguments = {
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 0 if every else 1,
+        }
+        mask = (columns >= starts).long()
+        if "cache_params" in self._accepts:
+            # Without attention: there is nothing to mask, and the cache has another name.
+            arguments["cache_params"] = cache
+            arguments["input_ids"] = torch.tensor(ids, device=self._device)
+        elif group.sources:
+            arguments |= self._source(pieces, group) | {"decoder_attention_mask": mask}
+            arguments["decoder_input_ids"] = torch.tensor(ids, device=self._device)
+            # Under their other name they would be the encoder's, which counts by itself.
+            arguments["decoder_position_ids"] = arguments.pop("position_ids")
+        else:
+            arguments["attention_mask"] = mask
+            arguments["input_ids"] = torch.tensor(ids, device=self._device)
+        self._ia3.set_rows([piece.slot for piece in pieces])
+        with self._positions.set(positions):
+            accepted = {k: v for k, v in arguments.items() if k in self._accepts}
+            out = self._ia3.base(**accepted)
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def _source(self, pieces: Rows[Piece], group: Group) -> dict[str, Any]:
+        """Sources, aligned at the left; once they are encoded, only which of them are padding."""
+        longest = max(group.sources)
+        lengths = torch.tensor(group.sources, device=self._device)[:, None]
+        mask = (torch.arange(longest, device=self._device) < lengths).long()
+        if group.crossed:
+            # The decoder reads keys and values from the cache, and only the shape of this. Models
+            # with experts read the router's logits of it, too, be they none.
+            width = int(self._ia3.base.config.hidden_size)
+            encoded = torch.empty(1, 1, 1, dtype=self._ia3.base.dtype, device=self._device)
+            states = MoeModelOutputWithPast(encoded.expand(len(pieces), longest, width))
+            return {"encoder_outputs": states, "attention_mask": mask}
+        ids = [piece.source + [0] * (longest - len(piece.source)) for piece in pieces]
+        return {"input_ids": torch.tensor(ids, device=self._device), "attention_mask": mask}
+
+
+class RowPositions:
+    """Gives each row its own learned positions in a model that counts them for the whole batch.
+
+    BART's decoder takes the length of the cache for every row's position.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._positions: torch.Tensor | None = None
+        decoder: nn.Module = model
+        if model.config.is_encoder_decoder:
+            decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+        for module in decoder.modules():
+            if isinstance(module, nn.Embedding) and "past_key_values_length" in (
+                inspect.signature(module.forward).parameters
+            ):
+                module.register_forward_hook(self._embed)
+
+    @contextmanager
+    def set(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within: `[rows, tokens]` positions."""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _embed(self, module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        if self._positions is None:
+            return output
+        weight, offset = module.weight, getattr(module, "offset", 0)
+        assert isinstance(weight, torch.Tensor)
+        return F.embedding(self._positions + offset, weight)
+
+
+def _equal_beyond(model: PreTrainedModel) -> int:
+    """From how many tokens on only rows of one length may run together.
+
+    Llama 4 scales its queries by a position that it counts for the whole batch; below `floor_scale`
+    that scale is 1 for all.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False):
+        return int(config.floor_scale) - 1
+    return 1 << 62

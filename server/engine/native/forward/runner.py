@@ -1,0 +1,159 @@
+"""One step on the device: pack the rows' tokens into one flat forward, and return logits."""
+
+import inspect
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from adapters.model.bank import Segment
+from adapters.model.slots import IA3Slots
+from server.engine.native.attention import Chunk, StepContext
+from server.engine.native.cache.kv_cache import FlatCache
+from server.engine.native.cache.paged_cache import PagedCache
+from server.engine.native.forward.cuda_graphs import DecodeGraphs
+from server.engine.native.forward.tracing import Forward
+from server.engine.native.sequences.sequence import Sequence
+from server.engine.native.sequences.step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a step computed."""
+
+    sequences: list[Sequence]
+    """Those with all of their tokens computed: each takes its next one."""
+    next_token: torch.Tensor
+    """`[sequences, vocab]`."""
+    prompts: list[tuple[Sequence, torch.Tensor]]
+    """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
+    tokens that have no score yet."""
+    drafts: torch.Tensor | None = None
+    """`[positions, vocab]`: what follows each drafted row's latest token, and each drafted one."""
+
+
+class Runner(Protocol):
+    def run(self, step: Step) -> Logits: ...
+
+
+class FlatRunner:
+    """All rows' tokens as one `[1, tokens]` batch, on the engine's own keys and values."""
+
+    def __init__(
+        self,
+        ia3: IA3Slots,
+        context: StepContext,
+        cache: FlatCache,
+        modules: "Modules",
+        traced: Forward | None,
+        max_rows: int,
+        max_tokens: int,
+    ) -> None:
+        """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
+        self._ia3 = ia3
+        self._context = context
+        self._cache = cache
+        self._device = ia3.base.device
+        self._modules = modules
+        self._traced = traced
+        ia3.bank.reserve_rows(max_rows)
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and isinstance(cache, PagedCache):
+            self._graphs = DecodeGraphs(
+                ia3, context, cache, traced or modules, max_rows, max_tokens
+            )
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Logits:
+        decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
+        pieces = [(s, s.tokens[s.computed : s.computed + n]) for s, n in step.prefill]
+        pieces += [(d.sequence, [d.sequence.tokens[-1], *d.tokens]) for d in step.drafts]
+        chunks = [Chunk(s.row, s.computed, len(tokens)) for s, tokens in pieces]
+        slots = [slot_of(sequence) for sequence in step.decode]
+        # A captured graph knows the base's modules only, not those that adapters bring.
+        captured = not chunks and not self._ia3.has_copies(slots)
+        if self._graphs is not None and captured and self._graphs.fit(decode):
+            last = [sequence.tokens[-1] for sequence in step.decode]
+            return Logits(step.decode, self._graphs.run(last, decode, slots), [])
+        wanted = _Wanted.of(step)
+        segments = [Segment(slot_of(s), len(tokens)) for s, tokens in pieces]
+        kept = wanted.kept if self._modules.keeps_logits else None
+        self._ia3.set_packed(slots, segments, kept)
+        ids = [sequence.tokens[-1] for sequence in step.decode]
+        positions = [sequence.computed for sequence in step.decode]
+        for sequence, tokens in pieces:
+            ids += tokens
+            positions += range(sequence.computed, sequence.computed + len(tokens))
+        with self._context.step(self._cache.plan(decode, chunks)):
+            logits = self._forward(slots, segments)(
+                torch.tensor([ids], device=self._device),
+                torch.tensor([positions], device=self._device),
+                torch.tensor(wanted.index, dtype=torch.long, device=self._device),
+            )
+        taking, drafted = len(wanted.taking), len(logits) - wanted.drafted
+        scored = torch.split(logits[taking:drafted], [tokens for _, tokens in wanted.scoring])
+        prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
+        return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
+
+    def _forward(self, rows: Rows[int], segments: Rows[Segment]) -> Forward:
+        if self._traced is None or self._ia3.has_copies([*rows, *(s.slot for s in segments)]):
+            return self._modules
+        return self._traced
+
+
+class Modules:
+    """The forward by transformers' modules: `[index, vocab]`, logits after the tokens at `keep`."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        arguments = {"logits_to_keep": keep} if self.keeps_logits else {}
+        out = self._base(input_ids=ids, position_ids=positions, use_cache=False, **arguments)
+        logits: torch.Tensor = out.logits[0]
+        return logits if self.keeps_logits else logits[keep]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The sequences whose logits a step must give, and where they stand in the flat batch."""
+
+    taking: list[Sequence]
+    scoring: list[tuple[Sequence, int]]
+    index: list[int]
+    kept: list[Segment]
+    """The same as segments behind the decoding rows."""
+    drafted: int
+    """The last of them: every token of the drafted rows."""
+
+    @classmethod
+    def of(cls, step: Step) -> "_Wanted":
+        taking, ends = list(step.decode), list(range(len(step.decode)))
+        scoring: list[tuple[Sequence, int]] = []
+        scored: list[int] = []
+        kept: list[Segment] = []
+        start = len(step.decode)
+        for sequence, tokens in step.prefill:
+            if tokens == sequence.uncomputed:
+                taking.append(sequence)
+                ends.append(start + tokens - 1)
+                kept.append(Segment(slot_of(sequence), 1))
+            unscored = sequence.unscored(tokens)
+            if unscored:
+                scoring.append((sequence, len(unscored)))
+                scored += range(start + unscored.start, start + unscored.stop)
+            start += tokens
+        kept += [Segment(slot_of(sequence), tokens) for sequence, tokens in scoring]
+        kept += [Segment(slot_of(draft.sequence), 1 + len(draft.tokens)) for draft in step.drafts]
+        drafted = range(start, step.tokens)
+        return cls(taking, scoring, [*ends, *scored, *drafted], kept, len(drafted))
+
+
+def slot_of(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "a running sequence has a slot"
+    return sequence.slot

@@ -1,0 +1,75 @@
+"""What is added to the logits of some rows of a batch, or taken from them, before one is chosen."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+
+import torch
+
+from server.engine.native.sequences.sequence import Sequence
+
+
+def column(values: Rows[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor([float(value) for value in values], device=device)[:, None]
+
+
+class Bias:
+    def __init__(self, entries: list[tuple[int, int, float]], device: torch.device) -> None:
+        rows, tokens, values = zip(*entries, strict=True)
+        self.index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
+        self.values = torch.tensor(values, device=device)
+
+
+class Allowed:
+    """Rows that take none but the given tokens."""
+
+    def __init__(
+        self, allowed: Mapping[int, frozenset[int]], vocab: int, device: torch.device
+    ) -> None:
+        self._rows = torch.tensor(list(allowed), device=device)
+        forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
+        for index, tokens in enumerate(allowed.values()):
+            forbidden[index, list(tokens)] = False
+        self._forbidden = forbidden.to(device)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[rows of the batch, vocab]`"""
+        held = logits[self._rows].masked_fill(self._forbidden, -torch.inf)
+        return logits.index_copy(0, self._rows, held)
+
+
+class Penalties:
+    """Which tokens the penalised rows have, and how often; it stays while other rows change."""
+
+    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
+        self._sequences = sequences
+        self._lengths = [len(sequence.tokens) for sequence in sequences]
+        params = [sequence.request.params for sequence in sequences]
+        self._presence = column([p.presence_penalty for p in params], device)
+        self._frequency = column([p.frequency_penalty for p in params], device)
+        self._repetition = column([p.repetition_penalty for p in params], device)
+        self._counts = torch.zeros(len(sequences), vocab, device=device)
+        self._seen = torch.zeros_like(self._counts, dtype=torch.bool)
+        for index, mine in enumerate(sequences):
+            answer = torch.tensor(mine.answer, dtype=torch.long, device=device)
+            self._counts[index] += torch.bincount(answer, minlength=vocab)
+            self._seen[index, mine.tokens[mine.source_tokens :]] = True
+
+    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
+        """Whether these are the rows, and the tokens that are counted are all that they have."""
+        if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
+            return False
+        if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
+            return False
+        return [len(sequence.tokens) for sequence in sequences] == self._lengths
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[penalised, vocab]`"""
+        repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
+        rows = torch.where(self._seen, repeated, rows)
+        return rows - self._frequency * self._counts - self._presence * (self._counts > 0)
+
+    def count(self, tokens: torch.Tensor) -> None:
+        index = torch.arange(len(tokens), device=tokens.device)
+        self._counts[index, tokens] += 1
+        self._seen[index, tokens] = True
+        self._lengths = [length + 1 for length in self._lengths]

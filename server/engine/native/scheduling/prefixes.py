@@ -1,0 +1,159 @@
+"""What requests have in common is computed once, for those that run together or come later.
+
+A new row begins with the keys and values of its longest known beginning. Where a row of higher
+rank is just computing that beginning, it waits for it.
+"""
+
+from collections import Counter
+from collections.abc import Hashable
+
+from server.engine.native.cache.kv_cache import KVCache
+from server.engine.native.scheduling.prefix_cache import Node, PrefixCache
+from server.engine.native.sequences.sequence import Sequence
+
+LEAST_SHARED = 32
+"""Tokens. Fewer are not worth a copy, nor a step of waiting."""
+
+
+class Prefixes:
+    """Rows' way into the cache. Whatever is kept there goes before any row has to."""
+
+    def __init__(self, cache: KVCache, across_orders: bool) -> None:
+        """Not `across_orders`: only requests of one order share, and the last takes it along.
+        Nobody shares in a cache that cannot."""
+        self._cache = cache
+        self._across_orders = across_orders and cache.shares
+        self._known = PrefixCache(cache.blocks)
+        self._members: Counter[Hashable] = Counter()
+        """Content -> how many of its sequences have not ended."""
+        self._computing: dict[Sequence, list[Node]] = {}
+        """Running sequences whose prompt others may wait for."""
+        self._awaited: dict[Sequence, Sequence] = {}
+        """A sequence that waits, or has waited and is about to begin -> the one whose prompt it
+        waits for."""
+        self.queried_tokens = 0
+        """Tokens of the prompts that were admitted."""
+        self.hit_tokens = 0
+        """Those of them that were cached."""
+
+    @property
+    def kept_tokens(self) -> int:
+        return self._cache.blocks.tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence has arrived."""
+        self._members[self._content(sequence)] += 1
+
+    def must_wait(self, sequence: Sequence) -> bool:
+        """Whether one of higher rank is computing what this one could begin with."""
+        if self._awaited.get(sequence) in self._computing:
+            return True
+        if not self._shares(sequence):
+            return False
+        most = sequence.most_skippable
+        found = self._known.find(self._content(sequence), sequence.sharable, most)
+        owner = found.owner
+        if owner is None or owner.rank > sequence.rank:
+            return False
+        if not sequence.can_take_scores(owner):
+            most = sequence.skippable
+        if min(found.expected, most) - min(found.tokens, most) < LEAST_SHARED:
+            return False
+        self._awaited[sequence] = owner
+        return True
+
+    def begin(self, sequence: Sequence, tokens: int) -> bool:
+        """Room for the first `tokens` tokens of a new row, which begins with what is known of it.
+        False: there is none."""
+        if sequence in self._awaited:
+            sequence.take_scores(self._awaited[sequence])
+        while True:
+            path, shared = self._find(sequence)
+            blocks = [node.block for node in path if node.block is not None]
+            if shared and self._cache.begin(sequence.row, blocks, shared, tokens):
+                break
+            if not shared and self._cache.reserve(sequence.row, tokens):
+                break
+            if not self._known.drop():
+                return False
+        self._awaited.pop(sequence, None)
+        self._known.touch(path)
+        is_new = sequence.cached_tokens is None
+        sequence.begin(shared)
+        if self._shares(sequence):
+            if is_new:
+                self.queried_tokens += sequence.prompt_tokens
+                self.hit_tokens += shared
+            self._expect(sequence)
+        return True
+
+    def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
+        """Room for all tokens of a row, and so many more. False: there is none."""
+        while not self._cache.reserve(sequence.row, len(sequence.tokens) + ahead):
+            if not self._known.drop():
+                return False
+        return True
+
+    def settle(self) -> None:
+        """Keep the prompts that have been computed since the last step."""
+        for sequence in [s for s in self._computing if s.computed >= s.prompt_tokens]:
+            self._keep(sequence)
+            self._forget_expected(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """The row goes, and those that waited for it look elsewhere."""
+        self._forget_expected(sequence)
+        self._awaited = {s: other for s, other in self._awaited.items() if other is not sequence}
+        self._release(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence has ended, whether it ran or not: its row goes, what it computed stays."""
+        content = self._content(sequence)
+        if self._across_orders or (self._shares(sequence) and self._members[content] > 1):
+            self._keep(sequence)
+        self._forget_expected(sequence)
+        self._awaited.pop(sequence, None)
+        self._release(sequence)
+        self._members[content] -= 1
+        if not self._members[content]:
+            del self._members[content]
+            if not self._across_orders:
+                self._known.forget(content)
+
+    def _content(self, sequence: Sequence) -> Hashable:
+        """What keys and values depend on beside the tokens, and who may see them."""
+        lease = sequence.request.lease
+        digest = "" if lease is None or lease.vectors.is_base else lease.vectors.digest
+        order = None if self._across_orders else sequence.request.order
+        return digest, sequence.request.cache_salt, order
+
+    def _shares(self, sequence: Sequence) -> bool:
+        within = self._cache.shares and sequence.request.order is not None
+        return self._across_orders or within
+
+    def _find(self, sequence: Sequence) -> tuple[list[Node], int]:
+        """Blocks that a new row can begin with, and how many of their tokens."""
+        if not self._shares(sequence):
+            return [], 0
+        content = self._content(sequence)
+        found = self._known.find(content, sequence.sharable, sequence.skippable)
+        return (found.path, found.tokens) if found.tokens >= LEAST_SHARED else ([], 0)
+
+    def _expect(self, sequence: Sequence) -> None:
+        prompt = sequence.sharable[: sequence.prompt_tokens]
+        if len(prompt) - sequence.computed >= LEAST_SHARED:
+            expected = self._known.expect(self._content(sequence), prompt, sequence)
+            self._computing[sequence] = expected
+
+    def _keep(self, sequence: Sequence) -> None:
+        computed = sequence.computed if self._across_orders else sequence.prompt_tokens
+        tokens = sequence.sharable[: min(computed, sequence.computed)]
+        if len(tokens) >= max(LEAST_SHARED, sequence.source_tokens):
+            self._known.keep(self._content(sequence), tokens, sequence.row)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._known.leave(sequence.row)
+        self._cache.release(sequence.row)
+
+    def _forget_expected(self, sequence: Sequence) -> None:
+        self._known.forget_expected(self._computing.pop(sequence, []))

@@ -1,0 +1,260 @@
+"""Which rows run in the next step, and how many of their tokens."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+
+from adapters.model.bank import BASE_SLOT
+from adapters.residency import Residency
+from server.engine.native.cache.kv_cache import KVCache
+from server.engine.native.faults import FAULTS, Fault
+from server.engine.native.scheduling.fair_queue import FairQueue
+from server.engine.native.scheduling.prefixes import Prefixes
+from server.engine.native.scheduling.speculation import Speculation
+from server.engine.native.sequences.sequence import HEADROOM, Sequence
+from server.engine.native.sequences.step import Step
+
+_FIRST_SHARE = 4
+"""The first in rank has at least one in so many of a step's prompt tokens."""
+_RANK = attrgetter("rank")
+
+
+class CannotStart(Exception):
+    """A sequence's adapter could not be brought to the device, or its row not begun."""
+
+    def __init__(self, sequence: Sequence, fault: Fault) -> None:
+        self.sequence = sequence
+        self.fault = fault
+
+
+@contextmanager
+def _starting(sequence: Sequence) -> Iterator[None]:
+    """Within, what a device may raise is the sequence's own failure."""
+    fault = None
+    try:
+        yield
+    except FAULTS as error:
+        fault = Fault.of(error)
+    if fault is not None:
+        raise CannotStart(sequence, fault)
+
+
+class _Claim:
+    """Gives the next free slot to the first sequence that found all slots in use, in the end.
+
+    A few other sequences may overtake it. Then no other adapter's sequence starts before it, so
+    that a slot becomes free. Sequences of the base need no slot and always start.
+    """
+
+    def __init__(self, patience: int) -> None:
+        """`patience`: how many sequences may overtake."""
+        self._patience = patience
+        self._holder: Sequence | None = None
+        self._overtaken = 0
+
+    def make(self, sequence: Sequence) -> None:
+        if self._holder is None:
+            self._holder = sequence
+            self._overtaken = 0
+
+    def drop(self, sequence: Sequence) -> None:
+        if sequence is self._holder:
+            self._holder = None
+
+    def admits(self, sequence: Sequence) -> bool:
+        if self._holder is None or self._overtaken < self._patience:
+            return True
+        return sequence.adapter in ("", self._holder.adapter)
+
+    def see(self, sequence: Sequence) -> None:
+        """A sequence starts."""
+        self.drop(sequence)
+        if self._holder is not None and sequence.adapter:
+            self._overtaken += 1
+
+
+class Scheduler:
+    """Admits waiting sequences in the order of a fair queue; who started last gives way first.
+
+    A running sequence holds a row, room in the cache and its adapter's pin; a waiting one holds
+    none of them. Nothing fails for want of room: it waits, or is computed again. A sequence whose
+    beginning another is computing lets others go first, and so does, for a while, one whose adapter
+    finds all slots in use.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        residency: Residency,
+        max_rows: int,
+        chunk_tokens: int,
+        prefix_cache: bool = True,
+        whole_prompts: bool = False,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
+        with `whole_prompts` it bounds only how many are in one step.
+        Without `prefix_cache`, only the requests of one order have anything in common.
+        Without `speculation`, no row is drafted."""
+        self._cache = cache
+        self._residency = residency
+        self._max_rows = max_rows
+        self._chunk_tokens = chunk_tokens
+        self._whole_prompts = whole_prompts
+        self._speculation = speculation
+        self.prefixes = Prefixes(cache, across_orders=prefix_cache)
+        self._queue = FairQueue()
+        self._expecting: list[Sequence] = []
+        """Waiting too, for what others compute."""
+        self._turns = itertools.count()
+        self._claim = _Claim(max_rows)
+        self.running: list[Sequence] = []
+        """In the order of admission."""
+        self.preemptions = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) + len(self._expecting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self._expecting
+        yield from self._queue
+
+    def add(self, sequence: Sequence) -> None:
+        self.prefixes.add(sequence)
+        self._queue.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence has ended: release what it holds, wherever it is."""
+        if sequence in self.running:
+            self._stop(sequence)
+        elif sequence in self._expecting:
+            self._expecting.remove(sequence)
+        else:
+            self._leave_queue(sequence)
+        if sequence.has_started:
+            self._queue.end(sequence)
+        self.prefixes.end(sequence)
+
+    def schedule(self) -> Step:
+        self.prefixes.settle()
+        decode = self._grow([s for s in self.running if s.uncomputed == 1])
+        self._admit()
+        decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
+        by_row = {sequence.row: sequence for sequence in decode}
+        step = Step([by_row[row] for row in self._cache.order(list(by_row))], self._prefill())
+        return step if self._speculation is None else self._speculation.draft(step, self.prefixes)
+
+    def _prefill(self) -> list[tuple[Sequence, int]]:
+        """The shortest prompts first, but the first in rank always gets on."""
+        prompts = [s for s in self.running if s.uncomputed > 1]
+        if not prompts:
+            return []
+        first = min(prompts, key=_RANK)
+        least = max(1, self._chunk_tokens // _FIRST_SHARE)
+        chunks = {first: self._chunk(first, least) or first.uncomputed}
+        left = self._chunk_tokens - chunks[first]
+        for sequence in sorted(prompts, key=lambda s: (s.uncomputed, s.rank)):
+            given = chunks.get(sequence, 0)
+            tokens = self._chunk(sequence, given + left)
+            if tokens > given:
+                chunks[sequence] = tokens
+                left -= tokens - given
+        return list(chunks.items())
+
+    def _chunk(self, sequence: Sequence, most: int) -> int:
+        """How many of its tokens to compute, `most` at most; 0 where more would be needed, for what
+        is computed whole: an encoder's source, or any prompt of some models."""
+        whole = self._whole_prompts or sequence.computed < sequence.source_tokens
+        return 0 if whole and sequence.uncomputed > most else min(most, sequence.uncomputed)
+
+    def _grow(self, decode: list[Sequence]) -> list[Sequence]:
+        """Room for one more token each; the last in rank give way where there is none."""
+        growing = deque(sorted(decode, key=_RANK))
+        grown = []
+        while growing:
+            sequence = growing.popleft()
+            if self.prefixes.grow(sequence):
+                grown.append(sequence)
+                continue
+            victim = max(self.running, key=_RANK)
+            self.preempt(victim)
+            if victim is not sequence:
+                growing.appendleft(sequence)
+                growing = deque(s for s in growing if s is not victim)
+                grown = [s for s in grown if s is not victim]
+        return grown
+
+    def _admit(self) -> None:
+        for follower in [s for s in self._expecting if not self.prefixes.must_wait(s)]:
+            self._expecting.remove(follower)
+            self._queue.add(follower)
+        slots_left = True
+        while len(self.running) < self._max_rows:
+            sequence = self._queue.first(self._claim.admits if slots_left else self._can_pin)
+            if sequence is None:
+                return
+            if self.prefixes.must_wait(sequence):
+                self._leave_queue(sequence)
+                self._expecting.append(sequence)
+                continue
+            with _starting(sequence):
+                slot = self._pin(sequence)
+            if slot is None:
+                slots_left = False
+                self._claim.make(sequence)
+                continue
+            if not self._begin(sequence):
+                return
+            self._start(sequence, slot)
+
+    def _can_pin(self, sequence: Sequence) -> bool:
+        lease = sequence.request.lease
+        resident = lease is None or self._residency.is_resident(lease)
+        return resident and self._claim.admits(sequence)
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Whether there is room for the row; else its pin is given back."""
+        left = sequence.request.params.max_tokens - sequence.answer_tokens
+        room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
+        begun = False
+        try:
+            with _starting(sequence):
+                begun = self.prefixes.begin(sequence, room)
+        finally:
+            if not begun:
+                self._unpin(sequence)
+        return begun
+
+    def _start(self, sequence: Sequence, slot: int) -> None:
+        self._queue.start(sequence)
+        self._claim.see(sequence)
+        sequence.start(slot, next(self._turns))
+        self.running.append(sequence)
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
+        self._claim.drop(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's row away: it is computed again later."""
+        self._stop(sequence)
+        self.prefixes.preempt(sequence)
+        sequence.preempt()
+        self.preemptions += 1
+        self._queue.add(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._unpin(sequence)
+
+    def _pin(self, sequence: Sequence) -> int | None:
+        lease = sequence.request.lease
+        return BASE_SLOT if lease is None else self._residency.pin(lease)
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.request.lease is not None:
+            self._residency.unpin(sequence.request.lease)

@@ -1,0 +1,38 @@
+"""What one forward computes: plain values, made by the scheduler."""
+
+from dataclasses import dataclass, field
+
+from server.engine.native.sequences.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A decoding row, and the tokens that are drafted to follow its latest one."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward: a token for each decoding row in the cache's order, then the prefill chunks,
+    then the decoding rows that compute drafted tokens too."""
+
+    decode: list[Sequence]
+    prefill: list[tuple[Sequence, int]]
+    """A sequence and how many of its next tokens to compute."""
+    drafts: list[Draft] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.prefill or self.drafts)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        chunks = (sequence for sequence, _ in self.prefill)
+        return [*self.decode, *chunks, *(draft.sequence for draft in self.drafts)]
+
+    @property
+    def tokens(self) -> int:
+        """How many the forward computes."""
+        chunks = sum(tokens for _, tokens in self.prefill)
+        return len(self.decode) + chunks + sum(1 + len(draft.tokens) for draft in self.drafts)
