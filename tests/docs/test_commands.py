@@ -5,8 +5,10 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ PAGES = pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone(tmp_path: Path) -> Iterator[Path]:
     """A folder like a fresh clone after `make install`, for what the commands leave behind."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -37,7 +39,9 @@ def clone(tmp_path: Path) -> Path:
         if path.name != INSTALLED:
             (tmp_path / ".venv" / path.name).symlink_to(path)
     (tmp_path / ".venv" / INSTALLED).touch()
-    return tmp_path
+    yield tmp_path
+    # A merged model is as large as its base.
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.real
