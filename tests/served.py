@@ -36,4 +36,4 @@ def served_by(
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        assert server.wait(60) in (0, -signal.SIGTERM)

@@ -117,8 +117,11 @@ def test_a_block_says_whether_it_is_run(page: Path) -> None:
 
 
 @PAGES
-def test_every_flag_that_a_page_names_is_one(page: Path) -> None:
+def test_every_flag_and_variable_that_a_page_names_is_one(page: Path) -> None:
     text = page.read_text()
+    variables = {f"INFUSE_{name.upper()}" for name in Settings.model_fields}
+    variables |= {"INFUSE_URL", "INFUSE_API_KEY", "INFUSE_CACHE_DIR"}
+    assert set(re.findall(r"\bINFUSE_[A-Z_]+\b", text)) <= variables
     code = re.findall(r"`[^`\n]+`", text) + [block.text for block in blocks(page)]
     known = {"--" + name.replace("_", "-") for name in Settings.model_fields} | _flags()
     known |= {f"--no-{flag[2:]}" for flag in known}
