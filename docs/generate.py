@@ -213,10 +213,10 @@ Every error has OpenAI's shape, also as an event within a stream:
 ```"""
 _HEADERS = """\
 429 and 503 carry `Retry-After` in seconds, 401 `WWW-Authenticate`, 405 `Allow`, and 412 the
-adapter's `ETag` of now. `invalid_request` is for a body or a query with faults, which `details` lists;
-`request_timeout` also for a body that comes too slowly. A 400 for one field may have no code: `param`
-names the field, and the message says how to mend it. A 500 without a code is a fault of the server,
-whose log says more. In the tables `…` stands for what differs."""
+adapter's `ETag` of now. `invalid_request` is for a body or a query with faults, which `details`
+lists; `request_timeout` also for a body that comes too slowly. A 400 for one field may have no
+code: `param` names the field, and the message says how to mend it. A 500 without a code is a
+fault of the server, whose log says more. In the tables `…` stands for what differs."""
 
 
 # Metrics.
