@@ -9,7 +9,7 @@ PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
 # It makes the tests a third slower.
 COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-.PHONY: install serve test coverage test-full lint format bench bench-quick
+.PHONY: install serve test coverage test-full lint format docs bench bench-quick
 
 install: .venv/.installed
 
@@ -45,6 +45,14 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.installed-docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -10,10 +10,9 @@ from benchmarks.targets import Results, Verdict, verdicts
 _INTRODUCTION = """\
 # Performance
 
-Written by `python -m benchmarks.report` from
-[benchmarks/results/](../benchmarks/results/); do not edit. `make bench` measures again (half
-an hour on two cores, after a first run that installs vLLM and registers 10,000 adapters),
-`make bench-quick` tries adapters, vLLM and load in minutes.
+Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit. `make bench`
+measures again (half an hour on two cores, after a first run that installs vLLM and registers 10,000
+adapters), `make bench-quick` tries adapters, vLLM and load in minutes.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
 same prompts in turns, in changing order. The rounds of a turn go on in slices of a tenth of a
@@ -86,14 +85,6 @@ def targets(found: Sequence[Verdict]) -> str:
             ]
             for each in found
         ],
-    )
-
-
-def ratios(found: Sequence[Verdict]) -> str:
-    """What was measured of the targets, in short."""
-    return table(
-        ["", "ratio, median"],
-        [[each.target.what, f"{each.median:.2f}"] for each in found if each.median is not None],
     )
 
 

@@ -1,16 +1,14 @@
 """As a new user meets it: the command line, the default model, OpenAI's own client."""
 
 import json
-import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
+
+from tests.served import served_by
 
 pytestmark = pytest.mark.real
 
@@ -18,7 +16,6 @@ ADAPTERS = Path(__file__).parents[1] / "examples" / "adapters"
 EXPECTED = json.loads((ADAPTERS / "expected.json").read_text())
 BASE = "smollm2-135m-instruct"
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
-_STARTUP_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +25,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     infuse = Path(sys.executable).with_name("infuse")
     command = [infuse, "serve", "--port", "0", "--max-model-len", "1024"]
     command += ["--adapters-dir", folder / "store", "--preload-adapters", ADAPTERS]
-    log = folder / "log"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + _STARTUP_SECONDS
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0)
-    finally:
-        server.terminate()
-        assert server.wait(60) in (0, -signal.SIGTERM)
+    with served_by(command, folder / "log") as url:
+        yield OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def test_the_base_knows_the_capital_of_france(client: OpenAI) -> None:

@@ -22,7 +22,7 @@ def test_the_page_is_what_the_committed_figures_give() -> None:
     assert report.PAGE.read_text() == page, "run python -m benchmarks.report"
 
 
-def test_the_readme_has_the_committed_ratios() -> None:
+def test_the_readme_has_three_of_the_committed_verdicts() -> None:
     readme = report.README.read_text()
     assert readme == report.with_speeds(readme, report.results()), "run python -m benchmarks.report"
 

@@ -1,4 +1,4 @@
-"""docs/models.md: which families run, how, and how far from exact, as the tests saw it."""
+"""docs/reference/models.md: which families run, how, and how exactly, as the tests saw it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.hybrid_families import HYBRIDS
 
 _PROPERTY = "models_page"
 _OUTCOME = "models_page_outcome"
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 _ABOUT = """# Model families
 
 Written by `make test-full`, from a tiny model of each family with random weights, float32.
@@ -26,7 +26,7 @@ loaded by plain transformers and gives the logits of PEFT's `merge_and_unload`, 
 
 *flat*: all rows' tokens in one `[1, tokens]` batch on the engine's own attention. *padded*: rows
 aligned in a `[rows, tokens]` batch on the model's attention
-([why](decisions/0009-a-second-runner.md)). Any other model is tried both ways at start-up, and
+([why](../decisions/0009-a-second-runner.md)). Any other model is tried both ways at start-up, and
 refused with the reason where neither is exact.
 
 | model type | runner | PEFT's error | our error | merged | remarks |
@@ -35,7 +35,7 @@ refused with the reason where neither is exact.
 _FOR_ALL = """
 Not supported in any family: images and sound beside text, attention that is not causal, attention
 sinks. A window scaled by `dynamic` or `longrope` positions ends where the original one did
-([why](decisions/0004-positions-that-depend-on-the-longest-row.md)).
+([why](../decisions/0004-positions-that-depend-on-the-longest-row.md)).
 """
 _EVERY_CLASS = f"""
 ## Every class of transformers {transformers.__version__.rpartition(".")[0]}
