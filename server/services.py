@@ -42,6 +42,8 @@ class Services:
     """By what an adapter brings: threads for the requests that wait for it to be read or run."""
     probing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     """The thread that asks the storage whether it is there, for probes."""
+    staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
+    """On which uploads are unpacked and checked; a stranger's tokenizer can make that slow."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""
