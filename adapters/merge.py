@@ -41,9 +41,9 @@ def merge(
     """Write the merged model to `output`, which must not exist. It appears whole or not at all.
 
     `recipe` is told in the model card. `progress` hears 0 to 1 after each tensor, and may raise to
-    end the merge. Raises CannotMerge (the output exists, its folder does not, a target does not fit,
-    a weight is not found or not finite once merged) and StoreFull, before anything is written if
-    it can be told.
+    end the merge. Raises CannotMerge (the output exists, its folder does not, a target does not
+    fit, a weight is not found or not finite once merged) and StoreFull, before anything is written
+    if it can be told.
     """
     if output.exists():
         raise CannotMerge(f"{output} exists already")

@@ -187,7 +187,7 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
-    with pytest.raises(CannotMerge, match="no folder .*gone"):
+    with pytest.raises(CannotMerge, match=r"no folder .*gone"):
         merge(base, AdapterVectors({}), tmp_path / "gone" / "merged", "none")
 
     assert not (tmp_path / "gone").exists()
