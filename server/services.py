@@ -43,6 +43,9 @@ class Services:
     is read or run, by its key."""
     probing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "probing"))
     """The one thread that asks the storage whether it is there, for probes."""
+    staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
+    """The threads on which uploads are unpacked and checked: a stranger's tokenizer can make that
+    slow."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""

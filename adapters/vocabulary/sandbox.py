@@ -41,8 +41,12 @@ _END_SECONDS = 0.2
 _MOST_ANSWER = 64 << 20
 _KEPT = 8
 """Workers that wait for their template's next conversation."""
-_AT_ONCE = 4
-"""Workers that compute."""
+_RENDERING = 4
+"""Workers that compute for requests."""
+_READING = 2
+"""Workers that read what adapters bring, most of it at uploads: these hold up no conversation."""
+_SMALL: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "Hello"},)
+"""The conversation that a template is tried on."""
 _may_wait: ContextVar[bool] = ContextVar("may_wait", default=True)
 
 
@@ -97,7 +101,8 @@ class Sandbox:
         """`base`: the base's tokenizer as JSON."""
         self._base = base
         self._mutex = threading.Lock()
-        self._running = threading.BoundedSemaphore(_AT_ONCE)
+        self._rendering = threading.BoundedSemaphore(_RENDERING)
+        self._reading = threading.BoundedSemaphore(_READING)
         self._closed = False
         self._process: _Process | None = None
         self._kept: OrderedDict[str, _Worker] = OrderedDict()
@@ -106,8 +111,14 @@ class Sandbox:
     def compare(self, tokenizer: bytes, key: str) -> dict[str, Any]:
         """See `sandboxed.compare`. `key`: of these bytes, for WouldWait."""
         self._check_patience(key)
-        with self._running, closing(self._worker()) as worker:
+        with self._reading, closing(self._worker()) as worker:
             return self._ask(worker, {"kind": "tokenizer"}, TOKENIZER, tokenizer)
+
+    def try_template(self, template: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """As `render`, of a small conversation, and beside `compare`."""
+        how = {"add_generation_prompt": True, "continue_final_message": False}
+        job = {"messages": _SMALL, "tools": None, "variables": variables, **how}
+        return self._render(self._reading, template, job)
 
     def render(
         self,
@@ -120,18 +131,22 @@ class Sandbox:
         continue_final_message: bool,
     ) -> dict[str, Any]:
         """See `sandboxed.render`."""
-        key = hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()
-        self._check_patience(key)
         job = {
-            "kind": "template",
-            "template": template,
             "messages": messages,
             "tools": tools,
             "variables": variables,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
-        with self._running:
+        return self._render(self._rendering, template, job)
+
+    def _render(
+        self, places: threading.BoundedSemaphore, template: str, job: dict[str, Any]
+    ) -> dict[str, Any]:
+        job |= {"kind": "template", "template": template}
+        key = hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()
+        self._check_patience(key)
+        with places:
             worker = self._kept_worker(key) or self._worker()
             try:
                 answer = self._ask(worker, job, TEMPLATE)

@@ -41,8 +41,8 @@ _FIELDS = (
 )
 """All that is read of a tokenizer's config: it could name files and classes too."""
 _KEPT = 64
-"""Tokenizers in memory; most are a few megabytes."""
-_KEPT_BY_CONTENT = 4096
+"""Vocabularies in memory; most tokenizers take some megabytes."""
+_KEPT_DIGESTS = 4096
 _MOST_SPECIAL_TOKENS = 1000
 """Constructing a tokenizer takes their number squared."""
 _SAVE_AGAIN = "save it with tokenizer.save_pretrained"
@@ -136,8 +136,19 @@ class Vocabulary:
         return str(rendered)
 
 
-_Read = tuple[PreTrainedTokenizerFast, str | None]
-"""The tokenizer of an adapter's files, and its chat template where that is its own."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What an adapter's files were found to say."""
+
+    vocabulary: Vocabulary | None = None
+    """None where they say nothing that the base's do not."""
+    faults: Sequence[Fault] = ()
+
+    def outcome(self) -> Vocabulary | None:
+        """Raises InvalidAdapter."""
+        if self.faults:
+            raise InvalidAdapter(self.faults)
+        return self.vocabulary
 
 
 class Vocabularies:
@@ -148,9 +159,10 @@ class Vocabularies:
         self._modules = modules
         self._sandbox = Sandbox(base.backend_tokenizer.to_str)
         self._mutex = threading.Lock()
-        self._read: OrderedDict[str, _Read | InvalidAdapter | None] = OrderedDict()
-        """By the files' content: None where they say nothing that the base's do not."""
-        self._found: OrderedDict[str, Vocabulary | InvalidAdapter | None] = OrderedDict()
+        self._read: OrderedDict[str, _Read] = OrderedDict()
+        """By content, least recently used first."""
+        self._contents: OrderedDict[str, str] = OrderedDict()
+        """Digest -> content, least recently used first."""
 
     def close(self) -> None:
         self._sandbox.close()
@@ -158,29 +170,24 @@ class Vocabularies:
     def knows(self, digest: str) -> bool:
         """Whether `find` reads no file for this digest."""
         with self._mutex:
-            return digest in self._found
+            return self._contents.get(digest) in self._read
 
     def find(self, digest: str, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
         """As `read`, for files with this digest."""
         with self._mutex:
-            known = digest in self._found
-            found = self._found.get(digest)
-            if known:
-                self._found.move_to_end(digest)
-        if not known:
-            try:
-                found = self.read(folder, saved)
-            except InvalidAdapter as refusal:
-                found = refusal
-            # A folder that has gone meanwhile may have seemed to lack files.
-            if folder.is_dir():
-                with self._mutex:
-                    self._found[digest] = found
-                    while len(self._found) > _KEPT_BY_CONTENT:
-                        self._found.popitem(last=False)
-        if isinstance(found, InvalidAdapter):
-            raise InvalidAdapter(found.faults)
-        return found
+            known = self._use(self._contents.get(digest, ""))
+            if known is not None:
+                self._contents.move_to_end(digest)
+                return known.outcome()
+        files, size = _read(folder), self._size(saved)
+        content = _content(files, size)
+        # A folder that has gone meanwhile may have seemed to lack files.
+        if folder.is_dir():
+            with self._mutex:
+                self._contents[digest] = content
+                while len(self._contents) > _KEPT_DIGESTS:
+                    self._contents.popitem(last=False)
+        return self._load(files, size, content)
 
     def read(self, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
         """What the files in a folder say; None where they say nothing that the base's does not.
@@ -188,60 +195,63 @@ class Vocabularies:
         Raises InvalidAdapter: the files are damaged, change the ids of the base's tokens, or do
         not fit the embeddings.
         """
-        files = _read(folder)
-        found = self._load(files)
-        tokenizer = None if found is None else found[0]
-        template = None
-        if found is not None and found[1] is not None:
-            template = ChatTemplate(found[1], self._sandbox)
+        files, size = _read(folder), self._size(saved)
+        return self._load(files, size, _content(files, size))
+
+    def _size(self, saved: Mapping[str, State]) -> int | None:
+        """How many tokens there are embeddings for; None: it is not known of this base."""
         embeddings = self._modules.input_embedding
-        if embeddings is None:
-            if tokenizer is None:
-                return None
-            return Vocabulary(tokenizer, len(tokenizer), template)
-        size = rows_of(embeddings, saved, self._modules)
-        base_size = rows_of(embeddings, {}, self._modules)
+        return None if embeddings is None else rows_of(embeddings, saved, self._modules)
+
+    def _use(self, content: str) -> _Read | None:
+        read = self._read.get(content)
+        if read is not None:
+            self._read.move_to_end(content)
+        return read
+
+    def _load(
+        self, files: Mapping[str, bytes], size: int | None, content: str
+    ) -> Vocabulary | None:
+        with self._mutex:
+            read = self._use(content)
+        if read is None:
+            try:
+                read = _Read(self._make(files, size, content))
+            except InvalidAdapter as refusal:
+                # What takes long to refuse is not tried again at each request.
+                read = _Read(faults=refusal.faults)
+            with self._mutex:
+                self._read[content] = read
+                while len(self._read) > _KEPT:
+                    self._read.popitem(last=False)
+        return read.outcome()
+
+    def _make(
+        self, files: Mapping[str, bytes], size: int | None, content: str
+    ) -> Vocabulary | None:
+        tokenizer, text = self._parts(files, content)
+        template = None if text is None else ChatTemplate(text, self._sandbox)
+        own = None if tokenizer is None and template is None else tokenizer or self._base
+        base_size = self._size({})
+        if size is None or base_size is None:
+            return None if own is None else Vocabulary(own, len(own), template)
         if size != base_size and TOKENIZER_FILE not in files:
             problem = f"is missing: the adapter has {size} embeddings, and the base {base_size}"
             fix = "put the tokenizer that it was trained with beside it, in the archive"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
-        if tokenizer is None and size == base_size:
-            # The usual case, on the way of every cold request.
+        if own is None and size == base_size:
             return None
-        highest = max((tokenizer or self._base).get_vocab().values(), default=-1)
+        highest = max((own or self._base).get_vocab().values(), default=-1)
         if highest >= size:
             problem = f"has a token {highest}, and there are {size} embeddings"
             fix = "resize the embeddings and save them: modules_to_save=['embed_tokens', 'lm_head']"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
-        return Vocabulary(tokenizer or self._base, size, template)
+        return Vocabulary(own or self._base, size, template)
 
-    def _load(self, files: Mapping[str, bytes]) -> _Read | None:
-        if not files:
-            return None
-        sha = hashlib.sha256()
-        for name in sorted(files):
-            sha.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
-        key = sha.hexdigest()
-        with self._mutex:
-            known = key in self._read
-            found = self._read.get(key)
-            if known:
-                self._read.move_to_end(key)
-        if not known:
-            try:
-                found = self._make(files, key)
-            except InvalidAdapter as refusal:
-                # What takes long to refuse is not tried again at each request.
-                found = refusal
-            with self._mutex:
-                self._read[key] = found
-                while len(self._read) > _KEPT:
-                    self._read.popitem(last=False)
-        if isinstance(found, InvalidAdapter):
-            raise InvalidAdapter(found.faults)
-        return found
-
-    def _make(self, files: Mapping[str, bytes], key: str) -> _Read | None:
+    def _parts(
+        self, files: Mapping[str, bytes], content: str
+    ) -> tuple[PreTrainedTokenizerFast | None, str | None]:
+        """The tokenizer and the chat template of an adapter's files, where they are its own."""
         faults: list[Fault] = []
         config = _object(files, SPECIAL_TOKENS_FILE, faults)
         config |= _object(files, TOKENIZER_CONFIG_FILE, faults)
@@ -250,39 +260,30 @@ class Vocabularies:
             template = None
         tokenizer = None
         if TOKENIZER_FILE in files:
-            tokenizer = self._rebuild(files[TOKENIZER_FILE], config, key, faults)
+            tokenizer = self._rebuild(files[TOKENIZER_FILE], config, content, faults)
         if template is not None and (fault := self._template_fault(template, tokenizer)):
             faults.append(Fault(name, fault, "mend the template"))
         if faults:
             raise InvalidAdapter(faults)
-        if tokenizer is None and template is None:
-            return None
-        return tokenizer or self._base, template
+        return tokenizer, template
 
     def _template_fault(self, template: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
-        """What is wrong with a template that is tried on a small conversation; one that refuses it
-        may take others."""
+        """What is wrong with a template. One that refuses a small conversation may take others."""
         try:
-            answer = self._sandbox.render(
-                template,
-                [{"role": "user", "content": "Hello"}],
-                None,
-                (tokenizer or self._base).special_tokens_map,
-                add_generation_prompt=True,
-                continue_final_message=False,
-            )
+            variables = (tokenizer or self._base).special_tokens_map
+            answer = self._sandbox.try_template(template, variables)
         except Exceeded as error:
             return f"holds a chat template that takes more than {error}"
         problem = answer.get("malformed", "")
         return f"holds a chat template that cannot be compiled: {problem}" if problem else ""
 
     def _rebuild(
-        self, data: bytes, config: Mapping[str, Any], key: str, faults: list[Fault]
+        self, data: bytes, config: Mapping[str, Any], content: str, faults: list[Fault]
     ) -> PreTrainedTokenizerFast | None:
         """The base's tokenizer with the tokens that another adds; None where it adds none, or where
         it does something else, as `faults` say then."""
         try:
-            answer = self._sandbox.compare(data, key)
+            answer = self._sandbox.compare(data, content)
         except Exceeded as error:
             answer = {"fault": f"takes more than {error}"}
         if "fault" in answer:
@@ -302,10 +303,18 @@ class Vocabularies:
             faults.append(Fault(TOKENIZER_CONFIG_FILE, problem, _SAVE_AGAIN))
             return None
         tokenizer.chat_template = self._base.chat_template
-        return None if _content(tokenizer) == _content(self._base) else tokenizer
+        return None if _additions(tokenizer) == _additions(self._base) else tokenizer
 
 
-def _content(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
+def _content(files: Mapping[str, bytes], size: int | None) -> str:
+    """A name for all that a vocabulary is made of. `size`: how many embeddings there are."""
+    sha = hashlib.sha256(f"{size}\0".encode())
+    for name in sorted(files):
+        sha.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
+    return sha.hexdigest()
+
+
+def _additions(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
     """What makes two tokenizers that are made of one the same."""
     backend = tokenizer.backend_tokenizer
     added = {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}

@@ -60,7 +60,7 @@ class Upload:
     async def stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
         """Write the files to a staging folder, and go on with it and with where they come from,
         in a worker thread."""
-        return await to_thread.run_sync(self._stage, services, take, then)
+        return await to_thread.run_sync(self._stage, services, take, then, limiter=services.staging)
 
     def _stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
         limit = services.settings.max_upload_bytes

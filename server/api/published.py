@@ -27,7 +27,7 @@ class Published:
         in a worker thread."""
         with services.store.staging() as folder:
             source = await services.sources.fetch(self.source, folder, take)
-            return await to_thread.run_sync(then, folder, source)
+            return await to_thread.run_sync(then, folder, source, limiter=services.staging)
 
 
 async def read_published(request: Request, named: bool) -> Published:

@@ -113,6 +113,28 @@ def test_a_runaway_ends_at_its_limits_and_others_go_on(box: Sandbox, template: s
     assert render(box, CHAT_TEMPLATE)["text"]
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "template"])
+def test_conversations_are_rendered_while_many_uploads_are_read(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 60, 128 << 20))
+    tokenizer = tiny_tokenizer().backend_tokenizer.to_str().encode()
+    render(box, CHAT_TEMPLATE)
+    [parent] = [each for each in processes() if each.ppid() == os.getpid()]
+    with ThreadPoolExecutor(6) as uploads:
+        # It forks no worker meanwhile; one that is there already goes on.
+        parent.suspend()
+        try:
+            read = box.try_template if kind == "template" else box.compare
+            given = ("{{ messages }}", {}) if kind == "template" else (tokenizer, "key")
+            ends = [uploads.submit(read, *given) for _ in range(6)]
+            assert render(box, CHAT_TEMPLATE)["text"]
+            assert not any(each.done() for each in ends)
+        finally:
+            parent.resume()
+        assert all(each.result(60) for each in ends)
+
+
 @pytest.mark.parametrize("template", ERRORS.values(), ids=ERRORS)
 def test_what_a_template_raises_is_said(box: Sandbox, template: str) -> None:
     answer = render(box, template)

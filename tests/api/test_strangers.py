@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -137,6 +139,33 @@ def test_what_an_earlier_version_stored_is_refused_by_its_requests(
             assert refused.status_code == 400
             assert refused.json()["error"]["message"].startswith("tokenizer.json: ")
         assert ask(client, "tiny").status_code == 200
+
+
+def test_uploads_that_are_slow_to_read_hold_up_no_other_route(
+    start_server: StartServer, bringing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than routes have threads."""
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 60, 128 << 20))
+    url, services = start_server()
+    folder = str(bringing(CHAT_TEMPLATE + " "))
+    with AdminClient(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
+        admin.add("first", folder)
+        parent = max(psutil.Process().children(), key=lambda each: each.create_time())
+        slow = [str(bringing(CHAT_TEMPLATE + "  " + " " * number)) for number in range(44)]
+        with ThreadPoolExecutor(44) as others:
+            parent.suspend()
+            try:
+                names = [f"slow-{number}" for number in range(44)]
+                ends = [others.submit(admin.add, *each) for each in zip(names, slow, strict=True)]
+                while services.staging.statistics().tasks_waiting < 36:
+                    assert not any(each.done() for each in ends)
+                    time.sleep(0.01)
+                assert client.get("/v1/adapters").status_code == 200
+                assert ask(client, "first").status_code == 200
+            finally:
+                parent.resume()
+            for each in ends:
+                each.result()
 
 
 def test_an_ordinary_adapter_starts_no_process(

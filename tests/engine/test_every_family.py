@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.engine import UnsupportedModel
 from tests.engine.family_oracle import FamilyOracle
@@ -19,6 +20,9 @@ PROMPTS = {"short": 5, "beyond-the-window": 2 * WINDOW + 4}
 """Tokens of each."""
 _TOLERANCE = 1e-3
 """Of log-probabilities of tiny models, in float32: added up in another order."""
+_NOT_COMPILED = (
+    r"(?:does not compile and runs uncompiled|runs by its modules|does not run .*?): (.*)"
+)
 QUICK = {
     "diffllama": "padded",
     "longcat_flash": "flat",
@@ -31,18 +35,26 @@ QUICK = {
     "megatron-bert": "padded",
     "roc_bert": "flat",
     "nllb-moe": "refused",
+    "roformer": "refused",
     "xlnet": "refused",
     "rwkv": "refused",
 }
 
 
-def outcome_of(kind: str, start: Callable[..., Harness], logs: pytest.LogCaptureFixture) -> Outcome:
+def outcome_of(
+    kind: str,
+    start: Callable[..., Harness],
+    logs: pytest.LogCaptureFixture,
+    compile_cache: Path | None = None,
+) -> Outcome:
     """Serve a tiny model of a type, and compare its answers with plain forwards."""
     model = tiny_of(kind)
     oracle, name = FamilyOracle(model), type(model).__name__
     try:
         with logs.at_level(logging.INFO, "server.engine"):
-            engine = start(model, {}, max_model_len=128, kv_cache_tokens=2048)
+            engine = start(
+                model, {}, max_model_len=128, kv_cache_tokens=2048, compile_cache=compile_cache
+            )
     except UnsupportedModel as error:
         return Outcome(kind, "refused", _line(str(error), name))
     with engine.held():
@@ -51,8 +63,14 @@ def outcome_of(kind: str, start: Callable[..., Harness], logs: pytest.LogCapture
     engine.wait()
     for request, length in PROMPTS.items():
         assert_exact(engine.answers[request], oracle, prompt_of(length))
-    runs = engine.engine.runner_kind
-    return Outcome(kind, runs, _why_padded(logs.text, name) if runs == "padded" else "")
+    assert "runs again uncompiled" not in logs.text
+    if engine.engine.runner_kind == "padded":
+        return Outcome(kind, "padded", _why(rf"Running {name} padded: (.*)", logs.text, name))
+    if compile_cache is None:
+        return Outcome(kind, "flat", "")
+    if engine.engine.stats().compiled:
+        return Outcome(kind, "flat, compiled", "")
+    return Outcome(kind, "flat", _why(_NOT_COMPILED, logs.text, name))
 
 
 def prompt_of(length: int) -> list[int]:
@@ -68,8 +86,8 @@ def assert_exact(answer: Answer, oracle: FamilyOracle, prompt: list[int]) -> Non
         assert list(values) == pytest.approx(row[list(tokens)].tolist(), abs=_TOLERANCE)
 
 
-def _why_padded(logs: str, name: str) -> str:
-    reason = re.search(rf"Running {name} padded: (.*)", logs)
+def _why(says: str, logs: str, name: str) -> str:
+    reason = re.search(says, logs)
     assert reason is not None
     return _line(reason[1], name)
 
@@ -111,15 +129,49 @@ def test_an_adapter_within_the_head_is_exact_beside_other_rows(
         assert worst_error(answer, of_prompt.double()) < _TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("switch_transformers", "experts have no room for"),
+        ("nllb-moe", "experts have no room for"),
+        ("roformer", "it rotates all rows by the same positions"),
+    ],
+)
+def test_a_refusal_says_in_words_what_the_class_does(
+    start: Callable[..., Harness], kind: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        start(tiny_of(kind), {}, max_model_len=128, kv_cache_tokens=2048)
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "compiled"
+
+
+@pytest.fixture
+def compile_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels are built once for all classes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_cache))
+    torch.compiler.reset()
+    return shared_cache
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("only_kernels")
 @pytest.mark.parametrize("kind", [kind for kind in CASES if not not_tried(kind)])
 def test_every_class_is_served_exactly_or_refused(
     start: Callable[..., Harness],
     caplog: pytest.LogCaptureFixture,
     request: pytest.FixtureRequest,
+    compile_cache: Path,
     kind: str,
 ) -> None:
+    """Packed for oneDNN, and where that is flat, compiled with our own kernels, too."""
     outcome = outcome_of(kind, start, caplog)
+    if outcome.runs == "flat":
+        outcome = outcome_of(kind, start, caplog, compile_cache)
+        assert outcome.runs.startswith("flat")
     request.node.user_properties.append(outcome.as_property)
 
 

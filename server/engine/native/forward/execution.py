@@ -256,6 +256,11 @@ def _check_flat(model: PreTrainedModel) -> None:
 
 def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution:
     base = ia3.base
+    if hasattr(base.config, "expert_capacity"):
+        raise UnsupportedModel(
+            f"{type(base).__name__} leaves out tokens that its experts have no room for, and which "
+            "ones depends on what is computed together (expert_capacity)"
+        )
     ia3.unload()
     limit_time_steps(base)
     shapes, carried = _probe_padded(ia3)

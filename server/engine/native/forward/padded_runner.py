@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from adapters.model.slots import IA3Slots
+from server.engine.errors import UnsupportedModel
 from server.engine.native.cache.padded_cache import PaddedCache
 from server.engine.native.cache.padded_group import Group
 from server.engine.native.forward.runner import Logits, slot_of
@@ -181,6 +182,7 @@ class RowPositions:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModel where no row can have its own."""
         self._positions: torch.Tensor | None = None
         decoder: nn.Module = model
         if model.config.is_encoder_decoder:
@@ -189,6 +191,12 @@ class RowPositions:
             if isinstance(module, nn.Embedding) and "past_key_values_length" in (
                 inspect.signature(module.forward).parameters
             ):
+                if module.embedding_dim < decoder.config.hidden_size:
+                    # RoFormer's, with no axis of rows; others are added to embeddings of tokens.
+                    name = type(model).__name__
+                    raise UnsupportedModel(
+                        f"{name} cannot be run padded: it rotates all rows by the same positions"
+                    )
                 module.register_forward_hook(self._embed)
 
     @contextmanager
