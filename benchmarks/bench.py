@@ -20,7 +20,7 @@ from benchmarks.engines.infuse_http import EitherWay, InfuseHttp
 from benchmarks.engines.worker import ROOT, Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
 from server import openmp
-from server.engine.native.model.loading import cache_dir, default_model_folder
+from server.engine.model_files import cache_dir, default_model_folder
 
 WINDOW = 1024
 """Tokens of the longest row that engines plan for. The model's own is eight times as long: a prompt

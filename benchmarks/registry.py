@@ -26,7 +26,7 @@ from benchmarks.engines.infuse_http import ServerProcess
 from benchmarks.machine import machine
 from benchmarks.statistics import summary
 from benchmarks.workload import FEEDFORWARD, TARGETS, Template
-from server.engine.native.model.loading import default_model_folder
+from server.engine.model_files import default_model_folder
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 8

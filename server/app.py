@@ -32,9 +32,9 @@ from server.api import adapters, chat, completions, health, merges, models, rank
 from server.api.streams import Streams
 from server.api.uploads import UploadBudget
 from server.auth import Authorize, Key, read_keys
-from server.engine import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.fair_turns import FairTurns
-from server.engine.native.model.loading import cache_dir
+from server.engine.model_files import cache_dir
+from server.engine.native import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.threads import on_passing_thread
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.gzip_bodies import GunzipBodies

@@ -79,7 +79,7 @@ def merge(
     from adapters.derive.combine import Recipe, mix
     from adapters.derive.merge import merge as merge_into
     from server.engine import EngineError
-    from server.engine.native.model.loading import model_folder
+    from server.engine.model_files import model_folder
 
     parts = [_part(adapter) for adapter in adapters]
     weights = tuple(part["weight"] for part in parts)

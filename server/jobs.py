@@ -43,7 +43,7 @@ from adapters.errors import (
 from adapters.storage.folder import NO_ROOM
 from adapters.storage.journal import is_at, sync
 from server.engine import EngineError
-from server.engine.native.model.loading import model_folder
+from server.engine.model_files import model_folder
 from server.engine.threads import on_passing_thread
 
 log = logging.getLogger(__name__)

@@ -160,7 +160,7 @@ def test_the_image_has_the_default_model_of_the_makefile() -> None:
 
 
 def test_the_code_that_converts_the_model_needs_no_more_than_is_copied_for_it() -> None:
-    (copied,) = [line.split()[:-1] for line in instructions("COPY") if "loading.py" in line]
+    (copied,) = [line.split()[:-1] for line in instructions("COPY") if "model_files.py" in line]
     modules = {file.removesuffix(".py").replace("/", ".") for file in copied}
 
     for file in copied:

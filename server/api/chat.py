@@ -40,7 +40,7 @@ from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import CallPart, Reader, Said, make_reader
 from server.api.tool_schemas import CalledFunction, ToolCall
 from server.auth import Caller
-from server.engine.native.engine import Engine
+from server.engine import Engine
 from server.engine.request import Output
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -113,7 +113,7 @@ def _prepare(
 def _call_format(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> CallFormat | None:
     if not body.offered_tools:
         return None
-    calls = find_format(vocabulary, engine.tokenizer.get_added_vocab())
+    calls = find_format(vocabulary, engine.model.tokenizer.get_added_vocab())
     if calls is None:
         raise ApiError(
             400,

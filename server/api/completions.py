@@ -31,7 +31,7 @@ from server.api.preparing import prepared
 from server.api.prompts import encode_prompts, fit_to_window, truncated
 from server.api.sampling import sampling_params
 from server.auth import Caller
-from server.engine.native.engine import Engine
+from server.engine import Engine
 from server.engine.request import Output, SamplingParams
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -91,7 +91,7 @@ def _prompts(
                 param=field,
             )
         prompt_logprobs = body.logprobs or 0
-    if prompt_logprobs is not None and engine.decoder_start is not None:
+    if prompt_logprobs is not None and engine.model.decoder_start is not None:
         raise ApiError(
             400,
             "This model's encoder reads the prompt as a whole, so its tokens have no "

@@ -11,9 +11,9 @@ from server.api.chat_schemas import ChatBody
 from server.api.constraint_schemas import Constraint
 from server.api.tool_formats import CallFormat, json_rule, parameters_of
 from server.api.tool_schemas import Tool
+from server.engine import Engine
 from server.engine.constraints.grammars import Grammar
 from server.engine.errors import BadConstraint, ConstraintsUnavailable
-from server.engine.native.engine import Engine
 from server.errors import ApiError
 
 

@@ -28,7 +28,7 @@ def leased(services: Services, body: ModelBody) -> Iterator[tuple[Lease | None, 
 
     Blocking: the registry may read from disk. Raises ApiError 400, 404; AdapterDisabled.
     """
-    base = Vocabulary(services.engine.tokenizer, services.engine.vocab_size)
+    base = Vocabulary(services.engine.model.tokenizer, services.engine.model.vocab_size)
     _check_mixture(services, body)
     if body.model == services.model_name and body.adapters is None:
         yield None, base

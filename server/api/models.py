@@ -121,7 +121,7 @@ def _base(services: Services) -> Model:
         created=_seconds(services.started),
         root=services.model_name,
         parent=None,
-        max_model_len=services.engine.max_model_len,
+        max_model_len=services.engine.model.max_model_len,
     )
 
 
@@ -138,7 +138,7 @@ def _adapter(services: Services, model: str, revision: Revision) -> Model:
         created=_seconds(revision.created),
         root=f"{revision.name}@{revision.number}",
         parent=services.model_name,
-        max_model_len=services.engine.max_model_len,
+        max_model_len=services.engine.model.max_model_len,
     )
 
 

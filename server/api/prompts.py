@@ -12,7 +12,7 @@ from server.api.chat_schemas import ChatBody
 from server.api.completion_schemas import check_text
 from server.api.schemas import GenerationBody
 from server.api.tool_schemas import Tool
-from server.engine.native.engine import Engine
+from server.engine import Engine
 from server.errors import ApiError
 
 MAX_CHARACTERS_PER_TOKEN = 128
@@ -132,7 +132,7 @@ def encode_choice(
         raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
     if scored < 1 or not choice:
         raise _empty(where)
-    if len(whole) > engine.max_model_len:
+    if len(whole) > engine.model.max_model_len:
         raise _too_long(engine, f"{where} and its prompt have {len(whole)} tokens.", where)
     return whole, scored
 
@@ -146,7 +146,7 @@ def encode_pair(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt and choice for an encoder and its decoder: texts of their own, with the end tokens
     that the tokenizer adds, as in T-Few's code. Raises ApiError 400."""
-    assert engine.decoder_start is not None
+    assert engine.model.decoder_start is not None
     if type(prompt) is not type(choice):
         raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
     source, target = (
@@ -155,8 +155,8 @@ def encode_pair(
         else _check_ids(vocabulary, text, name)
         for text, name in ((prompt, "prompt"), (choice, where))
     )
-    for ids, name in ((source, "prompt"), ((*engine.decoder_start, *target), where)):
-        if len(ids) > engine.max_model_len:
+    for ids, name in ((source, "prompt"), ((*engine.model.decoder_start, *target), where)):
+        if len(ids) > engine.model.max_model_len:
             raise _too_long(engine, f"{name} has {len(ids)} tokens.", name)
     return source, target
 
@@ -164,7 +164,7 @@ def encode_pair(
 def _encode_text(
     engine: Engine, vocabulary: Vocabulary, text: str, where: str, *, add_special_tokens: bool
 ) -> tuple[int, ...]:
-    if len(text) > engine.max_model_len * MAX_CHARACTERS_PER_TOKEN:
+    if len(text) > engine.model.max_model_len * MAX_CHARACTERS_PER_TOKEN:
         raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
     try:
         check_text(text, where)
@@ -198,7 +198,7 @@ def fit_to_window(
     `field` names the limit in errors. Without a default, the whole rest of the window. Raises
     ApiError 400 (`context_length_exceeded`) where prompt and limit do not fit together.
     """
-    room = engine.room_after(len(prompt))
+    room = engine.model.room_after(len(prompt))
     if limit is None:
         if room < 1:
             raise _too_long(
@@ -224,7 +224,7 @@ def truncated(
     if most is None:
         return prompt
     if most == -1:
-        most = engine.max_model_len - (room if engine.decoder_start is None else 0)
+        most = engine.model.max_model_len - (room if engine.model.decoder_start is None else 0)
     if len(prompt) <= most or most < 1:
         return prompt
     return prompt[:most] if body.truncation_side == "right" else prompt[-most:]
@@ -247,7 +247,7 @@ def _empty(where: str) -> ApiError:
 def _too_long(engine: Engine, problem: str, param: str) -> ApiError:
     return ApiError(
         400,
-        f"This model's window is {engine.max_model_len} tokens. {problem}",
+        f"This model's window is {engine.model.max_model_len} tokens. {problem}",
         param=param.partition("[")[0],
         code="context_length_exceeded",
     )

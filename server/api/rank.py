@@ -141,13 +141,13 @@ def _prepare(services: Services, body: RankBody, caller: str | None) -> tuple[Or
             for j, choice in enumerate(each.choices):
                 where = f"inputs[{i}].choices[{j}]"
                 texts = (each.prompt, choice)
-                if engine.decoder_start is None:
+                if engine.model.decoder_start is None:
                     ids, tokens = encode_choice(engine, vocabulary, *texts, where)
                     target: tuple[int, ...] = ()
                     first = len(ids) - tokens
                 else:
                     ids, target = encode_pair(engine, vocabulary, *texts, where)
-                    tokens, first = len(target), len(ids) + len(engine.decoder_start)
+                    tokens, first = len(target), len(ids) + len(engine.model.decoder_start)
                 params = SamplingParams(
                     max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
                 )

@@ -10,7 +10,7 @@ from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.constraining import FREE, Held
 from server.api.prompts import shown
 from server.api.schemas import INT64, GenerationBody
-from server.engine.native.engine import Engine
+from server.engine import Engine
 from server.engine.request import SamplingParams
 from server.errors import ApiError
 
@@ -56,7 +56,7 @@ def sampling_params(
     held: Held = FREE,
 ) -> SamplingParams:
     """The parameters of a prompt's first choice. Raises ApiError 400."""
-    defaults = SamplingDefaults.of(engine.generation_config)
+    defaults = SamplingDefaults.of(engine.model.generation_config)
     temperature = _chosen(body.temperature, defaults.temperature)
     top_k = _chosen(body.top_k, defaults.top_k)
     top_p = _chosen(body.top_p, defaults.top_p)
@@ -120,7 +120,7 @@ def _stop_token_ids(engine: Engine, vocabulary: Vocabulary, body: GenerationBody
     stops = set(body.stop_token_ids or ())
     # The engine knows where the base ends; an adapter's tokenizer may end with a token of its own.
     end = vocabulary.tokenizer.eos_token_id
-    is_own = end != engine.tokenizer.eos_token_id
+    is_own = end != engine.model.tokenizer.eos_token_id
     if is_own and isinstance(end, int) and not body.ignore_eos:
         stops.add(end)
     return frozenset(stops)
@@ -132,7 +132,7 @@ def _never(
     """The tokens that cannot come first."""
     never = {word[0] for word in bad_words if len(word) == 1}
     if body.min_tokens:
-        never |= engine.eos_token_ids | set(body.stop_token_ids or ())
+        never |= engine.model.eos_token_ids | set(body.stop_token_ids or ())
     return frozenset(never)
 
 

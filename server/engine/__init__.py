@@ -1,4 +1,7 @@
-"""Tokens in, tokens out: continuous batching of rows that each use an adapter of their own."""
+"""The engine's protocol, and the values that it speaks: requests, outputs, stats and errors.
+
+`native` is our own engine. The API knows this package and `constraints`, and no engine's inside.
+"""
 
 from server.engine.errors import (
     BadConstraint,
@@ -11,9 +14,7 @@ from server.engine.errors import (
     QueueFull,
     UnsupportedModel,
 )
-from server.engine.native.config import EngineConfig, EngineStats
-from server.engine.native.engine import Engine
-from server.engine.native.model.loading import LoadedModel, load_model
+from server.engine.protocol import Engine, ServedModel
 from server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -21,25 +22,24 @@ from server.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from server.engine.stats import EngineStats
 
 __all__ = [
     "BadConstraint",
     "ConstraintsUnavailable",
     "DoesNotFit",
     "Engine",
-    "EngineConfig",
     "EngineDead",
     "EngineError",
     "EngineStats",
     "EngineStopping",
     "FinishReason",
     "GenerationRequest",
-    "LoadedModel",
     "ModelNotFound",
     "Output",
     "QueueFull",
     "SamplingParams",
+    "ServedModel",
     "TokenLogprob",
     "UnsupportedModel",
-    "load_model",
 ]

@@ -17,7 +17,7 @@ from adapters.errors import InvalidAdapter, SandboxUnavailable
 from adapters.vocabulary import sandbox, vocabulary
 from adapters.vocabulary.sandbox import Limits
 from adapters.vocabulary.vocabulary import Vocabularies
-from server.engine.native.model.loading import default_model_folder
+from server.engine.model_files import default_model_folder
 from tests.factories import byte_fallback_tokenizer, tiny_tokenizer
 
 Plain = dict[str, Any]

@@ -198,8 +198,8 @@ def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
 ) -> None:
     url, services = start_server()
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
-    encode = services.engine.tokenizer.encode
-    monkeypatch.setattr(services.engine.tokenizer, "encode", lambda *_, **__: panic())
+    encode = services.engine.model.tokenizer.encode
+    monkeypatch.setattr(services.engine.model.tokenizer, "encode", lambda *_, **__: panic())
     monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
 
     for _ in range(6):
@@ -210,7 +210,7 @@ def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
         ):
             assert "log says why" in error_of(answer, 500)["message"]
 
-    monkeypatch.setattr(services.engine.tokenizer, "encode", encode)
+    monkeypatch.setattr(services.engine.model.tokenizer, "encode", encode)
     assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.native.model.loading import default_model_folder
+from server.engine.model_files import default_model_folder
 from server.services import Services
 from tests.api.conftest import RunningServer
 

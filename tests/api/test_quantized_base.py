@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine import load_model
+from server.engine.native import load_model
 from server.services import Services
 from tests.engine.harness import Oracle
 from tests.factories import tiny_tokenizer

@@ -19,7 +19,7 @@ def body(**fields: Any) -> CompletionBody:
 
 def params(server: RunningServer, **fields: Any) -> SamplingParams:
     engine = server.services.engine
-    vocabulary = Vocabulary(engine.tokenizer, engine.vocab_size)
+    vocabulary = Vocabulary(engine.model.tokenizer, engine.model.vocab_size)
     return sampling_params(engine, vocabulary, body(**fields), max_tokens=8, logprobs=None)
 
 

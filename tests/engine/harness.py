@@ -17,16 +17,8 @@ from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry, Part
 from adapters.residency import Lease
 from adapters.storage.store import AdapterStore
-from server.engine import (
-    Engine,
-    EngineConfig,
-    FinishReason,
-    GenerationRequest,
-    LoadedModel,
-    Output,
-    SamplingParams,
-    TokenLogprob,
-)
+from server.engine import FinishReason, GenerationRequest, Output, SamplingParams, TokenLogprob
+from server.engine.native import Engine, EngineConfig, LoadedModel
 from tests.factories import tiny_tokenizer
 
 _PATIENCE = 60.0

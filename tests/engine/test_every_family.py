@@ -64,7 +64,7 @@ def outcome_of(
     for request, length in PROMPTS.items():
         assert_exact(engine.answers[request], oracle, prompt_of(length))
     assert "runs again uncompiled" not in logs.text
-    if engine.engine.runner_kind == "padded":
+    if engine.engine.core.runner_kind == "padded":
         return Outcome(kind, "padded", _why(rf"Running {name} padded: (.*)", logs.text, name))
     if compile_cache is None:
         return Outcome(kind, "flat", "")
@@ -116,7 +116,7 @@ def test_an_adapter_within_the_head_is_exact_beside_other_rows(
     folder = save_adapter(base, tmp_path / "head", seed=1, task_type="CAUSAL_LM", **within)
     oracles = {"base": FamilyOracle(base), "head": FamilyOracle(base, [folder])}
     engine = start(base, {"head": folder})
-    assert engine.engine.runner_kind == "flat"
+    assert engine.engine.core.runner_kind == "flat"
     with engine.held():
         for name, length in (("base", 9), ("head", 5)):
             adapter = None if name == "base" else name

@@ -42,7 +42,7 @@ def test_a_mixed_batch_equals_peft(
     base = tiny(family)
     adapters = save_adapters(FAMILIES[family], base, tmp_path / "adapters")
     engine = start(base, adapters, prefill_chunk_tokens=9, max_rows=6)
-    assert engine.engine.runner_kind == ("padded" if family in PADDED else "flat")
+    assert engine.engine.core.runner_kind == ("padded" if family in PADDED else "flat")
     with engine.held():
         for row, names in enumerate(ROWS):
             for number, prompt in enumerate(PROMPTS):
@@ -64,7 +64,7 @@ def test_a_mixed_batch_equals_peft(
             ours.append((table(answer.logprobs) - wanted).abs().max().item())
             pefts.append((by_peft - wanted).abs().max().item())
     assert max(ours) <= 2 * max(pefts)
-    seen = Seen(family, engine.engine.runner_kind, max(pefts), max(ours))
+    seen = Seen(family, engine.engine.core.runner_kind, max(pefts), max(ours))
     request.node.user_properties.append(seen.as_property)
     engine.assert_idle()
 

@@ -81,7 +81,7 @@ def test_a_wrong_flat_runner_is_caught_and_the_padded_one_serves(
     with caplog.at_level(logging.INFO):
         engine = start(tiny_model("llama"), {})
 
-    assert engine.engine.runner_kind == "padded"
+    assert engine.engine.core.runner_kind == "padded"
     assert "differ from the plain model's" in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_attention_that_ignores_a_window_is_caught(
 
     engine = start(tiny_model("mistral", sliding_window=24), {})
 
-    assert engine.engine.runner_kind == "padded"
+    assert engine.engine.core.runner_kind == "padded"
 
 
 def test_an_argument_of_attention_that_is_not_known_is_refused() -> None:

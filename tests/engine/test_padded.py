@@ -150,7 +150,7 @@ def test_a_source_that_was_read_is_read_by_whoever_does_the_same(
         read[who] = engine.engine.stats().prompt_tokens - before
     other = engine.ask([*source[:-1], 9], "a").tokens
 
-    start_tokens = len(engine.engine.decoder_start or ())
+    start_tokens = len(engine.engine.model.decoder_start or ())
     assert read == {None: 50 + start_tokens, "a": 50 + start_tokens, "twin": start_tokens}
     plain, adapted = FamilyOracle(tiny(family)), FamilyOracle(tiny(family), [folder])
     for oracle, prompt, answer in (

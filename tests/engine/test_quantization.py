@@ -19,7 +19,8 @@ from transformers import (
     TorchAoConfig,
 )
 
-from server.engine import UnsupportedModel, load_model
+from server.engine import UnsupportedModel
+from server.engine.native import load_model
 from server.engine.native.model import quantization
 from server.engine.native.model.packing import pack_linears
 from server.engine.native.model.quantization import is_quantized, weights_bytes

@@ -299,7 +299,7 @@ def test_a_model_that_runs_padded_is_not_drafted(start: Callable[..., Harness]) 
     engine.submit("a", LOOP * 3, max_tokens=20, speculation=True)
     engine.wait()
 
-    assert engine.engine.runner_kind == "padded"
+    assert engine.engine.core.runner_kind == "padded"
     assert engine.engine.stats().drafted_tokens == 0
 
 

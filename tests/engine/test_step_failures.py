@@ -86,7 +86,11 @@ def start_engine(
 
 def ask_all(engine: Harness, **params: Any) -> list[Answer]:
     """All prompts at once, on a flat model with several adapters."""
-    who = [None, "default", "regex", "queries"] if engine.engine.runner_kind == "flat" else [None]
+    who = (
+        [None, "default", "regex", "queries"]
+        if engine.engine.core.runner_kind == "flat"
+        else [None]
+    )
     with engine.held():
         for row, prompt in enumerate(PROMPTS):
             engine.submit(str(row), prompt, who[row % len(who)], **{"max_tokens": 12} | params)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
 from server.engine.native.cache.planning import memory_table, window_of
-from server.engine.native.config import EngineConfig, EngineStats
+from server.engine.native.config import EngineConfig
 from server.engine.native.faults import FAULTS, Fault
 from server.engine.native.forward.execution import prepare
 from server.engine.native.model.loading import LoadedModel
@@ -19,7 +19,9 @@ from server.engine.native.scheduling.speculation import Speculation
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.stepping import Failed, Lost, Ran, Stepping
 from server.engine.native.taking import take
+from server.engine.protocol import ServedModel
 from server.engine.request import FinishReason, GenerationRequest, Output
+from server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +44,20 @@ class EngineCore:
         base = loaded.model
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
-        self._tokenizer = loaded.tokenizer
-        self._eos_token_ids = loaded.end_tokens
-        self.max_model_len = window_of(base, config.max_model_len)
-        self.decoder_start = loaded.decoder_start()
+        self.model = ServedModel(
+            tokenizer=loaded.tokenizer,
+            generation_config=loaded.generation_config,
+            vocab_size=int(base.config.get_text_config().vocab_size),
+            eos_token_ids=loaded.end_tokens,
+            max_model_len=window_of(base, config.max_model_len),
+            decoder_start=loaded.decoder_start(),
+        )
         execution = prepare(
             ia3,
             tokenizer=loaded.tokenizer,
-            decoder_start=self.decoder_start,
+            decoder_start=self.model.decoder_start,
             max_rows=config.max_rows,
-            max_model_len=self.max_model_len,
+            max_model_len=self.model.max_model_len,
             kv_cache_tokens=config.kv_cache_tokens,
             pack=config.pack_linears,
             trace_cache=config.trace_cache,
@@ -75,7 +81,7 @@ class EngineCore:
             execution.whole_prompts,
             self._speculation,
         )
-        self._sampler = Sampler(self._eos_token_ids)
+        self._sampler = Sampler(self.model.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
         self._rows = itertools.count()
         self._sequences: dict[str, Sequence] = {}
@@ -98,11 +104,11 @@ class EngineCore:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. One that cannot even be queued ends with the next step."""
         own = None if request.lease is None else request.lease.vocabulary
-        tokenizer = self._tokenizer if own is None else own.tokenizer
+        tokenizer = self.model.tokenizer if own is None else own.tokenizer
         try:
             drafter = self._speculation.drafter(request)
             row = next(self._rows)
-            sequence = Sequence(request, row, tokenizer, self.decoder_start, drafter)
+            sequence = Sequence(request, row, tokenizer, self.model.decoder_start, drafter)
         except BaseException as error:
             log.exception("A request cannot begin; it ends.")
             self._fail(request, f"The request cannot begin: {error}")
@@ -225,7 +231,7 @@ class EngineCore:
     def _append(self, sequence: Sequence, choices: Rows[Sampled]) -> None:
         """Whatever a tokenizer or a stop string raises is the request's own failure."""
         try:
-            output = take(sequence, choices, self._eos_token_ids)
+            output = take(sequence, choices, self.model.eos_token_ids)
         except BaseException as error:
             log.exception("A token could not be taken; its request ends.")
             self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)

