@@ -202,7 +202,7 @@ def test_a_token_outside_of_the_vocabulary_is_named(
 def test_prompt_and_limit_beyond_the_window_name_both_numbers(
     client: httpx.Client, base: str, server: RunningServer, path: str
 ) -> None:
-    window = server.services.engine.max_model_len
+    window = server.services.engine.model.max_model_len
     body = {"model": base, **PROMPTS[path], "max_tokens": window}
 
     error = refused(client.post(path, json=body))
@@ -218,7 +218,7 @@ def test_prompt_and_limit_beyond_the_window_name_both_numbers(
 def test_a_prompt_as_long_as_the_window_is_refused(
     client: httpx.Client, base: str, server: RunningServer, tokens: str, limit: int | None
 ) -> None:
-    window = server.services.engine.max_model_len
+    window = server.services.engine.model.max_model_len
     length = {"window": window, "beyond": window + 1, "far beyond": window * 1000}[tokens]
     body = {"model": base, "max_tokens": limit}
 
@@ -232,7 +232,7 @@ def test_a_prompt_as_long_as_the_window_is_refused(
 def test_a_prompt_that_is_only_scored_may_fill_the_window(
     client: httpx.Client, base: str, server: RunningServer
 ) -> None:
-    window = server.services.engine.max_model_len
+    window = server.services.engine.model.max_model_len
     body = {"model": base, "prompt": "x" * window, "max_tokens": 0, "echo": True, "logprobs": 0}
 
     answer = client.post(COMPLETIONS, json=body)

@@ -91,7 +91,7 @@ def test_an_answer_may_fill_the_window(
 ) -> None:
     answer = chat(client, base, max_tokens=None, ignore_eos=True)
 
-    assert answer["usage"]["total_tokens"] == server.services.engine.max_model_len
+    assert answer["usage"]["total_tokens"] == server.services.engine.model.max_model_len
     assert answer["choices"][0]["finish_reason"] == "length"
 
 

@@ -214,7 +214,7 @@ def test_sixteen_tokens_come_without_a_limit(client: httpx.Client, base: str) ->
 def test_the_default_limit_is_cut_to_the_window(
     client: httpx.Client, base: str, server: RunningServer
 ) -> None:
-    window = server.services.engine.max_model_len
+    window = server.services.engine.model.max_model_len
     body = {"model": base, "prompt": "x" * (window - 3), "ignore_eos": True}
 
     answer = client.post("/v1/completions", json=body).json()

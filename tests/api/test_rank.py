@@ -118,7 +118,7 @@ def test_all_inputs_are_answered_in_order_and_counted(client: httpx.Client) -> N
 
 
 def test_token_ids_rank_like_their_text(client: httpx.Client, server: RunningServer) -> None:
-    encode = server.services.engine.tokenizer.encode
+    encode = server.services.engine.model.tokenizer.encode
     ids = [{"prompt": encode(PROMPT), "choices": [encode(choice) for choice in CHOICES]}]
     [by_ids] = rank(client, inputs=ids).json()["data"]
     [by_text] = rank(client, inputs=[{"prompt": PROMPT, "choices": CHOICES}]).json()["data"]

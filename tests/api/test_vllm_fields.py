@@ -95,7 +95,7 @@ def test_a_prompt_is_truncated_at_either_side(client: httpx.Client, server: Runn
     assert echoed("bcdef", truncate_prompt_tokens=3) == ("defa", 3)
     assert echoed("bcdef", truncate_prompt_tokens=3, truncation_side="right") == ("bcda", 3)
     assert echoed("bcdef", truncate_prompt_tokens=9) == ("bcdefa", 5)
-    window = server.services.engine.max_model_len
+    window = server.services.engine.model.max_model_len
     assert echoed("b" * 2 * window, truncate_prompt_tokens=-1)[1] == window - 1
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "b" * 2 * window}]}
     answer = client.post(CHAT, json=chat | {"truncate_prompt_tokens": -1, "max_tokens": 5}).json()
