@@ -20,6 +20,7 @@ from server.engine.native.kernels.operators import load_operators
 from server.engine.native.kernels.product import Pack
 from server.engine.native.model.norms import fuse_norms
 from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
+from tests.every_family import tiny_of
 from tests.factories import run_by_modules, tiny_model
 
 FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]
@@ -161,6 +162,15 @@ def test_a_model_that_depends_on_the_number_of_tokens_is_not_traced() -> None:
 
     with pytest.raises(NotTraced, match="depends on"):
         trace(ia3, context, forward)
+
+
+def test_a_model_whose_shapes_depend_on_its_tokens_is_not_traced() -> None:
+    model = tiny_of("mixtral")
+    model.set_experts_implementation("eager")
+    ia3, context, modules = prepared(model, pack=False)
+
+    with pytest.raises(NotTraced, match="its shapes depend on what tokens come"):
+        trace(ia3, context, modules)
 
 
 def test_a_model_with_hooks_runs_by_its_modules() -> None:

@@ -191,7 +191,7 @@ class RowPositions:
             if isinstance(module, nn.Embedding) and "past_key_values_length" in (
                 inspect.signature(module.forward).parameters
             ):
-                if module.embedding_dim < decoder.config.hidden_size:
+                if module.embedding_dim < model.config.hidden_size:
                     # RoFormer's, with no axis of rows; others are added to embeddings of tokens.
                     name = type(model).__name__
                     raise UnsupportedModel(

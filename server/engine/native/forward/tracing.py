@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from adapters.model.slots import IA3Slots
@@ -110,6 +111,8 @@ def trace(ia3: IA3Slots, context: StepContext, forward: Forward) -> TracedForwar
         constants = _lift_constants(graph_module)
         traced = TracedForward(ia3, context, Trace(graph_module.graph, constants, seams, layers))
         check_alike(context, forward, traced, ia3.base.device)
+    except GuardOnDataDependentSymNode as error:
+        raise NotTraced("its shapes depend on what tokens come, as those of experts do") from error
     except Exception as error:  # Whatever a model's code does that cannot be traced.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return traced
