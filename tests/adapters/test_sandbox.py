@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,13 @@ def render(box: Sandbox, template: str, **changes: Any) -> dict[str, Any]:
 
 
 def processes(pid: int | None = None) -> list[psutil.Process]:
-    found = psutil.Process(pid).children(recursive=True)
-    return [each for each in found if any("sandboxed" in part for part in each.cmdline())]
+    found = []
+    for each in psutil.Process(pid).children(recursive=True):
+        # One that has ended meanwhile has no command line.
+        with suppress(psutil.Error):
+            if any("sandboxed" in part for part in each.cmdline()):
+                found.append(each)
+    return found
 
 
 def eventually_none(pids: list[int]) -> bool:
@@ -115,13 +120,15 @@ def test_a_runaway_ends_at_its_limits_and_others_go_on(box: Sandbox, template: s
 
 @pytest.mark.parametrize("kind", ["tokenizer", "template"])
 def test_conversations_are_rendered_while_many_uploads_are_read(
-    box: Sandbox, monkeypatch: pytest.MonkeyPatch, kind: str
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 60, 128 << 20))
     tokenizer = tiny_tokenizer().backend_tokenizer.to_str().encode()
+    box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
+    before = set(processes())
     render(box, CHAT_TEMPLATE)
-    [parent] = [each for each in processes() if each.ppid() == os.getpid()]
-    with ThreadPoolExecutor(6) as uploads:
+    [parent] = [each for each in set(processes()) - before if each.ppid() == os.getpid()]
+    with closing(box), ThreadPoolExecutor(6) as uploads:
         # It forks no worker meanwhile; one that is there already goes on.
         parent.suspend()
         try:
