@@ -274,7 +274,7 @@ class AdapterBank:
 
     def _packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
         if segments and self.device.type == "cuda":
-            return self._by_token(rows, segments)
+            return self.by_token(rows, segments)
         if not segments:
             return {
                 target: Scale(sheet.rows[: len(rows), column], scratch=self._scratch)
@@ -296,7 +296,7 @@ class AdapterBank:
                     scales[target] = Scale(pieces=pieces, scratch=self._scratch)
         return scales
 
-    def _by_token(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
+    def by_token(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
         """One gather for all tokens costs a GPU less than a kernel for each segment."""
         slots, tokens = _slots_of(rows, segments)
         scales = {}

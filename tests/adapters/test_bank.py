@@ -241,7 +241,7 @@ def test_a_vector_for_each_token_does_what_rows_and_segments_do(
             each.fill(slot, known.vectors[kind])
     rows = [1, 0]
     by_segment = bank.packed(rows, segments)
-    for by_token in (bank._by_token(rows, segments), in_panels.packed(rows, segments)):
+    for by_token in (bank.by_token(rows, segments), in_panels.packed(rows, segments)):
         assert by_segment.keys() == by_token.keys()
         assert not any(t.module.endswith("q_proj") for t in by_token)
         for target, scale in by_segment.items():
