@@ -157,7 +157,7 @@ def _resolve(
     saved: tuple[str, ...],
     modules: BaseModules,
 ) -> tuple[Target, ...]:
-    """`resolve_targets` with a memory: many adapters have one config, and requests wait for this."""
+    """`resolve_targets`, cached: many adapters have the same config, and requests wait for this."""
     targets = _names_or_default("target_modules", targets, TARGET_MODULES, modules)
     feedforward = _names_or_default(
         "feedforward_modules", feedforward, FEEDFORWARD_MODULES, modules
