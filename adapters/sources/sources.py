@@ -264,7 +264,7 @@ def _body(response: httpx2.Response, name: str, scheme: str) -> Chunks | None:
     if refused:
         raise SourceRefused(
             f"The source answers {response.status_code} for {name}: the file is not there, or this "
-            f"server may not read it; check the name, and {_CREDENTIALS[scheme]} in its environment."
+            f"server may not read it; check the name, and {_CREDENTIALS[scheme]} of the server."
         )
     raise SourceFailed(f"the source answers {response.status_code} for {name}")
 
