@@ -1,5 +1,6 @@
 """Slots: what a server fills, and what each row and segment of a packed batch then computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.checkpoint.targets import BaseModules, Side, Target
 from adapters.model.bank import BASE_SLOT, AdapterBank, Segment
 from adapters.model.layer import IA3Layer
-from adapters.model.slots import IA3Slots
+from adapters.model.slots import IA3Slots, Version
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 
@@ -133,6 +134,23 @@ def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
     )
 
 
+def test_the_version_says_what_must_be_made_again(model: IA3Slots, known: Known) -> None:
+    def differs(change: Callable[[], object]) -> set[str]:
+        before = model.version
+        change()
+        both = zip(Version._fields, before, model.version, strict=True)
+        return {field for field, old, new in both if old != new}
+
+    fill, packed = model.fill_slot, model.set_packed
+    assert differs(lambda: fill(1, known.vectors["default"])) == {"layers", "columns"}
+    assert differs(lambda: packed([1])) == {"scales"}
+    assert differs(lambda: packed([1])) == set()
+    assert differs(lambda: fill(2, known.vectors["default"])) == set()
+    assert differs(lambda: fill(3, known.vectors["mlp_out"])) == {"columns"}
+    assert differs(lambda: packed([1, 2])) == {"scales"}
+    assert differs(model.unload) == {"layers", "scales", "columns"}
+
+
 def test_a_column_is_made_for_each_module_and_side_in_use(model: IA3Slots, known: Known) -> None:
     assert (model.bank.column_count, model.bank.nbytes) == (0, 0)
     model.fill_slot(1, known.vectors["queries"])
@@ -223,7 +241,7 @@ def test_a_vector_for_each_token_does_what_rows_and_segments_do(
             each.fill(slot, known.vectors[kind])
     rows = [1, 0]
     by_segment = bank.packed(rows, segments)
-    for by_token in (bank._by_token(rows, segments), in_panels.packed(rows, segments)):
+    for by_token in (bank.by_token(rows, segments), in_panels.packed(rows, segments)):
         assert by_segment.keys() == by_token.keys()
         assert not any(t.module.endswith("q_proj") for t in by_token)
         for target, scale in by_segment.items():

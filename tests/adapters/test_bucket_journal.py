@@ -20,7 +20,8 @@ class LossyObjects(Objects):
     """A bucket behind a network that loses some of the next requests, or their answers."""
 
     def __init__(self) -> None:
-        super().__init__(MemoryStore(), "memory://")
+        self.inside = MemoryStore()
+        super().__init__(self.inside, "memory://")
         self.lose: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
         """Happens between two pages of the next listing."""
@@ -56,7 +57,7 @@ class LossyObjects(Objects):
 
 
 @pytest.fixture
-def objects() -> Objects:
+def objects() -> LossyObjects:
     return LossyObjects()
 
 
@@ -117,12 +118,12 @@ def test_whoever_had_the_journal_before_cannot_append(objects: Objects, compacts
 
 
 def test_a_damaged_and_a_missing_event_take_no_other(
-    objects: Objects, caplog: pytest.LogCaptureFixture
+    objects: LossyObjects, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal, _ = opened(objects)
     for name in "abcd":
         append(journal, name)
-    obstore.put(objects._store, "journal/000000000003.jsonl", b'{\n"x":1}\n')
+    obstore.put(objects.inside, "journal/000000000003.jsonl", b'{\n"x":1}\n')
     objects.delete(["journal/000000000004.jsonl"])
     again, names = opened(objects)
     assert names == ["a", "d"]

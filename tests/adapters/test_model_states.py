@@ -61,6 +61,7 @@ class Twins(RuleBasedStateMachine):
         super().__init__()
         self.ours = IA3Model.from_pretrained(tiny_llama(), folders()["default"], "a")
         self.peft = PeftModel.from_pretrained(tiny_llama(), folders()["default"], adapter_name="a")
+        self.enabled = True
 
     @property
     def tuner(self) -> Any:
@@ -113,7 +114,9 @@ class Twins(RuleBasedStateMachine):
         merged = {name for layer in self.layers() for name in layer.merged_adapters}
         assert set(self.ours.merged_adapters) == merged
         enabled = {not layer.disable_adapters for layer in self.layers()}
-        assert enabled == {self.ours._tuning.in_force.enabled}
+        assert enabled == {self.enabled}
+        active = self.enabled and bool(self.ours.active_adapters)
+        assert self.ours.has_active_enabled_adapter == active
         trains = {name for name, p in self.ours.named_parameters() if p.requires_grad}
         assert trains == {name for name, p in self.tuner.named_parameters() if p.requires_grad}
 
@@ -122,7 +125,7 @@ class Twins(RuleBasedStateMachine):
         disabled, and its cast from half precision makes parameters that train."""
         self.tuner.set_requires_grad(name, False)
         for layer in self.layers():
-            layer._disable_adapters = not self.ours._tuning.in_force.enabled
+            layer._disable_adapters = not self.enabled
 
     # Adapters come and go.
 
@@ -199,6 +202,7 @@ class Twins(RuleBasedStateMachine):
         self.both(
             lambda ours: getattr(ours, method)(), lambda peft: getattr(peft.base_model, method)()
         )
+        self.enabled = enabled
 
     @rule(names=SEVERAL, trains=st.booleans())
     def let_train(self, names: list[str], trains: bool) -> None:
@@ -254,10 +258,9 @@ class Twins(RuleBasedStateMachine):
             lambda ours: found.append(ours(IDS, adapter_names=names).logits), lambda _: None
         ):
             return
-        enabled = self.ours._tuning.in_force.enabled
         for row, name in enumerate(names):
             alone = copy.deepcopy(self.peft)
-            if name == "__base__" or not enabled:
+            if name == "__base__" or not self.enabled:
                 alone.base_model.disable_adapter_layers()
             else:
                 alone.base_model.set_adapter(name)

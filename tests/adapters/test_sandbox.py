@@ -52,17 +52,9 @@ def _low_limits() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Sandbox]:
-    shared = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
-    yield shared
-    shared.close()
-
-
-@pytest.fixture
-def box(shared: Sandbox) -> Sandbox:
-    """As another test may have left it, without templates that are kept."""
-    shared._forget()
-    return shared
+def box() -> Iterator[Sandbox]:
+    with closing(Sandbox(tiny_tokenizer().backend_tokenizer.to_str)) as box:
+        yield box
 
 
 def render(box: Sandbox, template: str, **changes: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def open_store(folder: Path) -> OpenStore:
 @pytest.mark.parametrize(
     "damage", [b"{", b"[]", b"null", b'{"event":"revision","name":"support"}', b"\xff"], ids=repr
 )
-def test_a_damaged_line_of_the_journal_is_passed_over_with_a_warning(
+def test_a_damaged_line_of_the_journal_is_skipped_with_a_warning(
     store: AdapterStore,
     folder: Path,
     open_store: OpenStore,
@@ -45,7 +45,7 @@ def test_a_damaged_line_of_the_journal_is_passed_over_with_a_warning(
     first, _, *others = journal.read_bytes().splitlines()
     journal.write_bytes(b"\n".join([first, damage, *others, b""]))
     with reopened(store, open_store) as again:
-        assert "passed over" in caplog.text
+        assert "skipped" in caplog.text
         assert content_of(again, again.current("other")) == "c"
         assert content_of(again, again.current("support")) == "a"
 

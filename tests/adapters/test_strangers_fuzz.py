@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from adapters.errors import InvalidAdapter, TemplateRefused
 from adapters.vocabulary import sandbox
@@ -105,17 +106,24 @@ def mutated_template(template: str, draw: random.Random) -> str:
 
 
 @pytest.fixture(scope="module", params=[tiny_tokenizer, byte_fallback_tokenizer])
-def vocabularies(request: pytest.FixtureRequest) -> Iterator[Vocabularies]:
+def base(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    tokenizer: PreTrainedTokenizerFast = request.param()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def vocabularies(base: PreTrainedTokenizerFast) -> Iterator[Vocabularies]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "TOKENIZER", LIMITS)
         patch.setattr(sandbox, "TEMPLATE", LIMITS)
-        vocabularies = Vocabularies(request.param(), NoEmbeddings())
+        vocabularies = Vocabularies(base, NoEmbeddings())
         yield vocabularies
         vocabularies.close()
 
 
-def try_all(vocabularies: Vocabularies, folder: Path, cases: int, seed: int) -> None:
-    base = vocabularies._base
+def try_all(
+    base: PreTrainedTokenizerFast, vocabularies: Vocabularies, folder: Path, cases: int, seed: int
+) -> None:
     text = base.backend_tokenizer.to_str()
     expected = base.encode(TEXT)
     draw = random.Random(seed)
@@ -156,11 +164,15 @@ def _try(vocabularies: Vocabularies, folder: Path) -> str:
 
 
 def check(
-    vocabularies: Vocabularies, new_folder: Callable[[str], Path], cases: int, threads: int
+    base: PreTrainedTokenizerFast,
+    vocabularies: Vocabularies,
+    new_folder: Callable[[str], Path],
+    cases: int,
+    threads: int,
 ) -> None:
     with ThreadPoolExecutor(threads) as pool:
         runs = [
-            pool.submit(try_all, vocabularies, new_folder("fuzz"), cases // threads, seed)
+            pool.submit(try_all, base, vocabularies, new_folder("fuzz"), cases // threads, seed)
             for seed in range(threads)
         ]
         for run in runs:
@@ -170,13 +182,17 @@ def check(
 
 
 def test_hundreds_of_mutated_strangers_harm_nobody(
-    vocabularies: Vocabularies, tmp_path_factory: pytest.TempPathFactory
+    base: PreTrainedTokenizerFast,
+    vocabularies: Vocabularies,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    check(vocabularies, tmp_path_factory.mktemp, FEW // 2, 2)
+    check(base, vocabularies, tmp_path_factory.mktemp, FEW // 2, 2)
 
 
 @pytest.mark.full
 def test_thousands_of_mutated_strangers_harm_nobody(
-    vocabularies: Vocabularies, tmp_path_factory: pytest.TempPathFactory
+    base: PreTrainedTokenizerFast,
+    vocabularies: Vocabularies,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    check(vocabularies, tmp_path_factory.mktemp, MANY // 2, 4)
+    check(base, vocabularies, tmp_path_factory.mktemp, MANY // 2, 4)
