@@ -1,6 +1,6 @@
 """Decode steps as captured CUDA graphs, one for each size of a ladder of batch sizes."""
 
-from collections.abc import Sequence as Rows
+from collections import abc
 
 import torch
 
@@ -47,10 +47,12 @@ class DecodeGraphs:
         self._columns = -1
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def fit(self, decode: Rows[Chunk]) -> bool:
+    def fit(self, decode: abc.Sequence[Chunk]) -> bool:
         return 0 < len(decode) <= self._sizes[-1]
 
-    def run(self, ids: Rows[int], decode: Rows[Chunk], slots: Rows[int]) -> torch.Tensor:
+    def run(
+        self, ids: abc.Sequence[int], decode: abc.Sequence[Chunk], slots: abc.Sequence[int]
+    ) -> torch.Tensor:
         """`[rows, vocab]` logits, valid until the next run."""
         rows = len(decode)
         size = next(size for size in self._sizes if size >= rows)

@@ -1,7 +1,7 @@
 """One step on the device: pack the rows' tokens into one flat forward, and return logits."""
 
 import inspect
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,7 +97,7 @@ class FlatRunner:
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
         return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
 
-    def _forward(self, rows: Rows[int], segments: Rows[Segment]) -> Forward:
+    def _forward(self, rows: abc.Sequence[int], segments: abc.Sequence[Segment]) -> Forward:
         if self._traced is None or self._ia3.has_copies([*rows, *(s.slot for s in segments)]):
             return self._modules
         return self._traced

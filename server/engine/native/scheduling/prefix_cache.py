@@ -5,9 +5,7 @@ another. Tokens themselves are compared, not hashes of them, so nothing is taken
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from collections.abc import Sequence as Row
+from collections import OrderedDict, abc
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -49,8 +47,8 @@ class PrefixCache:
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
-        self._roots: dict[Hashable, Node] = {}
-        self._keys: dict[Node, Hashable] = {}
+        self._roots: dict[abc.Hashable, Node] = {}
+        self._keys: dict[Node, abc.Hashable] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()
         """All that are kept, least recently used first; a node before its parent."""
         self._nodes: dict[int, Node] = {}
@@ -59,7 +57,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, content: Hashable, tokens: Row[int], most: int) -> Found:
+    def find(self, content: abc.Hashable, tokens: abc.Sequence[int], most: int) -> Found:
         """The longest beginning of a row that is known, or is being computed, up to `most`."""
         node = self._roots.get(content)
         path: list[Node] = []
@@ -80,12 +78,12 @@ class PrefixCache:
                 break
         return Found(path, found, owner, expected)
 
-    def touch(self, path: Row[Node]) -> None:
+    def touch(self, path: abc.Sequence[Node]) -> None:
         """These blocks were of use."""
         for node in reversed(path):
             self._used.move_to_end(node)
 
-    def keep(self, content: Hashable, tokens: Row[int], row: int) -> None:
+    def keep(self, content: abc.Hashable, tokens: abc.Sequence[int], row: int) -> None:
         """Keep all that has been computed of a row."""
         path = [self._root(content)]
         start = 0
@@ -116,7 +114,9 @@ class PrefixCache:
                 if block in self._nodes:
                     self._remove(self._nodes[block])
 
-    def expect(self, content: Hashable, tokens: Row[int], owner: Sequence) -> list[Node]:
+    def expect(
+        self, content: abc.Hashable, tokens: abc.Sequence[int], owner: Sequence
+    ) -> list[Node]:
         """Note that a running sequence computes these tokens, so that others can wait for it."""
         node = self._root(content)
         expected: list[Node] = []
@@ -131,12 +131,12 @@ class PrefixCache:
             start += len(piece)
         return expected
 
-    def forget_expected(self, expected: Row[Node]) -> None:
+    def forget_expected(self, expected: abc.Sequence[Node]) -> None:
         for node in expected:
             if node.block is None and node.parent is not None:
                 self._remove(node)
 
-    def forget(self, content: Hashable) -> None:
+    def forget(self, content: abc.Hashable) -> None:
         """Drop all that is kept under a content."""
         root = self._roots.get(content)
         for node in list(root.children) if root is not None else ():
@@ -155,7 +155,7 @@ class PrefixCache:
     def _has_place(self, node: Node) -> bool:
         return node.block is not None and self._blocks.has_place(node.block)
 
-    def _piece(self, tokens: Row[int], start: int) -> tuple[int, ...]:
+    def _piece(self, tokens: abc.Sequence[int], start: int) -> tuple[int, ...]:
         size = self._blocks.size or len(tokens)
         return tuple(tokens[start : start + size])
 
@@ -209,7 +209,7 @@ class PrefixCache:
         if parent in self._keys:
             self._forget_if_empty(parent)
 
-    def _root(self, content: Hashable) -> Node:
+    def _root(self, content: abc.Hashable) -> Node:
         if content not in self._roots:
             self._roots[content] = Node(())
             self._keys[self._roots[content]] = content
@@ -220,7 +220,7 @@ class PrefixCache:
             del self._roots[self._keys.pop(root)]
 
 
-def _subtree(node: Node) -> Iterator[Node]:
+def _subtree(node: Node) -> abc.Iterator[Node]:
     pending = [node]
     while pending:
         each = pending.pop()
