@@ -91,7 +91,9 @@ class Simulation:
         self.rows, self.chunk = rows, chunk
         self.slots = Slots(slots)
         self.residency = Residency(self.slots)
-        self.cache = StripCache([], cache_tokens or (rows + 1) * window, window)
+        self.cache = StripCache(
+            [], total_tokens=cache_tokens or (rows + 1) * window, max_tokens=window
+        )
         self.scheduler = Scheduler(self.cache, self.residency, rows, chunk, prefix_cache=False)
         self.now = 0.0
         self.steps = 0

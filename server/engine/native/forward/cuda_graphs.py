@@ -7,6 +7,7 @@ import torch
 from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Chunk, StepContext
 from server.engine.native.cache.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
+from server.engine.native.cache.planning import Limits
 from server.engine.native.forward.tracing import Forward
 
 
@@ -24,14 +25,14 @@ class DecodeGraphs:
         context: StepContext,
         cache: PagedCache,
         forward: Forward,
-        max_rows: int,
-        max_tokens: int,
+        limits: Limits,
     ) -> None:
         self._ia3 = ia3
         self._context = context
         self._cache = cache
         self._forward_flat = forward
-        self._max_tokens = max_tokens
+        max_rows = limits.max_rows
+        self._max_tokens = limits.max_tokens
         self._sizes: list[int] = [
             size for size in (1, 2, 4, 8, *range(16, max_rows, 8)) if size < max_rows
         ]
@@ -94,7 +95,7 @@ class DecodeGraphs:
             tables=tables,
             lengths=(positions + 1).int(),
             cumulative=self._cumulative[: size + 1],
-            block=tables.gather(1, (positions // BLOCK)[:, None])[:, 0].long(),
+            page=tables.gather(1, (positions // BLOCK)[:, None])[:, 0].long(),
             offset=positions % BLOCK,
             longest_chunk=1,
             longest_row=self._max_tokens,

@@ -57,8 +57,8 @@ class Piece:
 
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
-        """Not `goes_on`: the model goes on from a row's state one token at a time only."""
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, can_continue: bool = True) -> None:
+        """Without `can_continue`, the model continues a row's state by one token at a time only."""
         self._ia3 = ia3
         self._cache = cache
         self._device = ia3.base.device
@@ -66,7 +66,7 @@ class PaddedRunner:
         self._positions = RowPositions(ia3.base)
         self._equal_beyond = _equal_beyond(ia3.base)
         self._carries = not cache.shares
-        self._goes_on = goes_on
+        self._can_continue = can_continue
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -114,7 +114,7 @@ class PaddedRunner:
     def forward(self, pieces: abc.Sequence[Piece], every: bool) -> torch.Tensor:
         """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
         tokens = max(len(piece.ids) for piece in pieces)
-        if tokens > 1 and not self._goes_on and pieces[0].start > 0:
+        if tokens > 1 and not self._can_continue and pieces[0].start > 0:
             [piece] = pieces
             return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
         sources = [len(piece.source) for piece in pieces if piece.source]

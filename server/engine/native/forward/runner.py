@@ -13,6 +13,7 @@ from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Chunk, StepContext
 from server.engine.native.cache.kv_cache import FlatCache
 from server.engine.native.cache.paged_cache import PagedCache
+from server.engine.native.cache.planning import Limits
 from server.engine.native.forward.cuda_graphs import DecodeGraphs
 from server.engine.native.forward.tracing import Forward
 from server.engine.native.sequences.sequence import Sequence
@@ -48,8 +49,7 @@ class FlatRunner:
         cache: FlatCache,
         modules: "Modules",
         traced: Forward | None,
-        max_rows: int,
-        max_tokens: int,
+        limits: Limits,
     ) -> None:
         """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
         self._ia3 = ia3
@@ -58,12 +58,10 @@ class FlatRunner:
         self._device = ia3.base.device
         self._modules = modules
         self._traced = traced
-        ia3.bank.reserve_rows(max_rows)
+        ia3.bank.reserve_rows(limits.max_rows)
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and isinstance(cache, PagedCache):
-            self._graphs = DecodeGraphs(
-                ia3, context, cache, traced or modules, max_rows, max_tokens
-            )
+            self._graphs = DecodeGraphs(ia3, context, cache, traced or modules, limits)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
