@@ -116,7 +116,7 @@ def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     load_operators(tmp_path)
     ia3, context, modules = prepared(tiny_model("llama"), pack=True, kernel=kernel)
-    cache = StripCache(list(run_probe(ia3.base, context).values()), 128, 64)
+    cache = StripCache(list(run_probe(ia3.base, context).values()), total_tokens=128, max_tokens=64)
     traced = trace(ia3, context, modules)
     compiled = compile_forward(ia3, context, modules, traced, cache, tmp_path)
     assert any(product.gates for product, _ in compiled._kernels)

@@ -9,8 +9,7 @@ import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Rows
+from collections import abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -212,7 +211,7 @@ class RequestGrammars:
         self._given: dict[tuple[GrammarKind, str], Grammar | Refusal] = {}
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def asked(self) -> abc.Iterator[None]:
         """Within, and on threads that are begun within: `Grammars.compile` is for this request."""
         token = _REQUEST.set(self)
         try:
@@ -277,7 +276,7 @@ async def _vet(kind: GrammarKind, text: str) -> str:
     return str(json.loads(said))
 
 
-async def _to_its_end(work: Callable[[], _T]) -> _T:
+async def _to_its_end(work: abc.Callable[[], _T]) -> _T:
     """What `work` returns, on a thread. It cannot be stopped: who is cancelled waits for it too."""
     thread = asyncio.ensure_future(asyncio.to_thread(work))
     try:
@@ -329,7 +328,7 @@ class MaskMaker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         """One, so that a sequence's tokens are taken in order."""
 
-    def advance(self, taken: Rows[tuple[Constraint, int]]) -> None:
+    def advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> None:
         """Each of these sequences took this token. Returns at once."""
         masks = self._thread.submit(self._advance, taken)
         for row, (constraint, _) in enumerate(taken):
@@ -342,14 +341,14 @@ class MaskMaker:
     def _executor(self) -> LLExecutor:
         return LLExecutor()
 
-    def _advance(self, taken: Rows[tuple[Constraint, int]]) -> Masks:
+    def _advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> Masks:
         matchers = [constraint.matcher for constraint, _ in taken]
         tokens = [token for _, token in taken]
         self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
         return _masks(matchers, taken[0][0].lexicon, self._executor)
 
 
-def _masks(matchers: Rows[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
+def _masks(matchers: abc.Sequence[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
     vocab = lexicon.vocab_size
     packed = allocate_token_bitmask(len(matchers), vocab)
     fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)
@@ -376,7 +375,7 @@ def _explained(kind: GrammarKind, text: str, reason: str) -> Refusal:
     return Refusal(reason, "mend or simplify it")
 
 
-def _places(schema: object, key: str, at: str) -> Iterator[str]:
+def _places(schema: object, key: str, at: str) -> abc.Iterator[str]:
     """Where in a schema `key` stands, as JSON paths."""
     if isinstance(schema, list):
         for index, each in enumerate(schema):

@@ -7,8 +7,7 @@ sequence has changed until its part has run: half-written keys and values are ov
 import logging
 import math
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ class Ran:
     seconds: float
     prompts: list[tuple[Sequence, list[TokenLogprob]]]
     """Scores of the next prompt tokens that had none."""
-    choices: list[tuple[Sequence, Rows[Sampled]]]
+    choices: list[tuple[Sequence, abc.Sequence[Sampled]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Stepping:
         self._good = 0
         """Steps since then, or since more were tried."""
 
-    def run(self, step: Step) -> Iterator[Ran | Failed | Lost]:
+    def run(self, step: Step) -> abc.Iterator[Ran | Failed | Lost]:
         """A step of n rows and chunks takes fewer than 2 n forwards, and one for each time that a
         chunk is halved. Raises torch.AcceleratorError where the device is lost."""
         parts = [step]
@@ -110,7 +109,7 @@ class Stepping:
             scored = sequence.tokens[known : known + len(scores)]
             best = sequence.request.params.prompt_logprobs or 0
             prompts.append((sequence, score_tokens(scores, scored, best)))
-        choices: list[tuple[Sequence, Rows[Sampled]]] = []
+        choices: list[tuple[Sequence, abc.Sequence[Sampled]]] = []
         if logits.drafts is not None and step.drafts:
             verified = self._sampler.verify(logits.drafts, step.drafts)
             choices += zip((draft.sequence for draft in step.drafts), verified, strict=True)

@@ -1,14 +1,15 @@
 """What the sampled tokens of a sequence bring: text, scores, and perhaps its end."""
 
-from collections.abc import Collection
-from collections.abc import Sequence as Rows
+from collections import abc
 
 from server.engine.native.sampling.sampler import Sampled
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.request import FinishReason, Output
 
 
-def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[int]) -> Output:
+def take(
+    sequence: Sequence, choices: abc.Sequence[Sampled], eos_token_ids: abc.Collection[int]
+) -> Output:
     """Append a sequence's next tokens, until one ends it, and say what that brought."""
     params = sequence.request.params
     scores = None
@@ -48,7 +49,7 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
 
 
 def _append(
-    sequence: Sequence, token: int, eos_token_ids: Collection[int]
+    sequence: Sequence, token: int, eos_token_ids: abc.Collection[int]
 ) -> tuple[str, FinishReason | None]:
     """The text that the token brings, and whether it is the last."""
     params = sequence.request.params

@@ -109,7 +109,7 @@ class CompiledForward:
         plan = self._context.plan
         if self.has_attention:
             assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
-            plan.begin()
+            plan.bind_kernels()
         try:
             with _running_as(self):
                 logits: torch.Tensor = self._run(*self._constants, ids, positions, keep)

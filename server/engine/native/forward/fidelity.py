@@ -84,6 +84,7 @@ class Fidelity:
         ia3: IA3Slots,
         tokenizer: PreTrainedTokenizerFast,
         decoder_start: tuple[int, ...] | None,
+        *,
         max_model_len: int,
         max_rows: int,
         kept: Path | None = None,

@@ -6,9 +6,7 @@ of like length run together on their first chunk, and alone on the others.
 """
 
 import inspect
-from collections import defaultdict
-from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections import abc, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,14 +51,14 @@ class Piece:
             source=sequence.tokens[:source],
         )
 
-    def single_tokens(self) -> Iterator["Piece"]:
+    def single_tokens(self) -> abc.Iterator["Piece"]:
         for number, token in enumerate(self.ids):
             yield replace(self, start=self.start + number, ids=[token])
 
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
-        """Not `goes_on`: the model goes on from a row's state one token at a time only."""
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, can_continue: bool = True) -> None:
+        """Without `can_continue`, the model continues a row's state by one token at a time only."""
         self._ia3 = ia3
         self._cache = cache
         self._device = ia3.base.device
@@ -68,7 +66,7 @@ class PaddedRunner:
         self._positions = RowPositions(ia3.base)
         self._equal_beyond = _equal_beyond(ia3.base)
         self._carries = not cache.shares
-        self._goes_on = goes_on
+        self._can_continue = can_continue
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -91,7 +89,7 @@ class PaddedRunner:
         none = next(iter(logits.values()))[:0]
         return Logits(taking, torch.stack(last) if last else none, prompts)
 
-    def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
+    def _batches(self, step: Step) -> abc.Iterator[list[tuple[Sequence, int]]]:
         """What can run together: the same number of tokens, or nothing computed yet."""
         batches: dict[tuple[object, ...], list[tuple[Sequence, int]]] = defaultdict(list)
         prefill = list(step.prefill)
@@ -113,10 +111,10 @@ class PaddedRunner:
         yield from batches.values()
 
     @torch.inference_mode()
-    def forward(self, pieces: Rows[Piece], every: bool) -> torch.Tensor:
+    def forward(self, pieces: abc.Sequence[Piece], every: bool) -> torch.Tensor:
         """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
         tokens = max(len(piece.ids) for piece in pieces)
-        if tokens > 1 and not self._goes_on and pieces[0].start > 0:
+        if tokens > 1 and not self._can_continue and pieces[0].start > 0:
             [piece] = pieces
             return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
         sources = [len(piece.source) for piece in pieces if piece.source]
@@ -126,7 +124,7 @@ class PaddedRunner:
             return self._forward(pieces, every, group, cache)
 
     def _forward(
-        self, pieces: Rows[Piece], every: bool, group: Group, cache: Cache
+        self, pieces: abc.Sequence[Piece], every: bool, group: Group, cache: Cache
     ) -> torch.Tensor:
         tokens = max(len(piece.ids) for piece in pieces)
         starts = torch.tensor(group.starts, device=self._device)[:, None]
@@ -159,7 +157,7 @@ class PaddedRunner:
         logits: torch.Tensor = out.logits
         return logits
 
-    def _source(self, pieces: Rows[Piece], group: Group) -> dict[str, Any]:
+    def _source(self, pieces: abc.Sequence[Piece], group: Group) -> dict[str, Any]:
         """Sources, aligned at the left; once they are encoded, only which of them are padding."""
         longest = max(group.sources)
         lengths = torch.tensor(group.sources, device=self._device)[:, None]
@@ -184,7 +182,7 @@ class RowPositions:
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises UnsupportedModel where no row can have its own."""
         self._positions: torch.Tensor | None = None
-        decoder: nn.Module = model
+        decoder: PreTrainedModel = model
         if model.config.is_encoder_decoder:
             decoder = model.get_decoder()  # type: ignore[no-untyped-call]
         for module in decoder.modules():
@@ -200,7 +198,7 @@ class RowPositions:
                 module.register_forward_hook(self._embed)
 
     @contextmanager
-    def set(self, positions: torch.Tensor) -> Iterator[None]:
+    def set(self, positions: torch.Tensor) -> abc.Iterator[None]:
         """Within: `[rows, tokens]` positions."""
         self._positions = positions
         try:

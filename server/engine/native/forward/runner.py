@@ -1,7 +1,7 @@
 """One step on the device: pack the rows' tokens into one flat forward, and return logits."""
 
 import inspect
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Chunk, StepContext
 from server.engine.native.cache.kv_cache import FlatCache
 from server.engine.native.cache.paged_cache import PagedCache
+from server.engine.native.cache.planning import Limits
 from server.engine.native.forward.cuda_graphs import DecodeGraphs
 from server.engine.native.forward.tracing import Forward
 from server.engine.native.sequences.sequence import Sequence
@@ -48,8 +49,7 @@ class FlatRunner:
         cache: FlatCache,
         modules: "Modules",
         traced: Forward | None,
-        max_rows: int,
-        max_tokens: int,
+        limits: Limits,
     ) -> None:
         """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
         self._ia3 = ia3
@@ -58,12 +58,10 @@ class FlatRunner:
         self._device = ia3.base.device
         self._modules = modules
         self._traced = traced
-        ia3.bank.reserve_rows(max_rows)
+        ia3.bank.reserve_rows(limits.max_rows)
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and isinstance(cache, PagedCache):
-            self._graphs = DecodeGraphs(
-                ia3, context, cache, traced or modules, max_rows, max_tokens
-            )
+            self._graphs = DecodeGraphs(ia3, context, cache, traced or modules, limits)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -97,7 +95,7 @@ class FlatRunner:
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
         return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
 
-    def _forward(self, rows: Rows[int], segments: Rows[Segment]) -> Forward:
+    def _forward(self, rows: abc.Sequence[int], segments: abc.Sequence[Segment]) -> Forward:
         if self._traced is None or self._ia3.has_copies([*rows, *(s.slot for s in segments)]):
             return self._modules
         return self._traced

@@ -100,8 +100,9 @@ class AttentionKernel:
             _Call(function, keys, values, chunks, memory.kv_heads, layer.scaling, *limits)
         )
 
-    def begin(self, chunks: torch.Tensor) -> None:
-        """What its calls attend to from now on; `chunks` as above, and kept by the caller."""
+    def bind(self, chunks: torch.Tensor) -> None:
+        """Set the chunks that `AttentionCall`s attend for from now on: `chunks` is as above, and
+        the caller keeps it alive."""
         self._chunks.first, self._chunks.count = chunks.data_ptr(), len(chunks)
 
 

@@ -1,14 +1,13 @@
 """What is added to the logits of some rows of a batch, or taken from them, before one is chosen."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections import abc
 
 import torch
 
 from server.engine.native.sequences.sequence import Sequence
 
 
-def column(values: Rows[float], device: torch.device) -> torch.Tensor:
+def column(values: abc.Sequence[float], device: torch.device) -> torch.Tensor:
     return torch.tensor([float(value) for value in values], device=device)[:, None]
 
 
@@ -23,7 +22,7 @@ class Allowed:
     """Rows that take none but the given tokens."""
 
     def __init__(
-        self, allowed: Mapping[int, frozenset[int]], vocab: int, device: torch.device
+        self, allowed: abc.Mapping[int, frozenset[int]], vocab: int, device: torch.device
     ) -> None:
         self._rows = torch.tensor(list(allowed), device=device)
         forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
@@ -40,7 +39,7 @@ class Allowed:
 class Penalties:
     """Which tokens the penalised rows have, and how often; it stays while other rows change."""
 
-    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
+    def __init__(self, sequences: abc.Sequence[Sequence], vocab: int, device: torch.device) -> None:
         self._sequences = sequences
         self._lengths = [len(sequence.tokens) for sequence in sequences]
         params = [sequence.request.params for sequence in sequences]
@@ -54,7 +53,7 @@ class Penalties:
             self._counts[index] += torch.bincount(answer, minlength=vocab)
             self._seen[index, mine.tokens[mine.source_tokens :]] = True
 
-    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
+    def fits(self, sequences: abc.Sequence[Sequence], vocab: int) -> bool:
         """Whether these are the rows, and the tokens that are counted are all that they have."""
         if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
             return False

@@ -9,7 +9,7 @@ Drafted tokens are verified by drawing: at each place with the random number tha
 draw that token by in any case. So it takes the same tokens as without drafts, only sooner.
 """
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Sampler:
         self._batch: _Batch | None = None
         self._masks = MaskMaker()
 
-    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+    def sample(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled]:
         """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
         places = [_Place(sequence) for sequence in sequences]
         # Not there until all is computed: where that fails, it is made anew.
@@ -76,7 +76,7 @@ class Sampler:
             for row, sampled in enumerate(zip(chosen, logprobs, finite, strict=True))
         ]
 
-    def verify(self, logits: torch.Tensor, drafts: Rows[Draft]) -> list[list[Sampled]]:
+    def verify(self, logits: torch.Tensor, drafts: abc.Sequence[Draft]) -> list[list[Sampled]]:
         """What each of the drafted rows takes: at least one token, at most one more than drafted.
 
         `logits` `[places, vocab]`: what follows each row's tokens, and each drafted one. The rows
@@ -105,7 +105,10 @@ class Sampler:
         ]
 
     def _choose(
-        self, logits: torch.Tensor, batch: "_Batch", constrained: Rows[tuple[int, Constraint]]
+        self,
+        logits: torch.Tensor,
+        batch: "_Batch",
+        constrained: abc.Sequence[tuple[int, Constraint]],
     ) -> tuple[list[int], list[bool]]:
         """A token for each row of `logits`, and whether the row is finite."""
         adjusted = _apply_masks(batch.adjust(logits), constrained)
@@ -120,7 +123,7 @@ class Sampler:
     def close(self) -> None:
         self._masks.close()
 
-    def _ban(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
+    def _ban(self, logits: torch.Tensor, places: abc.Sequence[_Place]) -> torch.Tensor:
         """Rows below their `min_tokens` may not end, and no row completes a bad word; unless what
         it is held to leaves nothing else."""
         banned: list[tuple[int, int]] = []
@@ -172,7 +175,9 @@ def _greatest(logits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
-def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]) -> torch.Tensor:
+def _apply_masks(
+    logits: torch.Tensor, constrained: abc.Sequence[tuple[int, Constraint]]
+) -> torch.Tensor:
     """`logits` with the given rows' forbidden tokens at minus infinity: those that an adapter adds
     to the base's vocabulary, too."""
     if not constrained:
@@ -190,7 +195,7 @@ class _Batch:
 
     def __init__(
         self,
-        places: Rows[_Place],
+        places: abc.Sequence[_Place],
         vocab: int,
         device: torch.device,
         previous: "_Batch | None" = None,
@@ -221,7 +226,7 @@ class _Batch:
             goes_on = known is not None and known.fits(sequences, vocab)
             self._penalties = known if goes_on else Penalties(sequences, vocab, device)
 
-    def fits(self, places: Rows[_Place], vocab: int) -> bool:
+    def fits(self, places: abc.Sequence[_Place], vocab: int) -> bool:
         """Whether these are the rows that this state was made for, one token on."""
         if len(places) != len(self.places) or vocab != self._vocab:
             return False
@@ -254,7 +259,7 @@ class _RandomRows:
     """Rows of a batch that draw at random: either all of them truncate (top-k, top-p), or none."""
 
     def __init__(
-        self, rows: list[int], places: Rows[_Place], truncates: bool, device: torch.device
+        self, rows: list[int], places: abc.Sequence[_Place], truncates: bool, device: torch.device
     ) -> None:
         self.rows = torch.tensor(rows, device=device)
         self._draws = [(places[row].sequence.draws, places[row].ahead) for row in rows]
@@ -312,7 +317,10 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, rows: Rows[int], tokens: Rows[int], wanted: Rows[int | None]
+    logits: torch.Tensor,
+    rows: abc.Sequence[int],
+    tokens: abc.Sequence[int],
+    wanted: abc.Sequence[int | None],
 ) -> list[TokenLogprob | None]:
     """For each token, of that row of the logits: if wanted, its logprob and the `wanted` best."""
     asked = [(i, count) for i, count in enumerate(wanted) if count is not None]
@@ -328,7 +336,7 @@ def _logprobs(
     return found
 
 
-def score_tokens(logits: torch.Tensor, tokens: Rows[int], best: int) -> list[TokenLogprob]:
+def score_tokens(logits: torch.Tensor, tokens: abc.Sequence[int], best: int) -> list[TokenLogprob]:
     """Logprob of `tokens[i]` under `logits[i]` (`[n, vocab]`), and the `best` alternatives."""
     logprobs = logits.float().log_softmax(dim=-1)
     index = torch.tensor(list(tokens), device=logits.device)[:, None]

@@ -4,7 +4,7 @@ What followed the latest tokens where they stood before is drafted to follow the
 costs a few look-ups; how often drafts are accepted is learned for each sequence, token by token.
 """
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from itertools import pairwise
 
 _NONE = -1
@@ -31,7 +31,7 @@ class Drafter:
     taken for one exchanged: the place stays, until a better one is found.
     """
 
-    def __init__(self, prompt: Rows[int], prediction: Rows[int] = ()) -> None:
+    def __init__(self, prompt: abc.Sequence[int], prediction: abc.Sequence[int] = ()) -> None:
         """`prediction`: a text that the answer is expected to follow, from its first token on.
 
         Nothing is computed before the first `read`.
@@ -51,7 +51,7 @@ class Drafter:
         self.predicted_tokens = 0
         """Tokens of the answer that were expected from the prediction."""
 
-    def read(self, tokens: Rows[int]) -> None:
+    def read(self, tokens: abc.Sequence[int]) -> None:
         """Take in what the sequence, prompt and answer, has got since the last call."""
         if self._read == 0:
             self._begin()
@@ -127,7 +127,7 @@ class Drafter:
             self._at, self._agreeing = found, length
         self._places[latest] = len(self._text)
 
-    def _store(self, tokens: Rows[int]) -> None:
+    def _store(self, tokens: abc.Sequence[int]) -> None:
         """Note a text at once."""
         first, end = len(self._text), len(self._text) + len(tokens) + 1
         self._text += tokens

@@ -2,8 +2,7 @@
 
 import math
 import random
-from collections import deque
-from collections.abc import Sequence as Rows
+from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
 
@@ -146,7 +145,7 @@ class Sequence:
         """This is the answer's next token."""
         self.tokens.append(token)
 
-    def score_prompt(self, scores: Rows[TokenLogprob | None]) -> None:
+    def score_prompt(self, scores: abc.Sequence[TokenLogprob | None]) -> None:
         """These are the scores of the prompt's next tokens that had none."""
         self.prompt_logprobs += scores
 
@@ -238,7 +237,7 @@ class Sequence:
         self.score_prompt(other.prompt_logprobs[len(self.prompt_logprobs) : common])
 
 
-def common_tokens(some: Rows[int], others: Rows[int]) -> int:
+def common_tokens(some: abc.Sequence[int], others: abc.Sequence[int]) -> int:
     """How many tokens two rows begin with alike."""
     if some == others:
         return len(some)
