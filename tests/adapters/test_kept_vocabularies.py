@@ -17,7 +17,7 @@ from tests.factories import tiny_tokenizer
 @pytest.fixture
 def vocabularies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vocabularies]:
     """They keep two."""
-    monkeypatch.setattr(vocabulary, "_KEPT", 2)
+    monkeypatch.setattr(vocabulary, "MOST_KEPT", 2)
     with closing(Vocabularies(tiny_tokenizer(), NoEmbeddings())) as made:
         yield made
 

@@ -277,7 +277,7 @@ def test_a_start_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_a_start_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_START_SECONDS", 0.01)
+    monkeypatch.setattr(sandbox, "START_SECONDS", 0.01)
     box = Sandbox(tiny_tokenizer().backend_tokenizer.to_str)
     before = psutil.Process().children(), psutil.Process().num_fds()
 

@@ -365,7 +365,7 @@ def test_a_refusal_is_remembered_and_not_tried_again(
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InvalidAdapter) as first:
         vocabularies.find("digest", tmp_path, {})
-    monkeypatch.setattr(vocabulary, "_read", lambda _: {}["not again"])
+    monkeypatch.setattr(vocabulary, "read_files", lambda _: {}["not again"])
 
     with pytest.raises(InvalidAdapter) as second:
         vocabularies.find("digest", tmp_path, {})
