@@ -1,4 +1,4 @@
-"""Changes adapters in a store until it is killed; says before and after each change what it is.
+"""Changes adapters in a store until it is killed; prints each change before and after it.
 
 python -m tests.adapters.crash_worker FOLDER|BUCKET SEED [CACHE]
 """
@@ -15,7 +15,7 @@ FILES = 3
 
 
 def write(staged: Path, content: str) -> None:
-    """Files of some ten kilobytes that all say which content they belong to."""
+    """Files of about ten kilobytes, each with the name of its content."""
     for index in range(FILES):
         (staged / f"file{index}").write_text(f"{content} {index}\n" * 1000)
 

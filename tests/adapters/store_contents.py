@@ -1,4 +1,4 @@
-"""Small contents for a store: one letter says which."""
+"""Small contents for a store, each named by a letter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Every folder that PEFT writes loads, or is answered with the way to mend it."""
+"""Every folder that PEFT writes loads, or the error says how to mend it."""
 
 import copy
 from pathlib import Path, PurePosixPath

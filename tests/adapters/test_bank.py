@@ -232,7 +232,7 @@ def test_more_slots_than_a_batch_has_rows_take_turns_in_its_panels(
 def test_a_vector_for_each_token_does_what_rows_and_segments_do(
     known: Known, segments: list[Segment], panel_width: int
 ) -> None:
-    """The way of a GPU, and of products by a kernel, against the way of the CPU."""
+    """What a GPU and our kernels use is compared with what the CPU uses without them."""
     bank, in_panels = (AdapterBank(MODULES, 3, torch.device("cpu")) for _ in range(2))
     in_panels.use_panels(panel_width)
     for each in (bank, in_panels):

@@ -1,4 +1,4 @@
-"""A base model's folder: what its keys are called in the model, and what is refused."""
+"""The folder of a base model: which parameters its keys name, and what is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A store in a bucket: an S3 server that works, with a proxy before it that at times does not."""
+"""A store in a bucket: a working S3 server behind a proxy that sometimes fails."""
 
 import shutil
 import threading
@@ -38,7 +38,7 @@ def proxy(s3_server: str) -> Iterator[BadS3]:
 
 @pytest.fixture
 def open_at(s3: str, proxy: BadS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """Opens the bucket with a cache of some name: another cache is another machine."""
+    """Opens the bucket with the named cache; another cache stands for another machine."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
 
     def open_at(cache: str = "cache", prefix: str = "", **lease: float) -> AdapterStore:
@@ -61,7 +61,7 @@ def objects(s3: str) -> Iterator[Objects]:
 
 
 def put(s3: str, key: str, data: bytes) -> None:
-    """From outside."""
+    """Write an object as another program would."""
     obstore.put(from_url(s3, client_options={"allow_http": True}), key, data)
 
 
@@ -170,7 +170,8 @@ def state_of(store: AdapterStore) -> object:
 def test_a_request_that_fails_at_any_moment_leaves_the_old_state_or_the_new_one(
     open_at: Open, proxy: BadS3, change: str, fault: Fault
 ) -> None:
-    """From each of a change's requests on all fail, until none is left and the change succeeds."""
+    """All requests of a change fail from its first on, then from its second on, and so forth, until
+    the change succeeds."""
     for place in range(100):
         prefix = f"/{place}"
         with closing(open_at("here", prefix)) as store:
@@ -200,7 +201,7 @@ def test_a_request_that_fails_at_any_moment_leaves_the_old_state_or_the_new_one(
 
 
 def failing_from(place: int, fault: Fault, proxy: BadS3) -> Callable[[], bool]:
-    """From its `place`-th request on, but the lease's, the bucket has a fault."""
+    """Give the bucket a fault from its `place`-th request on, requests for the lease excepted."""
     seen: list[str] = []
 
     def choose(request: str) -> Fault | None:

@@ -24,9 +24,9 @@ class LossyObjects(Objects):
         super().__init__(self.inside, "memory://")
         self.lose: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
-        """Happens between two pages of the next listing."""
+        """Called between two pages of the next listing."""
         self.page = 5
-        """Where the first one ends, in tenths."""
+        """After how many tenths of the keys the first page ends."""
 
     def list(self, prefix: str) -> list[str]:
         before = sorted(super().list(prefix))
@@ -159,7 +159,7 @@ LOSSES = st.lists(st.sampled_from(["nothing", "request", "answer", "first answer
 
 
 class JournalMachine(RuleBasedStateMachine):
-    """Processes open the journal one after the other; every one of them goes on trying to append.
+    """Processes open the journal one after the other; each goes on trying to append.
 
     What is acknowledged stays, in its order; what failed in the network is there or not; what was
     refused is not.
@@ -172,14 +172,14 @@ class JournalMachine(RuleBasedStateMachine):
         self.acknowledged: list[str] = []
         self.doubtful: set[str] = set()
         self.said: dict[BucketJournal, str] = {}
-        """What a process is in doubt of."""
+        """The event of which a process does not know whether it was written."""
         self.never: set[str] = set()
         self.processes: list[BucketJournal] = []
         self.open()
 
     @rule(page=st.none() | st.integers(0, 9))
     def open(self, page: int | None = None) -> None:
-        """`page`: where a listing is while the process before compacts."""
+        """`page`: how far a listing is when the process before compacts, in tenths."""
         self.objects.lose = []
         if page is not None and self.processes:
             self.objects.page = page

@@ -74,7 +74,7 @@ TRAINED: list[dict[str, Any]] = [
     {"exclude_modules": r".*\.0\..*"},
     {"modules_to_save": ["lm_head"]},
 ]
-"""What says which tensors there are."""
+"""The config fields that determine the tensors."""
 
 NOTED: list[dict[str, Any]] = [
     {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}},
@@ -86,7 +86,7 @@ NOTED: list[dict[str, Any]] = [
     {"fan_in_fan_out": True},
     {"init_ia3_weights": False},
 ]
-"""What PEFT sets by itself as it saves, or leaves alone: written into the file afterwards."""
+"""Config fields that PEFT changes as it saves, or does not write: set in the file afterwards."""
 
 
 def round_trip(before: Path, after: Path) -> peft.IA3Config:

@@ -30,7 +30,7 @@ recipes = st.sampled_from(METHODS).map(lambda method: Recipe(method=method, weig
 
 
 def equal(first: AdapterVectors, second: AdapterVectors) -> bool:
-    """Bit for bit where both have a vector; identity where only one has."""
+    """Whether vectors are equal bit for bit; a missing one counts as ones."""
     places = {*first.vectors, *second.vectors}
     ones = torch.ones(SIZE)
     return all(torch.equal(first.vectors.get(p, ones), second.vectors.get(p, ones)) for p in places)
@@ -59,7 +59,7 @@ def base() -> PreTrainedModel:
 
 
 def test_linear_with_missing_zero_is_pefts_add_weighted_adapter(base: PreTrainedModel) -> None:
-    """Bit for bit, with adapters whose targets differ."""
+    """The sums are equal bit for bit, also with adapters whose targets differ."""
     model = get_peft_model(
         base, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
@@ -108,7 +108,7 @@ def test_dare_drops_or_makes_up_for_what_it_drops(
 
 
 def test_dare_keeps_the_mean() -> None:
-    """Over many seeds; PEFT's `merge_utils.dare_linear` has the same mean."""
+    """The mean over many seeds is that of PEFT's `merge_utils.dare_linear`."""
     vector = AdapterVectors({PLACES[0]: torch.linspace(0.2, 1.8, SIZE)})
     drawn = [
         combine([vector], Recipe(method="dare_linear", weights=(1.0,), density=0.5, seed=seed))
@@ -163,7 +163,7 @@ def test_weight_zero_is_the_base(adapter: AdapterVectors, method: str) -> None:
 
 
 def strengthened(adapter: AdapterVectors, strength: float) -> AdapterVectors:
-    """What the registry leases for a request with `strength`."""
+    """The registry leases this for a request with `strength`."""
     return combine([adapter], Recipe(method="product", weights=(strength,)))
 
 

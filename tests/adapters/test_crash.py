@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Name:
-    """What a name is: its last number, and its content unless it is deleted."""
+    """The state of a name: its last number, and its content unless it is deleted."""
 
     number: int = 0
     content: str | None = None
@@ -32,7 +32,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Story:
-    """What a worker acknowledged, and what it was doing as it was killed."""
+    """The changes that a worker acknowledged, and the one during which it was killed."""
 
     ends: dict[str, Name]
     pending: tuple[str, Name] | None
@@ -43,7 +43,7 @@ class Place:
     """Where the store is, and the longest that a worker runs after its last line, in seconds."""
 
     folder: Path
-    """The local one: the store's own, or the cache."""
+    """The folder on this machine: the store itself, or the cache of a bucket."""
     url: str | None
     longest: float
 
@@ -53,7 +53,7 @@ class Place:
 
 
 def run_and_kill(place: Place, seed: int, before: dict[str, Name], moment: random.Random) -> Story:
-    """Kills after some lines, and then some time into whatever comes next.
+    """Kill the worker after a number of lines, and a random time later.
 
     On disk the worker starts fast: without site-packages, for that store needs none.
     """
@@ -93,7 +93,7 @@ def read_story(lines: list[str], before: dict[str, Name]) -> Story:
 
 
 def read_all(place: Place) -> dict[str, Name]:
-    """What a restart finds. Every file of every name must be whole."""
+    """Return what a restart finds. Every file of every name must be whole."""
     store = AdapterStore(storage_at(*place.arguments), keep_revisions=3)
     try:
         assert list((place.folder / "staging").iterdir()) == []

@@ -16,7 +16,7 @@ from tests.factories import tiny_tokenizer
 
 @pytest.fixture
 def vocabularies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vocabularies]:
-    """They keep two."""
+    """Vocabularies of which two stay in memory."""
     monkeypatch.setattr(vocabulary, "_KEPT", 2)
     with closing(Vocabularies(tiny_tokenizer(), NoEmbeddings())) as made:
         yield made

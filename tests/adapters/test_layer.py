@@ -92,7 +92,7 @@ def test_tokens_in_no_piece_keep_their_value() -> None:
 
 @pytest.mark.parametrize("on_input", [True, False], ids=["input", "output"])
 def test_a_batch_that_the_model_has_flattened_is_scaled_by_row(on_input: bool) -> None:
-    """OPT gives `[batch * tokens, size]` to its feed-forward layers."""
+    """OPT calls its feed-forward layers with `[batch * tokens, size]`."""
     layer = IA3Layer(LAYERS["biased"])
     vectors, x = torch.randn(3, SIZE), torch.randn(3 * 4, SIZE)
     scale = Scale(vectors[:, None])
@@ -117,7 +117,7 @@ def test_both_sides_may_be_scaled_at_once() -> None:
 def test_rows_keep_their_own_vectors_where_heads_stand_between_rows_and_tokens(
     on_input: bool,
 ) -> None:
-    """`[rows, heads, tokens, size]`, as latent attention calls its layers."""
+    """Latent attention calls its layers with `[rows, heads, tokens, size]`."""
     layer = IA3Layer(linear(bias=True))
     vectors = torch.rand(3, 1, SIZE) + 0.5
     x = torch.randn(3, 2, 5, SIZE)

@@ -1,4 +1,4 @@
-"""A file that is laid out like one before it is read in one pass, to the same result."""
+"""A file with the layout of an earlier one is read in one pass, with the same result."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture
 def usual_reads(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
-    """What was checked in the usual way, tensor by tensor."""
+    """Records the files that were checked in the usual way, tensor by tensor."""
     checked: list[Checkpoint] = []
 
     def noting(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVectors:

@@ -103,7 +103,7 @@ def test_shards_stay_shards(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_is_untied_and_the_embeddings_stay(tmp_path: Path) -> None:
-    """PEFT scales both, since they are one tensor."""
+    """PEFT scales head and embeddings, since they are one tensor."""
     base = saved(tmp_path / "base", tie_word_embeddings=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     factor = 1 + torch.rand(base.modules.sizes["lm_head"][1])
@@ -119,7 +119,7 @@ def test_a_tied_head_is_untied_and_the_embeddings_stay(tmp_path: Path) -> None:
 
 
 def test_files_whose_keys_lack_the_models_prefix_are_merged_too(tmp_path: Path) -> None:
-    """As GPT-2's own files on the hub."""
+    """GPT-2's own files on the hub have such keys."""
     saved(tmp_path / "base", "gpt2")
     adapter = save_adapter(tiny_model("gpt2"), tmp_path / "a", fan_in_fan_out=True)
     file = tmp_path / "base" / "model.safetensors"

@@ -26,7 +26,7 @@ def load(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """As trained ones have: a new model's are zero."""
+    """Give the biases random values, as trained models have: those of a new model are zero."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)

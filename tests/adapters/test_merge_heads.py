@@ -61,7 +61,7 @@ def test_a_tied_head_is_merged_alone(tmp_path: Path, family: str, side: str) -> 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_a_tied_head_that_is_in_the_files_too_is_merged_alone(tmp_path: Path, family: str) -> None:
-    """As in files that were converted from pickles."""
+    """Files that were converted from pickles are like this."""
     model = tiny(family, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
     adapter = head_adapter(family, model, tmp_path / "a")
@@ -89,7 +89,7 @@ def test_embeddings_that_are_in_the_files_as_the_head_alone_are_kept(tmp_path: P
 def test_a_head_that_differs_in_the_files_is_not_tied_whatever_the_config_says(
     tmp_path: Path, family: str
 ) -> None:
-    """T5 1.1 and MT5: their configs cannot say it."""
+    """The configs of T5 1.1 and MT5 cannot say that the head is untied."""
     model = tiny(family, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
     adapter = head_adapter(family, model, tmp_path / "a")

@@ -32,7 +32,7 @@ Saved = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The folder of an adapter of that kind, saved by PEFT."""
+    """Return the folder of an adapter of that kind, saved by PEFT."""
     root = tmp_path_factory.mktemp("kinds")
     for seed, (kind, config) in enumerate(KINDS.items()):
         save_adapter(tiny_llama(), root / kind, seed=seed, **config)
@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @pytest.fixture
 def model(saved: Saved) -> IA3Model:
-    """Every kind attached, none active."""
+    """A model with an adapter of every kind attached and none active."""
     model = IA3Model(tiny_llama())
     for kind in KINDS:
         model.load_adapter(saved(kind), kind)
@@ -247,7 +247,7 @@ def test_deleting_an_adapter_leaves_the_other_active_ones(model: IA3Model, saved
 
 
 def test_without_another_active_one_the_first_by_name_takes_over(saved: Saved) -> None:
-    """As in PEFT; without any other, the base answers."""
+    """PEFT does the same. Without any other adapter, the base answers."""
     model = IA3Model(tiny_llama())
     for kind in ("mlp", "keys", "default"):
         model.load_adapter(saved(kind), kind)

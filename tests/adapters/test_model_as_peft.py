@@ -69,11 +69,11 @@ def test_attributes_are_the_base_model_s(model: Any) -> None:
         _ = model.no_such_thing
 
 
-# 35: all or nothing
+# All or nothing
 
 
 def test_adapters_that_cannot_be_together_leave_the_active_one_in_force(tmp_path: Path) -> None:
-    """`active_adapters` named both, the base answered, and the next calls raised half-way."""
+    """A call that fails must not leave both active: the next calls would raise half-way."""
     base = tiny_llama()
     whole = [
         save_adapter(base, tmp_path / name, seed, modules_to_save=["lm_head"], **CONFIG)
@@ -104,7 +104,7 @@ def test_a_forward_that_fails_leaves_no_rows_behind(model: IA3Model) -> None:
     assert torch.equal(logits(model, IDS), before)
 
 
-# 36: rows of their own, as PEFT has them for LoRA
+# Each row its own, as PEFT has it for LoRA
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_vectors_move_with_the_model_as_peft_s(folders: list[Path], dtype: torch
     assert torch.equal(logits(ours, IDS), logits(theirs, IDS))
 
 
-# 37: what a notebook calls
+# What a notebook calls
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

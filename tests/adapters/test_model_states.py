@@ -71,7 +71,7 @@ class Twins(RuleBasedStateMachine):
         return [module for module in self.tuner.modules() if isinstance(module, IA3Layer)]
 
     def state(self) -> tuple[Any, ...]:
-        """Ours, all that a call may change."""
+        """Return everything of our model that a call may change."""
         tensors = {key: tensor.clone() for key, tensor in self.ours.state_dict().items()}
         facts = (
             self.ours.active_adapters,
@@ -180,7 +180,7 @@ class Twins(RuleBasedStateMachine):
         ):
             self.settle(new)
 
-    # Which are in force.
+    # Activating.
 
     @rule(name=ANY_NAME, frozen=st.booleans())
     def set_one(self, name: str, frozen: bool) -> None:
@@ -226,7 +226,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def break_one(self, name: str) -> None:
-        """So that a safe merge fails half-way, which leaves PEFT half merged."""
+        """Break one vector, so that a safe merge fails half-way and PEFT stays half merged."""
         for model in (self.ours, self.tuner):
             for key, parameter in model.named_parameters():
                 if key.endswith(f"layers.1.self_attn.k_proj.ia3_l.{name}"):
@@ -252,7 +252,7 @@ class Twins(RuleBasedStateMachine):
     @rule(names=st.lists(st.sampled_from(["a", "b", "c", "__base__", "nobody"]), max_size=4))
     @torch.no_grad()
     def forward_by_row(self, names: list[str]) -> None:
-        """Each row as PEFT's with that adapter alone, whose IA3 has no mixed batches."""
+        """Each row equals PEFT with that adapter alone: PEFT's IA3 has no mixed batches."""
         found: list[torch.Tensor] = []
         if not self.both(
             lambda ours: found.append(ours(IDS, adapter_names=names).logits), lambda _: None

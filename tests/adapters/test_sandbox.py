@@ -1,4 +1,4 @@
-"""What strangers bring runs in limited processes, and ends at its limits."""
+"""Uploaded tokenizers and templates run in limited processes, and end at their limits."""
 
 import os
 import signal

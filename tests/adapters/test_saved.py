@@ -190,7 +190,7 @@ def test_embeddings_and_head_grow_together(tmp_path: Path) -> None:
 
 
 def test_embeddings_that_peft_saved_unasked_are_taken(tmp_path: Path) -> None:
-    """It saves both once the vocabulary has grown, with nothing in modules_to_save."""
+    """PEFT saves both once the vocabulary has grown, with nothing in modules_to_save."""
     folder = save_adapter(tiny_llama(), tmp_path, **PLAIN)
     new = {HEAD: torch.randn(130, 32), EMBEDDINGS: torch.randn(130, 32)}
     vectors = vectors_of(changed(folder, lambda tensors: tensors.update(new)), tiny_llama())

@@ -1,4 +1,4 @@
-"""Servers that an adapter is fetched from, and that mean no good: broken, slow, or a way in."""
+"""Fetching from servers that are broken, slow, or redirect to private addresses."""
 
 import os
 import ssl
@@ -113,7 +113,7 @@ def test_a_server_that_is_not_there_is_a_failure(
 def test_obstore_alone_would_follow_a_redirect_to_anywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Why its URLs are signed by it and fetched by us."""
+    """obstore's own client follows redirects, so it only signs URLs."""
     secret = says(
         b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nLast-Modified: Mon, 02 Nov 2026 10:00:00 GMT\r\n"
         b'ETag: "x"\r\n\r\nsecret'
@@ -215,7 +215,7 @@ def test_a_hub_may_not_lead_to_another_private_host(hub: Hub, staged: Path) -> N
 
 @pytest.fixture
 def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
-    """Whose certificates are believed."""
+    """The certificate authority that the tests trust."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "authority.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
@@ -270,7 +270,7 @@ def test_storage_whose_certificate_has_another_name_is_not_believed(
 def test_a_way_back_to_the_hub_has_no_token(
     hub: Hub, storage: FastAPI, staged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or storage could read with it whatever it likes."""
+    """The storage server could use the token to read other repositories."""
     hub.commit("org/name", FILES)
     hub.commit("org/private", FILES)
     hub.private.add("org/private")

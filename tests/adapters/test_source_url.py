@@ -1,4 +1,4 @@
-"""Which URLs name an adapter's place, and which of them an allow-list lets through."""
+"""Which URLs name an adapter, and which of them the allowed prefixes allow."""
 
 import pytest
 from hypothesis import given
@@ -135,7 +135,7 @@ folders = st.lists(st.text("ab.% ", max_size=3), max_size=4)
 def test_a_prefix_allows_what_lies_below_it_and_nothing_else(
     prefix: list[str], other: list[str]
 ) -> None:
-    """Whatever strings come: what is allowed is the prefix's own text or goes on after a slash."""
+    """An allowed URL is the prefix itself, or goes on after a slash."""
     try:
         [allowing] = parse_prefixes("s3://bucket/" + "/".join(prefix))
         source = parse_source("s3://bucket/" + "/".join(other))

@@ -1,4 +1,4 @@
-"""Fetching: what comes, from where exactly, and what does not come."""
+"""Fetching adapters: which files arrive, their exact origin, and what is refused."""
 
 import base64
 import json
@@ -291,7 +291,7 @@ def test_a_link_out_of_what_is_allowed_is_refused(tmp_path: Path, staged: Path) 
 
 
 def test_a_link_within_what_is_allowed_is_followed(tmp_path: Path, staged: Path) -> None:
-    """As in the hub's own cache, whose files are links; and the allowed folder may be one."""
+    """The files of the hub's own cache are links; the allowed folder may be a link too."""
     write(tmp_path / "real" / "blobs", FILES)
     folder = write(tmp_path / "real" / "a", {})
     for name in FILES:

@@ -1,4 +1,4 @@
-"""Files that are not those that were stored, and a folder that was taken away."""
+"""Stored files that were damaged, and a folder that was removed."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ FILES = ("config.json", "weights")
 
 
 def flip(file: Path) -> None:
-    """Two bits of two bytes."""
+    """Flips a bit in each of two bytes."""
     data = bytearray(file.read_bytes())
     data[0] ^= 1
     data[-1] ^= 64
@@ -43,7 +43,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 def damage(folder: Path, how: str, file: str = "weights") -> None:
-    """Everything that this machine and the bucket have of each content."""
+    """Damage every copy of a file, on this machine and in the bucket."""
     for each in {*folder.glob(f"content/**/{file}"), *folder.parent.glob(f"*/content/*/{file}")}:
         DAMAGE[how](each)
 
@@ -137,7 +137,7 @@ def test_a_damaged_content_goes_with_its_last_revision(store: AdapterStore, fold
     assert store.read(create(store, "support", "a"), FILES)["weights"] == b"a" * 100
 
 
-# A folder that was taken away
+# A folder that was removed
 
 TAKEN: dict[str, Callable[[Path], object]] = {
     "removed": shutil.rmtree,

@@ -1,4 +1,4 @@
-"""What the store makes of damaged files and a full disk; test_bucket.py has the bucket's."""
+"""How the store deals with damaged files and a full disk; test_bucket.py has bucket failures."""
 
 import errno
 import itertools
@@ -97,7 +97,7 @@ CHANGES: dict[str, Callable[[AdapterStore], object]] = {
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, call: str, place: int) -> None:
-    """The disk is full at the `place`-th call of `os.<call>` from now on."""
+    """Let the disk be full at the `place`-th call of `os.<call>` from now on."""
     real, calls = getattr(os, call), itertools.count()
 
     def full(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Revisions of a name: listed, rolled back to, and dropped; what an operator says of it."""
+"""Revisions of a name are listed, rolled back to, and dropped; operators set its details."""
 
 import threading
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def test_a_rollback_needs_a_revision_and_the_right_etag(store: AdapterStore) -> 
 
 
 def test_the_etag_of_an_equal_content_that_came_back_is_another(store: AdapterStore) -> None:
-    """Whoever looked before both changes must not overwrite them."""
+    """A client that has read the ETag before two changes must not overwrite them."""
     first = create(store, "support", "a")
     replace(store, "support", "b")
     back, _ = store.roll_back("support", 1)

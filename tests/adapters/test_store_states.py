@@ -74,7 +74,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), content=contents)
     def replace_what_was_seen(self, data: st.DataObject, content: str) -> None:
-        """With the ETag of any revision: only that of the current one is taken."""
+        """Change with the ETag of any revision: only the current one's is accepted."""
         name = data.draw(st.sampled_from(sorted(self.alive)))
         number = data.draw(st.sampled_from(sorted(self.alive[name])))
         etag = self.store.revision(name, number).etag
@@ -149,7 +149,7 @@ class BucketMachine(StoreMachine):
 
     @rule()
     def empty_the_cache(self) -> None:
-        """Whatever cleans caches up takes what it likes."""
+        """Remove files from the cache, as others may."""
         for file in sorted(self.folder.with_name("cache").glob("content/*/*"))[::2]:
             file.unlink()
 

@@ -1,4 +1,4 @@
-"""Mutations of real tokenizers and chat templates: each ends in time, and harms nobody."""
+"""Mutated tokenizers and chat templates end in time, and harm no other request."""
 
 import json
 import random
@@ -60,7 +60,7 @@ PIECES = [
 
 
 def mutate(value: Any, draw: random.Random) -> Any:
-    """One place of a JSON value is another value, is gone, or comes twice."""
+    """Change one value inside a JSON value, remove it, or repeat it."""
     if isinstance(value, dict) and value and draw.random() < 0.9:
         key = draw.choice(list(value))
         changed = {**value, key: mutate(value[key], draw)}
@@ -146,7 +146,7 @@ def try_all(
 
 
 def _try(vocabularies: Vocabularies, folder: Path) -> str:
-    """A stranger's files are refused, or what they give works on texts and conversations."""
+    """Mutated files are refused, or work on texts and conversations."""
     try:
         found = vocabularies.read(folder, {})
     except InvalidAdapter:

@@ -1,4 +1,4 @@
-"""Which modules a config adapts, and on which side: PEFT wraps them, and we name the same."""
+"""A config adapts the modules that PEFT wraps, on the same side."""
 
 import copy
 import threading
@@ -36,7 +36,7 @@ Sides = dict[str, str] | None
 
 
 def sides_of_peft(family: str, **fields: Any) -> Sides:
-    """What PEFT wraps, and the shape that it gives to the vector."""
+    """Return what PEFT wraps, by the shape of its vector."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
