@@ -17,7 +17,7 @@ from adapters.errors import (
 from adapters.storage.revision import DetailsChange
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore, open_bucket
-from tests.adapters.store_contents import content_of, create, reopened, replace
+from tests.adapters.storage.store_contents import content_of, create, reopened, replace
 
 FILES = ("config.json", "weights")
 

@@ -199,7 +199,7 @@ sys.stdin.read()
 
 
 def test_no_process_outlives_a_server_that_is_killed() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=root, env=environment, **pipes)

@@ -17,7 +17,7 @@ from adapters.errors import StoreFull
 from adapters.storage.revision import DetailsChange, Origin
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
-from tests.adapters.store_contents import content_of, create, reopened, replace, write
+from tests.adapters.storage.store_contents import content_of, create, reopened, replace, write
 
 
 @pytest.fixture

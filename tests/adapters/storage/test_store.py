@@ -20,7 +20,7 @@ from adapters.errors import (
 from adapters.storage.revision import Origin
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
-from tests.adapters.store_contents import content_of, create, reopened, replace
+from tests.adapters.storage.store_contents import content_of, create, reopened, replace
 
 # Revisions
 

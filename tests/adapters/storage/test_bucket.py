@@ -23,8 +23,8 @@ from adapters.storage.bucket_journal import COMPACT_EVERY
 from adapters.storage.objects import Objects
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
-from tests.adapters.store_contents import content_of, create, replace
-from tests.adapters.test_store_failures import CHANGES
+from tests.adapters.storage.store_contents import content_of, create, replace
+from tests.adapters.storage.test_store_failures import CHANGES
 from tests.bad_s3 import BadS3, Fault, bad_s3
 
 Open = Callable[..., AdapterStore]

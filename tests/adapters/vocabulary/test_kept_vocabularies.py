@@ -10,7 +10,7 @@ import pytest
 
 from adapters.vocabulary import vocabulary
 from adapters.vocabulary.vocabulary import Vocabularies
-from tests.adapters.test_vocabulary import NoEmbeddings
+from tests.adapters.vocabulary.test_vocabulary import NoEmbeddings
 from tests.factories import tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
 from adapters.derive.base_checkpoint import BaseCheckpoint
 from adapters.derive.merge import check_room, merge
 from adapters.errors import StoreFull
-from tests.adapters.test_merge_families import load, logits
+from tests.adapters.derive.test_merge_families import load, logits
 from tests.factories import save_adapter
 from tests.families import FAMILIES, tiny
 

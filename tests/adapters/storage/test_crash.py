@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from adapters.storage.store import AdapterStore
-from tests.adapters.crash_worker import FILES, storage_at
+from tests.adapters.storage.crash_worker import FILES, storage_at
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run_and_kill(place: Place, seed: int, before: dict[str, Name], moment: rando
     worker = subprocess.Popen(
         [
             *(sys.executable, *(["-S"] if cache is None else [])),
-            *("-m", "tests.adapters.crash_worker", where, str(seed)),
+            *("-m", "tests.adapters.storage.crash_worker", where, str(seed)),
             *([] if cache is None else [cache]),
         ],
         stdout=subprocess.PIPE,

@@ -17,8 +17,8 @@ from adapters.vocabulary import sandbox
 from adapters.vocabulary.sandbox import Limits
 from adapters.vocabulary.vocabulary import Vocabularies
 from server.engine.native.sequences.detokenizer import Detokenizer
-from tests.adapters.test_sandbox import RUNAWAYS
-from tests.adapters.test_vocabulary import NoEmbeddings
+from tests.adapters.vocabulary.test_sandbox import RUNAWAYS
+from tests.adapters.vocabulary.test_vocabulary import NoEmbeddings
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import CHAT_TEMPLATE, byte_fallback_tokenizer, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, Unk
 from adapters.storage.revision import DetailsChange
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
-from tests.adapters.store_contents import content_of, create, replace
+from tests.adapters.storage.store_contents import content_of, create, replace
 
 names = st.sampled_from(["a", "b", "B"])
 contents = st.sampled_from("xyz")

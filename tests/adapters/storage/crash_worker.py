@@ -1,6 +1,6 @@
 """Changes adapters in a store until it is killed; prints each change before and after it.
 
-python -m tests.adapters.crash_worker FOLDER|BUCKET SEED [CACHE]
+python -m tests.adapters.storage.crash_worker FOLDER|BUCKET SEED [CACHE]
 """
 
 import random

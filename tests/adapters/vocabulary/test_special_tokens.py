@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from adapters.errors import InvalidAdapter
 from adapters.vocabulary import vocabulary
 from adapters.vocabulary.vocabulary import Vocabularies
-from tests.adapters.test_vocabulary import BASES, NoEmbeddings, Plain, many
+from tests.adapters.vocabulary.test_vocabulary import BASES, NoEmbeddings, Plain, many
 
 
 @pytest.fixture(scope="module", params=BASES)

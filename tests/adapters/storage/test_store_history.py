@@ -11,7 +11,7 @@ from adapters.errors import RevisionConflict, UnknownAdapter, UnknownRevision
 from adapters.storage.revision import Details, DetailsChange, Origin
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
-from tests.adapters.store_contents import content_of, create, reopened, replace, write
+from tests.adapters.storage.store_contents import content_of, create, reopened, replace, write
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from fastapi import FastAPI, Request, Response
 from adapters.errors import SourceFailed, SourceRefused, SourceTimeout, SourceTooLarge
 from adapters.sources import source_http
 from adapters.sources.source_http import is_public
-from tests.adapters.test_sources import FILES, fetch, read
-from tests.adapters.test_sources import staged as staged
+from tests.adapters.sources.test_sources import FILES, fetch, read
+from tests.adapters.sources.test_sources import staged as staged
 from tests.publishers import (
     BUCKET,
     HUB_TOKEN,
