@@ -17,8 +17,8 @@ from adapters.vocabulary import sandbox
 from adapters.vocabulary.sandbox import Limits
 from server.client import AdminClient, ClientError
 from server.services import Services
-from tests.adapters.test_sandbox import RUNAWAYS, processes
-from tests.adapters.test_vocabulary import aborts, panics, replaces
+from tests.adapters.vocabulary.test_sandbox import RUNAWAYS, processes
+from tests.adapters.vocabulary.test_vocabulary import aborts, panics, replaces
 from tests.api.conftest import RunningServer
 from tests.factories import CHAT_TEMPLATE
 
