@@ -184,7 +184,7 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("hunter2")
 
-    monkeypatch.setattr("server.api.completions.CompletionWriter.chunks", fail)
+    monkeypatch.setattr("server.api.completion_writer.CompletionWriter.chunks", fail)
     body = {"model": "tiny", "prompt": "A", "stream": True}
     text = client.post("/v1/completions", json=body).text
 
