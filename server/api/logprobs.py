@@ -8,7 +8,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from server.api.completion_schemas import CompletionLogprobs
-from server.engine.native.sequences.detokenizer import byte_of
+from server.engine.byte_tokens import byte_of
 from server.engine.request import TokenLogprob
 
 LEAST_LOGPROB = -9999.0

@@ -68,9 +68,8 @@ def test_a_name_like_a_path_is_not_found(client: httpx.Client) -> None:
 def test_every_model_says_how_long_it_reads(client: httpx.Client, server: RunningServer) -> None:
     listed = client.get("/v1/models").json()["data"]
 
-    assert {model["max_model_len"] for model in listed} == {
-        server.services.engine.model.max_model_len
-    }
+    window = server.services.engine.model.max_model_len
+    assert {model["max_model_len"] for model in listed} == {window}
 
 
 def test_a_slash_at_the_end_changes_nothing(client: httpx.Client) -> None:

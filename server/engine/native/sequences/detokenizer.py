@@ -1,12 +1,12 @@
 """A request's text, as its tokens come: whole characters, and never a stop string."""
 
 import codecs
-import re
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.byte_tokens import byte_of
 from server.engine.native.faults import is_panic
 
 _CONTEXT_TOKENS = 8
@@ -17,14 +17,6 @@ _MOST_TOKENS = 32
 stood in so many is no half character."""
 _BROKEN = "\ufffd"
 """What decoders write for bytes that are no text: perhaps the first half of a character."""
-_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-
-def byte_of(name: str) -> bytes | None:
-    """The byte that a token of this name stands for, as byte fallback names them; None: it stands
-    for text."""
-    found = _BYTE.fullmatch(name)
-    return None if found is None else bytes.fromhex(found[1])
 
 
 class Detokenizer:
