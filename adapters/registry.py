@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.storage.names import check_name
 from adapters.storage.revision import Details, DetailsChange, Origin, Revision
 from adapters.storage.store import UPLOADED, AdapterStore
+from adapters.storage.stored import StoredAdapters
 from adapters.vocabulary.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class RegistryStats(ResidencyStats):
 
 
 class AdapterRegistry:
-    """Names over a store, vectors over a residency. Thread-safe; may read the disk.
+    """Owns a store and a residency: no one else changes an adapter. Thread-safe; may read the disk.
 
     Raises what the store raises, InvalidAdapter for an upload that must not be served, and
     UnknownAdapter, UnknownRevision or AdapterDisabled for what cannot be leased.
@@ -92,9 +94,19 @@ class AdapterRegistry:
                 self._keep_if_whole(store.current(name))
 
     def close(self) -> None:
-        """End what runs for adapters' own tokenizers and chat templates."""
+        """End the processes that read adapters' own tokenizers and templates; close the store."""
         if self._vocabularies is not None:
             self._vocabularies.close()
+        self._store.close()
+
+    @property
+    def stored(self) -> StoredAdapters:
+        """What is stored of each adapter: to list, describe and download adapters."""
+        return self._store
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A private folder to write an upload in, for `add` and `replace`; gone afterwards."""
+        return self._store.staging()
 
     def check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
         """Everything that an upload must pass, and warnings. The whole modules among the vectors
@@ -195,7 +207,7 @@ class AdapterRegistry:
         }
         base = self._reserved[0] if self._reserved else None
         checkpoint = checkpoint_of(vectors, base, self._modules.task_type)
-        with self._store.staging() as staged:
+        with self.staging() as staged:
             write_checkpoint(checkpoint, staged)
             origin = Origin(source="combine", by=by, recipe=record)
             revision, warnings = self.add(name, staged, origin)

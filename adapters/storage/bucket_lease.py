@@ -39,7 +39,10 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """The next owner need not wait."""
+        """Let the next owner take the bucket without a wait. A second call does nothing: the lease
+        may be the next owner's by then."""
+        if self._released.is_set():
+            return
         self._released.set()
         self._thread.join()
         if self._lost:

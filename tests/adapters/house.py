@@ -17,6 +17,7 @@ CAPACITY = 2
 
 class House:
     def __init__(self, folder: Path, known: Known, host_bytes: int = 0) -> None:
+        self.folder = folder
         self.known = known
         self.store = AdapterStore(folder)
         self.model = IA3Slots(tiny_llama(), max_adapters=CAPACITY)

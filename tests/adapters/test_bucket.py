@@ -292,6 +292,17 @@ def test_a_second_server_does_not_start_while_the_first_one_lives(
         create(store, "support", "a")
 
 
+def test_closing_a_store_again_takes_nothing_from_the_next_owner(
+    open_at: Open, objects: Objects
+) -> None:
+    first = open_at("here")
+    first.close()
+    with closing(open_at("there")):
+        lease = objects.list("lease")
+        first.close()
+        assert objects.list("lease") == lease != []
+
+
 def test_a_server_that_stopped_is_followed_at_once_and_a_dead_one_after_its_lease(
     open_at: Open,
 ) -> None:

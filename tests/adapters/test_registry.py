@@ -1,6 +1,7 @@
 """Leases, pins and slots."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def test_another_base_is_a_warning_of_the_check_and_of_the_upload(house: House) 
 def test_without_a_base_s_name_there_is_nothing_to_compare(house: House) -> None:
     registry = AdapterRegistry(house.store, house.model.modules_of_base, house.model)
     assert registry.check(house.known.folders["default"])[1] == []
+
+
+def test_whoever_has_a_registry_uploads_lists_and_closes(house: House) -> None:
+    registry, stored = house.registry, house.registry.stored
+    with registry.staging() as staged:
+        shutil.copytree(house.known.folders["default"], staged, dirs_exist_ok=True)
+        revision, _ = registry.add("support", staged)
+    assert (len(stored), stored.names(), "support" in stored) == (1, ["support"], True)
+    assert stored.current("support") == stored.revision("support", 1) == revision
+    assert stored.revisions("support") == [revision]
+    assert (stored.verified(revision) / CONFIG_FILE).is_file()
+    assert not stored.is_damaged(revision)
+    assert stored.details("support").enabled
+    registry.delete("support")
+    assert stored.was_deleted("support")
+    registry.close()
+    AdapterStore(house.folder).close()
 
 
 def test_an_unknown_name_or_an_old_etag_changes_nothing(house: House) -> None:
