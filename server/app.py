@@ -64,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         services = make_services(streams=Streams(asyncio.get_running_loop()))
         app.state.services = services
         services.engine.start(services.streams.deliver)
-        log.info("Serving %s with %d adapters.", services.model_name, len(services.store))
+        log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
         try:
             yield
         finally:
@@ -75,7 +75,6 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
             services.probing.shutdown(wait=False)
-            services.store.close()
 
     app = Application(
         title="Infuse",
@@ -119,7 +118,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
         )
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
-            preload(registry, store, settings.preload_adapters)
+            preload(registry, settings.preload_adapters)
         merges = MergeJobs(_merges_folder(settings), settings.model, loaded.name)
     except BaseException:
         store.close()
@@ -130,7 +129,6 @@ def _load_services(settings: Settings) -> "partial[Services]":
         settings=settings,
         engine=engine,
         registry=registry,
-        store=store,
         merges=merges,
         sources=Sources(
             parse_prefixes(settings.source_prefixes),
@@ -228,16 +226,17 @@ def _folders_to_preload(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> None:
-    """Offer the adapters in a folder; what does not fit is passed over, and what an operator has
-    changed or deleted since is left so."""
+def preload(registry: AdapterRegistry, folder: Path) -> None:
+    """Add the adapters in a folder, or replace what an earlier preload added. An adapter that does
+    not fit is left out; one that an operator has changed or deleted since stays as it is."""
+    stored = registry.stored
     for name, source in _folders_to_preload(folder).items():
-        if name in store and store.current(name).origin != _PRELOADED:
+        if name in stored and stored.current(name).origin != _PRELOADED:
             continue
-        if store.was_deleted(name):
+        if stored.was_deleted(name):
             log.info("The adapter %s in %s was deleted, and stays so.", name, source)
             continue
-        with store.staging() as staged:
+        with registry.staging() as staged:
             for file in source.iterdir():
                 if file.is_file():
                     shutil.copyfile(file, staged / file.name)

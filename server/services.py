@@ -1,8 +1,10 @@
 """What the routes work with, made once by `create_app`."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
@@ -10,7 +12,6 @@ from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
 from adapters.sources.sources import Sources
-from adapters.storage.store import AdapterStore
 from server.api.streams import Streams
 from server.api.uploads import UploadBudget
 from server.engine import Engine
@@ -25,7 +26,6 @@ class Services:
     settings: Settings
     engine: Engine
     registry: AdapterRegistry
-    store: AdapterStore
     merges: MergeJobs
     sources: Sources
     metrics: Metrics
@@ -46,6 +46,10 @@ class Services:
     staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     """The threads on which uploads are unpacked and checked: a stranger's tokenizer can make that
     slow."""
+
+    abandoned: list[AbstractContextManager[Path]] = field(default_factory=list)
+    """The staging folders of uploads that the drain cancelled. A thread may still use them, so the
+    next start removes them."""
 
     def cache_scope(self, caller: str | None) -> str:
         """Whose caches a key's requests use: its own, unless keys share theirs."""

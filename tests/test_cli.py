@@ -323,8 +323,8 @@ def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
     )
     for _ in range(2):
         with run_server(settings) as (_, services):
-            assert services.store.names() == ["good"]
-            assert services.store.current("good").number == 1
+            assert services.registry.stored.names() == ["good"]
+            assert services.registry.stored.current("good").number == 1
 
 
 def test_preloading_leaves_what_an_operator_has_changed(
@@ -341,7 +341,7 @@ def test_preloading_leaves_what_an_operator_has_changed(
     with run_server(settings) as (address, _):
         infuse(address, "add", "a", other, "--replace")
     with run_server(settings) as (_, services):
-        assert services.store.current("a").number == 2
+        assert services.registry.stored.current("a").number == 2
 
 
 def test_a_merged_model_answers_without_its_adapter(

@@ -207,7 +207,7 @@ def adapter_of(
     """`details`: where they are not those of now. The revision was asked for before: so its ETag is
     never newer than what is said here. Raises UnknownAdapter where the name has gone meanwhile."""
     if details is None:
-        details = services.store.details(revision.name)
+        details = services.registry.stored.details(revision.name)
     return Adapter(
         **_shown(services, revision),
         name=revision.name,
@@ -230,5 +230,5 @@ def _shown(services: Services, revision: Revision) -> dict[str, Any]:
         "source": revision.origin.source,
         "by": revision.origin.by,
         "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
-        "damaged": services.store.is_damaged(revision),
+        "damaged": services.registry.stored.is_damaged(revision),
     }

@@ -52,7 +52,7 @@ def server(
 @pytest.fixture(autouse=True)
 def _only_the_preloaded_stay(server: RunningServer) -> Iterator[None]:
     yield
-    for name in set(server.services.store.names()) - server.adapter_folders.keys():
+    for name in set(server.services.registry.stored.names()) - server.adapter_folders.keys():
         server.services.registry.delete(name)
 
 
@@ -290,7 +290,7 @@ def test_a_source_that_hangs_is_given_up(
         error = error_of(add(client, SOURCE), 504, "source_timeout")
 
     assert "0.5 seconds" in error["message"]
-    assert services.store.names() == []
+    assert services.registry.stored.names() == []
 
 
 def test_requests_are_answered_while_sources_hang(
