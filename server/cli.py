@@ -106,7 +106,7 @@ def merge(
 )
 def serve(context: typer.Context) -> None:
     settings = _settings("serve", context.args)
-    listening = _bind(settings.host, settings.port)
+    listening = bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
     from server.auth import BadKeysFile
@@ -168,7 +168,7 @@ def _leave_threads() -> None:
                 os._exit(0)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Before the model is loaded, so that a port in use is told at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only on what says that it is TCP; without, each write waits 40 ms.

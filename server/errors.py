@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 _DRAIN_RETRY_AFTER = "5"
 """Seconds: another replica, or this one restarted, should answer by then."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
+SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
     SourceNotAllowed: (403, "source_not_allowed"),
     SourceNotFound: (400, "source_not_found"),
@@ -253,7 +253,7 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case SourceError():
-            status, code = _SOURCE_ERRORS[type(error)]
+            status, code = SOURCE_ERRORS[type(error)]
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.derive.base_checkpoint import BaseCheckpoint
@@ -49,45 +49,27 @@ from server.engine.threads import on_passing_thread
 log = logging.getLogger(__name__)
 
 _PREFIX = "merge-"
-_MAX_WAITING = 64
+MAX_WAITING = 64
 _HARDLY = 0.01
 _RESTARTED = "the server was restarted"
 _LOWEST = 19
 """Linux gives each thread a priority of its own: what else wants the processor gets it."""
 
 
-class Merge(BaseModel):
-    """A job that folds adapters into a copy of the base model."""
+class StoredMerge(BaseModel):
+    """A job that folds adapters into a copy of the base model, as its file records it."""
 
-    object: Literal["merge"] = Field("merge", description="Kind.", examples=["merge"])
-    id: str = Field(description="Its name.", examples=["merge-20261124061500123456-9f3a"])
-    state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = Field(
-        description="How far it is.", examples=["running"]
-    )
-    progress: float = Field(description="The share that is done, 0 to 1.", examples=[0.25])
-    base: str = Field(description="The base model.", examples=["smollm2-135m-instruct"])
-    recipe: Mapping[str, Any] = Field(
-        description="What is merged: the revisions that the names meant when it was asked for.",
-        examples=[
-            {
-                "method": "product",
-                "adapters": [{"name": "support-de@3", "digest": "9f86d0818...", "weight": 1.0}],
-            }
-        ],
-    )
-    created: datetime = Field(
-        description="When it was asked for.", examples=["2026-11-24T06:15:00Z"]
-    )
-    finished: datetime | None = Field(
-        None, description="When it ended.", examples=["2026-11-24T06:16:00Z"]
-    )
-    by: str | None = Field(description="The key that asked for it.", examples=["ops"])
-    size: int | None = Field(
-        None, description="Bytes of the merged model, once it is there.", examples=[538100000]
-    )
-    error: str | None = Field(
-        None, description="Why it failed.", examples=["the merged weight of lm_head is not finite"]
-    )
+    object: Literal["merge"] = "merge"
+    id: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float
+    base: str
+    recipe: Mapping[str, Any]
+    created: datetime
+    finished: datetime | None = None
+    by: str | None
+    size: int | None = None
+    error: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -124,7 +106,7 @@ class MergeJobs:
             self._lock_file.close()
             raise StoreLocked(f"another server uses the merges folder {folder}") from None
         self._mutex = threading.RLock()
-        self._jobs: dict[str, Merge] = {}
+        self._jobs: dict[str, StoredMerge] = {}
         self._tasks: dict[str, _Task] = {}
         """Those of jobs that have not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -142,14 +124,16 @@ class MergeJobs:
         self._worker.join()
         self._lock_file.close()
 
-    def submit(self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None) -> Merge:
+    def submit(
+        self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None
+    ) -> StoredMerge:
         """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable and TooManyMerges at once
         where it can."""
         self._check_folder()
         base = self._open_base()
         check_room(base, vectors, self._folder)
         now = datetime.now(UTC)
-        job = Merge(
+        job = StoredMerge(
             id=f"{_PREFIX}{now:%Y%m%d%H%M%S%f}-{secrets.token_hex(2)}",
             state="queued",
             progress=0.0,
@@ -159,8 +143,8 @@ class MergeJobs:
             by=by,
         )
         with self._mutex:
-            if len(self._tasks) >= _MAX_WAITING:
-                raise TooManyMerges(_MAX_WAITING, self._seconds_until_one_ends())
+            if len(self._tasks) >= MAX_WAITING:
+                raise TooManyMerges(MAX_WAITING, self._seconds_until_one_ends())
             self._keep(job)
             self._tasks[job.id] = _Task(job.id, base, vectors)
             self._queue.put(self._tasks[job.id])
@@ -174,14 +158,14 @@ class MergeJobs:
             return 60.0
         return (time.monotonic() - self._began) * (1 - share) / share
 
-    def page(self, after: str | None, limit: int) -> list[Merge]:
+    def page(self, after: str | None, limit: int) -> list[StoredMerge]:
         """The first `limit` that come after the id `after`."""
         with self._mutex:
             ids = sorted(self._jobs)
             start = 0 if after is None else bisect_right(ids, after)
             return [self._jobs[each] for each in ids[start : start + limit]]
 
-    def get(self, job_id: str) -> Merge:
+    def get(self, job_id: str) -> StoredMerge:
         """Raises UnknownMerge."""
         with self._mutex:
             if job_id not in self._jobs:
@@ -273,7 +257,7 @@ class MergeJobs:
 
         return report
 
-    def _end(self, job: Merge, state: str, **more: Any) -> None:
+    def _end(self, job: StoredMerge, state: str, **more: Any) -> None:
         with self._mutex:
             last = self._jobs[job.id]
             values = {"state": state, "finished": datetime.now(UTC)} | more
@@ -284,7 +268,7 @@ class MergeJobs:
                 log.error("The end of %s cannot be written: %s", job.id, error)
                 self._jobs[job.id] = last.model_copy(update=values)
 
-    def _keep(self, job: Merge) -> None:
+    def _keep(self, job: StoredMerge) -> None:
         """Durable, whole or not at all. Raises StoreFull."""
         unfinished = self._folder / f".{job.id}.json"
         try:
@@ -299,7 +283,7 @@ class MergeJobs:
             raise
         self._jobs[job.id] = job
 
-    def _forget(self, job: Merge) -> None:
+    def _forget(self, job: StoredMerge) -> None:
         """The record first: a result without one is removed at start."""
         self._file(job).unlink(missing_ok=True)
         sync(self._folder)
@@ -309,13 +293,13 @@ class MergeJobs:
             (self._folder / job.id).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _file(self, job: Merge) -> Path:
+    def _file(self, job: StoredMerge) -> Path:
         return self._folder / f"{job.id}.json"
 
     def _recover(self) -> None:
         for file in sorted(self._folder.glob(f"{_PREFIX}*.json")):
             try:
-                job = Merge.model_validate_json(file.read_bytes())
+                job = StoredMerge.model_validate_json(file.read_bytes())
             except ValidationError as error:
                 log.warning("The merge in %s is damaged and passed over: %s", file, error)
                 continue
@@ -335,7 +319,7 @@ class MergeJobs:
         return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
 
 
-def _told(job: Merge) -> str:
+def _told(job: StoredMerge) -> str:
     """The recipe for the model card."""
     parts = [
         f"{part['name']} * {part['weight']:g}  (sha256 {part['digest']})"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from adapters.storage.store import AdapterStore
-from server.cli import _bind, app
+from server.cli import app, bind
 from server.client import AdminClient
 from server.settings import Settings
 from tests.api.conftest import run_server
@@ -248,7 +248,7 @@ def test_a_port_in_use_is_said_and_nothing_is_served(model_folder: Path, tmp_pat
 
 
 def test_a_connection_sends_each_token_at_once() -> None:
-    with closing(_bind("127.0.0.1", 0)) as listening:
+    with closing(bind("127.0.0.1", 0)) as listening:
         # This is what asyncio goes by when it decides about TCP_NODELAY.
         assert listening.proto == socket.IPPROTO_TCP
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from adapters.errors import SourceError
-from server.errors import _SOURCE_ERRORS
+from server.errors import SOURCE_ERRORS
 from server.services import Services
 from tests.api.archives import CONFIG, WEIGHTS
 from tests.api.conftest import RunningServer, ServeAdapters
@@ -61,7 +61,7 @@ def add(client: httpx.Client, source: str, name: str = "new", **more: Any) -> ht
 
 
 def test_every_way_to_fail_has_a_status() -> None:
-    assert set(SourceError.__subclasses__()) == _SOURCE_ERRORS.keys()
+    assert set(SourceError.__subclasses__()) == SOURCE_ERRORS.keys()
 
 
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
