@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
 _SLOWEST = 16 << 10
-"""Bytes: each so many that have come give a body another second."""
+"""A body has one second more for each so many bytes that have arrived."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
-"""For the OpenAPI page only: `Authorize` has looked at the key already."""
+"""For the OpenAPI document only: `Authorize` has checked the key already."""
 _PRELOADED = Origin(source="preload")
 
 
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
             # Requests that hang may hold all threads of the default limiter.
             own = CapacityLimiter(1)
             await to_thread.run_sync(services.merges.close, limiter=own)
-            # Requests had their time before: now nobody listens any more.
+            # The drain has let requests finish: nobody waits for outputs now.
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
             services.probing.shutdown(wait=False)
@@ -164,7 +164,7 @@ def _merges_folder(settings: Settings) -> Path:
 
 
 def _beside(bucket: str, what: str) -> Path:
-    """A folder on this machine for what belongs to a bucket."""
+    """A folder on this machine for the cache or the merges of a bucket's server."""
     return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
 
 
@@ -250,7 +250,7 @@ def preload(registry: AdapterRegistry, folder: Path) -> None:
 
 
 class HeadAsGet:
-    """ASGI middleware: what answers GET answers HEAD too. The server sends no body for it."""
+    """ASGI middleware that lets routes for GET answer HEAD too. The server sends no body for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -262,13 +262,13 @@ class HeadAsGet:
 
 
 class LimitBodies:
-    """ASGI middleware: a body over its limit is refused by its header, or while it comes; so is one
-    that comes too slowly."""
+    """ASGI middleware that refuses bodies over their limit, by the header or while they arrive, and
+    bodies that arrive too slowly."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._upload_limit = settings.max_upload_bytes + MEBIBYTE
-        """The form around the files needs some room of its own."""
+        """A form takes some bytes beside its files."""
         self._body_limit = settings.max_body_bytes
         self._seconds = settings.receive_timeout
 

@@ -58,7 +58,7 @@ from server.engine.errors import (
 log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
-"""Seconds: another replica, or this one restarted, should answer by then."""
+"""Seconds in which another replica, or this one restarted, should answer."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
@@ -69,7 +69,7 @@ SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     SourceFailed: (502, "source_failed"),
     SourceTimeout: (504, "source_timeout"),
 }
-"""400 is for what another URL mends, or other credentials of the server."""
+"""400 where another URL, or other credentials of the server, would help."""
 
 
 class ErrorDetail(BaseModel):
@@ -111,7 +111,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is no success. `details` lists every fault, not the first one."""
+    """An error as it is answered over HTTP. `details` lists every fault, not the first alone."""
 
     def __init__(
         self,
@@ -163,8 +163,8 @@ def install_error_handlers(app: FastAPI) -> None:
 class AnswerAll:
     """ASGI middleware: however a request ends, an answer of our shape is sent if none has begun.
 
-    Only the drain cancels a request. What is no Exception, as the panic of a library in Rust, would
-    slip through Starlette's handlers.
+    Only the drain cancels a request. Starlette's handlers do not catch a BaseException, such as a
+    panic in a library's Rust code.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -177,7 +177,7 @@ class AnswerAll:
         has_begun = False
 
         def noting(message: Message) -> Awaitable[None]:
-            """No coroutine of its own: it is called for every token of a stream."""
+            """Not a coroutine: it is called for every token of a stream."""
             nonlocal has_begun
             has_begun = True
             return send(message)
@@ -302,7 +302,7 @@ def from_engine_error(error: EngineError) -> ApiError:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
+    """Answer a malformed request with 400, as OpenAI's API does; FastAPI's own answer is a 422."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(each) for each in error.errors()]
     if isinstance(error.body, bytes) and error.body:
@@ -362,7 +362,7 @@ def _allowed(request: Request) -> list[str]:
 
 
 def _bare_scope(request: Request, method: str) -> Scope:
-    """As routing finds it: it leaves its marks in a request's own scope."""
+    """The scope as it was before routing, which adds to the request's own."""
     known = ("type", "path", "root_path", "headers", "app")
     return {name: request.scope[name] for name in known} | {"method": method}
 

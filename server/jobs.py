@@ -1,4 +1,4 @@
-"""Merges beside the requests: one at a time, on a thread of their own, their states on disk.
+"""Runs merges, one at a time, on a thread of their own, and keeps their states on disk.
 
     <id>.json    a job: what was asked for, and how it ended
     <id>/        the merged model of one that succeeded
@@ -51,9 +51,11 @@ log = logging.getLogger(__name__)
 _PREFIX = "merge-"
 MAX_WAITING = 64
 _HARDLY = 0.01
+"""A merge that has done less than this share has no estimated end."""
 _RESTARTED = "the server was restarted"
 _LOWEST = 19
-"""Linux gives each thread a priority of its own: what else wants the processor gets it."""
+"""The lowest priority: whatever else needs the processor goes first. On Linux a thread has a
+priority of its own."""
 
 
 class StoredMerge(BaseModel):
@@ -78,7 +80,7 @@ class StoredMerge(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the worker needs for a job; gone with the process."""
+    """What the worker needs for a job. It does not outlive the process."""
 
     id: str
     base: BaseCheckpoint
@@ -91,7 +93,7 @@ class _Interrupted(Exception):
 
 
 class MergeJobs:
-    """Owns the folder and the worker. Thread-safe."""
+    """Owns the merges folder and the worker thread. Thread-safe."""
 
     def __init__(self, folder: Path, model: str | None, model_name: str) -> None:
         """`model`: as in the settings. Raises StoreLocked."""
@@ -108,17 +110,17 @@ class MergeJobs:
         self._mutex = threading.RLock()
         self._jobs: dict[str, StoredMerge] = {}
         self._tasks: dict[str, _Task] = {}
-        """Those of jobs that have not ended."""
+        """Job id -> the task of a job that has not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._began = 0.0
-        """When the merge that runs did; `time.monotonic`'s seconds."""
+        """When the running merge began, in seconds of `time.monotonic`."""
         self._recover()
         self._worker = threading.Thread(target=self._work, name="merges", daemon=True)
         self._worker.start()
 
     def close(self) -> None:
-        """End the merge that runs. What has not ended will have failed at the next start."""
+        """Stop the running merge. Jobs that have not ended are failed at the next start."""
         self._stopping.set()
         self._queue.put(None)
         self._worker.join()
@@ -127,8 +129,7 @@ class MergeJobs:
     def submit(
         self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None
     ) -> StoredMerge:
-        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable and TooManyMerges at once
-        where it can."""
+        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable, TooManyMerges."""
         self._check_folder()
         base = self._open_base()
         check_room(base, vectors, self._folder)
@@ -159,7 +160,7 @@ class MergeJobs:
         return (time.monotonic() - self._began) * (1 - share) / share
 
     def page(self, after: str | None, limit: int) -> list[StoredMerge]:
-        """The first `limit` that come after the id `after`."""
+        """The first `limit` jobs after the id `after`, oldest first."""
         with self._mutex:
             ids = sorted(self._jobs)
             start = 0 if after is None else bisect_right(ids, after)
@@ -224,7 +225,9 @@ class MergeJobs:
             try:
                 self._check_folder()
                 on_passing_thread(
-                    partial(merge, task.base, task.vectors, output, _told(job), self._watch(task))
+                    partial(
+                        merge, task.base, task.vectors, output, _recipe_text(job), self._watch(task)
+                    )
                 )
                 self._succeed(task, output)
             except _Interrupted:
@@ -269,7 +272,7 @@ class MergeJobs:
                 self._jobs[job.id] = last.model_copy(update=values)
 
     def _keep(self, job: StoredMerge) -> None:
-        """Durable, whole or not at all. Raises StoreFull."""
+        """Write a job's record durably, whole or not at all. Raises StoreFull."""
         unfinished = self._folder / f".{job.id}.json"
         try:
             unfinished.write_text(job.model_dump_json())
@@ -284,7 +287,7 @@ class MergeJobs:
         self._jobs[job.id] = job
 
     def _forget(self, job: StoredMerge) -> None:
-        """The record first: a result without one is removed at start."""
+        """Remove a job's record, then its result: a result without a record is removed at start."""
         self._file(job).unlink(missing_ok=True)
         sync(self._folder)
         del self._jobs[job.id]
@@ -312,15 +315,15 @@ class MergeJobs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_orphan(self, path: Path) -> bool:
-        """A result whose job did not come to say so, or was deleted."""
+        """Whether a path is a result whose job was deleted, or never recorded that it succeeded."""
         if not (path.is_dir() and path.name.startswith(_PREFIX)):
             return False
         job = self._jobs.get(path.name)
         return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
 
 
-def _told(job: StoredMerge) -> str:
-    """The recipe for the model card."""
+def _recipe_text(job: StoredMerge) -> str:
+    """The recipe as text, for the model card."""
     parts = [
         f"{part['name']} * {part['weight']:g}  (sha256 {part['digest']})"
         for part in job.recipe["adapters"]

@@ -1,4 +1,4 @@
-"""The admin API: adapters come, change and go while requests run."""
+"""The admin API: adds, changes and deletes adapters while requests run."""
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -40,8 +40,8 @@ from server.settings import MEBIBYTE
 
 
 class _NameConvertor(StringConvertor):
-    """A name in a path, which may hold one slash, written as it is or as %2F. What follows a name
-    in other paths is no part of one: see `adapters.storage.names`."""
+    """Matches a name in a path. It may hold one slash, as it is or as %2F; what follows a name in
+    other paths is no part of it (see `adapters.storage.names`)."""
 
     regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
 
@@ -56,7 +56,7 @@ Name = Annotated[
 
 
 async def _share(services: ServicesDep) -> AsyncIterator[Take]:
-    """Room for one upload, until it is answered."""
+    """One upload's share of the upload budget, until the upload is answered."""
     with services.uploads.share() as take:
         yield take
 

@@ -1,4 +1,4 @@
-"""From a request's body to the grammar of its answer. Blocking: call it in a thread."""
+"""Compiles the grammar that a request's answer must match. Blocking: call it on a thread."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,18 @@ from server.errors import ApiError
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What an answer is held to."""
+    """The grammar that an answer must match, and where in the answer it begins."""
 
     grammar: Grammar | None = None
     begin: "regex.Pattern[str] | None" = None
-    """Where the grammar begins: behind the first match; None: at the answer's start."""
+    """The grammar begins behind the first match of this pattern; None: at the answer's start."""
 
 
 FREE = Held()
 
 
 def answer_grammar(grammars: Grammars, constraints: Sequence[Constraint]) -> Grammar | None:
-    """The grammar of an answer, if it is held to one. Raises BadConstraint, and ApiError 400 where
+    """The grammar of an answer, if it must match one. Raises BadConstraint, and ApiError 400 where
     several fields ask for one."""
     if not constraints:
         return None
@@ -56,7 +56,7 @@ def _refuse_two(fields: Sequence[str]) -> None:
 
 
 def chat_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Held:
-    """What a chat's answer is held to. Raises BadConstraint, and ApiError 400."""
+    """The grammar of a chat's answer, if it must match one. Raises BadConstraint, ApiError 400."""
     formats = [each for each in body.constraints if each.field == "response_format"]
     others = [each.field for each in body.constraints if each.field != "response_format"]
     if others and body.offered_tools:
@@ -84,7 +84,7 @@ def _calls_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None)
 
 
 def _begun_calls(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Held:
-    """The model decides whether it calls; where it has begun to, it is held to the schemas."""
+    """The model decides whether it calls a tool; a call that has begun must match the schemas."""
     if calls is None or not calls.writes:
         return FREE
     tools = body.offered_tools
@@ -102,13 +102,13 @@ def _begun_calls(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -
         try:
             grammar = compiled(schemas)
         except BadConstraint:
-            # Each can be held, and all together are too much: the calls are the model's own.
+            # Each schema compiles, and all together are too large: calls are not constrained.
             return FREE
     return Held(grammar, calls.beginning_of(tools))
 
 
 def _schemas_that_hold(grammars: Grammars, tools: Sequence[Tool]) -> dict[str, Any]:
-    """Each function's schema; any object where arguments cannot be held to it, unless it is strict.
+    """Each function's schema; any object for a schema that cannot be compiled and is not strict.
 
     Raises BadConstraint for a strict one.
     """

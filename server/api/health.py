@@ -18,7 +18,7 @@ router = APIRouter(tags=["operations"])
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 PROBE_SECONDS = 5.0
-"""How long the storage may take to answer a probe."""
+"""Seconds in which the storage must answer a probe."""
 
 
 class Health(BaseModel):

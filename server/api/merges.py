@@ -1,4 +1,4 @@
-"""Merging over HTTP: jobs that fold adapters into a copy of the base model."""
+"""`/v1/merges`: jobs that fold adapters into a copy of the base model."""
 
 import os
 import tarfile

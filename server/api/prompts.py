@@ -1,4 +1,4 @@
-"""From texts and conversations to token ids that fit the model. Blocking: call it in a thread."""
+"""Turns texts and conversations into token ids that fit the model. Blocking: call on a thread."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from adapters.errors import TemplateRefused
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
-from server.api.completion_schemas import check_text
 from server.api.schemas import GenerationBody
+from server.api.texts import check_text
 from server.api.tool_schemas import Tool
 from server.engine import ServedModel
 from server.errors import ApiError
 
 MAX_CHARACTERS_PER_TOKEN = 128
-"""No text averages more characters a token, so a longer one need not be tokenised to be refused."""
+"""No text averages more characters a token: a longer one is refused without tokenising it."""
 
 _RESERVED_TEMPLATE_KWARGS = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -73,7 +73,7 @@ def encode_conversation(
 def encode_prediction(
     model: ServedModel, vocabulary: Vocabulary, body: ChatBody
 ) -> tuple[int, ...]:
-    """What the answer is expected to be. Raises ApiError 400."""
+    """The tokens that the answer is expected to have. Raises ApiError 400."""
     text = "" if body.prediction is None else body.prediction.content
     if not text:
         return ()
@@ -221,7 +221,8 @@ def fit_to_window(
 def truncated(
     model: ServedModel, prompt: tuple[int, ...], body: GenerationBody, room: int
 ) -> tuple[int, ...]:
-    """As many tokens of the prompt as `truncate_prompt_tokens` says, or as leave `room`."""
+    """The prompt, cut to as many tokens as `truncate_prompt_tokens` says; where that is -1, to as
+    many as leave `room` for the answer."""
     most = body.truncate_prompt_tokens
     if most is None:
         return prompt

@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import Usage
 from server.api.checking import check_body
-from server.api.completion_schemas import check_text
 from server.api.disconnects import unless_client_leaves
 from server.api.generation import Generation
 from server.api.leasing import leased
@@ -23,6 +22,7 @@ from server.api.orders import Order, Prompt, place_order
 from server.api.preparing import prepared
 from server.api.prompts import encode_choice, encode_pair
 from server.api.responses import documented_answers, whole_answer
+from server.api.texts import check_text
 from server.auth import Caller
 from server.engine import ServedModel
 from server.engine.request import Output, SamplingParams

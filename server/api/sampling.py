@@ -1,4 +1,4 @@
-"""From a request's body to the engine's sampling parameters."""
+"""Turns a request's body into the engine's sampling parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request gets that does not say how to sample."""
+    """How a request is sampled that does not say how."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -124,7 +124,7 @@ def _stop_token_ids(
 def _never(
     model: ServedModel, body: GenerationBody, bad_words: Sequence[tuple[int, ...]]
 ) -> frozenset[int]:
-    """The tokens that cannot come first."""
+    """The tokens that cannot be the answer's first."""
     never = {word[0] for word in bad_words if len(word) == 1}
     if body.min_tokens:
         never |= model.eos_token_ids | set(body.stop_token_ids or ())

@@ -1,4 +1,4 @@
-"""Reading the tool calls out of what a model writes, as it writes it."""
+"""Reads the tool calls in an answer while it is generated."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ _HEAD = regex.compile(
 )
 """A call up to its arguments."""
 _MARKS = regex.compile(r'\\.|["{}\[\]]', regex.DOTALL)
-"""What tells where a JSON value ends."""
+"""The characters by which the end of a JSON value is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,14 @@ class CallPart:
 
 @dataclass(frozen=True, slots=True)
 class Said:
+    """The text and the tool calls in a part of an answer."""
+
     content: str
     calls: list[CallPart]
 
 
 class Reader(Protocol):
-    """Splits the text of one choice, as it comes, into what is said and what is called."""
+    """Splits the text of one choice, as it comes, into content and tool calls."""
 
     def feed(self, text: str) -> Said: ...
 
@@ -52,7 +54,7 @@ def make_reader(format: CallFormat, prompt: str, tools: Sequence[Tool]) -> Reade
 
 
 class _Blanks:
-    """Keeps blanks around calls from what is said: they belong to the format."""
+    """Leaves blanks around calls out of the content: they belong to the format."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -78,7 +80,7 @@ class JsonReader:
         self._state: Callable[[bool], bool] = self._say
         self._unread = ""
         self._begins = True
-        """Nothing is said or called yet: where a call may be the whole answer."""
+        """Whether nothing has been read yet: a call may then be the whole answer."""
         self._depth = 0
         self._in_string = False
         self._calls = 0
@@ -183,7 +185,7 @@ class JsonReader:
         return True
 
     def _pass_over(self, ends: bool) -> bool:
-        """What is no call part by part: read as a whole where it ends."""
+        """Text that is no call of the known form: it is read as a whole at its end."""
         close = self._format.end
         at = self._unread.find(close) if close else -1
         if at < 0 and not ends:
@@ -224,7 +226,7 @@ class TemplateReader:
             format.response_template, prompt, tools=[tool.for_template() for tool in tools]
         )
         self._unread = ""
-        """Fed, but neither said nor called yet."""
+        """Text that was fed, and is not part of a content or a call yet."""
         self._blanks = _Blanks()
         self._calls = 0
 
