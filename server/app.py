@@ -1,4 +1,4 @@
-"""The application: builds engine, registry and routes from the settings; start-up and drain."""
+"""Builds the application from the settings: engine, registry, routes and middleware."""
 
 import asyncio
 import hashlib
@@ -95,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def load_services(settings: Settings) -> "partial[Services]":
-    """The services without the streams, which belong to an event loop that does not run yet."""
+    """Make the services but for the streams: they need an event loop, which does not run yet."""
     return on_passing_thread(partial(_load_services, settings))
 
 

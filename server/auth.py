@@ -1,4 +1,4 @@
-"""API keys: who may generate and who may administer, decided before a body is read."""
+"""Checks API keys and their roles, before a request's body is read."""
 
 import hashlib
 import hmac
@@ -43,7 +43,7 @@ class BadKeysFile(Exception):
 
 
 def read_keys(path: Path) -> list[Key]:
-    """Raises BadKeysFile."""
+    """Read the keys file. Raises BadKeysFile."""
     try:
         keys = TypeAdapter(list[Key]).validate_json(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
+"""Maps errors to HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
 
 import asyncio
 import json
@@ -69,7 +69,8 @@ SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     SourceFailed: (502, "source_failed"),
     SourceTimeout: (504, "source_timeout"),
 }
-"""400 where another URL, or other credentials of the server, would help."""
+"""The status and code of each error: 400 where another URL, or other credentials of the server,
+would help."""
 
 
 class ErrorDetail(BaseModel):
@@ -350,7 +351,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of a path: Starlette names those of the first route that has the path. What
+    """The methods of all routes that a path has; Starlette names those of the first alone. What
     answers GET answers HEAD."""
     routed = {
         method

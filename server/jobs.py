@@ -152,7 +152,7 @@ class MergeJobs:
         return job
 
     def _seconds_until_one_ends(self) -> float:
-        """Estimate until when the running merge ends; a minute where it has hardly begun."""
+        """Estimate when the running merge ends; a minute where it has hardly begun."""
         shares = [job.progress for job in self._jobs.values() if job.state == "running"]
         share = max(shares, default=0.0)
         if share < _HARDLY:

@@ -92,7 +92,7 @@ class RequestMetrics:
         self._last = self._started
 
     def token(self, count: int) -> None:
-        """`count` tokens have come, now."""
+        """Note that `count` tokens have come now."""
         if count == 0:
             return
         self._last = time.perf_counter()

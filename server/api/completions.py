@@ -63,7 +63,7 @@ async def create_completion(
 
 
 def _prompts(engine: Engine, vocabulary: Vocabulary, body: CompletionBody) -> list[Prompt]:
-    """Raises ApiError 400."""
+    """The prompts as token ids, and how each is sampled. Raises ApiError 400."""
     model = engine.model
     field, limit = body.token_limit
     prompt_logprobs = _prompt_logprobs(model, body)

@@ -90,7 +90,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def constraints(self) -> list[Constraint]:
-        """At most one."""
+        """The constraint that the format is, or none for plain text."""
         where = "response_format"
         match self:
             case ResponseFormat(type="text"):
@@ -109,7 +109,7 @@ _ATTRIBUTES = {"schema": "schema_", "value": "value"}
 
 
 def _without_what_asks_nothing(given: object) -> object:
-    """Clients that write all of vLLM's fields write the others as null or false."""
+    """Drop unset fields: clients that write all of vLLM's fields write some as null or false."""
     if not isinstance(given, dict):
         return given
     unset = ("structural_tag", "whitespace_pattern", *_SWITCHES)

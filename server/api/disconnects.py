@@ -1,4 +1,4 @@
-"""Work that ends when the client of its request closes the connection."""
+"""Ends work when the client of its request closes the connection."""
 
 from collections.abc import Coroutine
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""One order in the engine: its outputs as they come, its usage, and a certain end."""
+"""Runs one order in the engine: takes its outputs, counts its usage, and ends it for certain."""
 
 from collections.abc import Mapping
 from types import TracebackType

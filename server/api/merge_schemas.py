@@ -1,4 +1,4 @@
-"""What the merges API takes and answers."""
+"""The bodies and answers of the merges API."""
 
 from collections.abc import Mapping
 from datetime import datetime

@@ -324,7 +324,7 @@ class GenerationBody(ModelBody):
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the answer is held to a grammar."""
+        """Whether the answer must match a grammar."""
         return bool(self.constraints)
 
     @property

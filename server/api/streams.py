@@ -9,7 +9,7 @@ from server.engine.request import Output
 
 
 class Receiver(Protocol):
-    """Takes the outputs of its requests, on the event loop."""
+    """Takes the outputs of the requests that it was registered for, on the event loop."""
 
     def take(self, output: Output) -> None: ...
 
@@ -74,8 +74,8 @@ class Stream:
 
 
 class Streams:
-    """Who receives which request's outputs, on one event loop. Only `deliver` may be called by
-    another thread."""
+    """Knows the receiver of each request's outputs. Belongs to one event loop: only `deliver` may
+    be called by another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -120,7 +120,7 @@ class JsonReader:
         return True
 
     def _open(self, ends: bool) -> bool:
-        """Before a call: its name, as far as the arguments."""
+        """Read a call's name, up to its arguments."""
         head = _HEAD.match(self._unread, partial=not ends)
         if head is not None and head.partial:
             return False
@@ -134,7 +134,7 @@ class JsonReader:
         return True
 
     def _arguments(self, ends: bool) -> bool:
-        """As far as the arguments' last bracket."""
+        """Read the arguments, up to their last bracket."""
         text, is_whole = self._read_value(ends)
         self._add_arguments(text)
         if is_whole:
@@ -143,7 +143,7 @@ class JsonReader:
         return is_whole
 
     def _members(self, ends: bool) -> bool:
-        """What else the call's object holds: Mistral's calls may have an id."""
+        """Pass over what else the call's object holds: Mistral's calls may have an id."""
         _, is_whole = self._read_value(ends)
         if is_whole:
             self._state = self._after
@@ -170,7 +170,7 @@ class JsonReader:
         return text[:end], is_whole
 
     def _after(self, ends: bool) -> bool:
-        """Behind a call: another of a list, or the end of all."""
+        """Read what follows a call: another call of a list, or the end of the calls."""
         rest = self._unread.lstrip(" \t\r\n]")
         close = self._format.end
         if rest.startswith(","):
@@ -185,7 +185,7 @@ class JsonReader:
         return True
 
     def _pass_over(self, ends: bool) -> bool:
-        """Text that is no call of the known form: it is read as a whole at its end."""
+        """Read a call that is not in the known form, as a whole, once its end has come."""
         close = self._format.end
         at = self._unread.find(close) if close else -1
         if at < 0 and not ends:

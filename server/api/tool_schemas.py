@@ -84,7 +84,7 @@ def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
 
 
 def new_call_id() -> str:
-    """Nine letters and digits: Mistral's templates take no other."""
+    """A new call's id: nine letters and digits, as Mistral's templates demand."""
     return uuid.uuid4().hex[:9]
 
 
