@@ -111,7 +111,8 @@ class Bench:
     """Engines are started when they are first asked for and live until they are stopped, at the
     latest at the block's end. One that does not start raises EngineFailed, each time."""
 
-    def __init__(self, plan: Plan, scratch: Path) -> None:
+    def __init__(self, plan: Plan, scratch: Path, engines: ExitStack) -> None:
+        """`engines` stops those that still run, when it is closed."""
         self.plan = plan
         self.model = default_model_folder()
         self.scratch = scratch
@@ -122,15 +123,13 @@ class Bench:
         self._failed: dict[str, EngineFailed] = {}
         self._copies: dict[str, Path] = {}
         """Of the store, by the server that has it."""
-        self._stack = ExitStack()
+        self._engines = engines
 
     @classmethod
     @contextmanager
     def session(cls, plan: Plan) -> Iterator["Bench"]:
-        with tempfile.TemporaryDirectory() as scratch:
-            bench = cls(plan, Path(scratch))
-            with bench._stack:
-                yield bench
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as engines:
+            yield cls(plan, Path(scratch), engines)
 
     def requests(
         self,
@@ -184,7 +183,7 @@ class Bench:
         if name not in self._running:
             typer.echo(f"  starting {name}")
             engine = make()
-            self._stack.callback(engine.stop)
+            self._engines.callback(engine.stop)
             try:
                 engine.start()
                 engine.run(self.requests(self._known_to(name), WARM_UP_TOKENS))
@@ -246,7 +245,7 @@ class Bench:
         """Contents never change: they need no copy."""
         copied = self.store.with_name(f"{self.store.name}-{name}")
         shutil.rmtree(copied, ignore_errors=True)
-        self._stack.callback(shutil.rmtree, copied)
+        self._engines.callback(shutil.rmtree, copied)
 
         def copy(source: str, target: str) -> None:
             (os.link if source.endswith(WEIGHTS_FILE) else shutil.copyfile)(source, target)

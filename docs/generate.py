@@ -173,7 +173,7 @@ def _refusals_in(node: ast.AST, when: str, known: dict[str, ast.AST]) -> Iterato
             for each in node.keywords:
                 if each.arg == "code" and isinstance(each.value, ast.Constant):
                     yield Refusal(status, each.value.value, when or _text(message, known))
-        case ast.AnnAssign(target=ast.Name(id="_SOURCE_ERRORS"), value=ast.Dict() as errors):
+        case ast.AnnAssign(target=ast.Name(id="SOURCE_ERRORS"), value=ast.Dict() as errors):
             for name, answer in zip(errors.keys, errors.values, strict=True):
                 yield Refusal(*ast.literal_eval(answer), _ERRORS[name.id])
     for child in ast.iter_child_nodes(node):

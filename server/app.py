@@ -1,4 +1,4 @@
-"""The application: builds engine, registry and routes from the settings; start-up and drain."""
+"""Builds the application from the settings: engine, registry, routes and middleware."""
 
 import asyncio
 import hashlib
@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 _UPLOADS = "/v1/adapters"
 _SLOWEST = 16 << 10
-"""Bytes: each so many that have come give a body another second."""
+"""A body has one second more for each so many bytes that have arrived."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
-"""For the OpenAPI page only: `Authorize` has looked at the key already."""
+"""For the OpenAPI document only: `Authorize` has checked the key already."""
 _PRELOADED = Origin(source="preload")
 
 
@@ -64,18 +64,17 @@ def create_app(settings: Settings) -> FastAPI:
         services = make_services(streams=Streams(asyncio.get_running_loop()))
         app.state.services = services
         services.engine.start(services.streams.deliver)
-        log.info("Serving %s with %d adapters.", services.model_name, len(services.store))
+        log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
         try:
             yield
         finally:
             # Requests that hang may hold all threads of the default limiter.
             own = CapacityLimiter(1)
             await to_thread.run_sync(services.merges.close, limiter=own)
-            # Requests had their time before: now nobody listens any more.
+            # The drain has let requests finish: nobody waits for outputs now.
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
             services.probing.shutdown(wait=False)
-            services.store.close()
 
     app = Application(
         title="Infuse",
@@ -96,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def load_services(settings: Settings) -> "partial[Services]":
-    """The services without the streams, which belong to an event loop that does not run yet."""
+    """Make the services but for the streams: they need an event loop, which does not run yet."""
     return on_passing_thread(partial(_load_services, settings))
 
 
@@ -119,7 +118,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
         )
         engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
         if settings.preload_adapters is not None:
-            preload(registry, store, settings.preload_adapters)
+            preload(registry, settings.preload_adapters)
         merges = MergeJobs(_merges_folder(settings), settings.model, loaded.name)
     except BaseException:
         store.close()
@@ -130,7 +129,6 @@ def _load_services(settings: Settings) -> "partial[Services]":
         settings=settings,
         engine=engine,
         registry=registry,
-        store=store,
         merges=merges,
         sources=Sources(
             parse_prefixes(settings.source_prefixes),
@@ -166,7 +164,7 @@ def _merges_folder(settings: Settings) -> Path:
 
 
 def _beside(bucket: str, what: str) -> Path:
-    """A folder on this machine for what belongs to a bucket."""
+    """A folder on this machine for the cache or the merges of a bucket's server."""
     return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
 
 
@@ -228,16 +226,17 @@ def _folders_to_preload(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> None:
-    """Offer the adapters in a folder; what does not fit is passed over, and what an operator has
-    changed or deleted since is left so."""
+def preload(registry: AdapterRegistry, folder: Path) -> None:
+    """Add the adapters in a folder, or replace what an earlier preload added. An adapter that does
+    not fit is left out; one that an operator has changed or deleted since stays as it is."""
+    stored = registry.stored
     for name, source in _folders_to_preload(folder).items():
-        if name in store and store.current(name).origin != _PRELOADED:
+        if name in stored and stored.current(name).origin != _PRELOADED:
             continue
-        if store.was_deleted(name):
+        if stored.was_deleted(name):
             log.info("The adapter %s in %s was deleted, and stays so.", name, source)
             continue
-        with store.staging() as staged:
+        with registry.staging() as staged:
             for file in source.iterdir():
                 if file.is_file():
                     shutil.copyfile(file, staged / file.name)
@@ -251,7 +250,7 @@ def preload(registry: AdapterRegistry, store: AdapterStore, folder: Path) -> Non
 
 
 class HeadAsGet:
-    """ASGI middleware: what answers GET answers HEAD too. The server sends no body for it."""
+    """ASGI middleware that lets routes for GET answer HEAD too. The server sends no body for it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -263,13 +262,13 @@ class HeadAsGet:
 
 
 class LimitBodies:
-    """ASGI middleware: a body over its limit is refused by its header, or while it comes; so is one
-    that comes too slowly."""
+    """ASGI middleware that refuses bodies over their limit, by the header or while they arrive, and
+    bodies that arrive too slowly."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._upload_limit = settings.max_upload_bytes + MEBIBYTE
-        """The form around the files needs some room of its own."""
+        """A form takes some bytes beside its files."""
         self._body_limit = settings.max_body_bytes
         self._seconds = settings.receive_timeout
 

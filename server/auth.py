@@ -1,4 +1,4 @@
-"""API keys: who may generate and who may administer, decided before a body is read."""
+"""Checks API keys and their roles, before a request's body is read."""
 
 import hashlib
 import hmac
@@ -19,7 +19,8 @@ from server.errors import ApiError, error_response
 log = logging.getLogger(__name__)
 
 Role = Literal["generate", "admin", "metrics"]
-"""`metrics` may read `/metrics` alone, and so may `admin`: they tell of every key's requests."""
+"""`metrics` may read `/metrics` and nothing else. `admin` may read them too, `generate` may not:
+they show every key's requests."""
 _CALLER = "infuse.caller"
 _ADMIN = ("/v1/adapters", "/v1/merges")
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
@@ -42,7 +43,7 @@ class BadKeysFile(Exception):
 
 
 def read_keys(path: Path) -> list[Key]:
-    """Raises BadKeysFile."""
+    """Read the keys file. Raises BadKeysFile."""
     try:
         keys = TypeAdapter(list[Key]).validate_json(path.read_bytes())
     except OSError as error:
@@ -59,15 +60,16 @@ def read_keys(path: Path) -> list[Key]:
 
 
 class Authorize:
-    """ASGI middleware. Without keys everybody may do everything."""
+    """ASGI middleware that checks a request's key before its body is read. Without keys every
+    request is allowed."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key], most_at_once: int) -> None:
-        """`most_at_once`: requests of one key."""
+        """`most_at_once`: how many requests one key may have running."""
         self._app = app
         self._keys = [(key, key.digest) for key in keys]
         self._most_at_once = most_at_once
         self._running: Counter[str] = Counter()
-        """By key: the requests that are not answered yet."""
+        """Key name -> how many of its requests are not answered yet."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._keys:
@@ -124,7 +126,7 @@ class Authorize:
 
 
 def _roles(path: str) -> tuple[Role, ...]:
-    """What a path needs, one of them."""
+    """The roles of which a path needs one."""
     if path == "/metrics":
         return "metrics", "admin"
     return ("admin",) if path.startswith(_ADMIN) else ("generate",)

@@ -31,8 +31,10 @@ adapters_app = typer.Typer(
 )
 app.add_typer(adapters_app, name="adapters")
 
-Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with 'admin'.")]
+Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server's URL.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with the role admin.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Source = Annotated[
@@ -44,32 +46,32 @@ Source = Annotated[
 ]
 _HERE = "http://127.0.0.1:8000"
 _THREAD_SECONDS = 1.0
-"""What a thread that works for nobody gets to end, once the server has."""
+"""How long a thread that is still at work has to end, after the server has stopped."""
 
 
 def main() -> None:
     os.environ.update(openmp.variables())
     for name in ("torchao", "torch.utils._pytree"):
-        # transformers imports torchao, which warns of kernels that it has not for this machine.
+        # transformers imports torchao, which warns that it has no kernels for this machine.
         logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
 @app.command()
 def merge(
-    output: Annotated[Path, typer.Argument(help="A folder to make.")],
-    adapters: Annotated[list[str], typer.Argument(help="FOLDER or FOLDER=WEIGHT, each.")],
+    output: Annotated[Path, typer.Argument(help="The folder to create.")],
+    adapters: Annotated[list[str], typer.Argument(help="One or several FOLDER or FOLDER=WEIGHT.")],
     model: Annotated[
         str | None,
         typer.Option(help="Folder or cached hub id of the base model. Default: the default model."),
     ] = None,
     composition: Annotated[
-        Literal["product", "linear"], typer.Option(help="How several are mixed.")
+        Literal["product", "linear"], typer.Option(help="How several adapters are mixed.")
     ] = "product",
 ) -> None:
     """Fold adapters into a copy of the base model, which plain transformers loads.
 
-    `product` is what several active adapters are in PEFT, `linear` its `add_weighted_adapter`.
+    `product` mixes as several active adapters do in PEFT, `linear` as its `add_weighted_adapter`.
 
     Example: infuse merge ./merged ./out/support-de --model ./my-base-model
     """
@@ -106,7 +108,7 @@ def merge(
 )
 def serve(context: typer.Context) -> None:
     settings = _settings("serve", context.args)
-    listening = _bind(settings.host, settings.port)
+    listening = bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
     from server.auth import BadKeysFile
@@ -125,7 +127,7 @@ def serve(context: typer.Context) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def warm(context: typer.Context) -> None:
-    """Compile a model ahead, so that `infuse serve --compile` starts with them.
+    """Compile a model ahead, so that `infuse serve --compile` starts without compiling.
 
     Takes the same settings as `infuse serve`.
     """
@@ -158,7 +160,8 @@ def _settings(command: str, arguments: list[str]) -> Settings:
 
 
 def _leave_threads() -> None:
-    """End the process where a thread still works for a request that was answered without it."""
+    """End the process, also where a thread still works for a request that was answered without
+    it."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(_THREAD_SECONDS)
@@ -168,8 +171,9 @@ def _leave_threads() -> None:
                 os._exit(0)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Before the model is loaded, so that a port in use is told at once."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to this address. The model is loaded later, so that a port in use is reported
+    at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY only on what says that it is TCP; without, each write waits 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -191,7 +195,7 @@ def _refuse(reason: str, command: str = "serve") -> NoReturn:
 def add(
     name: Name,
     source: Source,
-    replace: Annotated[bool, typer.Option(help="Make a new revision of a known name.")] = False,
+    replace: Annotated[bool, typer.Option(help="Add a revision to a known adapter.")] = False,
     url: Url = _HERE,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -234,13 +238,13 @@ def remove(name: Name, url: Url = _HERE, api_key: ApiKey = None) -> None:
 @adapters_app.command()
 def combine(
     name: Name,
-    parts: Annotated[list[str], typer.Argument(help="ADAPTER or ADAPTER=WEIGHT, each.")],
+    parts: Annotated[list[str], typer.Argument(help="One or several ADAPTER or ADAPTER=WEIGHT.")],
     method: Annotated[
         str,
         typer.Option(help="linear, product, task_arithmetic, ties, dare_linear or dare_ties."),
     ] = "task_arithmetic",
-    density: Annotated[float, typer.Option(help="What TIES and DARE keep, of 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Which differences DARE drops.")] = 0,
+    density: Annotated[float, typer.Option(help="The share that TIES and DARE keep.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The seed by which DARE drops differences.")] = 0,
     url: Url = _HERE,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -268,7 +272,7 @@ def _part(text: str) -> dict[str, Any]:
 def revisions(
     name: Name, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
-    """List an adapter's revisions: number, digest, time, source, who.
+    """List an adapter's revisions: number, digest, time, source, key.
 
     Example: infuse adapters revisions support-de
     """
@@ -315,7 +319,7 @@ def check(
 
 @contextmanager
 def _client(url: str, api_key: str | None) -> Iterator[AdminClient]:
-    """A client whose errors end the command."""
+    """A client of the server. Its errors end the command."""
     try:
         with AdminClient(url, api_key) as client:
             yield client

@@ -1,4 +1,4 @@
-"""The admin API from the command line's side."""
+"""A client of the admin API, for the command line."""
 
 import tarfile
 import tempfile
@@ -20,6 +20,8 @@ class ClientError(Exception):
 
 
 class AdminClient:
+    """Calls the admin API of a running server. Every method raises ClientError."""
+
     def __init__(self, url: str, api_key: str | None) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
@@ -31,7 +33,7 @@ class AdminClient:
         self._http.close()
 
     def add(self, name: str, source: str) -> dict[str, Any]:
-        """`source` is a folder, or a URL that the server fetches; so below."""
+        """`source` is a folder, or a URL that the server fetches; also in `replace` and `check`."""
         return self._upload("POST", "/v1/adapters", source, {"name": name})
 
     def replace(self, name: str, source: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class AdminClient:
                     f"{error.filename}: {error.strerror}; name a folder that PEFT's "
                     "save_pretrained wrote"
                 ) from None
-            # The server has its own limits of time, and knows better how far it is.
+            # The server has its own limits of time.
             return self._send(method, path, data=data, files=files, timeout=None)
 
     def _send(self, method: str, path: str, **content: Any) -> dict[str, Any]:

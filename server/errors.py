@@ -1,4 +1,4 @@
-"""Errors as HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
+"""Maps errors to HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
 
 import asyncio
 import json
@@ -58,9 +58,9 @@ from server.engine.errors import (
 log = logging.getLogger(__name__)
 
 _DRAIN_RETRY_AFTER = "5"
-"""Seconds: another replica, or this one restarted, should answer by then."""
+"""Seconds in which another replica, or this one restarted, should answer."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
+SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
     SourceNotAllowed: (403, "source_not_allowed"),
     SourceNotFound: (400, "source_not_found"),
@@ -69,7 +69,8 @@ _SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     SourceFailed: (502, "source_failed"),
     SourceTimeout: (504, "source_timeout"),
 }
-"""400 is for what another URL mends, or other credentials of the server."""
+"""The status and code of each error: 400 where another URL, or other credentials of the server,
+would help."""
 
 
 class ErrorDetail(BaseModel):
@@ -111,7 +112,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is no success. `details` lists every fault, not the first one."""
+    """An error as it is answered over HTTP. `details` lists every fault, not the first alone."""
 
     def __init__(
         self,
@@ -163,8 +164,8 @@ def install_error_handlers(app: FastAPI) -> None:
 class AnswerAll:
     """ASGI middleware: however a request ends, an answer of our shape is sent if none has begun.
 
-    Only the drain cancels a request. What is no Exception, as the panic of a library in Rust, would
-    slip through Starlette's handlers.
+    Only the drain cancels a request. Starlette's handlers do not catch a BaseException, such as a
+    panic in a library's Rust code.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -177,7 +178,7 @@ class AnswerAll:
         has_begun = False
 
         def noting(message: Message) -> Awaitable[None]:
-            """No coroutine of its own: it is called for every token of a stream."""
+            """Not a coroutine: it is called for every token of a stream."""
             nonlocal has_begun
             has_begun = True
             return send(message)
@@ -253,7 +254,7 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case SourceError():
-            status, code = _SOURCE_ERRORS[type(error)]
+            status, code = SOURCE_ERRORS[type(error)]
             return ApiError(status, str(error), code=code, param="source")
         case StoreFull():
             return ApiError(507, str(error), code="storage_full")
@@ -302,7 +303,7 @@ def from_engine_error(error: EngineError) -> ApiError:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """FastAPI's 422: what is malformed is a 400 in OpenAI's API."""
+    """Answer a malformed request with 400, as OpenAI's API does; FastAPI's own answer is a 422."""
     assert isinstance(error, RequestValidationError)
     faults = [_fault(each) for each in error.errors()]
     if isinstance(error.body, bytes) and error.body:
@@ -350,7 +351,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of a path: Starlette names those of the first route that has the path. What
+    """The methods of all routes that a path has; Starlette names those of the first alone. What
     answers GET answers HEAD."""
     routed = {
         method
@@ -362,7 +363,7 @@ def _allowed(request: Request) -> list[str]:
 
 
 def _bare_scope(request: Request, method: str) -> Scope:
-    """As routing finds it: it leaves its marks in a request's own scope."""
+    """The scope as it was before routing, which adds to the request's own."""
     known = ("type", "path", "root_path", "headers", "app")
     return {name: request.scope[name] for name in known} | {"method": method}
 

@@ -1,4 +1,4 @@
-"""Request bodies that come compressed, as `Content-Encoding` says."""
+"""Unpacks request bodies that are compressed with gzip."""
 
 import zlib
 from collections.abc import AsyncIterator
@@ -10,14 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import ApiError, error_response
 
 _PIECE_BYTES = 1 << 16
-"""Unpacked at once, so that a small body never takes much memory."""
+"""Bytes that are unpacked at once, so that a small body never takes much memory."""
 _GZIP = 16 + zlib.MAX_WBITS
-"""zlib's way to say that there is a header and a checksum."""
+"""zlib's window size for data with a gzip header and checksum."""
 
 
 class GunzipBodies:
-    """ASGI middleware: what is within reads plain bytes. How many they may be is its own matter;
-    those of the compressed body are `limit` at most."""
+    """ASGI middleware that unpacks gzip bodies. `limit` is for the bytes of the packed body; the
+    application within bounds the unpacked ones."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -41,7 +41,7 @@ class GunzipBodies:
         pieces = _unpacked(receive, self._limit)
 
         async def receive_plain() -> Message:
-            # What comes behind the body is no business of ours.
+            # Messages after the body are passed on as they are.
             return await anext(pieces, None) or await receive()
 
         await self._app({**scope, "headers": headers}, receive_plain, send)
@@ -66,16 +66,16 @@ async def _unpacked(receive: Receive, limit: int) -> AsyncIterator[Message]:
             raise HTTPException(413, f"The packed body is larger than {limit} bytes.")
         while packed:
             if unpacker.eof:
-                # Gzip files may stand one behind the other.
+                # A gzip body may consist of several gzip files, one behind the other.
                 unpacker = zlib.decompressobj(_GZIP)
             try:
                 piece = unpacker.decompress(packed, _PIECE_BYTES)
             except zlib.error as error:
-                raise HTTPException(400, f"{_NAMED}, and the body is none: {error}") from error
+                raise HTTPException(400, f"{_NAMED}, but the body is not gzip: {error}") from error
             packed = unpacker.unconsumed_tail or unpacker.unused_data
             yield {"type": "http.request", "body": piece, "more_body": True}
         if not more and received and not unpacker.eof:
-            raise HTTPException(400, f"{_NAMED}, and the body ends in the midst of it.")
+            raise HTTPException(400, f"{_NAMED}, but the body is cut short.")
     yield {"type": "http.request", "body": b"", "more_body": False}
 
 

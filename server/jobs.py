@@ -1,4 +1,4 @@
-"""Merges beside the requests: one at a time, on a thread of their own, their states on disk.
+"""Runs merges, one at a time, on a thread of their own, and keeps their states on disk.
 
     <id>.json    a job: what was asked for, and how it ended
     <id>/        the merged model of one that succeeded
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.derive.base_checkpoint import BaseCheckpoint
@@ -49,45 +49,29 @@ from server.engine.threads import on_passing_thread
 log = logging.getLogger(__name__)
 
 _PREFIX = "merge-"
-_MAX_WAITING = 64
+MAX_WAITING = 64
 _HARDLY = 0.01
+"""A merge that has done less than this share has no estimated end."""
 _RESTARTED = "the server was restarted"
 _LOWEST = 19
-"""Linux gives each thread a priority of its own: what else wants the processor gets it."""
+"""The lowest priority: whatever else needs the processor goes first. On Linux a thread has a
+priority of its own."""
 
 
-class Merge(BaseModel):
-    """A job that folds adapters into a copy of the base model."""
+class StoredMerge(BaseModel):
+    """A job that folds adapters into a copy of the base model, as its file records it."""
 
-    object: Literal["merge"] = Field("merge", description="Kind.", examples=["merge"])
-    id: str = Field(description="Its name.", examples=["merge-20261124061500123456-9f3a"])
-    state: Literal["queued", "running", "succeeded", "failed", "cancelled"] = Field(
-        description="How far it is.", examples=["running"]
-    )
-    progress: float = Field(description="The share that is done, 0 to 1.", examples=[0.25])
-    base: str = Field(description="The base model.", examples=["smollm2-135m-instruct"])
-    recipe: Mapping[str, Any] = Field(
-        description="What is merged: the revisions that the names meant when it was asked for.",
-        examples=[
-            {
-                "method": "product",
-                "adapters": [{"name": "support-de@3", "digest": "9f86d0818...", "weight": 1.0}],
-            }
-        ],
-    )
-    created: datetime = Field(
-        description="When it was asked for.", examples=["2026-11-24T06:15:00Z"]
-    )
-    finished: datetime | None = Field(
-        None, description="When it ended.", examples=["2026-11-24T06:16:00Z"]
-    )
-    by: str | None = Field(description="The key that asked for it.", examples=["ops"])
-    size: int | None = Field(
-        None, description="Bytes of the merged model, once it is there.", examples=[538100000]
-    )
-    error: str | None = Field(
-        None, description="Why it failed.", examples=["the merged weight of lm_head is not finite"]
-    )
+    object: Literal["merge"] = "merge"
+    id: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: float
+    base: str
+    recipe: Mapping[str, Any]
+    created: datetime
+    finished: datetime | None = None
+    by: str | None
+    size: int | None = None
+    error: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -96,7 +80,7 @@ class Merge(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the worker needs for a job; gone with the process."""
+    """What the worker needs for a job. It does not outlive the process."""
 
     id: str
     base: BaseCheckpoint
@@ -109,7 +93,7 @@ class _Interrupted(Exception):
 
 
 class MergeJobs:
-    """Owns the folder and the worker. Thread-safe."""
+    """Owns the merges folder and the worker thread. Thread-safe."""
 
     def __init__(self, folder: Path, model: str | None, model_name: str) -> None:
         """`model`: as in the settings. Raises StoreLocked."""
@@ -124,32 +108,33 @@ class MergeJobs:
             self._lock_file.close()
             raise StoreLocked(f"another server uses the merges folder {folder}") from None
         self._mutex = threading.RLock()
-        self._jobs: dict[str, Merge] = {}
+        self._jobs: dict[str, StoredMerge] = {}
         self._tasks: dict[str, _Task] = {}
-        """Those of jobs that have not ended."""
+        """Job id -> the task of a job that has not ended."""
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._began = 0.0
-        """When the merge that runs did; `time.monotonic`'s seconds."""
+        """When the running merge began, in seconds of `time.monotonic`."""
         self._recover()
         self._worker = threading.Thread(target=self._work, name="merges", daemon=True)
         self._worker.start()
 
     def close(self) -> None:
-        """End the merge that runs. What has not ended will have failed at the next start."""
+        """Stop the running merge. Jobs that have not ended are failed at the next start."""
         self._stopping.set()
         self._queue.put(None)
         self._worker.join()
         self._lock_file.close()
 
-    def submit(self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None) -> Merge:
-        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable and TooManyMerges at once
-        where it can."""
+    def submit(
+        self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None
+    ) -> StoredMerge:
+        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable, TooManyMerges."""
         self._check_folder()
         base = self._open_base()
         check_room(base, vectors, self._folder)
         now = datetime.now(UTC)
-        job = Merge(
+        job = StoredMerge(
             id=f"{_PREFIX}{now:%Y%m%d%H%M%S%f}-{secrets.token_hex(2)}",
             state="queued",
             progress=0.0,
@@ -159,29 +144,29 @@ class MergeJobs:
             by=by,
         )
         with self._mutex:
-            if len(self._tasks) >= _MAX_WAITING:
-                raise TooManyMerges(_MAX_WAITING, self._seconds_until_one_ends())
+            if len(self._tasks) >= MAX_WAITING:
+                raise TooManyMerges(MAX_WAITING, self._seconds_until_one_ends())
             self._keep(job)
             self._tasks[job.id] = _Task(job.id, base, vectors)
             self._queue.put(self._tasks[job.id])
         return job
 
     def _seconds_until_one_ends(self) -> float:
-        """Estimate until when the running merge ends; a minute where it has hardly begun."""
+        """Estimate when the running merge ends; a minute where it has hardly begun."""
         shares = [job.progress for job in self._jobs.values() if job.state == "running"]
         share = max(shares, default=0.0)
         if share < _HARDLY:
             return 60.0
         return (time.monotonic() - self._began) * (1 - share) / share
 
-    def page(self, after: str | None, limit: int) -> list[Merge]:
-        """The first `limit` that come after the id `after`."""
+    def page(self, after: str | None, limit: int) -> list[StoredMerge]:
+        """The first `limit` jobs after the id `after`, oldest first."""
         with self._mutex:
             ids = sorted(self._jobs)
             start = 0 if after is None else bisect_right(ids, after)
             return [self._jobs[each] for each in ids[start : start + limit]]
 
-    def get(self, job_id: str) -> Merge:
+    def get(self, job_id: str) -> StoredMerge:
         """Raises UnknownMerge."""
         with self._mutex:
             if job_id not in self._jobs:
@@ -240,7 +225,9 @@ class MergeJobs:
             try:
                 self._check_folder()
                 on_passing_thread(
-                    partial(merge, task.base, task.vectors, output, _told(job), self._watch(task))
+                    partial(
+                        merge, task.base, task.vectors, output, _recipe_text(job), self._watch(task)
+                    )
                 )
                 self._succeed(task, output)
             except _Interrupted:
@@ -273,7 +260,7 @@ class MergeJobs:
 
         return report
 
-    def _end(self, job: Merge, state: str, **more: Any) -> None:
+    def _end(self, job: StoredMerge, state: str, **more: Any) -> None:
         with self._mutex:
             last = self._jobs[job.id]
             values = {"state": state, "finished": datetime.now(UTC)} | more
@@ -284,8 +271,8 @@ class MergeJobs:
                 log.error("The end of %s cannot be written: %s", job.id, error)
                 self._jobs[job.id] = last.model_copy(update=values)
 
-    def _keep(self, job: Merge) -> None:
-        """Durable, whole or not at all. Raises StoreFull."""
+    def _keep(self, job: StoredMerge) -> None:
+        """Write a job's record durably, whole or not at all. Raises StoreFull."""
         unfinished = self._folder / f".{job.id}.json"
         try:
             unfinished.write_text(job.model_dump_json())
@@ -299,8 +286,8 @@ class MergeJobs:
             raise
         self._jobs[job.id] = job
 
-    def _forget(self, job: Merge) -> None:
-        """The record first: a result without one is removed at start."""
+    def _forget(self, job: StoredMerge) -> None:
+        """Remove a job's record, then its result: a result without a record is removed at start."""
         self._file(job).unlink(missing_ok=True)
         sync(self._folder)
         del self._jobs[job.id]
@@ -309,13 +296,13 @@ class MergeJobs:
             (self._folder / job.id).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _file(self, job: Merge) -> Path:
+    def _file(self, job: StoredMerge) -> Path:
         return self._folder / f"{job.id}.json"
 
     def _recover(self) -> None:
         for file in sorted(self._folder.glob(f"{_PREFIX}*.json")):
             try:
-                job = Merge.model_validate_json(file.read_bytes())
+                job = StoredMerge.model_validate_json(file.read_bytes())
             except ValidationError as error:
                 log.warning("The merge in %s is damaged and passed over: %s", file, error)
                 continue
@@ -328,15 +315,15 @@ class MergeJobs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_orphan(self, path: Path) -> bool:
-        """A result whose job did not come to say so, or was deleted."""
+        """Whether a path is a result whose job was deleted, or never recorded that it succeeded."""
         if not (path.is_dir() and path.name.startswith(_PREFIX)):
             return False
         job = self._jobs.get(path.name)
         return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
 
 
-def _told(job: Merge) -> str:
-    """The recipe for the model card."""
+def _recipe_text(job: StoredMerge) -> str:
+    """The recipe as text, for the model card."""
     parts = [
         f"{part['name']} * {part['weight']:g}  (sha256 {part['digest']})"
         for part in job.recipe["adapters"]

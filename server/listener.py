@@ -1,5 +1,5 @@
-"""The HTTP server under the application: uvicorn, with bounds on connections and time, and a drain
-that answers everybody."""
+"""The HTTP server: uvicorn, with bounds on connections and time, and a drain that answers every
+request."""
 
 import asyncio
 import logging
@@ -28,9 +28,9 @@ MAX_HEAD_BYTES = 64 << 10
 _BACKLOG = 2048
 """Connections that the system holds until they are accepted: uvicorn's default."""
 ANSWERING_SECONDS = 5.0
-"""How long, after the drain, requests may take to say that they were ended."""
+"""Seconds that requests have, after the drain, to answer that they were ended."""
 WRITING_SECONDS = 1.0
-"""How long, after that, clients may take to read it."""
+"""Seconds that clients have, after that, to read the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,14 @@ class Limits:
     receive_seconds: float
     """How long a request's head may take."""
     send_seconds: float
-    """How long a client may read nothing while there is something to read."""
+    """How long a client may leave its answer unread."""
 
 
 class Connection(asyncio.Protocol):
-    """What uvicorn's protocols lack: deadlines, a bound on the head, and errors of our shape.
+    """Adds to uvicorn's protocols deadlines, a bound on the head, and errors of our shape.
 
-    Mixed into the protocol that uvicorn chose. Nothing here costs a running request anything: what
-    is late is found by `check`, which the server calls once a second.
+    Mixed into the protocol that uvicorn chose. A running request pays nothing for it: the server
+    calls `check` once a second, which finds the connections that are late.
     """
 
     limits: Limits
@@ -57,9 +57,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.idle_since = time.monotonic()
-        """When it began to wait for a request; only read while it is idle."""
+        """When the connection became idle; only read while it is."""
         self._has_begun = False
-        """Whether something of the next request has come."""
+        """Whether a part of the next request has come."""
         self._in_head = False
         self._head_bytes = 0
         self._unread_since: float | None = None
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """The connection that has waited longest for a request goes; where none waits, this one."""
+        """Close the connection that has been idle longest; where none is idle, refuse this one."""
         others = [each for each in self.connections if each.is_idle and each is not self]
         others = [each for each in others if not each.transport.is_closing()]
         if others:
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request runs: none has come, or the last one is answered."""
+        """Whether no request runs on the connection."""
         return self.cycle is None or bool(self.cycle.response_complete)
 
     def data_received(self, data: bytes) -> None:
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         super().resume_writing()
 
     def send_400_response(self, _: str) -> None:
-        """uvicorn's name for: this is no HTTP."""
+        """Answer what is no HTTP request. The name is uvicorn's."""
         self._refuse(ApiError(400, "What was sent is no HTTP request.", code="invalid_request"))
 
     def check(self, now: float) -> None:
@@ -191,8 +191,9 @@ class Server(uvicorn.Server):
         await draining
 
     async def _drain(self) -> None:
-        """Requests get the drain's time. Then what runs in the engine ends with an error, whole or
-        as a stream's last event; then what does not run in it; then who does not read it."""
+        """Let requests finish within the drain's time. After it, end those in the engine with an
+        error, which is a stream's last event; then cancel the others; then close connections whose
+        clients do not read."""
         if await self._are_done(self._drain_timeout):
             return
         count = len(self.server_state.tasks)

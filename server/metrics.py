@@ -1,4 +1,4 @@
-"""What Prometheus sees."""
+"""The server's metrics, as Prometheus reads them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,8 @@ from adapters.registry import RegistryStats
 from server.engine import EngineStats
 
 _MAX_ADAPTER_LABELS = 100
-"""Adapters with a series of their own: the first that traffic names. The rest are "other"."""
+"""How many adapters have series of their own: the first that requests name. The others are counted
+as "other"."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -26,19 +27,25 @@ class Metrics:
         labels = ("adapter",)
         self.requests = Counter(
             "infuse_requests",
-            "Choices that ended, by adapter and outcome.",
+            "Finished choices, by adapter and outcome.",
             ("adapter", "outcome"),
             registry=self._collectors,
         )
         self.prompt_tokens = Counter(
-            "infuse_prompt_tokens", "Prompt tokens.", labels, registry=self._collectors
+            "infuse_prompt_tokens",
+            "Prompt tokens of finished choices.",
+            labels,
+            registry=self._collectors,
         )
         self.generated_tokens = Counter(
-            "infuse_generated_tokens", "Generated tokens.", labels, registry=self._collectors
+            "infuse_generated_tokens",
+            "Generated tokens of finished choices.",
+            labels,
+            registry=self._collectors,
         )
         self.first_token = Histogram(
             "infuse_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
+            "Time from a request's submission to its first token.",
             buckets=_SECONDS,
             registry=self._collectors,
         )
@@ -50,7 +57,7 @@ class Metrics:
         )
         self.duration = Histogram(
             "infuse_request_seconds",
-            "From the request's arrival to its end.",
+            "Time from a request's submission to its end.",
             buckets=(*_SECONDS, 120.0, 300.0),
             registry=self._collectors,
         )
@@ -58,7 +65,7 @@ class Metrics:
 
     @staticmethod
     def label_of(base: str, adapter: str | None) -> str:
-        """What a request is counted under; `adapter` is its lease's label, None for the base."""
+        """The adapter label of a request; `adapter` is its lease's label, None for the base."""
         if adapter is None:
             return base
         return "mixture" if "(" in adapter else adapter.partition("@")[0]
@@ -75,7 +82,7 @@ class Metrics:
 
 
 class RequestMetrics:
-    """One request's clock."""
+    """Measures the times of one request."""
 
     def __init__(self, metrics: Metrics, label: str) -> None:
         self._metrics = metrics
@@ -85,7 +92,7 @@ class RequestMetrics:
         self._last = self._started
 
     def token(self, count: int) -> None:
-        """`count` tokens have come, now."""
+        """Note that `count` tokens have come now."""
         if count == 0:
             return
         self._last = time.perf_counter()
@@ -114,28 +121,31 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         engine, registry = self._engine(), self._registry()
         gauges = {
-            "infuse_compiled": ("1 where the model is compiled.", int(engine.compiled)),
-            "infuse_requests_running": ("Rows in the batch.", engine.running),
+            "infuse_compiled": ("1 if the model is compiled.", int(engine.compiled)),
+            "infuse_requests_running": ("Sequences in the running batch.", engine.running),
             "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
-            "infuse_kv_tokens_used": ("Tokens of cache set aside for rows.", engine.kv_tokens_used),
+            "infuse_kv_tokens_used": (
+                "KV cache tokens reserved for running sequences.",
+                engine.kv_tokens_used,
+            ),
             "infuse_kv_tokens_cached": (
-                "Tokens of cache kept for requests to come.",
+                "KV cache tokens kept for later requests.",
                 engine.kv_tokens_cached,
             ),
-            "infuse_kv_tokens_total": ("The cache's budget in tokens.", engine.kv_tokens_total),
+            "infuse_kv_tokens_total": ("Size of the KV cache in tokens.", engine.kv_tokens_total),
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
             "infuse_adapters_damaged": (
                 "Revisions whose stored files were found damaged; they are not served.",
                 registry.damaged,
             ),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
-            "infuse_adapters_pinned": ("Adapters that a running row uses.", registry.pinned),
-            "infuse_adapter_leases": ("Requests that hold a revision.", registry.leases),
+            "infuse_adapters_pinned": ("Adapters that running sequences use.", registry.pinned),
+            "infuse_adapter_leases": ("Leases that requests hold on adapters.", registry.leases),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         memory = GaugeMetricFamily(
-            "infuse_memory_bytes", "Planned memory, by what holds it.", labels=("part",)
+            "infuse_memory_bytes", "Planned memory by its use.", labels=("part",)
         )
         memory.add_metric(["weights"], engine.weights_bytes)
         memory.add_metric(["kv_cache"], engine.kv_cache_bytes)
@@ -144,21 +154,24 @@ class _Gauges(Collector):
         memory.add_metric(["unused_adapters"], registry.host_bytes)
         yield memory
         counters = {
-            "infuse_adapter_swaps": ("Times that a slot was filled.", registry.swaps),
-            "infuse_preemptions": ("Rows put back to be computed again.", engine.preemptions),
-            "infuse_steps": ("Forwards of the model.", engine.steps),
+            "infuse_adapter_swaps": ("Adapters loaded into a slot.", registry.swaps),
+            "infuse_preemptions": (
+                "Sequences preempted, to be computed again.",
+                engine.preemptions,
+            ),
+            "infuse_steps": ("Forward passes of the model.", engine.steps),
             "infuse_step_retries": (
-                "Forwards that failed and ran again in parts.",
+                "Forward passes that failed and ran again in parts.",
                 engine.step_retries,
             ),
-            "infuse_drafted_tokens": ("Tokens guessed and computed.", engine.drafted_tokens),
-            "infuse_accepted_tokens": ("Of those: came true.", engine.accepted_tokens),
+            "infuse_drafted_tokens": ("Draft tokens verified.", engine.drafted_tokens),
+            "infuse_accepted_tokens": ("Draft tokens accepted.", engine.accepted_tokens),
             "infuse_prefix_cache_query_tokens": (
-                "Prompt tokens that were looked up in the prefix cache.",
+                "Prompt tokens looked up in the prefix cache.",
                 engine.prefix_queried_tokens,
             ),
             "infuse_prefix_cache_hit_tokens": (
-                "Prompt tokens that needed no computing.",
+                "Prompt tokens found in the prefix cache.",
                 engine.prefix_hit_tokens,
             ),
         }

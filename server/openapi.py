@@ -1,8 +1,8 @@
 """The OpenAPI document: each route names every status that it answers with, and no other.
 
-A route says which errors it raises: `errors(404, 409)`. What follows from its shape is added here:
-401, 403, 429 and 503 where a key is needed, which may ask too much at once, of a server that may be
-stopping; 400 where something is checked, 408 and 413 where a body is read.
+A route says which errors it raises: `errors(404, 409)`. The statuses that follow from its shape are
+added here: 401, 403, 429 and 503 where a key is needed; 400 where something is checked; 408 and 413
+where a body is read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,10 +46,10 @@ _ERRORS: dict[int, Json] = {
     507: {"description": "The disk or the bucket is full."},
 }
 CHANGES = (503, 507)
-"""What a route that writes to the store of adapters may have to answer."""
+"""The further statuses of a route that writes to the store of adapters."""
 READS = (500, 503, 507)
-"""What one that reads an adapter's files may have to answer: they are damaged, or away in a bucket,
-or find no room on the way from there."""
+"""The further statuses of a route that reads an adapter's files: they are damaged, or in a bucket
+that does not answer, or find no room on this machine."""
 
 
 def errors(*statuses: int, said: Mapping[int, str] | None = None) -> dict[int | str, Json]:
@@ -65,7 +65,7 @@ def errors(*statuses: int, said: Mapping[int, str] | None = None) -> dict[int | 
 
 
 class Application(FastAPI):
-    """FastAPI with a document that is complete."""
+    """FastAPI with a complete OpenAPI document."""
 
     def openapi(self) -> Json:
         if self.openapi_schema is None:
@@ -80,7 +80,7 @@ class Application(FastAPI):
 
 def _complete(operation: Json) -> None:
     responses = operation["responses"]
-    # FastAPI's, of whatever has a parameter; it is a 400 here, and only where something is checked.
+    # FastAPI adds a 422 wherever there is a parameter; here a 400 stands where one is checked.
     responses.pop("422", None)
     for status in _derived(operation):
         schema = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
@@ -100,7 +100,7 @@ def _derived(operation: Json) -> Iterator[int]:
 
 
 def _is_checked(schema: Json) -> bool:
-    """Whether a parameter may be wrong. Where any text will do, it may not."""
+    """Whether a parameter can be wrong. One that takes any text cannot."""
     return not any(
         each["type"] == "string" and each.keys() <= _OF_ANY_TEXT
         for each in schema.get("anyOf", [schema])

@@ -1,14 +1,14 @@
-"""How long the model's threads wait for each other with a core in their hands."""
+"""How long the model's threads spin while they wait for each other."""
 
 import os
 
 
 def variables() -> dict[str, str]:
-    """What libgomp is to find in the environment, once torch loads it.
+    """Environment variables for libgomp, to be set before torch loads it.
 
-    A thread that waits spins for 2,000 turns, about 60 µs, and then gives its core away. With
-    libgomp's own 300,000 it keeps the core that the others wait for, whenever another process
-    computes (docs/decisions/0028-short-waits.md). What the user has set goes first.
+    A waiting thread spins for 2,000 turns, about 60 µs, and then yields its core. With libgomp's
+    default of 300,000 it keeps a core that the other threads need, whenever another process
+    computes (docs/decisions/0028-short-waits.md). Variables that the user has set win.
     """
     if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return {}

@@ -1,8 +1,10 @@
-"""What the routes work with, made once by `create_app`."""
+"""The objects that the routes work with, made once by `create_app`."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
@@ -10,7 +12,6 @@ from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
 from adapters.sources.sources import Sources
-from adapters.storage.store import AdapterStore
 from server.api.streams import Streams
 from server.api.uploads import UploadBudget
 from server.engine import Engine
@@ -25,30 +26,33 @@ class Services:
     settings: Settings
     engine: Engine
     registry: AdapterRegistry
-    store: AdapterStore
     merges: MergeJobs
     sources: Sources
     metrics: Metrics
     streams: Streams
     uploads: UploadBudget
     model_name: str
-    """What requests call the base model."""
+    """The base model's name in requests."""
     started: datetime
     preparing: FairTurns
     """Bounds how many requests are prepared at once, each on a thread."""
     strangers: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )
-    """Threads for the requests that wait until a tokenizer or chat template that an adapter brings
-    is read or run, by its key."""
+    """Key of an adapter's own tokenizer or chat template -> the threads on which requests wait
+    until it is read or run."""
     probing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "probing"))
-    """The one thread that asks the storage whether it is there, for probes."""
+    """The one thread on which probes check the storage."""
     staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
-    """The threads on which uploads are unpacked and checked: a stranger's tokenizer can make that
-    slow."""
+    """The threads on which uploads are unpacked and checked, which an adapter's own tokenizer can
+    make slow."""
+
+    abandoned: list[AbstractContextManager[Path]] = field(default_factory=list)
+    """The staging folders of uploads that the drain cancelled. A thread may still use them, so the
+    next start removes them."""
 
     def cache_scope(self, caller: str | None) -> str:
-        """Whose caches a key's requests use: its own, unless keys share theirs."""
+        """The caches that a key's requests use: the key's own, unless keys share theirs."""
         return "" if caller is None or self.settings.keys_share_caches else caller
 
 

@@ -1,4 +1,4 @@
-"""Every setting, once: flags of `infuse serve`, environment variables, and their checks."""
+"""All settings: the flags of `infuse serve`, their environment variables, and their checks."""
 
 import ipaddress
 import re
@@ -40,7 +40,7 @@ class Settings(BaseSettings):
         examples=["meta-llama/Llama-3.2-3B"],
     )
     served_model_name: str | None = Field(
-        None, description="What requests call the base model.", examples=["base"]
+        None, description="The base model's name in requests.", examples=["base"]
     )
     adapters_dir: Path | BucketUrl = Field(
         Path("data/adapters"),
@@ -49,11 +49,11 @@ class Settings(BaseSettings):
     )
     adapters_cache_dir: Path | None = Field(
         None,
-        description="Local copies of what is in a bucket. Default: in the user's cache folder.",
+        description="Where copies of a bucket's adapters are kept. Default: your cache folder.",
         examples=["/data/cache"],
     )
     keep_revisions: int = Field(
-        10, ge=1, le=10_000, description="Revisions of a name that stay reachable.", examples=[10]
+        10, ge=1, le=10_000, description="Revisions that are kept of each adapter.", examples=[10]
     )
     merges_dir: Path | None = Field(
         None,
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     )
     preload_adapters: Path | None = Field(
         None,
-        description="A folder of adapter folders; those that fit the model are offered at start.",
+        description="A folder of adapter folders; those that fit the model are added at start.",
         examples=["examples/adapters"],
     )
     host: str = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
@@ -72,13 +72,13 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="The base's number format; auto: the checkpoint's on a GPU; on a CPU float32, "
-        "or a checkpoint's bfloat16 where this processor is faster in it.",
+        description="The base model's number format; auto: the checkpoint's on a GPU; on a CPU "
+        "float32, or a checkpoint's bfloat16 where this processor is faster in it.",
         examples=["bfloat16"],
     )
     quantization: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="Round the base's weights at start to so many bits; a checkpoint that is "
+        description="Round the base model's weights to 8 or 4 bits at start; a checkpoint that is "
         "quantised already needs none.",
         examples=["int8"],
     )
@@ -97,19 +97,20 @@ class Settings(BaseSettings):
     max_host_adapter_bytes: int = Field(
         512 * MEBIBYTE,
         ge=0,
-        description="Host memory for adapters that left the device, so that none is read twice.",
+        description="Host memory for adapters that were evicted from the device, so that they are "
+        "not read from the storage again.",
         examples=[536870912],
     )
     max_saved_module_bytes: int = Field(
         512 * MEBIBYTE,
         ge=0,
-        description="Room on the device for the whole modules that adapters bring.",
+        description="Device memory for the whole modules (modules_to_save) that adapters bring.",
         examples=[536870912],
     )
     kv_cache_tokens: int | None = Field(
         None,
         ge=1,
-        description="Budget of the keys and values, in tokens. Default: what memory allows.",
+        description="Size of the KV cache, in tokens. Default: what memory allows.",
         examples=[65536],
     )
     prefill_chunk_tokens: int | None = Field(
@@ -120,17 +121,18 @@ class Settings(BaseSettings):
     )
     prefix_cache: bool = Field(
         True,
-        description="Keep what was computed of prompts and answers for requests that begin alike.",
+        description="Keep the keys and values of prompts and answers, for requests that begin with "
+        "the same tokens.",
         examples=[True],
     )
     keys_share_caches: bool = Field(
         False,
-        description="Keys trust each other: what was computed of one key's prompts and grammars "
-        "serves the others too, who can tell by the time that it saves.",
+        description="Share the prefix cache and the compiled grammars among all keys. A key can "
+        "then tell, by the time that an answer takes, what other keys have sent.",
         examples=[False],
     )
     max_queue: int = Field(
-        256, ge=1, description="Requests that may wait; more are answered 429.", examples=[256]
+        256, ge=1, description="Queue capacity in requests; more are answered 429.", examples=[256]
     )
     max_upload_bytes: int = Field(
         512 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[536870912]
@@ -148,27 +150,27 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         1000,
         ge=1,
-        description="Open connections. At the limit a new one replaces the one that has waited "
-        "longest for a request; a key may have half as many requests at once.",
+        description="Open connections. At the limit, a new one replaces the one that has been idle "
+        "longest. A key may have half as many requests at once.",
         examples=[1000],
     )
     receive_timeout: float = Field(
         30.0,
         gt=0,
-        description="Seconds that a request's headers may take to come; its body too, and a "
-        "second more for each 16 KiB.",
+        description="Seconds in which a request's headers must arrive, and then its body; a body "
+        "has one second more for each 16 KiB.",
         examples=[30.0],
     )
     send_timeout: float = Field(
         60.0,
         gt=0,
-        description="Seconds that a client may leave its answer unread; it is cancelled then.",
+        description="Seconds that a client may leave its answer unread before it is cancelled.",
         examples=[60.0],
     )
     source_prefixes: str = Field(
         "",
-        description="Where adapters may be fetched from: beginnings of hf://, s3://, gs://, az:// "
-        "and file:// URLs, with commas between. Default: nowhere.",
+        description="What the URLs of adapters to fetch may begin with, separated by commas: "
+        "hf://, s3://, gs://, az:// or file://. Default: nothing is fetched.",
         examples=["hf://my-org/,s3://my-bucket/adapters/"],
     )
     source_timeout: float = Field(
@@ -181,11 +183,14 @@ class Settings(BaseSettings):
     )
     allow_anonymous: bool = Field(
         False,
-        description="Listen beyond this machine without keys: something else guards the server.",
+        description="Listen beyond this machine without keys; something else guards the server.",
         examples=[False],
     )
     drain_timeout: float = Field(
-        30.0, ge=0, description="Seconds that running requests get at shutdown.", examples=[30.0]
+        30.0,
+        ge=0,
+        description="Seconds that running requests have to finish at shutdown.",
+        examples=[30.0],
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="How much to log.", examples=["info"]
@@ -193,22 +198,22 @@ class Settings(BaseSettings):
     pack_linears: bool = Field(True, description="Pack linear layers on the CPU.", examples=[True])
     speculation: bool = Field(
         False,
-        description="Guess tokens from the text before and compute them at once, where that pays; "
-        "a request may say otherwise.",
+        description="Draft tokens from the earlier text and verify several in one step, where that "
+        "is faster; a request can turn this on or off.",
         examples=[True],
     )
 
     compile: bool = Field(
         False,
-        description="Compile the step: on the CPU kernels for products and attention, and what "
-        "lies between them (needs a C++ compiler; `infuse warm` does it ahead).",
+        description="Compile the step: on the CPU, kernels for linears and attention and the code "
+        "between them. Needs a C++ compiler; `infuse warm` compiles ahead of the start.",
         examples=[False],
     )
 
     @field_validator("adapters_dir", mode="before")
     @classmethod
     def _is_folder_or_bucket(cls, value: object) -> object:
-        """A URL of any other kind would be taken for a folder."""
+        """Refuse a URL of any other kind, which would be taken for a folder."""
         if isinstance(value, str) and "://" in value and not re.match(_BUCKET, value):
             raise ValueError(
                 f"'{value}' is no folder and no bucket: set a path, s3://…, gs://… or az://…"
@@ -236,7 +241,7 @@ class Settings(BaseSettings):
 
     @property
     def uploads_bytes(self) -> int:
-        """What all uploads in progress may take together."""
+        """Bytes that all uploads in progress may take together."""
         return self.max_uploads_bytes or 4 * (self.max_upload_bytes + MEBIBYTE)
 
     @model_validator(mode="after")

@@ -12,6 +12,9 @@ from typing import Any
 from adapters.checkpoint.checkpoint import AdapterVectors
 from server.jobs import MergeJobs
 
+SUBMITTED = threading.Event()
+"""Both merges are queued, and their ids are printed."""
+
 
 class StuckJobs(MergeJobs):
     """Never finishes a merge."""
@@ -19,6 +22,7 @@ class StuckJobs(MergeJobs):
     def _watch(self, *_: Any) -> Callable[[float], None]:
         def report(share: float) -> None:
             if share == 1:
+                SUBMITTED.wait()
                 print("almost", flush=True)
                 threading.Event().wait()
 
@@ -28,9 +32,9 @@ class StuckJobs(MergeJobs):
 def main(folder: Path, model: str) -> None:
     jobs = StuckJobs(folder, model, "tiny")
     recipe = {"method": "product", "adapters": []}
-    with jobs._mutex:  # The worker waits for it.
-        for _ in range(2):
-            print(jobs.submit(AdapterVectors({}), recipe, None).id, flush=True)
+    for _ in range(2):
+        print(jobs.submit(AdapterVectors({}), recipe, None).id, flush=True)
+    SUBMITTED.set()
     threading.Event().wait()
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from adapters.storage.store import AdapterStore
-from server.cli import _bind, app
+from server.cli import app, bind
 from server.client import AdminClient
 from server.settings import Settings
 from tests.api.conftest import run_server
@@ -248,7 +248,7 @@ def test_a_port_in_use_is_said_and_nothing_is_served(model_folder: Path, tmp_pat
 
 
 def test_a_connection_sends_each_token_at_once() -> None:
-    with closing(_bind("127.0.0.1", 0)) as listening:
+    with closing(bind("127.0.0.1", 0)) as listening:
         # This is what asyncio goes by when it decides about TCP_NODELAY.
         assert listening.proto == socket.IPPROTO_TCP
 
@@ -323,8 +323,8 @@ def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
     )
     for _ in range(2):
         with run_server(settings) as (_, services):
-            assert services.store.names() == ["good"]
-            assert services.store.current("good").number == 1
+            assert services.registry.stored.names() == ["good"]
+            assert services.registry.stored.current("good").number == 1
 
 
 def test_preloading_leaves_what_an_operator_has_changed(
@@ -341,7 +341,7 @@ def test_preloading_leaves_what_an_operator_has_changed(
     with run_server(settings) as (address, _):
         infuse(address, "add", "a", other, "--replace")
     with run_server(settings) as (_, services):
-        assert services.store.current("a").number == 2
+        assert services.registry.stored.current("a").number == 2
 
 
 def test_a_merged_model_answers_without_its_adapter(

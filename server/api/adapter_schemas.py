@@ -1,4 +1,4 @@
-"""What the admin API takes and gives."""
+"""The bodies and answers of the admin API."""
 
 import json
 from datetime import datetime
@@ -20,8 +20,8 @@ MAX_SOURCE = 2048
 
 
 class AdminBody(BaseModel):
-    """Unknown fields are refused: a typo must not pass for a change. So are texts that no answer
-    could repeat."""
+    """Refuses unknown fields, so that no typo passes for a change, and texts that are not valid
+    Unicode, which no answer could repeat."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -36,7 +36,7 @@ class AdminBody(BaseModel):
                 f"a text has half of a surrogate pair, {half!r}; write whole characters"
             ) from None
         except RecursionError:
-            # No body of ours is so deep: it is refused for that next.
+            # No valid body is so deep; it is refused for that next.
             return values
         return values
 
@@ -204,10 +204,13 @@ def adapter_of(
     unchanged: bool = False,
     details: Details | None = None,
 ) -> Adapter:
-    """`details`: where they are not those of now. The revision was asked for before: so its ETag is
-    never newer than what is said here. Raises UnknownAdapter where the name has gone meanwhile."""
+    """An adapter as the API shows it. `details`: its details, where they are not the current ones.
+
+    The revision was read before the details, so that its ETag is never newer than they are. Raises
+    UnknownAdapter where the adapter was deleted meanwhile.
+    """
     if details is None:
-        details = services.store.details(revision.name)
+        details = services.registry.stored.details(revision.name)
     return Adapter(
         **_shown(services, revision),
         name=revision.name,
@@ -230,5 +233,5 @@ def _shown(services: Services, revision: Revision) -> dict[str, Any]:
         "source": revision.origin.source,
         "by": revision.origin.by,
         "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
-        "damaged": services.store.is_damaged(revision),
+        "damaged": services.registry.stored.is_damaged(revision),
     }

@@ -1,9 +1,10 @@
-"""The admin API: adapters come, change and go while requests run."""
+"""The admin API: adds, changes and deletes adapters while requests run."""
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import Headers
@@ -27,8 +28,9 @@ from server.api.adapter_schemas import (
     adapter_of,
     revision_of,
 )
-from server.api.forms import NAME_FIELD, Upload, form, read_upload
+from server.api.forms import NAME_FIELD, Form, read_form, upload_body
 from server.api.published import Published, read_published
+from server.api.staging import staged_upload
 from server.api.uploads import Take
 from server.auth import Caller
 from server.errors import ApiError, error_response
@@ -38,8 +40,8 @@ from server.settings import MEBIBYTE
 
 
 class _NameConvertor(StringConvertor):
-    """A name in a path, which may hold one slash, written as it is or as %2F. What follows a name
-    in other paths is no part of one: see `adapters.storage.names`."""
+    """Matches a name in a path. It may hold one slash, as it is or as %2F; what follows a name in
+    other paths is no part of it (see `adapters.storage.names`)."""
 
     regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
 
@@ -54,7 +56,7 @@ Name = Annotated[
 
 
 async def _share(services: ServicesDep) -> AsyncIterator[Take]:
-    """Room for one upload, until it is answered."""
+    """One upload's share of the upload budget, until the upload is answered."""
     with services.uploads.share() as take:
         yield take
 
@@ -77,7 +79,7 @@ _FILE: dict[str, object] = {"application/json": {}, "application/octet-stream": 
     status_code=201,
     responses=errors(409, 502, 504, *CHANGES, said={403: _NOT_ALLOWED})
     | {200: {"model": CheckedUpload, "description": "The dry run's result."}, 201: _CREATED},
-    openapi_extra=form(NAME_FIELD, NamedSourceBody),
+    openapi_extra=upload_body(NAME_FIELD, NamedSourceBody),
 )
 async def add(
     request: Request,
@@ -95,35 +97,35 @@ async def add(
         services.registry.check_name(name)
     if dry_run:
         response.status_code = 200
-        return await _check(upload, services, take)
+        return await _check(services, upload, take)
     if name is None:
         fix = "send the adapter's name beside its files or its source"
         raise InvalidAdapter([Fault("name", "is missing", fix)])
-    if name in services.store:
+    # Before anything is unpacked or fetched; the store decides.
+    if name in services.registry.stored:
         raise AdapterExists(name)
-    revision, warnings = await upload.stage(
-        services,
-        take,
-        lambda folder, source: services.registry.add(name, folder, Origin(source=source, by=by)),
-    )
+    async with staged_upload(services, upload, take) as staged:
+        origin = Origin(source=staged.source, by=by)
+        revision, warnings = await to_thread.run_sync(
+            services.registry.add, name, staged.folder, origin, limiter=services.staging
+        )
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{name}"
     return adapter_of(services, revision, warnings)
 
 
-async def _read(
-    request: Request, services: Services, take: Take, named: bool
-) -> Upload | Published:
+async def _read(request: Request, services: Services, take: Take, named: bool) -> Form | Published:
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() == "application/json":
         return await read_published(request, named)
-    return await read_upload(request, named, take, services.settings.max_upload_bytes + MEBIBYTE)
+    return await read_form(request, named, take, services.settings.max_upload_bytes + MEBIBYTE)
 
 
-async def _check(upload: Upload | Published, services: Services, take: Take) -> CheckedUpload:
-    vectors, warnings = await upload.stage(
-        services, take, lambda folder, _: services.registry.check(folder)
-    )
+async def _check(services: Services, upload: Form | Published, take: Take) -> CheckedUpload:
+    async with staged_upload(services, upload, take) as staged:
+        vectors, warnings = await to_thread.run_sync(
+            services.registry.check, staged.folder, limiter=services.staging
+        )
     return CheckedUpload(targets=len(vectors.vectors), nbytes=vectors.nbytes, warnings=warnings)
 
 
@@ -153,19 +155,19 @@ def list_adapters(
     ] = None,
 ) -> AdapterList:
     """Every adapter, in order of names."""
-    names = services.store.names(after, limit + 1)
+    names = services.registry.stored.names(after, limit + 1)
     page = []
     for name in names[:limit]:
         # It may have been deleted since the names were read.
         with suppress(UnknownAdapter):
-            page.append(adapter_of(services, services.store.current(name)))
+            page.append(adapter_of(services, services.registry.stored.current(name)))
     return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
 @router.get("/{name:adapter}", responses=errors(404) | {200: {"headers": ETAG}})
 def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     """One adapter's current revision."""
-    revision = services.store.current(name)
+    revision = services.registry.stored.current(name)
     response.headers["ETag"] = revision.etag
     return adapter_of(services, revision)
 
@@ -174,7 +176,7 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     "/{name:adapter}",
     responses=errors(404, 412, 502, 504, *READS, said={403: _NOT_ALLOWED})
     | {200: {"headers": {"ETag": header("Of the new revision.", always=False)}}},
-    openapi_extra=form({}, SourceBody),
+    openapi_extra=upload_body({}, SourceBody),
 )
 async def replace(
     name: Name,
@@ -187,17 +189,20 @@ async def replace(
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
     """A new revision. Running requests finish on the one that they began with."""
-    services.store.current(name)
+    services.registry.stored.current(name)
     upload = await _read(request, services, take, named=False)
     if dry_run:
-        return await _check(upload, services, take)
-    revision, is_new, warnings = await upload.stage(
-        services,
-        take,
-        lambda folder, source: services.registry.replace(
-            name, folder, if_match, Origin(source=source, by=by)
-        ),
-    )
+        return await _check(services, upload, take)
+    async with staged_upload(services, upload, take) as staged:
+        origin = Origin(source=staged.source, by=by)
+        revision, is_new, warnings = await to_thread.run_sync(
+            services.registry.replace,
+            name,
+            staged.folder,
+            if_match,
+            origin,
+            limiter=services.staging,
+        )
     services.engine.wake()
     response.headers["ETag"] = revision.etag
     return adapter_of(services, revision, warnings, unchanged=not is_new)
@@ -241,7 +246,7 @@ def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = No
 def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
     """The revisions that can be asked for as `name@revision` and rolled back to."""
     return RevisionList(
-        data=[revision_of(services, each) for each in services.store.revisions(name)]
+        data=[revision_of(services, each) for each in services.registry.stored.revisions(name)]
     )
 
 
@@ -290,8 +295,8 @@ def download(
 ) -> FileResponse:
     """A file as it was uploaded: `PeftModel.from_pretrained` loads the first two, and
     `AutoTokenizer.from_pretrained` the others, where the adapter has them."""
-    revision = services.store.current(name)
-    path = services.store.verified(revision) / file
+    revision = services.registry.stored.current(name)
+    path = services.registry.stored.verified(revision) / file
     if not path.is_file():
         raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
     return File(path, filename=file, headers={"ETag": revision.etag})

@@ -1,4 +1,4 @@
-"""What answers of completions and chat completions have alike: usage, and why they ended."""
+"""The fields that answers of completions and chat completions share."""
 
 from typing import Any, Literal
 
@@ -17,9 +17,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(
-        description="Prompt tokens that needed no computing: an earlier request had.", examples=[0]
-    )
+    cached_tokens: int = Field(description="Prompt tokens found in the prefix cache.", examples=[0])
 
 
 USAGE_EXAMPLE = {

@@ -122,7 +122,7 @@ class Message(BaseModel):
         return call_id
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """The message as chat templates expect it."""
         role = "system" if self.role == "developer" else self.role
         calls = [call.for_template() for call in self.tool_calls or ()]
         rest = {
@@ -232,7 +232,7 @@ class ChatBody(GenerationBody):
 
     @property
     def tools_to_call(self) -> Tools:
-        """Of which the answer must call; none where the model decides."""
+        """The tools of which the answer must call at least one; none where the model decides."""
         match self.tool_choice:
             case "required":
                 return self.offered_tools
@@ -243,7 +243,7 @@ class ChatBody(GenerationBody):
 
     @property
     def names_a_tool(self) -> bool:
-        """Whether the one function to call is given."""
+        """Whether the request names the one function to call."""
         return isinstance(self.tool_choice, NamedToolChoice)
 
     @property
@@ -350,7 +350,7 @@ class Delta(TypedDict, total=False):
     """What a chunk adds to a message."""
 
     role: Literal["assistant"]
-    """In a choice's first chunk."""
+    """Set in a choice's first chunk."""
     content: str
     tool_calls: list[dict[str, Any]]
     """Parts of calls, each with the call's number in the message: the first with its id and name,
@@ -364,5 +364,5 @@ class ChunkChoice(TypedDict, total=False):
     delta: Delta
     logprobs: dict[str, Any] | None
     finish_reason: ChatFinishedBecause | None
-    """In a choice's last chunk."""
+    """Set in a choice's last chunk."""
     stop_reason: StopReason

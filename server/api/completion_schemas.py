@@ -6,20 +6,9 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_val
 
 from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
 from server.api.schemas import MAX_LOGPROBS, GenerationBody
+from server.api.texts import check_text
 
 Prompt = str | list[int]
-
-
-def check_text(text: str, where: str) -> str:
-    """Refuse half surrogate pairs: JSON can carry them, UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} has half of a surrogate pair as character {error.start}; send complete "
-            "characters"
-        ) from None
-    return text
 
 
 def _check_token_ids(ids: list[object], where: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""From a request's body to the grammar of its answer. Blocking: call it in a thread."""
+"""Compiles the grammar that a request's answer must match. Blocking: call it on a thread."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,33 +11,32 @@ from server.api.chat_schemas import ChatBody
 from server.api.constraint_schemas import Constraint
 from server.api.tool_formats import CallFormat, json_rule, parameters_of
 from server.api.tool_schemas import Tool
-from server.engine import Engine
-from server.engine.constraints.grammars import Grammar
+from server.engine.constraints.grammars import Grammar, Grammars
 from server.engine.errors import BadConstraint, ConstraintsUnavailable
 from server.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What an answer is held to."""
+    """The grammar that an answer must match, and where in the answer it begins."""
 
     grammar: Grammar | None = None
     begin: "regex.Pattern[str] | None" = None
-    """Where the grammar begins: behind the first match; None: at the answer's start."""
+    """The grammar begins behind the first match of this pattern; None: at the answer's start."""
 
 
 FREE = Held()
 
 
-def answer_grammar(engine: Engine, constraints: Sequence[Constraint]) -> Grammar | None:
-    """The grammar of an answer, if it is held to one. Raises BadConstraint, and ApiError 400 where
+def answer_grammar(grammars: Grammars, constraints: Sequence[Constraint]) -> Grammar | None:
+    """The grammar of an answer, if it must match one. Raises BadConstraint, and ApiError 400 where
     several fields ask for one."""
     if not constraints:
         return None
     _refuse_two([constraint.field for constraint in constraints])
     [asked] = constraints
     source = _parsed(asked) if asked.kind == "json" else asked.source
-    return engine.grammars.compile(asked.kind, source, asked.where)
+    return grammars.compile(asked.kind, source, asked.where)
 
 
 def _parsed(asked: Constraint) -> Any:
@@ -56,60 +55,60 @@ def _refuse_two(fields: Sequence[str]) -> None:
         raise ApiError(400, f"{one} and {other} exclude each other; leave one out.", param=one)
 
 
-def chat_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Held:
-    """What a chat's answer is held to. Raises BadConstraint, and ApiError 400."""
+def chat_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Held:
+    """The grammar of a chat's answer, if it must match one. Raises BadConstraint, ApiError 400."""
     formats = [each for each in body.constraints if each.field == "response_format"]
     others = [each.field for each in body.constraints if each.field != "response_format"]
     if others and body.offered_tools:
         _refuse_two(["tools", *others])
     if body.tools_to_call:
-        return Held(_calls_grammar(engine, body, calls))
+        return Held(_calls_grammar(grammars, body, calls))
     if not body.offered_tools:
-        return Held(answer_grammar(engine, body.constraints))
+        return Held(answer_grammar(grammars, body.constraints))
     if formats:
         [format] = formats
-        answer_grammar(engine, formats)
+        answer_grammar(grammars, formats)
         assert isinstance(format.source, dict)
         rules = _writable(calls).rules(body.offered_tools, body.calls_several)
         either = f"start: calls | answer\nanswer: {json_rule(format.source)}\n{rules}"
-        return Held(engine.grammars.compile("grammar", either, "tools"))
-    return _begun_calls(engine, body, calls)
+        return Held(grammars.compile("grammar", either, "tools"))
+    return _begun_calls(grammars, body, calls)
 
 
-def _calls_grammar(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Grammar:
+def _calls_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Grammar:
     for index, tool in enumerate(body.offered_tools):
         if tool in body.tools_to_call:
-            engine.grammars.compile("json", parameters_of(tool), _place(index))
+            grammars.compile("json", parameters_of(tool), _place(index))
     rules = _writable(calls).rules(body.tools_to_call, body.calls_several)
-    return engine.grammars.compile("grammar", f"start: calls\n{rules}", "tools")
+    return grammars.compile("grammar", f"start: calls\n{rules}", "tools")
 
 
-def _begun_calls(engine: Engine, body: ChatBody, calls: CallFormat | None) -> Held:
-    """The model decides whether it calls; where it has begun to, it is held to the schemas."""
+def _begun_calls(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Held:
+    """The model decides whether it calls a tool; a call that has begun must match the schemas."""
     if calls is None or not calls.writes:
         return FREE
     tools = body.offered_tools
 
     def compiled(schemas: Mapping[str, Any]) -> Grammar:
         rules = calls.rules(tools, body.calls_several, begun=True, schemas=schemas)
-        return engine.grammars.compile("grammar", f"start: calls\n{rules}", "tools")
+        return grammars.compile("grammar", f"start: calls\n{rules}", "tools")
 
     try:
         grammar = compiled({tool.function.name: parameters_of(tool) for tool in tools})
     except ConstraintsUnavailable:
         return FREE
     except BadConstraint:
-        schemas = _schemas_that_hold(engine, tools)
+        schemas = _schemas_that_hold(grammars, tools)
         try:
             grammar = compiled(schemas)
         except BadConstraint:
-            # Each can be held, and all together are too much: the calls are the model's own.
+            # Each schema compiles, and all together are too large: calls are not constrained.
             return FREE
     return Held(grammar, calls.beginning_of(tools))
 
 
-def _schemas_that_hold(engine: Engine, tools: Sequence[Tool]) -> dict[str, Any]:
-    """Each function's schema; any object where arguments cannot be held to it, unless it is strict.
+def _schemas_that_hold(grammars: Grammars, tools: Sequence[Tool]) -> dict[str, Any]:
+    """Each function's schema; any object for a schema that cannot be compiled and is not strict.
 
     Raises BadConstraint for a strict one.
     """
@@ -117,7 +116,7 @@ def _schemas_that_hold(engine: Engine, tools: Sequence[Tool]) -> dict[str, Any]:
     for index, tool in enumerate(tools):
         schema = parameters_of(tool)
         try:
-            engine.grammars.compile("json", schema, _place(index))
+            grammars.compile("json", schema, _place(index))
         except BadConstraint:
             if tool.function.strict:
                 raise

@@ -1,4 +1,4 @@
-"""What an answer must look like: OpenAI's `response_format`, and vLLM's `structured_outputs`."""
+"""Constraints on an answer: OpenAI's `response_format` and vLLM's `structured_outputs`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +17,7 @@ _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer shall match, and the field that says so."""
+    """What an answer must match, and the field that says so."""
 
     kind: GrammarKind
     source: object
@@ -25,7 +25,7 @@ class Constraint:
 
     @property
     def field(self) -> str:
-        """The body's own field."""
+        """The field of the body that it stands in."""
         return self.where.partition(".")[0]
 
 
@@ -90,7 +90,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def constraints(self) -> list[Constraint]:
-        """At most one."""
+        """The constraint that the format is, or none for plain text."""
         where = "response_format"
         match self:
             case ResponseFormat(type="text"):
@@ -109,7 +109,7 @@ _ATTRIBUTES = {"schema": "schema_", "value": "value"}
 
 
 def _without_what_asks_nothing(given: object) -> object:
-    """Clients that write all of vLLM's fields write the others as null or false."""
+    """Drop unset fields: clients that write all of vLLM's fields write some as null or false."""
     if not isinstance(given, dict):
         return given
     unset = ("structural_tag", "whitespace_pattern", *_SWITCHES)
@@ -161,7 +161,7 @@ class StructuredOutputs(BaseModel):
         return self
 
     def constraints(self, prefix: str = "structured_outputs.") -> list[Constraint]:
-        """What is given, each under `prefix` and its name."""
+        """The constraints that are given, each named by `prefix` and its field."""
         given: dict[GrammarKind, object] = {
             "json": self.json_,
             "regex": self.regex,

@@ -1,13 +1,19 @@
-"""A whole answer of its parts, and why it ended."""
+"""Joins the outputs of an answer, and tells why it ended or failed."""
 
 from collections.abc import Sequence
 
 from server.api.answer_schemas import FinishedBecause, StopReason
 from server.api.schemas import GenerationBody
+from server.engine.errors import EngineDead
 from server.engine.request import FinishReason, Output
+from server.errors import ApiError, from_engine_error
+
+_DEAD = str(EngineDead())
+"""The error of a request that the engine left behind when its thread ended."""
 
 
 def join(outputs: Sequence[Output]) -> Output:
+    """The outputs of one answer as one output."""
     return Output(
         request_id=outputs[-1].request_id,
         token_ids=tuple(token for output in outputs for token in output.token_ids),
@@ -34,3 +40,24 @@ def stopped_by(body: GenerationBody, output: Output) -> StopReason:
     which may be an adapter's own."""
     reason = output.stop_reason
     return reason if isinstance(reason, str) or reason in (body.stop_token_ids or ()) else None
+
+
+def raise_if_failed(output: Output) -> None:
+    """Raises ApiError where the answer ended in any other way than a stop or its length."""
+    if output.finish_reason is FinishReason.ERROR:
+        if output.error == _DEAD:
+            raise from_engine_error(EngineDead())
+        raise ApiError(500, output.error or "The engine failed; the server's log says why.")
+    if output.finish_reason is FinishReason.CONSTRAINT:
+        raise ApiError(
+            400,
+            f"The constraint {output.error}; simplify it.",
+            code="invalid_constraint",
+        )
+    if output.finish_reason is FinishReason.CANCELLED:
+        raise ApiError(
+            503,
+            "The server is shutting down and could not finish this answer; send it again.",
+            code="stopping",
+            headers={"Retry-After": "5"},
+        )

@@ -17,7 +17,7 @@ _NOTHING: tuple[object, ...] = (None, False, 0, "", [], {}, "auto")
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What to do instead, and the values that ask for nothing."""
+    """How a client can mend a refused field, and the field's values that ask for nothing."""
 
     mend: str
     passes: tuple[object, ...] = _NOTHING
@@ -161,7 +161,7 @@ REFUSED: Mapping[str, Refusal] = {
 
 
 def refuse_foreign(fields: Mapping[str, Any]) -> None:
-    """Refuse what asks, by a field that is not served, for another answer. Raises ApiError 400."""
+    """Refuse fields that are not served and ask for another answer. Raises ApiError 400."""
     for name, value in fields.items():
         refusal = REFUSED.get(name)
         if refusal is not None and not any(_is(value, nothing) for nothing in refusal.passes):
@@ -171,5 +171,5 @@ def refuse_foreign(fields: Mapping[str, Any]) -> None:
 
 
 def _is(value: object, nothing: object) -> bool:
-    """Equal, and not as 0 equals False."""
+    """Whether two values are equal, where 0 does not equal False."""
     return value == nothing and isinstance(value, bool) == isinstance(nothing, bool)

@@ -1,11 +1,9 @@
-"""The multipart form of an upload, read by hand: unknown fields are refused, and large parts go to
-disk."""
+"""Reads the multipart form of an upload. FastAPI's own reading would pass unknown fields over."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from anyio import to_thread
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
@@ -16,15 +14,12 @@ from adapters.storage.names import NAME_PATTERN
 from adapters.storage.store import UPLOADED
 from server.api.uploads import Take, save_files, unpack
 from server.errors import ApiError
-from server.services import Services
-
-T = TypeVar("T")
 
 _FILES = {"config", "weights", "archive"}
 
 
-def form(fields: dict[str, dict[str, str]], source: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's description of an upload, or of where to fetch it."""
+def upload_body(fields: dict[str, dict[str, str]], source: type[BaseModel]) -> dict[str, Any]:
+    """The body of an upload in the OpenAPI document: a form, or JSON that names a source."""
     binary = {"type": "string", "format": "binary"}
     properties = {
         **fields,
@@ -50,30 +45,29 @@ NAME_FIELD = {
 }
 
 
-class Upload:
-    """A parsed multipart form."""
+class Form:
+    """A multipart form with the files of an adapter: the two files, or an archive."""
 
     def __init__(self, files: Mapping[str, IO[bytes]], name: str | None) -> None:
-        self.files = files
+        self._files = files
         self.name = name
 
-    async def stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
-        """Write the files to a staging folder, and go on with it and with where they come from,
-        in a worker thread."""
-        return await to_thread.run_sync(self._stage, services, take, then, limiter=services.staging)
-
-    def _stage(self, services: Services, take: Take, then: Callable[[Path, str], T]) -> T:
-        limit = services.settings.max_upload_bytes
-        with services.store.staging() as folder:
-            if "archive" in self.files:
-                unpack(self.files["archive"], folder, limit, take)
-            else:
-                save_files(self.files["config"], self.files["weights"], folder, limit, take)
-            return then(folder, UPLOADED.source)
+    def save(self, folder: Path, limit: int, take: Take) -> str:
+        """Write the adapter's files to a folder; returns where they come from. `limit`, `take` and
+        errors: see `unpack`."""
+        if "archive" in self._files:
+            unpack(self._files["archive"], folder, limit, take)
+        else:
+            save_files(self._files["config"], self._files["weights"], folder, limit, take)
+        return UPLOADED.source
 
 
-async def read_upload(request: Request, named: bool, take: Take, most: int) -> Upload:
-    """`take` is told how long the body is before it is read: `most` bytes where it does not say."""
+async def read_form(request: Request, named: bool, take: Take, most: int) -> Form:
+    """Read the form of an upload, in which a name may stand where `named`. Raises ApiError 400,
+    InvalidAdapter, and what `take` raises.
+
+    `take` is told how long the body is before it is read: `most` bytes where it does not say.
+    """
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise ApiError(
@@ -108,4 +102,4 @@ async def read_upload(request: Request, named: bool, take: Take, most: int) -> U
         faults.append(Fault("files", f"cannot work with {sorted(files) or 'no files'}", fix))
     if faults:
         raise InvalidAdapter(faults)
-    return Upload(files, name)
+    return Form(files, name)

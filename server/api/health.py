@@ -18,7 +18,7 @@ router = APIRouter(tags=["operations"])
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 PROBE_SECONDS = 5.0
-"""How long the storage may take to answer a probe."""
+"""Seconds in which the storage must answer a probe."""
 
 
 class Health(BaseModel):
@@ -45,7 +45,9 @@ async def ready(services: ServicesDep) -> Health:
     try:
         # All probes share one thread: a disk that hangs holds no more, and not the server.
         async with asyncio.timeout(PROBE_SECONDS):
-            await asyncio.get_running_loop().run_in_executor(services.probing, services.store.check)
+            await asyncio.get_running_loop().run_in_executor(
+                services.probing, services.registry.stored.check
+            )
     except TimeoutError:
         raise StoreUnreachable("The storage does not answer.") from None
     return Health(status="ok")

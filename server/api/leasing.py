@@ -1,4 +1,4 @@
-"""What a generation request runs on: the base, an adapter, or a mixture of adapters."""
+"""Leases what a generation request runs on: the base, an adapter, or a mixture of adapters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +68,7 @@ def _lease(services: Services, body: ModelBody) -> Lease:
 
 @contextmanager
 def _unknown_models() -> Iterator[None]:
-    """What names no adapter of ours names no model."""
+    """Report an unknown adapter or revision as an unknown model."""
     try:
         yield
     except UnknownAdapter as error:

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Writes log-probabilities in OpenAI's two shapes."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -63,7 +63,7 @@ def _text_of(data: bytes) -> str | None:
 
 
 def _name(data: bytes) -> str:
-    """A token's text; bytes that are no text alone as OpenAI's completions write them."""
+    """A token's text; where it has none alone, its bytes as OpenAI's completions write them."""
     text = _text_of(data)
     return text if text is not None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
@@ -143,7 +143,7 @@ class CompletionLogprobWriter:
         return behind if swallowed else begin
 
     def take(self) -> CompletionLogprobs:
-        """What was written since the last time."""
+        """The log-probabilities that were written since the last call."""
         part, self._part = self._part, _no_logprobs()
         return part
 

@@ -1,22 +1,18 @@
-"""Merging over HTTP: jobs that fold adapters into a copy of the base model."""
+"""`/v1/merges`: jobs that fold adapters into a copy of the base model."""
 
 import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path as FilePath
-from typing import Annotated, BinaryIO, Literal, Self
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, Depends, Path, Query, Response
-from pydantic import BaseModel, Field, model_validator
 from starlette.responses import StreamingResponse
 
 from adapters.errors import MergeNotDone
-from adapters.registry import Composition, Part
-from server.api.adapter_schemas import MAX_COMBINED, AdminBody
-from server.api.model_schemas import MAX_WEIGHT, AdapterWeight
+from server.api.merge_schemas import Merge, MergeBody, MergeList
 from server.auth import Caller
-from server.jobs import Merge
 from server.openapi import READS, errors, header
 from server.services import Services, get_services
 
@@ -34,63 +30,6 @@ _CHUNK = 1 << 20
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
-class MergeBody(AdminBody):
-    """One adapter, or several with their weights."""
-
-    adapter: str | None = Field(
-        None,
-        min_length=1,
-        max_length=256,
-        description="One adapter: `name`, or `name@revision`.",
-        examples=["support-de@3"],
-    )
-    strength: float | None = Field(
-        None,
-        ge=-MAX_WEIGHT,
-        le=MAX_WEIGHT,
-        description="How much of that one: 0 is none, 1 (the default) all of it.",
-        examples=[0.5],
-    )
-    adapters: list[AdapterWeight] | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_COMBINED,
-        description="Or several.",
-        examples=[[{"name": "support-de", "weight": 0.5}, {"name": "support-fr@2", "weight": 0.5}]],
-    )
-    composition: Composition | None = Field(
-        None,
-        description="How several are mixed, as in a request: `product` (the default) or `linear`.",
-        examples=["product"],
-    )
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.adapter is None) == (self.adapters is None):
-            raise ValueError("send either adapter or adapters")
-        if self.adapters is None and self.composition is not None:
-            raise ValueError("composition is for adapters: it says how several are mixed")
-        if self.adapters is not None and self.strength is not None:
-            raise ValueError("strength is for one adapter; give each of several its weight")
-        return self
-
-    @property
-    def parts(self) -> list[Part]:
-        if self.adapters is not None:
-            return [Part(each.name, each.weight) for each in self.adapters]
-        assert self.adapter is not None
-        return [Part(self.adapter, 1.0 if self.strength is None else self.strength)]
-
-
-class MergeList(BaseModel):
-    object: Literal["list"] = Field("list", description="Kind.", examples=["list"])
-    data: list[Merge] = Field(description="Oldest first.", examples=[[]])
-    next: str | None = Field(
-        description="Give this as `after` for the next page.",
-        examples=["merge-20261124061500123456-9f3a"],
-    )
-
-
 @router.post(
     "",
     status_code=202,
@@ -102,7 +41,7 @@ def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller
     vectors, recipe = services.registry.mixture(body.parts, body.composition or "product")
     job = services.merges.submit(vectors, recipe, by)
     response.headers["Location"] = f"/v1/merges/{job.id}"
-    return job
+    return Merge.of(job)
 
 
 @router.get("")
@@ -119,13 +58,16 @@ def list_merges(
 ) -> MergeList:
     """Every merge that was not deleted, oldest first."""
     page = services.merges.page(after, limit + 1)
-    return MergeList(data=page[:limit], next=page[limit - 1].id if len(page) > limit else None)
+    return MergeList(
+        data=[Merge.of(job) for job in page[:limit]],
+        next=page[limit - 1].id if len(page) > limit else None,
+    )
 
 
 @router.get("/{id}", responses=errors(404))
 def get(id: Id, services: ServicesDep) -> Merge:
     """How far a merge is."""
-    return services.merges.get(id)
+    return Merge.of(services.merges.get(id))
 
 
 @router.get(

@@ -1,4 +1,4 @@
-"""What a request runs on, as its body says it."""
+"""The fields of a body that say what a request runs on."""
 
 from typing import Literal
 
@@ -69,7 +69,7 @@ class ModelBody(BaseModel):
         ge=-INT32,
         lt=INT32,
         description="Of the requests of one key, those with a lower number leave the queue "
-        "earlier (default 0); now and then a waiting one with a higher number has a turn.",
+        "earlier (default 0); now and then one with a higher number is admitted first.",
         examples=[0],
     )
     cache_salt: str | None = Field(

@@ -84,7 +84,9 @@ def list_models(
     begins = after is None or after == services.model_name
     first = [_base(services)] if after is None else []
     room = None if limit is None else limit - len(first)
-    names = services.store.names(None if begins else after, None if room is None else room + 1)
+    names = services.registry.stored.names(
+        None if begins else after, None if room is None else room + 1
+    )
     more = room is not None and len(names) > room
     page = [*first, *_adapters(services, names if room is None else names[:room])]
     last = names[room - 1] if more and room else services.model_name
@@ -104,13 +106,14 @@ async def get_model(
     # Not on a thread: it reads memory alone, and requests that hang may hold all threads.
     if model == services.model_name:
         return _base(services)
+    stored = services.registry.stored
     name, at, number = model.partition("@")
     try:
         if not at:
-            return _adapter(services, name, services.store.current(name))
+            return _adapter(services, name, stored.current(name))
         if not (number.isascii() and number.isdigit() and len(number) < 10):
             raise unknown_model(model)
-        return _adapter(services, model, services.store.revision(name, int(number)))
+        return _adapter(services, model, stored.revision(name, int(number)))
     except (UnknownAdapter, UnknownRevision, InvalidAdapter):
         raise unknown_model(model) from None
 
@@ -129,7 +132,7 @@ def _adapters(services: Services, names: Iterable[str]) -> Iterator[Model]:
     for name in names:
         # It may have been deleted since the names were read.
         with suppress(UnknownAdapter):
-            yield _adapter(services, name, services.store.current(name))
+            yield _adapter(services, name, services.registry.stored.current(name))
 
 
 def _adapter(services: Services, model: str, revision: Revision) -> Model:

@@ -1,4 +1,4 @@
-"""From texts and conversations to token ids that fit the model. Blocking: call it in a thread."""
+"""Turns texts and conversations into token ids that fit the model. Blocking: call on a thread."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from adapters.errors import TemplateRefused
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.chat_schemas import ChatBody
-from server.api.completion_schemas import check_text
 from server.api.schemas import GenerationBody
+from server.api.texts import check_text
 from server.api.tool_schemas import Tool
-from server.engine import Engine
+from server.engine import ServedModel
 from server.errors import ApiError
 
 MAX_CHARACTERS_PER_TOKEN = 128
-"""No text averages more characters a token, so a longer one need not be tokenised to be refused."""
+"""No text averages more characters a token: a longer one is refused without tokenising it."""
 
 _RESERVED_TEMPLATE_KWARGS = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -24,7 +24,7 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 
 
 def encode_prompts(
-    engine: Engine,
+    model: ServedModel,
     vocabulary: Vocabulary,
     prompts: Sequence[str | list[int]],
     add_special_tokens: bool = True,
@@ -37,7 +37,7 @@ def encode_prompts(
         if isinstance(prompt, str):
             encoded.append(
                 _encode_text(
-                    engine, vocabulary, prompt, where, add_special_tokens=add_special_tokens
+                    model, vocabulary, prompt, where, add_special_tokens=add_special_tokens
                 )
             )
         else:
@@ -46,7 +46,7 @@ def encode_prompts(
 
 
 def encode_conversation(
-    engine: Engine, vocabulary: Vocabulary, body: ChatBody
+    model: ServedModel, vocabulary: Vocabulary, body: ChatBody
 ) -> tuple[str, tuple[int, ...]]:
     """The conversation as the model's chat template writes it, as text and as token ids.
 
@@ -67,16 +67,18 @@ def encode_conversation(
             param="tools",
         )
     adds = bool(body.add_special_tokens)
-    return text, _encode_text(engine, vocabulary, text, "messages", add_special_tokens=adds)
+    return text, _encode_text(model, vocabulary, text, "messages", add_special_tokens=adds)
 
 
-def encode_prediction(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> tuple[int, ...]:
-    """What the answer is expected to be. Raises ApiError 400."""
+def encode_prediction(
+    model: ServedModel, vocabulary: Vocabulary, body: ChatBody
+) -> tuple[int, ...]:
+    """The tokens that the answer is expected to have. Raises ApiError 400."""
     text = "" if body.prediction is None else body.prediction.content
     if not text:
         return ()
     where = "prediction"
-    return _encode_text(engine, vocabulary, text, where, add_special_tokens=False)
+    return _encode_text(model, vocabulary, text, where, add_special_tokens=False)
 
 
 def _render(vocabulary: Vocabulary, body: ChatBody, tools: Sequence[Tool]) -> str:
@@ -105,7 +107,7 @@ def _render(vocabulary: Vocabulary, body: ChatBody, tools: Sequence[Tool]) -> st
 
 
 def encode_choice(
-    engine: Engine,
+    model: ServedModel,
     vocabulary: Vocabulary,
     prompt: str | list[int],
     choice: str | list[int],
@@ -118,7 +120,7 @@ def encode_choice(
     ApiError 400.
     """
     if isinstance(prompt, str) and isinstance(choice, str):
-        whole = _encode_text(engine, vocabulary, prompt + choice, where, add_special_tokens=True)
+        whole = _encode_text(model, vocabulary, prompt + choice, where, add_special_tokens=True)
         before = vocabulary.tokenizer.encode(prompt.rstrip())
         if not before:
             raise _empty("prompt")
@@ -132,13 +134,13 @@ def encode_choice(
         raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
     if scored < 1 or not choice:
         raise _empty(where)
-    if len(whole) > engine.model.max_model_len:
-        raise _too_long(engine, f"{where} and its prompt have {len(whole)} tokens.", where)
+    if len(whole) > model.max_model_len:
+        raise _too_long(model, f"{where} and its prompt have {len(whole)} tokens.", where)
     return whole, scored
 
 
 def encode_pair(
-    engine: Engine,
+    model: ServedModel,
     vocabulary: Vocabulary,
     prompt: str | list[int],
     choice: str | list[int],
@@ -146,26 +148,26 @@ def encode_pair(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prompt and choice for an encoder and its decoder: texts of their own, with the end tokens
     that the tokenizer adds, as in T-Few's code. Raises ApiError 400."""
-    assert engine.model.decoder_start is not None
+    assert model.decoder_start is not None
     if type(prompt) is not type(choice):
         raise ApiError(400, f"{where}: prompt and choice are both text, or both token ids.")
     source, target = (
-        _encode_text(engine, vocabulary, text, name, add_special_tokens=True)
+        _encode_text(model, vocabulary, text, name, add_special_tokens=True)
         if isinstance(text, str)
         else _check_ids(vocabulary, text, name)
         for text, name in ((prompt, "prompt"), (choice, where))
     )
-    for ids, name in ((source, "prompt"), ((*engine.model.decoder_start, *target), where)):
-        if len(ids) > engine.model.max_model_len:
-            raise _too_long(engine, f"{name} has {len(ids)} tokens.", name)
+    for ids, name in ((source, "prompt"), ((*model.decoder_start, *target), where)):
+        if len(ids) > model.max_model_len:
+            raise _too_long(model, f"{name} has {len(ids)} tokens.", name)
     return source, target
 
 
 def _encode_text(
-    engine: Engine, vocabulary: Vocabulary, text: str, where: str, *, add_special_tokens: bool
+    model: ServedModel, vocabulary: Vocabulary, text: str, where: str, *, add_special_tokens: bool
 ) -> tuple[int, ...]:
-    if len(text) > engine.model.max_model_len * MAX_CHARACTERS_PER_TOKEN:
-        raise _too_long(engine, f"{where} has {len(text)} characters, far more than fit.", where)
+    if len(text) > model.max_model_len * MAX_CHARACTERS_PER_TOKEN:
+        raise _too_long(model, f"{where} has {len(text)} characters, far more than fit.", where)
     try:
         check_text(text, where)
     except ValueError as error:
@@ -191,24 +193,24 @@ def _check_ids(vocabulary: Vocabulary, ids: Sequence[int], where: str) -> tuple[
 
 
 def fit_to_window(
-    engine: Engine, prompt: Sequence[int], field: str, limit: int | None, default: int | None
+    model: ServedModel, prompt: Sequence[int], field: str, limit: int | None, default: int | None
 ) -> int:
     """How many tokens may be generated after this prompt: `limit`, or the default cut to fit.
 
     `field` names the limit in errors. Without a default, the whole rest of the window. Raises
     ApiError 400 (`context_length_exceeded`) where prompt and limit do not fit together.
     """
-    room = engine.model.room_after(len(prompt))
+    room = model.room_after(len(prompt))
     if limit is None:
         if room < 1:
             raise _too_long(
-                engine, f"The prompt has {len(prompt)} tokens, so nothing can follow it.", "prompt"
+                model, f"The prompt has {len(prompt)} tokens, so nothing can follow it.", "prompt"
             )
         return room if default is None else min(default, room)
     if limit > room:
         mend = f" or ask for at most {room} tokens" if room > 0 else ""
         raise _too_long(
-            engine,
+            model,
             f"The prompt has {len(prompt)} tokens and {field} is {shown(limit)}; shorten the "
             f"prompt{mend}.",
             field if room > 0 else "prompt",
@@ -217,14 +219,15 @@ def fit_to_window(
 
 
 def truncated(
-    engine: Engine, prompt: tuple[int, ...], body: GenerationBody, room: int
+    model: ServedModel, prompt: tuple[int, ...], body: GenerationBody, room: int
 ) -> tuple[int, ...]:
-    """As many tokens of the prompt as `truncate_prompt_tokens` says, or as leave `room`."""
+    """The prompt, cut to as many tokens as `truncate_prompt_tokens` says; where that is -1, to as
+    many as leave `room` for the answer."""
     most = body.truncate_prompt_tokens
     if most is None:
         return prompt
     if most == -1:
-        most = engine.model.max_model_len - (room if engine.model.decoder_start is None else 0)
+        most = model.max_model_len - (room if model.decoder_start is None else 0)
     if len(prompt) <= most or most < 1:
         return prompt
     return prompt[:most] if body.truncation_side == "right" else prompt[-most:]
@@ -244,10 +247,10 @@ def _empty(where: str) -> ApiError:
     )
 
 
-def _too_long(engine: Engine, problem: str, param: str) -> ApiError:
+def _too_long(model: ServedModel, problem: str, param: str) -> ApiError:
     return ApiError(
         400,
-        f"This model's window is {engine.model.max_model_len} tokens. {problem}",
+        f"This model's window is {model.max_model_len} tokens. {problem}",
         param=param.partition("[")[0],
         code="context_length_exceeded",
     )

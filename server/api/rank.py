@@ -4,30 +4,27 @@ Rank classification is how T-Few, IA3's paper, is evaluated (section 3.1 there):
 scored by its mean log-probability after the prompt, and the best one is the answer.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import Usage
-from server.api.completion_schemas import check_text
-from server.api.generation import (
-    Generation,
-    Order,
-    check_order,
-    describe,
-    place_order,
-    to_json,
-)
+from server.api.checking import check_body
+from server.api.disconnects import unless_client_leaves
+from server.api.generation import Generation
 from server.api.leasing import leased
 from server.api.model_schemas import ModelBody
-from server.api.preparing import prepared, unless_client_leaves
+from server.api.orders import Order, Prompt, place_order
+from server.api.preparing import prepared
 from server.api.prompts import encode_choice, encode_pair
+from server.api.responses import documented_answers, whole_answer
+from server.api.texts import check_text
 from server.auth import Caller
+from server.engine import ServedModel
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services
 
@@ -106,7 +103,10 @@ class RankAnswer(BaseModel):
 
 
 @router.post(
-    "/v1/rank", summary="Rank choices", response_model=None, responses=describe(RankAnswer)
+    "/v1/rank",
+    summary="Rank choices",
+    response_model=None,
+    responses=documented_answers(RankAnswer),
 )
 async def rank(
     body: RankBody,
@@ -115,9 +115,15 @@ async def rank(
     caller: Caller,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
-    check_order(services, body, sum(len(each.choices) for each in body.inputs))
-    prepare = partial(_prepare, services, body, caller)
-    order, scored = await prepared(request, services, caller, prepare)
+    choices = sum(len(each.choices) for each in body.inputs)
+    check_body(body, choices, services.settings.max_queue)
+
+    def prepare() -> Order:
+        with leased(services, body) as (lease, vocabulary):
+            prompts = list(_prompts(services.engine.model, vocabulary, body))
+            return place_order(services, body, caller, "rank", prompts, lease, vocabulary)
+
+    order = await prepared(request, services, caller, prepare)
     with Generation(services, order) as generation:
         outputs = await unless_client_leaves(request, generation.whole())
     answer = RankAnswer(
@@ -126,54 +132,49 @@ async def rank(
         created=order.created,
         model=order.model,
         system_fingerprint=order.fingerprint,
-        data=_rankings(body, outputs, scored),
+        data=list(_rankings(body, order, outputs)),
         usage=generation.usage,
     )
-    return Response(to_json(answer), media_type="application/json", headers=order.headers)
+    return whole_answer(generation, answer)
 
 
-def _prepare(services: Services, body: RankBody, caller: str | None) -> tuple[Order, list[int]]:
-    """The order, and how many of each prompt's last tokens are a choice's."""
-    engine = services.engine
-    prompts, targets, scored = [], [], []
-    with leased(services, body) as (lease, vocabulary):
-        for i, each in enumerate(body.inputs):
-            for j, choice in enumerate(each.choices):
-                where = f"inputs[{i}].choices[{j}]"
-                texts = (each.prompt, choice)
-                if engine.model.decoder_start is None:
-                    ids, tokens = encode_choice(engine, vocabulary, *texts, where)
-                    target: tuple[int, ...] = ()
-                    first = len(ids) - tokens
-                else:
-                    ids, target = encode_pair(engine, vocabulary, *texts, where)
-                    tokens, first = len(target), len(ids) + len(engine.model.decoder_start)
-                params = SamplingParams(
-                    max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
-                )
-                prompts.append((ids, params))
-                targets.append(target)
-                scored.append(tokens)
-        order = place_order(services, body, caller, "rank", prompts, lease, vocabulary)
-    requests = zip(order.requests, targets, strict=True)
-    return replace(order, requests=tuple(replace(r, target=t) for r, t in requests)), scored
+def _prompts(model: ServedModel, vocabulary: Vocabulary, body: RankBody) -> Iterator[Prompt]:
+    """A prompt for each choice of each input, of which the choice's tokens alone are scored. Raises
+    ApiError 400."""
+    for i, each in enumerate(body.inputs):
+        for j, choice in enumerate(each.choices):
+            where = f"inputs[{i}].choices[{j}]"
+            target: tuple[int, ...] = ()
+            if model.decoder_start is None:
+                ids, tokens = encode_choice(model, vocabulary, each.prompt, choice, where)
+                first = len(ids) - tokens
+            else:
+                ids, target = encode_pair(model, vocabulary, each.prompt, choice, where)
+                first = len(ids) + len(model.decoder_start)
+            params = SamplingParams(
+                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_from=first
+            )
+            yield Prompt(token_ids=ids, params=params, target=target)
 
 
-def _rankings(body: RankBody, outputs: Sequence[Output], scored: Sequence[int]) -> list[Ranking]:
-    choices = []
-    for output, tokens in zip(outputs, scored, strict=True):
-        assert output.prompt_logprobs is not None
-        last = output.prompt_logprobs[-tokens:]
-        logprob = sum(token.logprob for token in last if token is not None)
-        score = logprob / tokens if body.normalize == "tokens" else logprob
-        choices.append((score, logprob, tokens))
-    ends = accumulate(len(each.choices) for each in body.inputs)
-    rankings = []
-    for index, (each, end) in enumerate(zip(body.inputs, ends, strict=True)):
-        mine = [
-            RankedChoice(index=j, score=score, logprob=logprob, tokens=tokens)
-            for j, (score, logprob, tokens) in enumerate(choices[end - len(each.choices) : end])
-        ]
-        best = max(mine, key=lambda choice: choice.score).index
-        rankings.append(Ranking(index=index, best=best, choices=mine))
-    return rankings
+def _rankings(body: RankBody, order: Order, outputs: Sequence[Output]) -> Iterator[Ranking]:
+    """The scored choices of each input, from the outputs of all choices of all inputs."""
+    scores = (
+        _scores(request.params, output)
+        for request, output in zip(order.requests, outputs, strict=True)
+    )
+    for index, each in enumerate(body.inputs):
+        choices = []
+        for j, logprobs in enumerate(islice(scores, len(each.choices))):
+            logprob, tokens = sum(logprobs), len(logprobs)
+            score = logprob / tokens if body.normalize == "tokens" else logprob
+            choices.append(RankedChoice(index=j, score=score, logprob=logprob, tokens=tokens))
+        best = max(choices, key=lambda choice: choice.score).index
+        yield Ranking(index=index, best=best, choices=choices)
+
+
+def _scores(params: SamplingParams, output: Output) -> list[float]:
+    """The log-probabilities of the tokens of one choice."""
+    assert output.prompt_logprobs is not None
+    scored = output.prompt_logprobs[params.prompt_logprobs_from :]
+    return [token.logprob for token in scored if token is not None]

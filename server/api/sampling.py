@@ -1,7 +1,7 @@
-"""From a request's body to the engine's sampling parameters."""
+"""Turns a request's body into the engine's sampling parameters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import GenerationConfig
@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.constraining import FREE, Held
 from server.api.prompts import shown
-from server.api.schemas import INT64, GenerationBody
-from server.engine import Engine
+from server.api.schemas import GenerationBody
+from server.engine import ServedModel
 from server.engine.request import SamplingParams
 from server.errors import ApiError
 
@@ -20,7 +20,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request gets that does not say how to sample."""
+    """How a request is sampled that does not say how."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -46,7 +46,7 @@ def _chosen(asked: _T | None, default: _T) -> _T:
 
 
 def sampling_params(
-    engine: Engine,
+    model: ServedModel,
     vocabulary: Vocabulary,
     body: GenerationBody,
     *,
@@ -56,7 +56,7 @@ def sampling_params(
     held: Held = FREE,
 ) -> SamplingParams:
     """The parameters of a prompt's first choice. Raises ApiError 400."""
-    defaults = SamplingDefaults.of(engine.model.generation_config)
+    defaults = SamplingDefaults.of(model.generation_config)
     temperature = _chosen(body.temperature, defaults.temperature)
     top_k = _chosen(body.top_k, defaults.top_k)
     top_p = _chosen(body.top_p, defaults.top_p)
@@ -75,10 +75,10 @@ def sampling_params(
         logit_bias=_logit_bias(vocabulary, body),
         seed=body.seed,
         stop=tuple(body.stop or ()),
-        stop_token_ids=_stop_token_ids(engine, vocabulary, body),
+        stop_token_ids=_stop_token_ids(model, vocabulary, body),
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
-        allowed_token_ids=_allowed_token_ids(vocabulary, body, _never(engine, body, bad_words)),
+        allowed_token_ids=_allowed_token_ids(vocabulary, body, _never(model, body, bad_words)),
         bad_words=bad_words,
         skip_special_tokens=_chosen(body.skip_special_tokens, True),
         logprobs=logprobs,
@@ -86,13 +86,6 @@ def sampling_params(
         grammar=held.grammar,
         grammar_begin=held.begin,
     )
-
-
-def params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """The same for choice `choice` of the prompt: drawn with a seed of its own."""
-    if params.seed is None:
-        return params
-    return replace(params, seed=(params.seed + choice) % INT64)
 
 
 def _min_tokens(body: GenerationBody, max_tokens: int) -> int:
@@ -114,25 +107,27 @@ def _logit_bias(vocabulary: Vocabulary, body: GenerationBody) -> dict[int, float
     return bias
 
 
-def _stop_token_ids(engine: Engine, vocabulary: Vocabulary, body: GenerationBody) -> frozenset[int]:
+def _stop_token_ids(
+    model: ServedModel, vocabulary: Vocabulary, body: GenerationBody
+) -> frozenset[int]:
     for token in body.stop_token_ids or ():
         _check_token(vocabulary, token, "stop_token_ids")
     stops = set(body.stop_token_ids or ())
     # The engine knows where the base ends; an adapter's tokenizer may end with a token of its own.
     end = vocabulary.tokenizer.eos_token_id
-    is_own = end != engine.model.tokenizer.eos_token_id
+    is_own = end != model.tokenizer.eos_token_id
     if is_own and isinstance(end, int) and not body.ignore_eos:
         stops.add(end)
     return frozenset(stops)
 
 
 def _never(
-    engine: Engine, body: GenerationBody, bad_words: Sequence[tuple[int, ...]]
+    model: ServedModel, body: GenerationBody, bad_words: Sequence[tuple[int, ...]]
 ) -> frozenset[int]:
-    """The tokens that cannot come first."""
+    """The tokens that cannot be the answer's first."""
     never = {word[0] for word in bad_words if len(word) == 1}
     if body.min_tokens:
-        never |= engine.model.eos_token_ids | set(body.stop_token_ids or ())
+        never |= model.eos_token_ids | set(body.stop_token_ids or ())
     return frozenset(never)
 
 

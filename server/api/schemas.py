@@ -1,4 +1,4 @@
-"""What completions and chat completions take alike: the generation parameters."""
+"""The generation parameters that completions and chat completions share."""
 
 from typing import Annotated, Any, Literal
 
@@ -251,8 +251,8 @@ class GenerationBody(ModelBody):
 
     speculation: bool | None = Field(
         None,
-        description="Guess tokens from the text before, and compute several at once: the same "
-        "answer, sooner where it copies or repeats. Default: as the server is set.",
+        description="Draft tokens from the earlier text and verify several in one step: the same "
+        "answer, sooner where it copies or repeats. Default: the server's setting.",
         examples=[True],
     )
     response_format: ResponseFormat | None = Field(
@@ -309,7 +309,7 @@ class GenerationBody(ModelBody):
 
     @property
     def constraints(self) -> list[Constraint]:
-        """All that the answer shall be held to; more than one is refused later."""
+        """What the answer must match; more than one constraint is refused later."""
         guided = StructuredOutputs.model_construct(
             json_=self.guided_json,
             regex=self.guided_regex,
@@ -324,7 +324,7 @@ class GenerationBody(ModelBody):
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the answer is held to a grammar."""
+        """Whether the answer must match a grammar."""
         return bool(self.constraints)
 
     @property
@@ -340,7 +340,7 @@ class GenerationBody(ModelBody):
 
     @property
     def chunk_usage(self) -> dict[str, None]:
-        """What every chunk says of the usage, before the last one."""
+        """The usage field of every chunk but the last."""
         return {"usage": None} if self.wants_usage_chunk else {}
 
     @property

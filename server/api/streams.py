@@ -2,39 +2,39 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
 from server.engine.request import Output
 
 
+class Receiver(Protocol):
+    """Takes the outputs of the requests that it was registered for, on the event loop."""
+
+    def take(self, output: Output) -> None: ...
+
+
 class Stream:
-    """What the engine says about one group of requests, in order.
+    """The outputs of one group of requests, in order, until they are read. Belongs to the event
+    loop."""
 
-    Belongs to the event loop. `observe` sees an output the moment it arrives, before anyone reads
-    it.
-    """
-
-    def __init__(
-        self, streams: "Streams", request_ids: Iterable[str], observe: Callable[[Output], None]
-    ) -> None:
-        self._streams = streams
+    def __init__(self, request_ids: Iterable[str]) -> None:
         self._open = set(request_ids)
-        self._observe = observe
         self._outputs: list[Output] = []
         self._reader: asyncio.Future[None] | None = None
         self._reader_waits_for_all = False
 
     @property
     def finished(self) -> bool:
+        """Whether every request has ended."""
         return not self._open
 
     @property
     def unread(self) -> int:
-        """How many outputs lie there while the reader is busy elsewhere."""
+        """How many outputs wait while the reader is busy elsewhere."""
         return len(self._outputs) if self._reader is None else 0
 
-    def push(self, output: Output) -> None:
-        self._observe(output)
+    def take(self, output: Output) -> None:
         self._outputs.append(output)
         if output.finish_reason is not None:
             self._open.discard(output.request_id)
@@ -44,15 +44,15 @@ class Stream:
             self._reader.set_result(None)
 
     async def wait_for_all(self) -> None:
-        """Return when every request has ended; waking the reader once, not at every token."""
+        """Return when every request has ended. The reader wakes once, not at every token."""
         if self._open:
             self._reader_waits_for_all = True
             await self._sleep()
 
     async def next(self) -> list[Output]:
-        """All that has come since the last call, at least one; none when every request has ended.
+        """All unread outputs, at least one; none when every request has ended.
 
-        A call for all of a step, and not an iterator: this is done for every token.
+        One call for all outputs of a step, not an iterator: this runs for every token.
         """
         if not self._outputs and self._open:
             await self._sleep()
@@ -68,46 +68,46 @@ class Stream:
             self._reader = None
             self._reader_waits_for_all = False
 
-    def close(self) -> None:
-        """Take no more outputs. Does not cancel the requests."""
-        self._streams.forget(self._open)
+    def end(self) -> None:
+        """Expect no more outputs."""
         self._open = set()
 
 
 class Streams:
-    """All open streams of one event loop. Only `deliver` may be called from another thread."""
+    """Knows the receiver of each request's outputs. Belongs to one event loop: only `deliver` may
+    be called by another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._by_request: dict[str, Stream] = {}
+        self._receivers: dict[str, Receiver] = {}
 
-    def open(self, *request_ids: str, observe: Callable[[Output], None] = lambda _: None) -> Stream:
-        """A stream of these requests' outputs. Open it before the requests are submitted."""
-        stream = Stream(self, request_ids, observe)
+    def open(self, request_ids: Iterable[str], receiver: Receiver) -> None:
+        """Give the outputs of these requests to `receiver`, until each has ended. Call this before
+        the requests are submitted."""
         for request_id in request_ids:
-            assert request_id not in self._by_request, f"{request_id} has a stream already"
-            self._by_request[request_id] = stream
-        return stream
+            assert request_id not in self._receivers, f"{request_id} has a receiver already"
+            self._receivers[request_id] = receiver
 
     def deliver(self, outputs: list[Output]) -> None:
         """Hand one step's outputs over; wakes the loop once. Called on the engine's thread."""
-        # A closed loop has nobody left who reads.
+        # A closed loop has no receivers left.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
-    def forget(self, request_ids: Iterable[str]) -> None:
+    def close(self, request_ids: Iterable[str]) -> None:
+        """Drop what still comes for these requests. Does not cancel them."""
         for request_id in request_ids:
-            self._by_request.pop(request_id, None)
+            self._receivers.pop(request_id, None)
 
     def __len__(self) -> int:
-        """How many requests are still listened to."""
-        return len(self._by_request)
+        """How many requests have a receiver."""
+        return len(self._receivers)
 
     def _dispatch(self, outputs: list[Output]) -> None:
         for output in outputs:
-            stream = self._by_request.get(output.request_id)
-            if stream is None:
+            receiver = self._receivers.get(output.request_id)
+            if receiver is None:
                 continue
             if output.finish_reason is not None:
-                del self._by_request[output.request_id]
-            stream.push(output)
+                del self._receivers[output.request_id]
+            receiver.take(output)

@@ -1,4 +1,4 @@
-"""How a model writes its tool calls, found out from its own chat template.
+"""Finds out how a model writes its tool calls, from its own chat template.
 
 Calls are read by the tokenizer's own `response_template` where it has one. Otherwise the chat
 template is asked to write a call, and the known format that looks so is taken.
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _PROBE = {"name": "probe", "arguments": {"x": 1}}
 _BLANKS = "BLANKS: /[ \\n]{1,2}/"
-"""A model may write its calls with other blanks than its template does; but not without end."""
+"""A model may write other blanks around its calls than its template does, but not without end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,22 +34,22 @@ class CallFormat:
     """`{"name": …, <arguments>: {…}}`, one or several, after a mark and between two brackets."""
 
     mark: str
-    """Begins the calls; empty where the whole answer is one."""
+    """The text that begins the calls; empty where the whole answer is one call."""
     opening: str = ""
     separator: str | None
-    """Between two calls; None where there can be one only."""
+    """The text between two calls; None where an answer has one call only."""
     closing: str
     end: str = ""
-    """Ends the calls; empty where the answer's end does."""
+    """The text that ends the calls; empty where the answer's end does."""
     arguments: str
     begin: "regex.Pattern[str]"
     """Finds the mark, or the whole answer that is a call, in an answer's text."""
     writes: bool = True
     """False where only the reading is known, so that no grammar can be made."""
     response_template: ResponseTemplate | None = None
-    """The tokenizer's own, where it has one."""
+    """The tokenizer's own template for reading answers, where it has one."""
     tokens: Mapping[str, int] = field(default_factory=dict)
-    """Those of its parts that are tokens of their own, by their texts."""
+    """Text -> token id of the format's parts that are single tokens."""
 
     @property
     def has_own_reading(self) -> bool:
@@ -102,7 +102,8 @@ class CallFormat:
         return "\n".join(rules)
 
     def _literals(self, text: str) -> list[str]:
-        """In Lark, a text never matches a token of its own that is special, or looks so."""
+        """A text in Lark. Where it is a special token, it must be named as a token: a literal never
+        matches one."""
         return [
             f"<[{self.tokens[part]}]>" if part in self.tokens else json.dumps(part)
             for part in text.split()

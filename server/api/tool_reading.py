@@ -1,4 +1,4 @@
-"""Reading the tool calls out of what a model writes, as it writes it."""
+"""Reads the tool calls in an answer while it is generated."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ _HEAD = regex.compile(
 )
 """A call up to its arguments."""
 _MARKS = regex.compile(r'\\.|["{}\[\]]', regex.DOTALL)
-"""What tells where a JSON value ends."""
+"""The characters by which the end of a JSON value is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,14 @@ class CallPart:
 
 @dataclass(frozen=True, slots=True)
 class Said:
+    """The text and the tool calls in a part of an answer."""
+
     content: str
     calls: list[CallPart]
 
 
 class Reader(Protocol):
-    """Splits the text of one choice, as it comes, into what is said and what is called."""
+    """Splits the text of one choice, as it comes, into content and tool calls."""
 
     def feed(self, text: str) -> Said: ...
 
@@ -52,7 +54,7 @@ def make_reader(format: CallFormat, prompt: str, tools: Sequence[Tool]) -> Reade
 
 
 class _Blanks:
-    """Keeps blanks around calls from what is said: they belong to the format."""
+    """Leaves blanks around calls out of the content: they belong to the format."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -78,7 +80,7 @@ class JsonReader:
         self._state: Callable[[bool], bool] = self._say
         self._unread = ""
         self._begins = True
-        """Nothing is said or called yet: where a call may be the whole answer."""
+        """Whether nothing has been read yet: a call may then be the whole answer."""
         self._depth = 0
         self._in_string = False
         self._calls = 0
@@ -118,7 +120,7 @@ class JsonReader:
         return True
 
     def _open(self, ends: bool) -> bool:
-        """Before a call: its name, as far as the arguments."""
+        """Read a call's name, up to its arguments."""
         head = _HEAD.match(self._unread, partial=not ends)
         if head is not None and head.partial:
             return False
@@ -132,7 +134,7 @@ class JsonReader:
         return True
 
     def _arguments(self, ends: bool) -> bool:
-        """As far as the arguments' last bracket."""
+        """Read the arguments, up to their last bracket."""
         text, is_whole = self._read_value(ends)
         self._add_arguments(text)
         if is_whole:
@@ -141,7 +143,7 @@ class JsonReader:
         return is_whole
 
     def _members(self, ends: bool) -> bool:
-        """What else the call's object holds: Mistral's calls may have an id."""
+        """Pass over what else the call's object holds: Mistral's calls may have an id."""
         _, is_whole = self._read_value(ends)
         if is_whole:
             self._state = self._after
@@ -168,7 +170,7 @@ class JsonReader:
         return text[:end], is_whole
 
     def _after(self, ends: bool) -> bool:
-        """Behind a call: another of a list, or the end of all."""
+        """Read what follows a call: another call of a list, or the end of the calls."""
         rest = self._unread.lstrip(" \t\r\n]")
         close = self._format.end
         if rest.startswith(","):
@@ -183,7 +185,7 @@ class JsonReader:
         return True
 
     def _pass_over(self, ends: bool) -> bool:
-        """What is no call part by part: read as a whole where it ends."""
+        """Read a call that is not in the known form, as a whole, once its end has come."""
         close = self._format.end
         at = self._unread.find(close) if close else -1
         if at < 0 and not ends:
@@ -224,7 +226,7 @@ class TemplateReader:
             format.response_template, prompt, tools=[tool.for_template() for tool in tools]
         )
         self._unread = ""
-        """Fed, but neither said nor called yet."""
+        """Text that was fed, and is not part of a content or a call yet."""
         self._blanks = _Blanks()
         self._calls = 0
 

@@ -47,7 +47,7 @@ class Tool(BaseModel):
     )
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """The tool as chat templates expect it."""
         function = self.function.model_dump(exclude_none=True, exclude={"strict"})
         return {"type": "function", "function": {"parameters": NO_PARAMETERS} | function}
 
@@ -84,12 +84,12 @@ def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
 
 
 def new_call_id() -> str:
-    """Nine letters and digits: Mistral's templates take no other."""
+    """A new call's id: nine letters and digits, as Mistral's templates demand."""
     return uuid.uuid4().hex[:9]
 
 
 def _is_object(arguments: str) -> str:
-    """Of a call in the history; OpenAI's models write nothing at all for no arguments."""
+    """Check an earlier call's arguments. OpenAI's models write nothing where there are none."""
     if not arguments.strip():
         return "{}"
     try:
@@ -154,7 +154,7 @@ class PastToolCall(ToolCall):
     )
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: the arguments as an object."""
+        """The call as chat templates expect it: the arguments as an object."""
         arguments = json.loads(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}

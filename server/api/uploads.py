@@ -1,4 +1,4 @@
-"""An upload's files, from form fields or an archive, into a staging folder: nothing else."""
+"""Writes an upload's files, which come as two files or as an archive, to a folder."""
 
 import bz2
 import errno
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
 _MAX_ENTRIES = 1000
 _MAX_READ = 1 << 20
-"""Bytes at once. Parsers read as much as a header says that a name or a directory takes."""
+"""The most bytes that are read at once. Parsers would read as many as a header names."""
 _TAR_ROOM = 4 << 20
 """Bytes of headers and padding around a tar's files."""
 _RETRY_AFTER = "5"
-"""Seconds: most uploads are over by then."""
+"""Seconds in which most uploads are done."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
 _XZ_MEMORY = 70 << 20
 """Bytes that unpacking xz may take: an archive says itself how many, and `xz -9` needs 65 MiB."""
@@ -88,15 +88,15 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], object]] = {
 
 
 Take = Callable[[int], object]
-"""Hears of bytes before they are written; may raise."""
+"""Is told how many bytes are about to be written; raises where there is no room for them."""
 
 
 class UploadBudget:
     """The bytes that all uploads in progress take together, on the disk and in temporary files.
     Thread-safe.
 
-    One that finds no room is refused rather than made to wait: it would hold its connection and
-    what it has sent so far, and its client knows best whether it may come again.
+    An upload that finds no room is refused. Made to wait, it would hold its connection and all that
+    it has sent.
     """
 
     def __init__(self, total: int) -> None:
@@ -129,7 +129,7 @@ class UploadBudget:
 
 
 def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int, take: Take) -> None:
-    """The two files as they come. `limit` is in bytes, for both; `take` is told of each piece.
+    """Write the two files as they are. `limit` is in bytes, for both; `take` is told of each piece.
     Raises ApiError 413, and what `take` raises."""
     left = limit
     for name, source in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -137,7 +137,7 @@ def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int, 
 
 
 def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
-    """A zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in a folder of it.
+    """Unpack a zip or tar (plain, gzip, bzip2, xz) with the adapter at its top or in a folder.
 
     Only the adapter's own files are written, under fixed names, so no entry can climb out; what
     unpacks to more than `limit` bytes is cut off while it is read, whatever its header says.
@@ -164,7 +164,7 @@ def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
 
 
 class _Bounded:
-    """What an archive's parser reads from: never more at once than _MAX_READ, nor past `end`.
+    """The file that an archive's parser reads: at most _MAX_READ bytes at once, none past `end`.
 
     A tar is read through its decompressor, so what is skipped in it costs time as well.
     """
@@ -193,7 +193,7 @@ class _Bounded:
 
 
 class _Opener:
-    """One entry, opened when it is its turn."""
+    """Opens one entry of an archive, when it is copied."""
 
     def __init__(self, open_entry: "zipfile.ZipFile | tarfile.TarFile", entry: object) -> None:
         self._archive = open_entry
@@ -241,7 +241,7 @@ def _zip_entries(archive: _Bounded) -> Iterator[_Entries]:
         for info in infos:
             mode = info.external_attr >> 16
             if stat.S_ISLNK(mode):
-                raise _climbing(info.filename, "is a link")
+                raise _not_allowed(info.filename, "is a link")
             if info.flag_bits & 1:
                 raise InvalidAdapter(
                     [Fault("archive", f"{info.filename!r} is encrypted", "pack without a password")]
@@ -264,7 +264,7 @@ def _tar_entries(archive: _Bounded) -> Iterator[_Entries]:
             if info.isdir():
                 continue
             if not info.isreg():
-                raise _climbing(info.name, "is a link or a device")
+                raise _not_allowed(info.name, "is a link or a device")
             files.append((PurePosixPath(info.name), _Opener(opened, info)))
         yield files
 
@@ -276,10 +276,10 @@ def _check_count(count: int) -> None:
 
 
 def _folder(paths: list[PurePosixPath]) -> PurePosixPath:
-    """The folder in which the adapter lies. Raises InvalidAdapter with all that is wrong."""
+    """The folder of the archive that holds the adapter. Raises InvalidAdapter with all faults."""
     for path in paths:
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
-            raise _climbing(str(path), "leads out of the archive")
+            raise _not_allowed(str(path), "leads out of the archive")
     where = adapter_folder(paths) or PurePosixPath()
     names = [path.name for path in paths if path.parent == where]
     faults = [
@@ -297,7 +297,7 @@ def _folder(paths: list[PurePosixPath]) -> PurePosixPath:
     return where
 
 
-def _climbing(name: str, why: str) -> InvalidAdapter:
+def _not_allowed(name: str, why: str) -> InvalidAdapter:
     return InvalidAdapter([Fault("archive", f"{name[:200]!r} {why}", "pack plain files only")])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.preparing import CLIENT_GONE
+from server.api.disconnects import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 """What no document foresees."""

@@ -46,7 +46,7 @@ def mlp(adapter_folders: dict[str, Path]) -> Path:
 
 def forget_uploads(server: RunningServer) -> None:
     services = server.services
-    for name in set(services.store.names()) - server.adapter_folders.keys():
+    for name in set(services.registry.stored.names()) - server.adapter_folders.keys():
         services.registry.delete(name)
 
 
@@ -121,7 +121,7 @@ def test_what_else_lies_in_an_archive_is_passed_over(
 
     add_archive(client, "packed", packed)
 
-    store = server.services.store
+    store = server.services.registry.stored
     kept = store.files(store.current("packed"))
     assert {file.name for file in kept.iterdir()} == {"README.md", CONFIG, WEIGHTS}
     assert stored(client, "packed") == files

@@ -163,7 +163,7 @@ def test_an_upload_without_a_key_leaves_nothing(
     assert client.post(ADAPTERS, data={"name": "mlp"}, files=form).status_code == 401
     refused = client.post(ADAPTERS, data={"name": "a"}, files=form, headers=bearer("generate"))
     assert refused.status_code == 403
-    assert guarded[1].store.names() == []
+    assert guarded[1].registry.stored.names() == []
 
 
 # Roles
@@ -357,7 +357,7 @@ def test_a_key_is_not_told_what_another_has_asked(
     model: str,
     salt: str | None,
 ) -> None:
-    if "default" not in guarded[1].store:
+    if "default" not in guarded[1].registry.stored:
         files = form_of(read_adapter(adapter_folders["default"]))
         client.post(ADAPTERS, data={"name": "default"}, files=files, headers=bearer("admin"))
     cached(client, "everything", path, model, salt)

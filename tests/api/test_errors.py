@@ -128,7 +128,7 @@ def broken(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> str:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("the password is hunter2")
 
-    monkeypatch.setattr(services.store, "names", fail)
+    monkeypatch.setattr(services.registry.stored, "names", fail)
     return url
 
 
@@ -166,7 +166,7 @@ def test_what_is_no_exception_is_a_500_of_our_shape(
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr(services.store, "names", fail)
+    monkeypatch.setattr(services.registry.stored, "names", fail)
     monkeypatch.setattr(services.engine, "submit", fail)
     body = {"model": "tiny", "prompt": "A"}
     response = httpx.get(url + path) if path == ADAPTERS else httpx.post(url + path, json=body)
@@ -184,7 +184,7 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("hunter2")
 
-    monkeypatch.setattr("server.api.completions.CompletionWriter.chunks", fail)
+    monkeypatch.setattr("server.api.completion_writer.CompletionWriter.chunks", fail)
     body = {"model": "tiny", "prompt": "A", "stream": True}
     text = client.post("/v1/completions", json=body).text
 
@@ -200,7 +200,7 @@ def test_a_panic_in_a_library_is_an_unforeseen_failure_and_holds_no_thread(
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
     encode = services.engine.model.tokenizer.encode
     monkeypatch.setattr(services.engine.model.tokenizer, "encode", lambda *_, **__: panic())
-    monkeypatch.setattr(services.store, "names", lambda *_, **__: panic())
+    monkeypatch.setattr(services.registry.stored, "names", lambda *_, **__: panic())
 
     for _ in range(6):
         for answer in (

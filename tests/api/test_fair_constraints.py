@@ -15,6 +15,7 @@ from server.services import Services
 from server.settings import Settings
 from tests.api.conftest import run_server
 from tests.api.test_auth import bearer, keys_file
+from tests.api.test_health import StartServer
 from tests.api.test_streaming import COMPLETIONS, eventually
 
 Body = dict[str, Any]
@@ -96,26 +97,29 @@ def test_a_keys_slow_constraints_hold_up_neither_another_key_nor_what_is_compile
         assert ended <= 12, "the flood was not over"
 
     asyncio.run(run())
-    assert eventually(lambda: not guarded[1].engine.grammars._jobs), "nobody waits for it any more"
     assert eventually(lambda: all(process.returncode is not None for process in processes))
-    # The first two, the other key's, and those whose turn came meanwhile.
-    assert len(processes) <= 15
+    asked, headers = body(regex="afterwards"), bearer("everything")
+    after = httpx.post(guarded[0] + COMPLETIONS, json=asked, headers=headers, timeout=100)
+    assert after.status_code == 200
+    # The first two, the other key's, the last one, and those whose turn came meanwhile.
+    assert len(processes) <= 16, "the flood is no longer compiled"
 
 
 def test_what_a_client_left_behind_stops(
     guarded: tuple[str, Services], processes: list[Process]
 ) -> None:
-    async def run() -> None:
+    async def ask(count: int) -> None:
         async with client_of(guarded, "everything") as client:
             asked = asyncio.create_task(client.post(COMPLETIONS, json=body(json=SLOW[25])))
-            while not processes:
+            while len(processes) < count:
                 await asyncio.sleep(0.01)
             asked.cancel()
 
-    asyncio.run(run())
-    assert eventually(lambda: processes[0].returncode is not None)
-    assert processes[0].returncode == -9
-    assert not guarded[1].engine.grammars._jobs
+    # The second begins anew: nothing of the first is left.
+    for count in (1, 2):
+        asyncio.run(ask(count))
+        assert eventually(lambda: processes[-1].returncode is not None)
+        assert processes[-1].returncode == -9
 
 
 def test_one_constraint_of_many_requests_is_compiled_once_and_its_refusal_remembered(
@@ -148,9 +152,11 @@ def test_a_key_cannot_tell_what_another_has_compiled(
 
 
 def test_too_many_constraints_of_one_key_are_refused_with_a_time_to_come_back(
-    guarded: tuple[str, Services], monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guarded[1].engine.grammars._turns, "_most_waiting", 3)
+    assert constraints.MAX_WAITING >= 24
+    monkeypatch.setattr(constraints, "MAX_WAITING", 3)
+    guarded = start_server(keys_file=keys_file(tmp_path / "keys.json"))
 
     async def run() -> tuple[httpx.Response, httpx.Response]:
         async with (
@@ -173,4 +179,3 @@ def test_too_many_constraints_of_one_key_are_refused_with_a_time_to_come_back(
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert refused.json()["error"]["code"] == "queue_full"
     assert other.status_code == 200
-    assert constraints.MAX_WAITING >= 24

@@ -87,7 +87,7 @@ def test_probes_of_a_storage_that_hangs_are_answered_and_hold_one_thread(
 ) -> None:
     url, services = start_server()
     hanging = Mock(side_effect=lambda: gate.wait(60))
-    monkeypatch.setattr(services.store, "check", hanging)
+    monkeypatch.setattr(services.registry.stored, "check", hanging)
     monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
 
     answers = [httpx.get(f"{url}/health/ready", timeout=30) for _ in range(3)]

@@ -270,7 +270,7 @@ def test_a_disk_that_is_too_small_is_507_before_anything_is_written(
 def test_a_merge_too_many_is_429_with_a_time_to_come_back(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.jobs._MAX_WAITING", 2)
+    monkeypatch.setattr("server.jobs.MAX_WAITING", 2)
     for _ in range(2):
         start(client, adapter="mlp")
     refused = client.post(MERGES, json={"adapter": "mlp"})

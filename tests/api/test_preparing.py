@@ -31,6 +31,8 @@ def test_the_engine_expects_no_request_that_waits_for_its_turn(
             yield
 
     monkeypatch.setattr(services.engine, "expecting", counted)
+    turns = Mock(side_effect=services.preparing.turn)
+    monkeypatch.setattr(services.preparing, "turn", turns)
     hanging = Mock(side_effect=lambda *_: gate.wait(60) and [(5,)])
     monkeypatch.setattr("server.api.completions.encode_prompts", hanging)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
@@ -40,7 +42,7 @@ def test_the_engine_expects_no_request_that_waits_for_its_turn(
             clients.submit(httpx.post, url + COMPLETIONS, json=body, timeout=60)
             for _ in range(AT_ONCE + 1)
         ]
-        waits = eventually(lambda: len(services.preparing._waiting) == 1)
+        waits = eventually(lambda: turns.call_count == AT_ONCE + 1)
         before = expected
         gate.set()
 

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.completion_schemas import CompletionBody
-from server.api.sampling import SamplingDefaults, params_of_choice, sampling_params
+from server.api.orders import params_of_choice
+from server.api.sampling import SamplingDefaults, sampling_params
 from server.engine.request import SamplingParams
 from tests.api.conftest import RunningServer
 
@@ -18,9 +19,9 @@ def body(**fields: Any) -> CompletionBody:
 
 
 def params(server: RunningServer, **fields: Any) -> SamplingParams:
-    engine = server.services.engine
-    vocabulary = Vocabulary(engine.model.tokenizer, engine.model.vocab_size)
-    return sampling_params(engine, vocabulary, body(**fields), max_tokens=8, logprobs=None)
+    model = server.services.engine.model
+    vocabulary = Vocabulary(model.tokenizer, model.vocab_size)
+    return sampling_params(model, vocabulary, body(**fields), max_tokens=8, logprobs=None)
 
 
 def test_a_sampling_model_brings_its_own_defaults() -> None:

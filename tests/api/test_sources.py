@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from adapters.errors import SourceError
-from server.errors import _SOURCE_ERRORS
+from server.errors import SOURCE_ERRORS
 from server.services import Services
 from tests.api.archives import CONFIG, WEIGHTS
 from tests.api.conftest import RunningServer, ServeAdapters
@@ -52,7 +52,7 @@ def server(
 @pytest.fixture(autouse=True)
 def _only_the_preloaded_stay(server: RunningServer) -> Iterator[None]:
     yield
-    for name in set(server.services.store.names()) - server.adapter_folders.keys():
+    for name in set(server.services.registry.stored.names()) - server.adapter_folders.keys():
         server.services.registry.delete(name)
 
 
@@ -61,7 +61,7 @@ def add(client: httpx.Client, source: str, name: str = "new", **more: Any) -> ht
 
 
 def test_every_way_to_fail_has_a_status() -> None:
-    assert set(SourceError.__subclasses__()) == _SOURCE_ERRORS.keys()
+    assert set(SourceError.__subclasses__()) == SOURCE_ERRORS.keys()
 
 
 def error_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def test_a_source_that_hangs_is_given_up(
         error = error_of(add(client, SOURCE), 504, "source_timeout")
 
     assert "0.5 seconds" in error["message"]
-    assert services.store.names() == []
+    assert services.registry.stored.names() == []
 
 
 def test_requests_are_answered_while_sources_hang(

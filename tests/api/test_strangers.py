@@ -13,6 +13,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
+from adapters.storage.store import AdapterStore
 from adapters.vocabulary import sandbox
 from adapters.vocabulary.sandbox import Limits
 from server.client import AdminClient, ClientError
@@ -127,11 +128,14 @@ def test_what_an_earlier_version_stored_is_refused_by_its_requests(
     start_server: StartServer,
     bringing: Callable[..., Path],
     change: Change,
+    tmp_path: Path,
 ) -> None:
-    url, services = start_server()
-    with services.store.staging() as staged:
+    store = AdapterStore(tmp_path / "store")
+    with store.staging() as staged:
         shutil.copytree(bringing(change=change), staged, dirs_exist_ok=True)
-        services.store.create("old", staged)
+        store.create("old", staged)
+    store.close()
+    url, _ = start_server(adapters_dir=tmp_path / "store")
 
     with httpx.Client(base_url=url, timeout=60) as client:
         for _ in range(2):
@@ -172,11 +176,11 @@ def test_uploads_that_are_slow_to_read_hold_up_no_other_route(
 def test_an_ordinary_adapter_starts_no_process(
     start_server: StartServer, server: RunningServer
 ) -> None:
-    url, services = start_server()
+    url, _ = start_server()
+    before = set(psutil.Process().children())
     with AdminClient(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
         admin.add("plain", str(server.adapter_folders["default"]))
         assert ask(client, "plain").status_code == 200
         assert ask(client, "tiny").status_code == 200
 
-    assert services.registry._vocabularies is not None
-    assert services.registry._vocabularies._sandbox._process is None
+    assert set(psutil.Process().children()) <= before

@@ -204,6 +204,12 @@ def output(request_id: str, text: str = "", reason: FinishReason | None = None) 
     return Output(request_id=request_id, text=text, finish_reason=reason)
 
 
+def opened_stream(streams: Streams, *request_ids: str) -> Stream:
+    stream = Stream(request_ids)
+    streams.open(request_ids, stream)
+    return stream
+
+
 async def all_of(opened: Stream) -> list[Output]:
     outputs = []
     while come := await opened.next():
@@ -214,7 +220,7 @@ async def all_of(opened: Stream) -> list[Output]:
 def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
     async def scene() -> list[str]:
         streams = Streams(asyncio.get_running_loop())
-        opened = streams.open("a", "b")
+        opened = opened_stream(streams, "a", "b")
 
         def model_thread() -> None:
             streams.deliver([output("a", "1"), output("b", "2"), output("stranger", "x")])
@@ -234,7 +240,7 @@ def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
 def test_a_waiting_reader_wakes_when_all_have_ended() -> None:
     async def scene() -> None:
         streams = Streams(asyncio.get_running_loop())
-        opened = streams.open("a", "b")
+        opened = opened_stream(streams, "a", "b")
         waiting = asyncio.create_task(opened.wait_for_all())
         streams.deliver([output("a", "1"), output("a", "2", FinishReason.STOP)])
         await asyncio.sleep(0.01)
@@ -249,8 +255,9 @@ def test_a_waiting_reader_wakes_when_all_have_ended() -> None:
 def test_a_closed_stream_takes_nothing_more() -> None:
     async def scene() -> None:
         streams = Streams(asyncio.get_running_loop())
-        opened = streams.open("a")
-        opened.close()
+        opened = opened_stream(streams, "a")
+        streams.close(["a"])
+        opened.end()
         streams.deliver([output("a", "1")])
         assert await opened.next() == []
         assert len(streams) == 0

@@ -57,14 +57,14 @@ def nothing_stays_and_nobody_is_disturbed(
     client: httpx.Client, server: RunningServer, alone: str
 ) -> Iterator[None]:
     """A stream runs beside the test, and brings what it brings alone."""
-    names, before = server.services.store.names(), on_disk(server)
+    names, before = server.services.registry.stored.names(), on_disk(server)
     with client.stream("POST", "/v1/completions", json=STREAM) as answer:
         chunks = events(answer)
         text = next(chunks)["choices"][0]["text"]
         yield
         text += "".join(chunk["choices"][0]["text"] for chunk in chunks)
     assert text == alone
-    assert server.services.store.names() == names
+    assert server.services.registry.stored.names() == names
     assert on_disk(server) == before
 
 

@@ -1,0 +1,119 @@
+"""Sends what is generated, as one JSON answer or as a stream of server-sent events."""
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pydantic_core
+from fastapi import Request
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.answer_schemas import Usage
+from server.api.disconnects import unless_client_leaves
+from server.api.endings import raise_if_failed
+from server.api.generation import Generation
+from server.api.schemas import GenerationBody
+from server.engine.request import Output
+from server.errors import ApiError, error_body
+from server.openapi import READS, errors, header
+
+log = logging.getLogger(__name__)
+
+Chunk = Mapping[str, object]
+"""An event of a stream, as it becomes JSON. A pydantic model would take four times as long for
+every token."""
+
+
+class Writer(Protocol):
+    """Writes an order's outputs in the shape of one endpoint."""
+
+    def whole(self, outputs: Sequence[Output], usage: Usage) -> BaseModel: ...
+
+    def chunks(self, number: int, output: Output) -> Iterable[Chunk]:
+        """What the next output of choice `number` adds to a stream."""
+
+    def usage_chunk(self, usage: Usage) -> Chunk: ...
+
+
+def documented_answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """A generation endpoint's answers in the OpenAPI document."""
+    events = {"text/event-stream": {"example": 'data: {"id": "…"}\n\ndata: [DONE]\n\n'}}
+    which = header("Which revision answered; the base has none.", always=False)
+    answer = {
+        "model": whole,
+        "description": "The answer; with `stream`, its chunks as events.",
+        "content": events,
+        "headers": {"Infuse-Adapter": which},
+    }
+    disabled = "The key lacks the role that this needs, or the adapter is disabled."
+    return {200: answer} | errors(404, 429, *READS, said={403: disabled})
+
+
+async def respond(
+    request: Request, body: GenerationBody, generation: Generation, writer: Writer
+) -> Response:
+    """Answer with what is generated, as a stream or as a whole."""
+    if body.stream:
+        return GenerationStream(generation, writer, body)
+    outputs = await unless_client_leaves(request, generation.whole())
+    return whole_answer(generation, writer.whole(outputs, generation.usage))
+
+
+def whole_answer(generation: Generation, answer: BaseModel) -> Response:
+    """The answer as JSON. Writers set every field of OpenAI's shape; unset fields are left out."""
+    text = answer.model_dump_json(exclude_unset=True)
+    return Response(text, media_type="application/json", headers=generation.order.headers)
+
+
+class GenerationStream(EventSourceResponse):
+    """Streams the outputs as server-sent events, then `[DONE]`; a client that leaves early cancels
+    the rest."""
+
+    def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
+        self._generation = generation
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(
+            _events(generation, writer, body), headers=headers | generation.order.headers
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
+
+
+async def _events(
+    generation: Generation, writer: Writer, body: GenerationBody
+) -> AsyncIterator[bytes]:
+    """The stream's events: those of a step in one piece, and in the last piece those that end the
+    stream."""
+    counts = body.wants_usage_in_all_chunks
+    events: list[bytes] = []
+    try:
+        while outputs := await generation.next():
+            for number, output in outputs:
+                raise_if_failed(output)
+                chunks = writer.chunks(number, output)
+                if counts:
+                    chunks = [{**chunk, "usage": generation.usage_so_far} for chunk in chunks]
+                events += [_event(chunk) for chunk in chunks]
+            if events and not generation.ended:
+                yield b"".join(events)
+                events.clear()
+        if body.wants_usage_chunk:
+            events.append(_event(writer.usage_chunk(generation.usage)))
+    except ApiError as error:
+        events.append(format_sse_event(data_str=error_body(error)))
+    except Exception as error:
+        log.error("The stream %s failed.", generation.order.id, exc_info=error)
+        failure = ApiError(500, "The server failed; its log says why.")
+        events.append(format_sse_event(data_str=error_body(failure)))
+    yield b"".join([*events, format_sse_event(data_str="[DONE]")])
+
+
+def _event(chunk: Chunk) -> bytes:
+    return format_sse_event(data_str=pydantic_core.to_json(chunk).decode())
