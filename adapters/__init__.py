@@ -1,17 +1,31 @@
-"""IA3 adapters: what a notebook imports. It is loaded on first use: torch takes seconds."""
+"""IA3 adapters: what a notebook imports from here.
+
+Each name is loaded when it is first used, because torch and transformers take seconds.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adapters.checkpoint.config import IA3Config as IA3Config
+    from adapters.derive.combine import combine as combine
+    from adapters.derive.merge import merge as merge
     from adapters.model.model import IA3Model as IA3Model
+    from adapters.registry import AdapterRegistry as AdapterRegistry
+    from adapters.storage.store import AdapterStore as AdapterStore
 
-__all__ = ["IA3Config", "IA3Model"]
-_ROOMS = {"IA3Config": "adapters.checkpoint.config", "IA3Model": "adapters.model.model"}
+__all__ = ["AdapterRegistry", "AdapterStore", "IA3Config", "IA3Model", "combine", "merge"]
+_MODULES = {
+    "AdapterRegistry": "adapters.registry",
+    "AdapterStore": "adapters.storage.store",
+    "IA3Config": "adapters.checkpoint.config",
+    "IA3Model": "adapters.model.model",
+    "combine": "adapters.derive.combine",
+    "merge": "adapters.derive.merge",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'adapters' has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

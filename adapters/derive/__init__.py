@@ -1,0 +1,4 @@
+"""New adapters and models out of old ones.
+
+`combine` makes one adapter of several, `merge` a model whose weights contain adapters.
+"""

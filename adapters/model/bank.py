@@ -38,7 +38,7 @@ class _Sheet:
         self.width = width
         self.slots = torch.ones(slots, width, device=device)
         self.used: dict[int, int] = {}
-        """Slot -> how many fills the bank had seen at this one: names the slot's content."""
+        """Slot -> the version of the bank at which it was filled, which identifies its content."""
         self.reserve(0)
 
     def reserve(self, rows: int) -> None:
@@ -146,8 +146,8 @@ class AdapterBank:
         """Of each sheet, where products read them."""
         self._panel_width: int | None = None
         self._scratch = Scratch() if device.type == "cpu" else None
-        self.fills = 0
-        """How many times a slot was filled: the bank's content changes only with it."""
+        self.version = 0
+        """Grows when a slot is filled: the vectors of used slots change only then."""
         self.keep_active = False
         """Scale by ones rather than skip: a captured CUDA graph must hold every column."""
 
@@ -200,7 +200,7 @@ class AdapterBank:
         """Write an adapter into a slot: one copy from the host per sheet."""
         assert BASE_SLOT < slot <= self.capacity, f"slot {slot} of {self.capacity}"
         self._make_columns(vectors)
-        self.fills += 1
+        self.version += 1
         for sheet in self._sheets:
             sheet.used.pop(slot, None)
             if vectors.vectors.keys().isdisjoint(sheet.columns):
@@ -210,7 +210,7 @@ class AdapterBank:
             torch.cat(list(self._row(sheet, vectors)), out=host)
             if host is not row:
                 row.copy_(host, non_blocking=True)
-            sheet.used[slot] = self.fills
+            sheet.used[slot] = self.version
 
     def _row(self, sheet: _Sheet, vectors: AdapterVectors) -> Iterator[torch.Tensor]:
         """What stands in a slot of a sheet, one after the other: ones where there is nothing."""

@@ -1,6 +1,7 @@
 """IA3 on a base model by slots: a forward in which every row and segment has its own adapter."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -11,6 +12,17 @@ from adapters.model.layer import IA3Layer, Scale, Wrapping
 from adapters.model.saved_layer import Layout, SavedLayer, copy_of
 
 DEFAULT_SAVED_BYTES = 512 << 20
+
+
+class Version(NamedTuple):
+    """What a forward was prepared for: what was made for another version is made again."""
+
+    layers: int
+    """Differs once a module of the base was wrapped, or all of them were unwrapped."""
+    scales: int
+    """Differs once other scales were set."""
+    columns: int
+    """Differs once the bank has new columns."""
 
 
 class IA3Slots:
@@ -35,10 +47,8 @@ class IA3Slots:
         self._layers: dict[str, IA3Layer] = {}
         self._saved: dict[str, SavedLayer] = {}
         self._wrapping = Wrapping(base)
-        self.changes = 0
-        """How often a module of the base was wrapped, or all of them unwrapped."""
-        self.scaled = 0
-        """How often scales were set."""
+        self._layers_version = 0
+        self._scales_version = 0
         self._with_copies: set[int] = set()
         """Slots whose adapter has modules of its own."""
         self._scaled: dict[Target, Scale] = {}
@@ -50,6 +60,10 @@ class IA3Slots:
     def capacity(self) -> int:
         """How many adapters can be resident at once."""
         return self.bank.capacity
+
+    @property
+    def version(self) -> Version:
+        return Version(self._layers_version, self._scales_version, self.bank.column_count)
 
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         """Copy an adapter to the device; modules that it is the first to change are wrapped."""
@@ -64,13 +78,13 @@ class IA3Slots:
         for target in vectors.vectors:
             if target.module not in self._layers:
                 self._layers[target.module] = self._wrapping.wrap(target.module, IA3Layer)
-                self.changes += 1
+                self._layers_version += 1
         if copies:
             self._with_copies.add(slot)
         for module, copy in copies.items():
             if module not in self._saved:
                 self._saved[module] = self._wrapping.wrap(module, SavedLayer)
-                self.changes += 1
+                self._layers_version += 1
             self._saved[module].copies[slot] = copy
 
     def clear_slot(self, slot: int) -> None:
@@ -101,7 +115,7 @@ class IA3Slots:
         segments, where they do not see all of them (`logits_to_keep`). They see all rows.
         """
         kept = segments if kept is None else kept
-        packed = (self.bank.fills, tuple(rows), tuple(segments), tuple(kept))
+        packed = (self.bank.version, tuple(rows), tuple(segments), tuple(kept))
         if packed != self._packed:
             self._packed = None
             scales = self.bank.packed(rows, segments)
@@ -118,7 +132,7 @@ class IA3Slots:
     def set_rows(self, slots: Sequence[int]) -> None:
         """For the next forwards: a `[batch, tokens]` batch whose row i uses `slots[i]`. Costs
         nothing while the batch stays as it is."""
-        rows = (self.bank.fills, tuple(slots), None)
+        rows = (self.bank.version, tuple(slots), None)
         if rows != self._packed:
             self._packed = None
             self._set_scales(self.bank.by_row(slots))
@@ -141,7 +155,7 @@ class IA3Slots:
         self._packed = None
         if scales == self._scaled:
             return  # A batch's own vectors are found by what the bank has written for it.
-        self.scaled += 1
+        self._scales_version += 1
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)
         for target, scale in scales.items():
@@ -159,7 +173,7 @@ class IA3Slots:
         """The base model as it was before any adapter was attached."""
         self._set_scales({})
         self._wrapping.undo()
-        self.changes += 1
+        self._layers_version += 1
         self._layers.clear()
         self._saved.clear()
         self._with_copies.clear()

@@ -1,5 +1,6 @@
 """Slots: what a server fills, and what each row and segment of a packed batch then computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.checkpoint.targets import BaseModules, Side, Target
 from adapters.model.bank import BASE_SLOT, AdapterBank, Segment
 from adapters.model.layer import IA3Layer
-from adapters.model.slots import IA3Slots
+from adapters.model.slots import IA3Slots, Version
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 
@@ -131,6 +132,23 @@ def test_a_module_is_wrapped_once_and_only_when_an_adapter_needs_it(
     assert not isinstance(
         model.base.get_submodule("model.layers.0.mlp.down_proj").base_layer, IA3Layer
     )
+
+
+def test_the_version_says_what_must_be_made_again(model: IA3Slots, known: Known) -> None:
+    def differs(change: Callable[[], object]) -> set[str]:
+        before = model.version
+        change()
+        both = zip(Version._fields, before, model.version, strict=True)
+        return {field for field, old, new in both if old != new}
+
+    fill, packed = model.fill_slot, model.set_packed
+    assert differs(lambda: fill(1, known.vectors["default"])) == {"layers", "columns"}
+    assert differs(lambda: packed([1])) == {"scales"}
+    assert differs(lambda: packed([1])) == set()
+    assert differs(lambda: fill(2, known.vectors["default"])) == set()
+    assert differs(lambda: fill(3, known.vectors["mlp_out"])) == {"columns"}
+    assert differs(lambda: packed([1, 2])) == {"scales"}
+    assert differs(model.unload) == {"layers", "scales", "columns"}
 
 
 def test_a_column_is_made_for_each_module_and_side_in_use(model: IA3Slots, known: Known) -> None:

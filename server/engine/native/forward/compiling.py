@@ -24,7 +24,7 @@ from torch._inductor.utils import InputType
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adapters.model.slots import IA3Slots
+from adapters.model.slots import IA3Slots, Version
 from server.engine.native.attention import AttentionPlan, Chunk, StepContext
 from server.engine.native.cache.kv_cache import FlatCache
 from server.engine.native.cache.strip_attention import StripPlan
@@ -76,7 +76,7 @@ class CompiledForward:
         addresses = self._use_operators(cache)
         calls = torch.tensor(addresses, dtype=torch.int64, device=ia3.base.device)
         self._constants = [calls, *traced.trace.constants]
-        self._scaled = (-1, -1)
+        self._rescaled_for: Version | None = None
         self._can_rescale = True
         self._run: Callable[..., Any]
 
@@ -111,10 +111,10 @@ class CompiledForward:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        scaled = (self._ia3.changes, self._ia3.scaled)
-        if scaled != self._scaled:
+        version = self._ia3.version
+        if version != self._rescaled_for:
             self._rescale()
-            self._scaled = scaled
+            self._rescaled_for = version
         if not self._can_rescale:
             return self.traced(ids, positions, keep)
         plan = self._context.plan

@@ -66,7 +66,7 @@ class DecodeGraphs:
             [*(table + [0] * (width - len(table)) for table in tables), *[[0] * width] * padding]
         )
         self._ia3.set_packed([*slots, *[0] * padding])
-        columns = self._ia3.bank.column_count
+        columns = self._ia3.version.columns
         if columns != self._columns:
             self._graphs.clear()
             self._columns = columns

@@ -93,9 +93,10 @@ class TracedForward:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
-        if self._bound != self._ia3.changes:
+        version = self._ia3.version.layers
+        if self._bound != version:
             self._names.update({name: each.bind() for name, each in self._linears.items()})
-            self._bound = self._ia3.changes
+            self._bound = version
         logits: torch.Tensor = self._run(None, *self.trace.constants, ids, positions, keep)
         return logits
 
