@@ -1,4 +1,4 @@
-"""What the sampled tokens of a sequence bring: text, scores, and perhaps its end."""
+"""Appends sampled tokens to a sequence: their text and scores, and perhaps the sequence's end."""
 
 from collections import abc
 
@@ -10,7 +10,7 @@ from server.engine.request import FinishReason, Output
 def take(
     sequence: Sequence, choices: abc.Sequence[Sampled], eos_token_ids: abc.Collection[int]
 ) -> Output:
-    """Append a sequence's next tokens, until one ends it, and say what that brought."""
+    """Append a sequence's next tokens until one ends it, and return them as an output."""
     params = sequence.request.params
     scores = None
     if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
@@ -27,7 +27,7 @@ def take(
         if reason is not None:
             break
         if taken:
-            # The token before was drafted, so its keys and values are there.
+            # The token before was an accepted draft, whose keys and values are computed.
             sequence.advance(1)
         taken.append(choice)
         piece, reason = _append(sequence, choice.token, eos_token_ids)
@@ -51,11 +51,11 @@ def take(
 def _append(
     sequence: Sequence, token: int, eos_token_ids: abc.Collection[int]
 ) -> tuple[str, FinishReason | None]:
-    """The text that the token brings, and whether it is the last."""
+    """Append one token. Returns its text, and a reason if it ends the answer."""
     params = sequence.request.params
     sequence.append(token)
-    goes_on = params.ignore_eos and sequence.constraint is None
-    is_end = token in eos_token_ids and not goes_on
+    ignores_eos = params.ignore_eos and sequence.constraint is None
+    is_end = token in eos_token_ids and not ignores_eos
     if is_end or token in params.stop_token_ids:
         shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
         return shown, FinishReason.STOP

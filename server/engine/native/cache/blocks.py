@@ -98,8 +98,8 @@ class StripBlocks:
         origin = self._strip_of(row)
         sources = [indices[block] for block, _ in detached]
         runs = list(_runs(sources, [strip.number for strip in strips]))
-        for rows, kept in self._slabs.pairs(origin.length, self.size):
-            parts = _in_blocks(rows[origin.number], self.size)
+        for old, kept in self._slabs.pairs(origin.length, self.size):
+            parts = _in_blocks(old[origin.number], self.size)
             for source, target, length in runs:
                 kept[target : target + length] = parts[source : source + length]
         for block, strip in detached:

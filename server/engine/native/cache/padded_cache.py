@@ -22,6 +22,7 @@ from server.engine.native.cache.padded_layers import (
     KeysAndValues,
     LayerStates,
     States,
+    empty_layer,
     states_nbytes,
 )
 from server.engine.native.faults import FAULTS, Fault, KeysLost
@@ -181,9 +182,19 @@ class PaddedCache:
         # The group has no free column: the row's first step copies it into a new one.
         if self._crosses:
             own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
-            self._groups[row] = Group([row], [0], 0, 0, own, [shared], layers, self._nothing)
+            end, sources, crossed = 0, [shared], layers
         else:
-            self._groups[row] = Group([row], [0], shared, shared, layers, [], [], self._nothing)
+            end, sources, crossed, own = shared, [], [], layers
+        self._groups[row] = Group(
+            rows=[row],
+            starts=[0],
+            end=end,
+            columns=end,
+            layers=own,
+            sources=sources,
+            crossed=crossed,
+            states=self._nothing,
+        )
         return True
 
     def holds(self, row: int) -> bool:
@@ -243,7 +254,7 @@ class PaddedCache:
         starts = [end - lengths.get(row, 0) for row in rows]
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = self._empty(shape, len(rows), columns)
+            keys, values = empty_layer(shape, len(rows), columns, self._device)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 width = max(lengths[row] for row in mine)
@@ -255,7 +266,17 @@ class PaddedCache:
                 old.layers[layer] = (keys[:0], values[:0])
         crossed = self._crossed(rows, parts, sources) if parts and self._crosses else []
         states = self._joined_states(rows, parts) if parts else self._nothing
-        return Group(rows, starts, end, columns, layers, sources, crossed, states, self._make_cache)
+        return Group(
+            rows=rows,
+            starts=starts,
+            end=end,
+            columns=columns,
+            layers=layers,
+            sources=sources,
+            crossed=crossed,
+            states=states,
+            make_cache=self._make_cache,
+        )
 
     @property
     def _nothing(self) -> list[States]:
@@ -288,7 +309,7 @@ class PaddedCache:
         longest = max(sources)
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = self._empty(shape, len(rows), longest)
+            keys, values = empty_layer(shape, len(rows), longest, self._device)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 for new, kept in zip((keys, values), old.crossed[layer], strict=True):
@@ -296,12 +317,6 @@ class PaddedCache:
                     new[to, :, :width] = kept[at, :, :width]
             layers.append((keys, values))
         return layers
-
-    def _empty(self, shape: LayerShape, rows: int, columns: int) -> KeysAndValues:
-        """Allocate zeros: padding is masked, but NaN times a weight of 0 is NaN."""
-        size = (rows, shape.kv_heads, columns)
-        keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=self._device)
-        return keys, torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=self._device)
 
     def _parts(self, rows: Sequence[int]) -> list[tuple[Group, list[int]]]:
         """Find the groups that these rows are in now, and which rows have tokens in each."""

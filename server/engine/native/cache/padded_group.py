@@ -29,7 +29,7 @@ class Mark:
     states: list[States]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Group:
     """Rows that run together. Row i's tokens are in the columns `starts[i]:end`."""
 

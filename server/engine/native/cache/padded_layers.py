@@ -58,6 +58,14 @@ def states_nbytes(carried: Iterable[LayerStates], rows: int) -> int:
     return 2 * rows * sum(each.nbytes for each in carried)
 
 
+def empty_layer(shape: LayerShape, rows: int, columns: int, device: torch.device) -> KeysAndValues:
+    """Allocate a layer's keys and values as zeros: padding is masked, but NaN times a weight of 0
+    is NaN."""
+    size = (rows, shape.kv_heads, columns)
+    keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=device)
+    return keys, torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=device)
+
+
 class Written(Protocol):
     """What a layer reads and writes of the group that it belongs to."""
 

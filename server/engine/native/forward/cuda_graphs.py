@@ -12,11 +12,11 @@ from server.engine.native.forward.tracing import Forward
 
 
 class DecodeGraphs:
-    """Replays the decode step of up to `max_rows` rows without launching kernels one by one.
+    """Replays captured decode steps, so that kernels are not launched one by one.
 
-    The graph reads static buffers: tokens, positions, block tables, and the bank's row buffers,
-    which hold the batch's vectors. A batch between two sizes is padded with rows that write to
-    the scratch block. A new column in the bank makes the graphs stale; they are captured again.
+    A graph reads static buffers: tokens, positions, page tables, and the bank's row buffers, which
+    hold the batch's vectors. A batch between two sizes is padded with rows that write to the
+    scratch page. A new column in the bank invalidates the graphs, and they are captured again.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DecodeGraphs:
     def run(
         self, ids: abc.Sequence[int], decode: abc.Sequence[Chunk], slots: abc.Sequence[int]
     ) -> torch.Tensor:
-        """`[rows, vocab]` logits, valid until the next run."""
+        """Run a decode step. Returns logits `[rows, vocab]`, which are valid until the next run."""
         rows = len(decode)
         size = next(size for size in self._sizes if size >= rows)
         padding = size - rows

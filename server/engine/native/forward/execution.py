@@ -1,4 +1,4 @@
-"""How a base model is run: flat where that is exact, else padded."""
+"""Prepares a base model for the engine: flat if that is exact, else padded."""
 
 import logging
 import subprocess
@@ -26,8 +26,8 @@ from server.engine.native.forward.runner import FlatRunner, Modules, Runner
 from server.engine.native.forward.trace_cache import find_or_trace, key_of
 from server.engine.native.forward.tracing import Forward, NotTraced, TracedForward
 from server.engine.native.kernels.attention import Kernels, attention_kernels
+from server.engine.native.kernels.linear import Pack, linear_kernels
 from server.engine.native.kernels.operators import load_operators
-from server.engine.native.kernels.product import Pack, product_kernels
 from server.engine.native.model.norms import fuse_norms
 from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
 from server.engine.native.model.time_steps import limit_time_steps
@@ -35,19 +35,19 @@ from server.engine.native.model.time_steps import limit_time_steps
 log = logging.getLogger(__name__)
 
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose attention depends on nothing but the row's own keys."""
+"""Layer types whose attention depends only on the row's own keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """The two parts of the engine that depend on the model."""
+    """The parts of the engine that depend on the model: its KV cache and its runner."""
 
     kind: Literal["flat", "padded"]
     cache: KVCache
     runner: Runner
     compiled: bool = False
     whole_prompts: bool = False
-    """Whether a prompt is computed in one piece."""
+    """Whether a prompt must be computed in one step."""
 
 
 def prepare(
@@ -62,10 +62,12 @@ def prepare(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`trace_cache`: keep a flat model's trace there, and what was compared. `compile_cache`:
-    compile the model, and keep what was made there. None: do not. The bank is made anew.
+    """Prepare a model to run, and compare it with the plain model. The bank is made anew.
 
-    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
+    `trace_cache`: the folder for a flat model's trace and for the result of the comparison; None:
+    keep neither. `compile_cache`: compile the model and keep the result there; None: do not.
+
+    Raises DoesNotFit, and UnsupportedModel if the model is exact neither flat nor padded.
     """
     base = ia3.base
     kept = base.config._attn_implementation
@@ -81,7 +83,7 @@ def prepare(
         fidelity = Fidelity(
             ia3, tokenizer, decoder_start, max_model_len=max_model_len, max_rows=max_rows, kept=file
         )
-    except Exception as error:  # Whatever a model's code does.
+    except Exception as error:  # A model's code may raise anything.
         name = type(base).__name__
         raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
     try:
@@ -97,7 +99,7 @@ def prepare(
 
 
 def processor_of(device: torch.device) -> str:
-    """The kind of processor that computes there: another kind may round differently."""
+    """The model of a device's processor. Part of a cache key: others may round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability()
@@ -115,7 +117,7 @@ class _Asked:
 
 
 def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution:
-    """Raises UnsupportedModel where a flat batch would be computed wrongly."""
+    """Raises UnsupportedModel if a flat batch would give wrong results."""
     base = ia3.base
     _check_flat(base)
     context = install(base)
@@ -125,7 +127,7 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(f"{type(base).__name__} fails on a flat batch: {error}") from error
     kernels = _kernels(base.device, asked.pack, asked.compile_cache, shapes)
-    _lay_out(base, asked.pack, kernels.products, siblings, fidelity.read)
+    _optimise(base, asked.pack, kernels.linears, siblings, fidelity.read)
     _renew_bank(ia3)
     cache = make_flat_cache(
         shapes,
@@ -151,7 +153,7 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
         raise UnsupportedModel(f"in a flat batch {error}") from error
     _renew_bank(ia3)
     traced = _trace(ia3, context, modules, cache, asked.trace_cache, asked.compile_cache)
-    # What is compiled runs as it was traced now and then, so that both must be right.
+    # A compiled forward runs some batches by the traced forward, so both must be right.
     faithful = None
     for forward in _forwards(traced):
         what = "compiled" if isinstance(forward, CompiledForward) else "as traced"
@@ -163,7 +165,7 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
         faithful = forward
     is_compiled = isinstance(faithful, CompiledForward)
     if faithful is traced and is_compiled == (asked.compile_cache is not None):
-        # Else a later start may run the model in a way that was not compared now.
+        # Else a later start could run the model in a way that was not compared.
         fidelity.keep()
     if base.device.type != "cpu" and faithful is not traced:
         faithful = None
@@ -180,7 +182,7 @@ def _forwards(
 
 
 def _renew_bank(ia3: IA3Slots) -> None:
-    """As it is before any adapter: what was compared has left columns in it."""
+    """Replace the bank by an empty one, since the comparison has made columns in it."""
     ia3.unload()
     width = panel_width_of(ia3.base)
     if width is not None:
@@ -195,7 +197,7 @@ def _trace(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> TracedForward | CompiledForward | None:
-    """The model's forward without its modules, if it has such."""
+    """Trace and compile the model as far as possible. None: the model runs by its modules."""
     if compile_cache is None and ia3.base.device.type != "cpu":
         return None
     try:
@@ -219,9 +221,9 @@ def _trace(
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """None where they cannot or shall not be built."""
+    """Our kernels; empty if they cannot or shall not be compiled."""
 
-    products: Mapping[torch.dtype, Pack] = field(default_factory=dict)
+    linears: Mapping[torch.dtype, Pack] = field(default_factory=dict)
     attention: Kernels = field(default_factory=dict)
 
 
@@ -231,21 +233,21 @@ def _kernels(
     compile_cache: Path | None,
     shapes: Sequence[LayerShape] = (),
 ) -> _Kernels:
-    """`shapes`: the layers whose attention shall have kernels."""
+    """Compile or load our kernels. `shapes`: the layers that need attention kernels."""
     if compile_cache is None or device.type != "cpu":
         return _Kernels()
     cache = compile_cache.with_name("kernels")
     try:
-        products = product_kernels(cache) if pack else {}
+        linears = linear_kernels(cache) if pack else {}
         load_operators(cache)
-        return _Kernels(products, attention_kernels(shapes, cache))
+        return _Kernels(linears, attention_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
         return _Kernels()
 
 
 def _check_flat(model: PreTrainedModel) -> None:
-    """What the probe's one token cannot show. Raises UnsupportedModel."""
+    """Check what the probe's single token does not show. Raises UnsupportedModel."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} has an encoder")
@@ -267,8 +269,8 @@ def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Executi
     limit_time_steps(base)
     shapes, carried = probe_padded(ia3)
     can_continue = not any(each.count for each in carried) or continues_states(ia3, shapes, carried)
-    products = _kernels(base.device, asked.pack, asked.compile_cache).products
-    _lay_out(base, asked.pack, products, read=fidelity.read)
+    linears = _kernels(base.device, asked.pack, asked.compile_cache).linears
+    _optimise(base, asked.pack, linears, read=fidelity.read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
     cache = PaddedCache(
@@ -301,16 +303,16 @@ def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Executi
     return Execution("padded", cache, runner, whole_prompts=not can_continue)
 
 
-def _lay_out(
+def _optimise(
     model: PreTrainedModel,
     pack: bool,
-    products: Mapping[torch.dtype, Pack],
+    kernels: Mapping[torch.dtype, Pack],
     siblings: Sequence[Sequence[str]] = (),
     read: Collection[str] = (),
 ) -> None:
-    """Once: what is packed and fused already stays."""
+    """Fuse norms and pack linear layers, in place. Layers that are done already stay."""
     if model.device.type == "cpu":
         fuse_norms(model)
-    if pack and (layers := pack_linears(model, siblings, products, read)):
+    if pack and (layers := pack_linears(model, siblings, kernels, read)):
         which = "oneDNN" if panel_width_of(model) is None else "our kernel"
         log.info("Packed %d linear layers for %s.", layers, which)

@@ -1,4 +1,4 @@
-"""One step on the device: pack the rows' tokens into one flat forward, and return logits."""
+"""The flat runner: packs the tokens of a step into one flat forward and returns logits."""
 
 import inspect
 from collections import abc
@@ -22,25 +22,28 @@ from server.engine.native.sequences.step import Step
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a step computed."""
+    """The logits that a step computed."""
 
     sequences: list[Sequence]
-    """Those with all of their tokens computed: each takes its next one."""
+    """The sequences that are computed to their end: each takes its next token."""
     next_token: torch.Tensor
     """`[sequences, vocab]`."""
     prompts: list[tuple[Sequence, torch.Tensor]]
-    """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
+    """Sequences that score their prompts, with `[tokens, vocab]`: the logits of the next prompt
     tokens that have no score yet."""
     drafts: torch.Tensor | None = None
-    """`[positions, vocab]`: what follows each drafted row's latest token, and each drafted one."""
+    """`[positions, vocab]`: for each drafted row, the logits after its latest token and after each
+    drafted token."""
 
 
 class Runner(Protocol):
+    """Runs a model's forward for a step."""
+
     def run(self, step: Step) -> Logits: ...
 
 
 class FlatRunner:
-    """All rows' tokens as one `[1, tokens]` batch, on the engine's own keys and values."""
+    """Runs all rows' tokens as one `[1, tokens]` batch, on the engine's own KV cache."""
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class FlatRunner:
         traced: Forward | None,
         limits: Limits,
     ) -> None:
-        """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
+        """`traced`: runs instead of `modules` in steps whose adapters have no saved modules."""
         self._ia3 = ia3
         self._context = context
         self._cache = cache
@@ -70,7 +73,7 @@ class FlatRunner:
         pieces += [(d.sequence, [d.sequence.tokens[-1], *d.tokens]) for d in step.drafts]
         chunks = [Chunk(s.row, s.computed, len(tokens)) for s, tokens in pieces]
         slots = [slot_of(sequence) for sequence in step.decode]
-        # A captured graph knows the base's modules only, not those that adapters bring.
+        # A captured graph does not run the saved modules of adapters.
         captured = not chunks and not self._ia3.has_copies(slots)
         if self._graphs is not None and captured and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
@@ -102,7 +105,8 @@ class FlatRunner:
 
 
 class Modules:
-    """The forward by transformers' modules: `[index, vocab]`, logits after the tokens at `keep`."""
+    """The forward by transformers' modules. Returns `[index, vocab]`: the logits after the tokens
+    at the indices `keep`."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
@@ -119,15 +123,15 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The sequences whose logits a step must give, and where they stand in the flat batch."""
+    """The sequences whose logits a step needs, and their indices in the flat batch."""
 
     taking: list[Sequence]
     scoring: list[tuple[Sequence, int]]
     index: list[int]
     kept: list[Segment]
-    """The same as segments behind the decoding rows."""
+    """The entries of `index` after the decoding rows, as segments."""
     drafted: int
-    """The last of them: every token of the drafted rows."""
+    """How many of the last entries of `index` are tokens of drafted rows."""
 
     @classmethod
     def of(cls, step: Step) -> "_Wanted":

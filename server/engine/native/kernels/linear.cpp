@@ -1,8 +1,8 @@
-// Products of a linear layer with each token's IA3 vectors in them.
+// Linear layers that also apply each token's IA3 vectors.
 //
 // A weight [outputs, inputs] lies in panels of WIDTH outputs: [panel, inputs, WIDTH], where two
 // numbers in bfloat16 are one input. A tile of up to TALL tokens and WIDTH outputs stays in registers
-// while its inputs are summed up, one after the other, so that what a token gets depends neither on
+// while its inputs are summed up, one after the other, so that a token's result depends neither on
 // its batch nor on the number of threads.
 
 #include <omp.h>
@@ -16,36 +16,36 @@
 #include "tile.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__)
-// glibc has it for several numbers at once, but says so with -ffast-math only.
+// glibc has a vectorised expf, but declares it with -ffast-math only.
 #pragma omp declare simd notinbranch
 extern "C" float expf(float) noexcept;
 #endif
 
 namespace {
 
-constexpr int64_t INPUTS = 768;  // Of a panel at a time; more would not stay in the nearest cache.
-constexpr int64_t TOKENS = 48;   // At a time, likewise.
-constexpr int64_t FEW = 1 << 15; // Multiplications that are not worth a second thread.
+constexpr int64_t INPUTS = 768;  // Inputs of a panel at a time, so that they stay in the L1 cache.
+constexpr int64_t TOKENS = 48;   // Tokens at a time, likewise.
+constexpr int64_t FEW = 1 << 15; // Fewer multiplications are not worth a second thread.
 
 struct Weight {
   const Input* panels;
   const float* bias;  // Or null.
   int64_t outputs;
-  int64_t numbers;  // That a token has.
+  int64_t numbers;  // Of one token.
 
   int64_t inputs() const { return (numbers + TOGETHER - 1) / TOGETHER; }
   const Input* panel(int64_t output) const { return panels + output * inputs(); }
 };
 
-// The vectors of some columns, in panels as the weights are: [panel, entry, WIDTH]. A token's is in
-// entries[token].
+// The vectors that rescale the columns `start` to `stop`, in panels as the weights are:
+// [panel, entry, WIDTH]. entries[token] is the entry of a token's vector.
 struct Rescaling {
   const float* panels;
   int64_t count;  // Of a panel's entries.
   const int64_t* entries;
   int64_t start, stop;
 
-  // Of a token, from its number `j` to the panel's end.
+  // A token's vector from column `j` to the end of the panel; `j` counts from `start`.
   const float* at(int64_t token, int64_t j) const {
     return panels + (j / WIDTH * count + entries[token]) * WIDTH + j % WIDTH;
   }
@@ -55,15 +55,15 @@ struct Scales {
   const Rescaling* input;    // Or null.
   const Rescaling* outputs;  // `count` of them.
   int64_t count;
-  const Rescaling* gated;  // Of what a gate lets through; or null.
+  const Rescaling* gated;  // Of the gated output; or null.
 };
 
-// Sums as a Number can hold them.
+// Rounds sums to what a Number can hold.
 void round_sums(float* sums, int64_t count) {
   for (int64_t n = 0; n < count; ++n) sums[n] = rounded(sums[n]);
 }
 
-// The sums [tokens, WIDTH] of outputs from `left` on, for some tokens.
+// Rescales the sums [tokens, WIDTH] of the outputs from `left` on.
 void rescale(float* sums, int64_t from, int64_t to, int64_t left, const Rescaling& by) {
   const int64_t start = std::max(left, by.start), stop = std::min(left + WIDTH, by.stop);
   for (int64_t token = from; token < to && start < stop; ++token) {
@@ -78,12 +78,12 @@ void rescale(float* sums, int64_t from, int64_t to, int64_t left, const Rescalin
   }
 }
 
-// Outputs `left` to `right`, whose vectors are wanted soon; `first`: the block's first token.
+// The vectors of outputs `left` to `right` that a tile prefetches; `first`: the block's first token.
 struct Wanted {
   const Rescaling* rescaled;
   int64_t count, first, left, right;
 
-  // Those of some tokens.
+  // Adds the vectors of some tokens.
   void add(int64_t from, int64_t to, Ahead& ahead) const {
     for (int64_t n = 0; n < count; ++n) {
       const int64_t start = std::max(left, rescaled[n].start);
@@ -101,8 +101,8 @@ void multiply(const Input* x, int64_t tokens, const Input* panel, int64_t inputs
   for (int64_t i = 0; i < inputs; i += INPUTS) {
     const int64_t some = std::min(INPUTS, inputs - i);
     const Input* part = panel + i * WIDTH;
-    // Each of several tiles asks for its share of the next panel; a single one for what it will
-    // read itself.
+    // Each of several tiles prefetches its share of the next panel. A single tile prefetches what
+    // it will read itself.
     const int64_t step = WIDTH * sizeof(Input) / tiles;
     const char* next = (const char*)(part + (tiles == 1 ? 64 : inputs) * WIDTH);
     for (int64_t n = 0; n < tiles; ++n) {
@@ -115,7 +115,7 @@ void multiply(const Input* x, int64_t tokens, const Input* panel, int64_t inputs
   }
 }
 
-// Some tokens, rescaled and filled up to whole inputs, in memory that this thread keeps.
+// Rescales some tokens and pads them to whole inputs, in memory that this thread keeps.
 const Number* prepared(const Number* x, int64_t from, int64_t to, const Weight& weight,
                        const Rescaling* by) {
   const int64_t numbers = weight.numbers, wide = weight.inputs() * TOGETHER;
@@ -138,8 +138,7 @@ const Number* prepared(const Number* x, int64_t from, int64_t to, const Weight& 
   return kept.data();
 }
 
-// What a layer gives of the sums of outputs from `left` on, and its vectors make of that; not yet
-// rounded.
+// Adds the bias to the sums of outputs from `left` on and rescales them. The result is not rounded.
 void finish(float* sums, int64_t from, int64_t to, int64_t left, const Weight& weight,
             const Scales& scales) {
   const int64_t right = std::min(left + WIDTH, weight.outputs);
@@ -154,7 +153,7 @@ void finish(float* sums, int64_t from, int64_t to, int64_t left, const Weight& w
   }
 }
 
-// Panel p for some tokens.
+// Computes panel p for some tokens.
 void compute(const Weight& weight, const Input* in, Number* y, int64_t from, int64_t to, int64_t p,
              const Scales& scales) {
   const int64_t left = p * WIDTH, right = std::min(left + WIDTH, weight.outputs);
@@ -166,7 +165,7 @@ void compute(const Weight& weight, const Input* in, Number* y, int64_t from, int
     std::copy_n(sums + (token - from) * WIDTH, right - left, y + token * weight.outputs + left);
 }
 
-// Panel p of the first half of the outputs, as a gate for the same panel of the second half.
+// Computes panel p of the first half of the outputs as a gate for that panel of the second half.
 void compute_gated(const Weight& weight, const Input* in, Number* y, int64_t from, int64_t to,
                    int64_t p, const Scales& scales) {
   static const std::vector<float> ones(WIDTH, 1.0f);
@@ -192,13 +191,13 @@ void compute_gated(const Weight& weight, const Input* in, Number* y, int64_t fro
   }
 }
 
-// A panel for a block of tokens.
+// The unit of work: a panel for a block of tokens.
 struct Piece {
   int64_t block, panel;
 };
 
-// A thread's pieces, next to each other in memory. A thread that has none left takes others': the
-// system may have given their core to somebody else.
+// The pieces of one thread. A thread that has none left takes pieces of others, whose cores the
+// system may have given to another process.
 struct alignas(64) Share {
   int64_t first_block, last_block, first_panel, last_panel;
   std::atomic<int64_t> taken{0};
@@ -212,7 +211,7 @@ struct alignas(64) Share {
   }
 };
 
-// Threads divide the panels among them, and the tokens too once there are few panels for each.
+// Divides panels among threads, and tokens too if there are few panels for each thread.
 std::vector<Share> divide(int64_t blocks, int64_t panels, int64_t threads) {
   const int64_t across = std::clamp<int64_t>(panels / 4, 1, threads), down = threads / across;
   std::vector<Share> shares(across * down);
@@ -230,9 +229,9 @@ std::vector<Share> divide(int64_t blocks, int64_t panels, int64_t threads) {
 
 extern "C" int64_t panel_width() { return WIDTH; }
 
-// y[tokens, outputs] = (x * input) * weight + bias, spans of it rescaled by `outputs`.
-// `gate`: silu(the first half of the outputs) * the second half * gated, y[tokens, outputs / 2].
-extern "C" void product(const Weight* weight, const Number* x, int64_t tokens, Number* y,
+// y[tokens, outputs] = (x * input) * weight + bias, with columns rescaled by `outputs`.
+// With `gate`, y[tokens, outputs / 2] = silu(first half of the outputs) * second half * gated.
+extern "C" void linear(const Weight* weight, const Number* x, int64_t tokens, Number* y,
                         const Scales* scales, int gate, int threads) {
   const int64_t panels = (weight->outputs + WIDTH - 1) / WIDTH / (gate ? 2 : 1);
   const int64_t blocks = (tokens + TOKENS - 1) / TOKENS;
@@ -242,7 +241,7 @@ extern "C" void product(const Weight* weight, const Number* x, int64_t tokens, N
 #pragma omp parallel num_threads(threads)
   {
     const Number* in = nullptr;
-    int64_t held = -1;  // The block whose inputs `in` has.
+    int64_t held = -1;  // The block whose inputs are in `in`.
     for (size_t n = 0; n < shares.size(); ++n) {
       Share& share = shares[(omp_get_thread_num() + n) % shares.size()];
       for (Piece piece; share.take(piece);) {

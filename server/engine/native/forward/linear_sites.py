@@ -1,4 +1,4 @@
-"""Where a traced forward meets linear layers: what they make of their input, adapters and all."""
+"""Linear layers in traced forwards: they compute base layer, adapters' scales and fused gate."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,34 +10,35 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters.model.layer import IA3Layer, Scale, Wrapper
-from server.engine.native.kernels.product import KernelProduct, Scales
+from server.engine.native.kernels.linear import KernelLinear, Scales
 from server.engine.native.model.packing import PackedLinear, PackedSibling, Siblings
 
 _LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
 
 
 @dataclass(frozen=True)
-class Seam:
-    """Where the model has a linear layer. Adapters wrap it later."""
+class LinearSite:
+    """The module attribute that holds a linear layer, which adapters may wrap later."""
 
     owner: nn.Module
     attribute: str
 
     @property
     def layer(self) -> nn.Module:
-        """As it stands now, without the modules that some adapters bring instead."""
+        """The layer as it is wrapped now, without the saved modules of adapters."""
         layer: nn.Module = getattr(self.owner, self.attribute)
         while isinstance(layer, Wrapper) and layer.outermost:
             layer = layer.base_layer
         return layer
 
 
-def seams_of(owner: nn.Module) -> Iterator[Seam]:
+def linear_sites(owner: nn.Module) -> Iterator[LinearSite]:
+    """Find all linear layers below a module."""
     for attribute, child in owner.named_children():
         if isinstance(innermost(child), _LINEAR):
-            yield Seam(owner, attribute)
+            yield LinearSite(owner, attribute)
         else:
-            yield from seams_of(child)
+            yield from linear_sites(child)
 
 
 def innermost(module: nn.Module) -> nn.Module:
@@ -56,57 +57,58 @@ def siblings_of(layer: nn.Module) -> Siblings | None:
     return linear.siblings if isinstance(linear, PackedSibling) else None
 
 
-class Product:
-    """What one linear layer, or several that are packed as one, make of their input."""
+class TracedLinear:
+    """One node of a traced graph: a linear layer, or several that are packed as one."""
 
-    __name__ = "product"
+    __name__ = "traced_linear"
 
-    def __init__(self, seams: Sequence[Seam], *, owns_input: bool = False) -> None:
-        """`owns_input`: nobody else reads it."""
-        self._seams = seams
+    def __init__(self, sites: Sequence[LinearSite], *, owns_input: bool = False) -> None:
+        """`owns_input`: no other node reads the input, so that it may be rescaled in place."""
+        self._sites = sites
         self.owns_input = owns_input
         self._input_rescaled = False
-        """It comes with this layer's vectors in it."""
-        self._reader: Seam | None = None
+        """Whether the node before has applied this layer's input scale."""
+        self._reader: LinearSite | None = None
+        """The layer whose input scale this node applies to its gated output."""
         self.gates = False
+        """Whether the output is `silu(first) * second` of two layers."""
 
     @property
-    def kernel(self) -> KernelProduct | None:
-        """What computes it, if that is a kernel of ours."""
-        layer = innermost(self._seams[0].layer)
+    def kernel(self) -> KernelLinear | None:
+        """Our kernel, if it computes the layers."""
+        layer = innermost(self._sites[0].layer)
         packed = layer.siblings if isinstance(layer, PackedSibling) else layer
-        product = packed.product if isinstance(packed, (PackedLinear, Siblings)) else None
-        return product if isinstance(product, KernelProduct) else None
+        linear = packed.linear if isinstance(packed, (PackedLinear, Siblings)) else None
+        return linear if isinstance(linear, KernelLinear) else None
 
     @property
     def columns(self) -> list[slice]:
-        """Of each layer's outputs, side by side; or of what a gate gives, which is as wide as the
-        first."""
+        """The output columns of each layer; with a gate, the columns of its one output."""
         return self._outputs[:1] if self.gates else self._outputs
 
     @property
     def can_gate(self) -> bool:
-        """Whether its kernel makes `silu(first) * second` of two layers."""
-        return len(self._seams) == 2 and self.kernel is not None and self.kernel.can_gate
+        """Whether the kernel can compute `silu(first) * second` of two layers."""
+        return len(self._sites) == 2 and self.kernel is not None and self.kernel.can_gate
 
-    def gate(self, reader: "Product | None") -> None:
-        """Make that in a compiled forward; for a `reader`, the only one, with its layer's vectors
-        in it."""
+    def gate(self, reader: "TracedLinear | None") -> None:
+        """Compute the gate too, in a compiled forward. If `reader` is the only node that reads the
+        output, apply its layer's input scale as well."""
         self.gates = True
-        if reader is not None and reader.kernel is not None and len(reader._seams) == 1:
-            [self._reader] = reader._seams
+        if reader is not None and reader.kernel is not None and len(reader._sites) == 1:
+            [self._reader] = reader._sites
             reader._input_rescaled = True
 
     @cached_property
     def _outputs(self) -> list[slice]:
-        layer = self._seams[0].layer
+        layer = self._sites[0].layer
         siblings = siblings_of(layer)
         return [slice(0, width_of(innermost(layer)))] if siblings is None else siblings.columns
 
     def scales(self) -> Scales | None:
-        """What its kernel is to rescale in this batch; None where it cannot: adapters rescale the
-        input of some of the layers only."""
-        return self._scales_of([seam.layer for seam in self._seams])
+        """The scales that the kernel applies in the running batch. None: it cannot, because
+        adapters rescale the input of only some of the packed layers."""
+        return self._scales_of([site.layer for site in self._sites])
 
     def _scales_of(self, layers: Sequence[nn.Module]) -> Scales | None:
         inputs = [_input_scale(layer) for layer in layers]
@@ -121,17 +123,17 @@ class Product:
         return Scales(given, taken, gated)
 
     def __call__(self, x: torch.Tensor) -> Any:
-        """The layer's output, or those of all layers."""
+        """Compute the layer's output, or a sequence of all layers' outputs."""
         return self.bind()(x)
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as one tensor that nobody else has."""
-        made = self(x)
-        return made if isinstance(made, torch.Tensor) else torch.cat(tuple(made), -1)
+        """Compute all layers' outputs as one new tensor."""
+        outputs = self(x)
+        return outputs if isinstance(outputs, torch.Tensor) else torch.cat(tuple(outputs), -1)
 
     def bind(self) -> Callable[[torch.Tensor], Any]:
-        """Itself, for as long as no adapter wraps another layer."""
-        layers = [seam.layer for seam in self._seams]
+        """A faster function for `__call__`, valid until adapters wrap or unwrap a layer."""
+        layers = [site.layer for site in self._sites]
         siblings = siblings_of(layers[0])
         kernel = self.kernel
         if siblings is not None:
@@ -141,10 +143,10 @@ class Product:
         return _alone(layers[0], self.owns_input)
 
     def _by_kernel(
-        self, layers: Sequence[nn.Module], kernel: KernelProduct, x: torch.Tensor
+        self, layers: Sequence[nn.Module], kernel: KernelLinear, x: torch.Tensor
     ) -> torch.Tensor:
         scales = self._scales_of(layers)
-        assert scales is not None, "a layer that is alone can be rescaled on both sides"
+        assert scales is not None, "the kernel can rescale a single layer on both sides"
         return kernel(x, scales)
 
     def _together(
@@ -153,9 +155,9 @@ class Product:
         scales = self._scales_of(layers)
         if scales is None:
             return [layer(x) for layer in layers]
-        if isinstance(siblings.product, KernelProduct):
-            return siblings.product(x, scales).split_with_sizes(siblings.widths, -1)
-        y = siblings.product(x)
+        if isinstance(siblings.linear, KernelLinear):
+            return siblings.linear(x, scales).split_with_sizes(siblings.widths, -1)
+        y = siblings.linear(x)
         for columns, scale in scales.outputs:
             scale.scale_(y[..., columns])
         return y.split_with_sizes(siblings.widths, -1)
@@ -163,7 +165,7 @@ class Product:
 
 def _alone(layer: nn.Module, owns_input: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     base = layer.base_layer if isinstance(layer, IA3Layer) else layer
-    inner = base.product if isinstance(base, PackedLinear) else base
+    inner = base.linear if isinstance(base, PackedLinear) else base
     if not isinstance(layer, IA3Layer):
         return inner
     return partial(layer.around, inner, in_place=owns_input)

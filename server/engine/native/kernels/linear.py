@@ -1,8 +1,7 @@
-"""Products of linear layers as a kernel in C++, with each token's IA3 vectors in them.
+"""Linear layers by our own kernel in C++, which also applies each token's IA3 vectors.
 
-For a batch of decoding rows oneDNN reaches half of what two cores can compute, and the vectors took
-operators of their own. No library multiplies a batch whose rows have vectors of their
-own.
+For a batch of decoding rows, oneDNN reaches half of the speed of two cores, and the vectors need
+more operators. No library has a GEMM whose rows are rescaled by vectors of their own.
 """
 
 import ctypes
@@ -20,17 +19,19 @@ from server.engine.native.kernels.build import NUMBERS, load_kernel
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
 _INPUT_BYTES = 4
-"""The kernel reads so much of a token at a time: two numbers in bfloat16."""
+"""The kernel reads this much of a token at a time: two numbers in bfloat16."""
 
-Product = Callable[[torch.Tensor], torch.Tensor]
-"""`[..., inputs]` to `[..., outputs]`: a linear layer's weight and bias, in their own layout."""
-Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
-"""From a weight `[outputs, inputs]` and a bias."""
+Linear = Callable[[torch.Tensor], torch.Tensor]
+"""A linear layer whose weight and bias are packed: `[..., inputs]` to `[..., outputs]`."""
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+"""Packs a weight `[outputs, inputs]` and a bias."""
 Rescaled = tuple[slice, Scale]
-"""Columns of a product, and how they are rescaled."""
+"""Output columns of a linear layer, and the scale that is applied to them."""
 
 
 class _Weight(ctypes.Structure):
+    """The struct `Weight` of `linear.cpp`."""
+
     _fields_ = (
         ("panels", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -40,6 +41,8 @@ class _Weight(ctypes.Structure):
 
 
 class _Rescaling(ctypes.Structure):
+    """The struct `Rescaling` of `linear.cpp`."""
+
     _fields_ = (
         ("panels", ctypes.c_void_p),
         ("count", ctypes.c_int64),
@@ -58,18 +61,20 @@ class _Rescaling(ctypes.Structure):
 
 
 class Scales(NamedTuple):
-    """What rescales a product: scales by token."""
+    """The scales that a linear layer applies, each by token."""
 
     input: Scale | None = None
     outputs: tuple[Rescaled, ...] = ()
     gated: Scale | None = None
-    """Rescales what the gate lets through."""
+    """Applied to the output of the gate; see `KernelLinear.__call__`."""
 
 
 _UNSCALED = Scales()
 
 
 class _Scales(ctypes.Structure):
+    """The struct `Scales` of `linear.cpp`, which is written only when the scales change."""
+
     _fields_ = (
         ("input", ctypes.POINTER(_Rescaling)),
         ("outputs", ctypes.POINTER(_Rescaling)),
@@ -90,7 +95,7 @@ class _Scales(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """`operators.cpp` reads it."""
+    """The struct `LinearCall` of `operators.cpp`."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -99,10 +104,10 @@ class _Call(ctypes.Structure):
     )
 
 
-class KernelProduct:
-    """`(x * input) @ weight.T + bias`, of which some columns are rescaled.
+class KernelLinear:
+    """A linear layer by our kernel: `(x * input) @ weight.T + bias`, some columns rescaled.
 
-    In bfloat16 it is rounded where PEFT's layers round, and sums are float32. What a token gets
+    Sums are float32. In bfloat16 the kernel rounds where PEFT's layers round. A token's result
     depends neither on its batch nor on the number of threads.
     """
 
@@ -116,21 +121,22 @@ class KernelProduct:
         self.panel_width = width
         inputs = padded.view(-1, width, padded.shape[1] // together, together)
         self._panels = inputs.transpose(1, 2).contiguous()
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        bias_at = None if self._bias is None else self._bias.data_ptr()
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        bias_at = None if self.bias is None else self.bias.data_ptr()
         self.weight = _Weight(self._panels.data_ptr(), bias_at, self.outputs, self.inputs)
-        self.function = library.product
+        self.function = library.linear
         self._scales = _Scales()
 
     @property
     def can_gate(self) -> bool:
-        """Whether it has panels for two equal halves."""
+        """Whether the columns are two equal halves of whole panels."""
         return self.outputs % (2 * self.panel_width) == 0
 
     def __call__(
         self, x: torch.Tensor, scales: Scales = _UNSCALED, *, gate: bool = False
     ) -> torch.Tensor:
-        """`gate`: `silu(first half) * second half` of the product, by columns; see `can_gate`."""
+        """Compute the layer. With `gate`, return `silu(first half) * second half` of its columns;
+        see `can_gate`."""
         assert x.dtype == self._panels.dtype
         self._scales.set(scales, self.weight)
         if not x.is_contiguous():
@@ -143,14 +149,14 @@ class KernelProduct:
         return y
 
 
-class ProductCall:
-    """A product with scales of its own, for `torch.ops.infuse.product`."""
+class LinearCall:
+    """One use of a layer, with its own scales, for `torch.ops.infuse.kernel_linear`."""
 
-    def __init__(self, product: KernelProduct) -> None:
-        self._product = product
+    def __init__(self, linear: KernelLinear) -> None:
+        self._linear = linear
         self._scales = _Scales()
-        function = ctypes.cast(product.function, ctypes.c_void_p)
-        pointers = ctypes.pointer(product.weight), ctypes.pointer(self._scales)
+        function = ctypes.cast(linear.function, ctypes.c_void_p)
+        pointers = ctypes.pointer(linear.weight), ctypes.pointer(self._scales)
         self._call = _Call(function, *pointers)
 
     @property
@@ -158,25 +164,27 @@ class ProductCall:
         return ctypes.addressof(self._call)
 
     def rescale(self, by: Scales) -> None:
-        self._scales.set(by, self._product.weight)
+        self._scales.set(by, self._linear.weight)
 
 
 def _array(rescalings: Sequence[_Rescaling]) -> "ctypes.Array[_Rescaling] | None":
     return (_Rescaling * len(rescalings))(*rescalings) if rescalings else None
 
 
-def product_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
-    """What packs a layer for a kernel. Raises what `load_kernel` does."""
-    return {dtype: partial(KernelProduct, _load(flags, cache)) for dtype, flags in NUMBERS.items()}
+def linear_kernels(cache: Path) -> Mapping[torch.dtype, Pack]:
+    """For each dtype with a kernel, the function that packs a layer for it. Raises what
+    `load_kernel` does."""
+    return {dtype: linear_kernel(flags, cache) for dtype, flags in NUMBERS.items()}
 
 
-def _load(flags: Sequence[str], cache: Path) -> ctypes.CDLL:
+def linear_kernel(flags: Sequence[str], cache: Path) -> Pack:
+    """The kernel that these compiler flags give. Raises what `load_kernel` does."""
     library = load_kernel(_SOURCE, flags, cache)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.product.argtypes = [
+    library.linear.argtypes = [
         *(ctypes.POINTER(_Weight), pointer, number, pointer),
         *(ctypes.POINTER(_Scales), ctypes.c_int, ctypes.c_int),
     ]
-    library.product.restype = None
+    library.linear.restype = None
     library.panel_width.restype = number
-    return library
+    return partial(KernelLinear, library)
