@@ -272,7 +272,7 @@ class Residency:
         self._clear()
         slot = self._free.pop()
         try:
-            # Most take a few hundred kilobytes of host memory, and only this thread uses slots.
+            # Under the mutex: most copies take a few hundred kilobytes, and no other thread copies.
             self._slots.fill_slot(slot, content.vectors)
         except BaseException:
             self._free.append(slot)
