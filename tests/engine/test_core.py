@@ -1,5 +1,6 @@
 """The core is one synchronous object: what is added ends within the steps that the caller makes."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from server.engine.native.core import EngineCore
 from server.engine.native.scheduling.scheduler import Scheduler
 from tests.engine.harness import Oracle
 from tests.factories import panic, tiny_model, tiny_tokenizer
+from tests.way import Way
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "internals" / "architecture.md"
 
 
 class Cores:
@@ -103,6 +108,21 @@ def test_a_cancelled_request_ends_with_the_next_step_wherever_it_is(cores: Cores
     assert reasons(outputs) == cancelled
     assert reasons(cores.run()) == {"runs on": FinishReason.LENGTH}
     assert cores.registry.stats().leases == 0
+
+
+def test_a_step_passes_the_files_that_the_architecture_page_lists_and_returns_to_none(
+    cores: Cores,
+) -> None:
+    listed = re.findall(r"^\| `native/([\w/]+\.py)` \|", PAGE.read_text(), re.MULTILINE)
+    cores.core.add(cores.request("a", 5, 6, adapter=True))
+    cores.core.add(cores.request("b", 5))
+    cores.core.step()
+    way = Way(ROOT / "server" / "engine" / "native", "core.py")
+    with way.followed():
+        cores.core.step()
+
+    assert ["core.py", *way.stages] == listed
+    assert len(listed) == len(set(listed)) <= 8
 
 
 def test_an_idle_core_has_nothing_to_do_and_says_nothing(cores: Cores) -> None:
