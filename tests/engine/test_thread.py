@@ -13,7 +13,7 @@ from server.engine.native.sequences import sequence
 from server.engine.native.sequences.detokenizer import Detokenizer
 from server.engine.native.sequences.sequence import Sequence
 from tests.engine.harness import Harness
-from tests.engine.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
+from tests.engine.sequences.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
 from tests.factories import byte_fallback_tokenizer, panic, tiny_model
 
 FALLBACK = byte_fallback_tokenizer()

@@ -16,7 +16,7 @@ from server.engine.native.forward.execution import processor_of
 from server.engine.native.forward.trace_cache import find_or_trace, key_of, sources
 from server.engine.native.forward.tracing import NotTraced
 from server.engine.native.kernels.linear import Pack
-from tests.engine.test_tracing import FLAT, assert_equal, prepared
+from tests.engine.forward.test_tracing import FLAT, assert_equal, prepared
 from tests.factories import tiny_model
 
 
@@ -113,7 +113,7 @@ def test_a_model_with_hooks_finds_no_trace_either(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_depends_on_all_code_of_the_engine_and_of_the_adapters() -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     rooms = (root / "adapters", root / "server" / "engine")
     code = {file for room in rooms for end in ("py", "cpp", "h") for file in room.rglob(f"*.{end}")}
 

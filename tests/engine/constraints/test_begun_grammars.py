@@ -12,8 +12,8 @@ from server.api.tool_schemas import Tool
 from server.engine import FinishReason, GenerationRequest, SamplingParams
 from server.engine.constraints.grammars import Grammar, Grammars
 from server.engine.native.sequences.sequence import Sequence
+from tests.engine.constraints.test_constraints import END, compiled, reaches
 from tests.engine.harness import Harness
-from tests.engine.test_constraints import END, compiled, reaches
 from tests.factories import TOKENS, tiny_tokenizer
 
 Start = Callable[..., Harness]
