@@ -71,7 +71,7 @@ def _caller(frame: FrameType) -> str | None:
 
 @pytest.fixture
 def trace(model_folder: Path, tmp_path: Path) -> Trace:
-    """Of one chat request, which is answered on the test's own thread."""
+    """The trace of one chat request, which is answered on the test's own thread."""
     app = create_app(Settings(model=str(model_folder), adapters_dir=tmp_path / "store"))
     trace = Trace()
 
