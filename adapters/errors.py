@@ -1,4 +1,4 @@
-"""What can go wrong with an adapter.
+"""The errors that this package raises on purpose.
 
 AdapterError
 ├── InvalidAdapter       an upload that must not be served; carries every fault found
@@ -14,24 +14,24 @@ AdapterError
 ├── CannotMerge          the base's files cannot be merged, or the result is not finite
 ├── UnknownMerge         no merge of that id
 ├── MergeNotDone         the merge has no result, or none yet
-├── TooManyMerges        one more would wait too long
+├── TooManyMerges        too many merges wait already
 ├── WrongCall            IA3Model cannot do that now, or not with these values; a ValueError
 ├── WrongType            IA3Model was given something of another type; a TypeError
 ├── BaseNameTaken        an adapter has the name that the base model is to be served under
 ├── StoreLocked          another process owns the store's folder or bucket
 ├── StoreFull            the disk or the bucket has no room left
-├── StoreUnreachable     the bucket refuses or does not answer, or the folder was taken away
-├── TemplateRefused      a chat template does not take a conversation, or takes too long over it
-├── SandboxUnavailable   no limited process can be had for what an adapter brings
-├── StoreDamaged         the bucket has not, or not as it was, what was stored in it
+├── StoreUnreachable     the bucket refuses or does not answer, or the folder was removed
+├── TemplateRefused      a chat template refuses a conversation, or takes too long to render it
+├── SandboxUnavailable   no process is available to read an adapter's tokenizer or chat template
+├── StoreDamaged         files that were stored in the bucket are missing or changed
 └── SourceError          an adapter cannot be fetched from where it was published
-    ├── BadSource          the URL is none that this server reads
-    ├── SourceNotAllowed   the operator has not allowed that place
-    ├── SourceNotFound     there is no adapter at that place
-    ├── SourceRefused      the place does not let this server in
+    ├── BadSource          the URL has a form that this server does not read
+    ├── SourceNotAllowed   the operator has not allowed that source
+    ├── SourceNotFound     there is no adapter at that URL
+    ├── SourceRefused      the source denies this server access
     ├── SourceTooLarge     the files are larger than an upload may be
-    ├── SourceTimeout      it took too long
-    └── SourceFailed       the place answered something that cannot be worked with
+    ├── SourceTimeout      the files did not arrive in time
+    └── SourceFailed       the source failed, or its answer cannot be used
 """
 
 import math
@@ -52,9 +52,10 @@ class Fault:
 
 
 class AdapterError(Exception):
-    """Root of everything that this package raises on purpose.
+    """The root of all errors that this package raises on purpose.
 
-    What PEFT refuses with a ValueError or a TypeError is one here too, for code that catches it.
+    Where PEFT raises a ValueError or a TypeError, so does this package: code that catches PEFT's
+    errors catches these.
     """
 
 
@@ -147,7 +148,7 @@ class MergeNotDone(AdapterError):
 class TooManyMerges(AdapterError):
     def __init__(self, most: int, seconds: float) -> None:
         self.retry_after = min(max(math.ceil(seconds), 1), 3600)
-        """Whole seconds until the one that runs is likely to have ended."""
+        """Whole seconds until the running merge is likely to have ended."""
         super().__init__(
             f"{most} merges wait already; cancel some, or ask again in {self.retry_after} s."
         )
@@ -188,7 +189,7 @@ class TemplateRefused(AdapterError):
 class SandboxUnavailable(AdapterError):
     def __init__(self, reason: str) -> None:
         super().__init__(
-            "The process that reads adapters' own tokenizers and chat templates cannot be had "
+            "The process that reads adapters' own tokenizers and chat templates is not available "
             f"now ({reason}); try again."
         )
 
@@ -205,7 +206,7 @@ class BadSource(SourceError):
 class SourceNotAllowed(SourceError):
     def __init__(self) -> None:
         super().__init__(
-            "This server may not fetch from there: an operator must add the place to "
+            "This server may not fetch from there: an operator must add the URL to "
             "--source-prefixes (INFUSE_SOURCE_PREFIXES), or upload the adapter's files."
         )
 

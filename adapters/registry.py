@@ -1,4 +1,4 @@
-"""Which adapter a request gets: name -> revision -> vectors; and every change of an adapter."""
+"""The registry finds the adapter that a request names, and makes every change of an adapter."""
 
 import logging
 import threading
@@ -57,7 +57,7 @@ class Part:
 class RegistryStats(ResidencyStats):
     registered: int
     damaged: int
-    """Revisions whose stored files were found to be others than were stored."""
+    """Revisions whose files were found to differ from what was stored."""
 
 
 class AdapterRegistry:
@@ -76,8 +76,8 @@ class AdapterRegistry:
         tokenizer: PreTrainedTokenizerFast | None = None,
         host_bytes: int = 0,
     ) -> None:
-        """`reserved`: names that no adapter may take, the base's; the first of them is the one
-        that is served. `tokenizer`: the base's; without one, adapters' own are passed over.
+        """`reserved`: the base's names, which no adapter may take; the first is the served one.
+        `tokenizer`: the base's; without it, adapters' own tokenizers and templates are ignored.
         `host_bytes`: see `Residency`."""
         self._store = store
         self._modules = modules
@@ -109,8 +109,10 @@ class AdapterRegistry:
         return self._store.staging()
 
     def check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
-        """Everything that an upload must pass, and warnings. The whole modules among the vectors
-        have no values: they would have to be in memory."""
+        """Check everything that an upload must pass; return its vectors, and warnings.
+
+        Whole modules have shapes and no values: the check does not load them into memory.
+        """
         checkpoint = staged_checkpoint(staged)
         check_texts(checkpoint.config)
         vectors = effective_vectors(checkpoint, self._modules)
@@ -125,13 +127,13 @@ class AdapterRegistry:
         return vectors, [warning for warning in warnings if warning is not None]
 
     def check_name(self, name: str) -> None:
-        """Raises InvalidAdapter for what is no name, AdapterExists for the base's own."""
+        """Raises InvalidAdapter for a malformed name, AdapterExists for one of the base's names."""
         if any(name in (base, base.partition("@")[0]) for base in self._reserved):
             raise AdapterExists(name)
         check_name(name)
 
     def add(self, name: str, staged: Path, origin: Origin = UPLOADED) -> tuple[Revision, list[str]]:
-        """A new adapter, and warnings."""
+        """Store a new adapter; return its first revision, and warnings."""
         self.check_name(name)
         _, warnings = self.check(staged)
         return self._store.create(name, staged, origin), warnings
@@ -139,7 +141,7 @@ class AdapterRegistry:
     def replace(
         self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
     ) -> tuple[Revision, bool, list[str]]:
-        """The revision, whether it is new, and warnings."""
+        """Store a new revision; return the current one, whether anything changed, and warnings."""
         self._store.current(name)
         _, warnings = self.check(staged)
         with self._changing:
@@ -151,7 +153,7 @@ class AdapterRegistry:
     def roll_back(
         self, name: str, number: int, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, bool]:
-        """A new revision with an old content, and whether it is new."""
+        """Make an old content current; return the current revision, and whether it is new."""
         with self._changing:
             old = self._store.current(name)
             revision, changed = self._store.roll_back(name, number, if_match, by)
@@ -161,15 +163,17 @@ class AdapterRegistry:
     def describe(
         self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, Details]:
-        """The current revision and all details after the change. Raises TooManyPinned where no slot
-        would be left for other adapters."""
+        """Change an adapter's details; return the current revision and all details.
+
+        Raises TooManyPinned where no slot would be left for other adapters.
+        """
         with self._changing:
             current = self._store.current(name)
             if change.pinned and name not in self._kept:
                 most = self.residency.capacity - 1
                 if len(self._kept) >= most:
                     raise TooManyPinned(most)
-                # What cannot be read cannot be pinned, and nothing has changed then.
+                # First the read: where it raises, nothing has changed.
                 vectors = self.vectors(current)
                 changed = self._store.describe(name, change, if_match, by)
                 self._keep(current, vectors)
@@ -190,7 +194,10 @@ class AdapterRegistry:
         seed: int = 0,
         by: str | None = None,
     ) -> tuple[Revision, list[str]]:
-        """A new adapter out of others, and warnings. Raises AdapterExists, CombinedNotFinite."""
+        """Store a new adapter made of others; return it, and warnings.
+
+        Raises AdapterExists, CombinedNotFinite.
+        """
         self.check_name(name)
         if name in self._store:
             raise AdapterExists(name)
@@ -214,7 +221,7 @@ class AdapterRegistry:
         return revision, [*warnings, *recipe.warnings]
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
-        """Running requests finish; new ones do not find it."""
+        """Delete a name: running requests finish on it, new ones do not find it."""
         with self._changing:
             old = self._store.current(name)
             self._store.delete(name, if_match, by)
@@ -222,7 +229,7 @@ class AdapterRegistry:
             self.residency.retire(old.digest)
 
     def lease(self, model: str) -> Lease:
-        """A lease on what `name` is now, or on `name@number`."""
+        """Lease the current revision of `name`, or the revision `name@number`."""
         revision = self.resolve(model)
         vectors = self.residency.find(revision.digest)
         if vectors is None:
@@ -234,9 +241,9 @@ class AdapterRegistry:
         return self.residency.lease(revision.digest, _label(revision), vectors, vocabulary)
 
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
-        """A lease on several adapters at once: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
+        """Lease several adapters as one: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
 
-        Mixtures that do the same share a slot. Raises CombinedNotFinite.
+        Mixtures with equal vectors share a slot. Raises CombinedNotFinite.
         """
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
@@ -256,8 +263,10 @@ class AdapterRegistry:
     def mixture(
         self, parts: Sequence[Part], composition: Composition
     ) -> tuple[AdapterVectors, dict[str, Any]]:
-        """What `lease_mixture` leases, with its recipe, for one who needs no slot. One adapter with
-        weight 1 may bring whole modules."""
+        """Return the vectors that `lease_mixture` leases, and their recipe, without a lease.
+
+        A single adapter with weight 1 may bring whole modules.
+        """
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
         several = [self.vectors(revision) for revision in revisions]
@@ -265,7 +274,7 @@ class AdapterRegistry:
         return vectors, {"method": composition, "adapters": _ingredients(revisions, weights)}
 
     def resolve(self, model: str) -> Revision:
-        """The revision that `name` or `name@number` asks for."""
+        """Return the revision that `name` or `name@number` names."""
         name, at, number = model.partition("@")
         if at and not (number.isascii() and number.isdigit() and len(number) < 10):
             raise UnknownAdapter(model)
@@ -275,7 +284,7 @@ class AdapterRegistry:
         return revision
 
     def vectors(self, revision: Revision) -> AdapterVectors:
-        """A revision's vectors, from memory where they are there."""
+        """Return a revision's vectors, from memory where they are in memory."""
         found = self.residency.find(revision.digest)
         return self._read(revision) if found is None else found
 
@@ -285,14 +294,17 @@ class AdapterRegistry:
     def _vocabulary(
         self, revision: Revision, vectors: AdapterVectors, files: Callable[[Revision], Path]
     ) -> Vocabulary | None:
-        """The adapter's own, or None. `files` finds its files, where they must be read. Raises
-        InvalidAdapter where it no longer fits the base."""
+        """Return the tokenizer and template that the adapter brings, None where it brings none.
+
+        `files` returns the folder of the revision's files. Raises InvalidAdapter where they no
+        longer fit the base.
+        """
         if self._vocabularies is None:
             return None
         if self._vocabularies.knows(revision.digest):
             files = self._store.files
         vocabulary = self._vocabularies.find(revision.digest, files(revision), vectors.saved)
-        # Deleted since its name was looked up, it may have seemed to have no files.
+        # A revision that was deleted meanwhile seems to have no files: this raises then.
         self._store.revision(revision.name, revision.number)
         return vocabulary
 
@@ -317,7 +329,7 @@ class AdapterRegistry:
         )
 
     def _moved(self, old: Revision, new: Revision) -> None:
-        """A name has gone on from one revision to another, or to itself."""
+        """Bring the residency up to date after a name's current revision changed, or was mended."""
         if new.digest != old.digest or new.name not in self._kept:
             self._stop_keeping(old.name)
             if self._store.details(new.name).pinned:
@@ -326,12 +338,17 @@ class AdapterRegistry:
             self.residency.retire(old.digest)
 
     def _keep_if_whole(self, revision: Revision) -> None:
-        """A pinned adapter that is damaged, does not fit this base, or cannot be read now costs no
-        other adapter and no start. It is on the device again after it was stored anew."""
+        """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
+        log an error, so that the server starts; storing it anew puts it on the device again."""
         try:
             self._keep(revision, self.vectors(revision))
         except AdapterError as error:
-            log.error("%s@%d is not kept on the device: %s", revision.name, revision.number, error)
+            log.error(
+                "The pinned adapter %s@%d is not on the device: %s",
+                revision.name,
+                revision.number,
+                error,
+            )
 
     def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:
         self._kept[revision.name] = vectors

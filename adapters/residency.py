@@ -1,4 +1,4 @@
-"""Which vectors are in host memory and which of them in a slot on the device: leases and pins."""
+"""Residency: which vectors are in host memory, and which of them in a slot on the device."""
 
 import threading
 from collections import OrderedDict
@@ -13,11 +13,12 @@ from adapters.vocabulary.vocabulary import Vocabulary
 
 
 class SlotHolder(Protocol):
-    """What holds the vectors on the device: `IA3Slots`. Called on the model thread only."""
+    """The device's slots, as `IA3Slots` has them. Only the model thread calls `fill_slot` and
+    `clear_slot`."""
 
     @property
     def capacity(self) -> int:
-        """Slots are 1 to `capacity`; slot 0 is the base."""
+        """The number of slots for adapters, 1 to `capacity`; slot 0 is the base."""
         ...
 
     @property
@@ -31,9 +32,9 @@ class SlotHolder(Protocol):
 
 
 class Lease:
-    """Keeps vectors alive from the first to the last moment of a request.
+    """A lease keeps vectors in host memory from the first to the last moment of a request.
 
-    Whatever happens to their adapters meanwhile, the request finishes on them.
+    The request finishes on them even if their adapter is replaced or deleted meanwhile.
     """
 
     def __init__(
@@ -43,17 +44,17 @@ class Lease:
         vectors: AdapterVectors,
         vocabulary: Vocabulary | None,
     ) -> None:
-        """Made by `Residency.lease`."""
+        """`Residency.lease` makes leases; nothing else does."""
         self.label = label
-        """What was leased: `name@revision`, or how several were mixed."""
+        """The leased revision, `name@revision`, or the mixture."""
         self.vectors = vectors
         self.vocabulary = vocabulary
-        """None: the base's."""
+        """The tokenizer and chat template; None for the base's."""
         self._residency = residency
         self._released = False
 
     def again(self) -> "Lease":
-        """Another lease on the same vectors."""
+        """Return another lease on the same vectors."""
         assert not self._released
         return self._residency.lease(None, self.label, self.vectors, self.vocabulary)
 
@@ -77,62 +78,62 @@ class Lease:
 
 @dataclass(slots=True)
 class _Content:
-    """One effective vector set that is leased, kept or resident."""
+    """Vectors in host memory, and what uses them."""
 
     vectors: AdapterVectors
     keys: set[str] = field(default_factory=set)
-    """What resolves to it while it is in memory."""
+    """The keys by which `Residency.find` finds the vectors."""
     leases: int = 0
     pins: int = 0
     kept: int = 0
-    """How many names an operator keeps on the device with this content."""
+    """How many adapters with this content an operator has pinned to the device."""
     slot: int | None = None
     retired: bool = False
-    """Its adapter was deleted or replaced: the slot goes with the last lease."""
+    """The adapter was deleted or replaced: the last lease that ends frees the slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
     resident: int
     pinned: int
-    """Slots that a running row uses."""
+    """Slots that a running sequence uses."""
     leases: int
     swaps: int
-    """How many times a slot was filled."""
+    """How often a slot was filled."""
     saved_bytes: int
-    """Of the whole modules of resident adapters."""
+    """Bytes that the whole modules of resident adapters take on the device."""
     host_bytes: int
-    """Of vectors in host memory that nothing uses."""
+    """Bytes of host memory that vectors take which nothing uses."""
 
 
 class Residency:
-    """Owns leases, pins and slots. Slots go by content: adapters that do the same share one.
+    """Owns leases, pins and slots. Adapters with equal content share a slot.
 
     Any thread may lease; only the model thread pins, unpins and settles. Nothing here reads the
     disk. Resident vectors without a lease stay for the next request and are evicted, least recently
-    used first, when a slot is needed. They stay in host memory even then, within a budget: what is
-    asked for again is not read again.
+    used first, when a slot is needed. Evicted vectors stay in host memory, within a budget, so that
+    the next request need not read them from the disk.
     """
 
     def __init__(self, slots: SlotHolder, host_bytes: int = 0) -> None:
-        """`host_bytes`: for vectors that nothing uses."""
+        """`host_bytes`: how much host memory vectors may take that nothing uses."""
         self._slots = slots
         self._host_bytes = host_bytes
         self._mutex = threading.Lock()
         self._contents: dict[str, _Content] = {}
-        """By the digest of the vectors."""
+        """Digest of vectors -> the vectors, and what uses them."""
         self._by_key: dict[str, str] = {}
-        """Key of a leased thing -> digest of its vectors, while they are in memory."""
+        """Key of a revision or mixture -> digest of its vectors, while they are in memory."""
         self._resident: OrderedDict[str, int] = OrderedDict()
         """Digest -> slot, least recently used first."""
         self._unused: OrderedDict[str, None] = OrderedDict()
-        """Digests of what is in host memory only, without a lease: least recently used first."""
+        """Digests of vectors in host memory that nothing uses, least recently used first."""
         self._unused_bytes = 0
         self._free = list(range(slots.capacity, BASE_SLOT, -1))
         self._to_clear: list[int] = []
-        """Free slots that still hold whole modules, until the model thread comes by."""
+        """Free slots that still hold whole modules: the model thread clears them."""
         self._saved_bytes = 0
-        """Of the whole modules of all that is resident."""
+        """Bytes that the whole modules of resident adapters take."""
         self._leases = 0
         self._swaps = 0
         self._unsettled = False
@@ -147,11 +148,11 @@ class Residency:
 
     @property
     def host_capacity(self) -> int:
-        """Bytes of host memory for vectors that nothing uses."""
+        """How many bytes of host memory vectors may take that nothing uses."""
         return self._host_bytes
 
     def find(self, key: str) -> AdapterVectors | None:
-        """The vectors of a key, where they are in memory."""
+        """Return the vectors of a key, or None where they are not in memory."""
         with self._mutex:
             content = self._contents.get(self._by_key.get(key, ""))
             return None if content is None else content.vectors
@@ -163,7 +164,7 @@ class Residency:
         vectors: AdapterVectors,
         vocabulary: Vocabulary | None = None,
     ) -> Lease:
-        """`key` names the vectors for `find` as long as they are in memory."""
+        """Lease vectors. `find` returns them for `key` as long as they are in memory."""
         digest = vectors.digest
         with self._mutex:
             content = self._enter(key, digest, vectors)
@@ -173,24 +174,24 @@ class Residency:
             return Lease(self, label, content.vectors, vocabulary)
 
     def end_lease(self, vectors: AdapterVectors) -> None:
-        """Called by `Lease.release`."""
+        """End a lease: `Lease.release` calls this."""
         with self._mutex:
             self._leases -= 1
             content = self._contents[vectors.digest]
             content.leases -= 1
             assert content.leases > 0 or content.pins == 0, "a pinned slot has a lease"
-            self._let_go(content)
+            self._after_use(content)
 
     def retire(self, key: str) -> None:
-        """New requests will not ask for a key's vectors: their slot goes with the last lease."""
+        """Mark a key's vectors as no longer current: the last lease that ends frees their slot."""
         with self._mutex:
             content = self._contents.get(self._by_key.get(key, ""))
             if content is not None:
                 content.retired = True
-                self._let_go(content)
+                self._after_use(content)
 
     def keep(self, key: str, vectors: AdapterVectors) -> None:
-        """Hold vectors in a slot from the next step on, whether they are used or not."""
+        """Keep vectors in a slot from the next `settle` on, whether a request uses them or not."""
         digest = vectors.digest
         with self._mutex:
             self._enter(key, digest, vectors).kept += 1
@@ -200,11 +201,11 @@ class Residency:
         with self._mutex:
             content = self._contents[vectors.digest]
             content.kept -= 1
-            self._let_go(content)
+            self._after_use(content)
 
     def settle(self) -> None:
-        """Free what was evicted, and fill slots for what is kept; what finds them all in use is
-        tried again next time."""
+        """Clear the slots of evicted adapters, and fill slots for kept ones. Where all slots are in
+        use, the next call tries again."""
         if not self._unsettled and not self._to_clear:
             return
         with self._mutex:
@@ -215,8 +216,10 @@ class Residency:
             self._unsettled = not all(filled)
 
     def pin(self, lease: Lease) -> int | None:
-        """The slot of a lease's vectors, filled on first use; None where pinned ones leave no slot,
-        or no room for its whole modules."""
+        """Pin and return the slot of a lease's vectors, filled on first use.
+
+        Returns None where pinned slots leave no slot free, or no room for the whole modules.
+        """
         vectors = lease.vectors
         if vectors.is_base:
             return BASE_SLOT
@@ -229,7 +232,7 @@ class Residency:
             return content.slot
 
     def is_resident(self, lease: Lease) -> bool:
-        """Whether `pin` finds a slot with the lease's vectors."""
+        """Whether a slot holds the lease's vectors, so that `pin` fills none."""
         with self._mutex:
             return lease.vectors.is_base or self._contents[lease.vectors.digest].slot is not None
 
@@ -253,23 +256,23 @@ class Residency:
             )
 
     def _enter(self, key: str | None, digest: str, vectors: AdapterVectors) -> _Content:
-        """`digest`: the vectors'. A new one takes a while, and the model's thread would wait for it
-        if it were made under the mutex."""
+        """`digest` is the vectors'. Callers compute it before they take the mutex: the model thread
+        would wait for it."""
         content = self._contents.setdefault(digest, _Content(vectors))
-        self._take_out(content)
+        self._take_from_unused(content)
         if key is not None:
             content.keys.add(key)
             self._by_key[key] = digest
         return content
 
     def _fill(self, content: _Content, evict_kept: bool) -> bool:
-        """False: what is pinned or kept leaves no slot, or no room for whole modules."""
+        """Fill a slot; False where no slot, or no room for whole modules, can be made free."""
         if not self._make_room(content.vectors.saved_bytes, evict_kept):
             return False
         self._clear()
         slot = self._free.pop()
         try:
-            # Most take a few hundred kilobytes of host memory, and only this thread uses slots.
+            # Under the mutex: most copies take a few hundred kilobytes, and no other thread copies.
             self._slots.fill_slot(slot, content.vectors)
         except BaseException:
             self._free.append(slot)
@@ -281,34 +284,34 @@ class Residency:
         return True
 
     def _make_room(self, saved_bytes: int, evict_kept: bool) -> bool:
-        """Evict until there is a slot and room for so many bytes of whole modules.
+        """Evict until there is a slot, and room for so many bytes of whole modules.
 
-        `evict_kept`: where nothing else makes enough room, kept modules give way to a row's, so
-        that whatever was let in can run.
+        `evict_kept`: where nothing else makes enough room, kept adapters are evicted too, so that
+        every admitted sequence can run.
         """
-        leaving: list[_Content] = []
+        to_evict: list[_Content] = []
         if not self._free:
             first = next((content for content in self._idle() if not content.kept), None)
             if first is None:
                 return False
-            leaving.append(first)
+            to_evict.append(first)
         excess = self._saved_bytes + saved_bytes - self._slots.saved_capacity
-        excess -= sum(content.vectors.saved_bytes for content in leaving)
+        excess -= sum(content.vectors.saved_bytes for content in to_evict)
         if excess > 0:
             for content in sorted(self._idle(), key=lambda content: content.kept > 0):
-                may_go = content.vectors.saved and (evict_kept or not content.kept)
-                if excess > 0 and may_go and content not in leaving:
-                    leaving.append(content)
+                may_evict = content.vectors.saved and (evict_kept or not content.kept)
+                if excess > 0 and may_evict and content not in to_evict:
+                    to_evict.append(content)
                     excess -= content.vectors.saved_bytes
         if excess > 0:
             return False
-        for content in leaving:
+        for content in to_evict:
             self._evict(content)
-            self._rest(content)
+            self._set_aside(content)
         return True
 
     def _idle(self) -> Iterator[_Content]:
-        """What is resident and used by no row, least recently used first."""
+        """Resident vectors that no running sequence uses, least recently used first."""
         for digest in self._resident:
             content = self._contents[digest]
             if not content.pins:
@@ -327,32 +330,32 @@ class Residency:
         while self._to_clear:
             self._slots.clear_slot(self._to_clear.pop())
 
-    def _let_go(self, content: _Content) -> None:
+    def _after_use(self, content: _Content) -> None:
         if content.retired and not content.leases and not content.kept:
             self._evict(content)
-        self._rest(content)
+        self._set_aside(content)
 
-    def _rest(self, content: _Content) -> None:
-        """What nothing uses stays within the budget for host memory, but for what is retired."""
+    def _set_aside(self, content: _Content) -> None:
+        """Count vectors that nothing uses as unused, within their budget; forget retired ones."""
         if content.leases or content.kept or content.slot is not None:
             return
         if content.retired:
             self._forget(content)
             return
-        self._take_out(content)
+        self._take_from_unused(content)
         self._unused[content.vectors.digest] = None
         self._unused_bytes += content.vectors.nbytes
         while self._unused_bytes > self._host_bytes:
             self._forget(self._contents[next(iter(self._unused))])
 
-    def _take_out(self, content: _Content) -> None:
-        """Something uses it again, or nothing ever will."""
+    def _take_from_unused(self, content: _Content) -> None:
+        """Take vectors out of the unused ones: something uses them again, or they are forgotten."""
         if content.vectors.digest in self._unused:
             del self._unused[content.vectors.digest]
             self._unused_bytes -= content.vectors.nbytes
 
     def _forget(self, content: _Content) -> None:
-        self._take_out(content)
+        self._take_from_unused(content)
         del self._contents[content.vectors.digest]
         for key in content.keys:
             self._by_key.pop(key, None)

@@ -39,7 +39,7 @@ ROWS, PROMPT, STEPS = 32, 64, 128
 """As many steps as a strip of 128 tokens lasts: each row outgrows one once."""
 
 
-_KERNELS = {"infuse::product": "gemm", "infuse::attention": "attention"}
+_KERNELS = {"infuse::kernel_linear": "gemm", "infuse::kernel_attend": "attention"}
 """The adapters' vectors are in the products."""
 
 

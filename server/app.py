@@ -29,8 +29,6 @@ from adapters.storage.revision import Origin
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
-from server.api.streams import Streams
-from server.api.uploads import UploadBudget
 from server.auth import Authorize, Key, read_keys
 from server.engine.fair_turns import FairTurns
 from server.engine.model_files import cache_dir
@@ -43,6 +41,8 @@ from server.metrics import Metrics
 from server.openapi import Application
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
+from server.streams import Streams
+from server.uploads import UploadBudget
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from starlette.requests import Request
 
 from adapters.registry import AdapterRegistry
 from adapters.sources.sources import Sources
-from server.api.streams import Streams
-from server.api.uploads import UploadBudget
 from server.engine import Engine
 from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
 from server.metrics import Metrics
 from server.settings import Settings
+from server.streams import Streams
+from server.uploads import UploadBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

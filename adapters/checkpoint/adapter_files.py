@@ -1,6 +1,6 @@
-"""Where in a folder or an archive an adapter's files lie, and what to say where they do not.
+"""Find an adapter's files in a folder or an archive, and say what is missing.
 
-Without torch, for the command line. A folder, an archive and the library ask here.
+The command line uses this too, so it does not import torch.
 """
 
 from collections.abc import Collection, Iterable
@@ -15,15 +15,15 @@ CONVERT = (
     ".save_pretrained(new_folder, safe_serialization=True)"
 )
 PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", CONVERT)
-"""What is wrong with a folder that has no other weights."""
+"""The fault of a folder that has no other weights."""
 _SHOWN = 5
 
 
 def adapter_folder(files: Iterable[PurePosixPath]) -> PurePosixPath | None:
-    """The folder of the adapter among these files: PEFT's `save_pretrained` writes `default` to the
-    folder itself, and others to one of their name in it. None where no file is a config.
+    """Return the adapter's folder among these files, or None where no file is a config.
 
-    Raises InvalidAdapter where several lie equally deep.
+    PEFT's `save_pretrained` writes `default` to the folder itself, and other adapters to a folder
+    of their name in it. Raises InvalidAdapter where several configs lie equally deep.
     """
     folders = [file.parent for file in files if file.name == CONFIG_FILE]
     if not folders:
@@ -38,7 +38,7 @@ def adapter_folder(files: Iterable[PurePosixPath]) -> PurePosixPath | None:
 
 
 def folder_with_adapter(folder: Path) -> Path:
-    """The folder itself, or the one in it that has an adapter. Raises InvalidAdapter."""
+    """Return the folder itself, or the one in it that has an adapter. Raises InvalidAdapter."""
     if not folder.is_dir():
         fix = "name a folder that save_pretrained wrote, or download one: hf download <repository>"
         raise InvalidAdapter([Fault(str(folder), "is no folder on this machine", fix)])
@@ -49,7 +49,7 @@ def folder_with_adapter(folder: Path) -> Path:
 
 
 def missing_files(names: Collection[str]) -> list[Fault]:
-    """What is missing in an adapter's folder with files of these names."""
+    """Return a fault for each file that an adapter's folder with these files lacks."""
     faults = []
     fix = "PEFT's save_pretrained writes it; upload both files"
     if CONFIG_FILE not in names:

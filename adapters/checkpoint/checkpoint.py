@@ -1,4 +1,4 @@
-"""An adapter's files <-> named vectors, with every check that an upload must pass."""
+"""An adapter's files become named vectors, and back, with every check that an upload must pass."""
 
 import difflib
 import hashlib
@@ -31,10 +31,10 @@ from adapters.errors import CannotCombine, Fault, InvalidAdapter
 
 _INPUT_SUFFIX = ".ia3_l_input"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""PEFT's task types that bring a head, which a model that generates text has not."""
+"""PEFT's task types whose adapters bring a head; a model that generates text has none."""
 _MAX_FAULTS = 50
 _MAX_SHOWN = 200
-"""Characters of a key."""
+"""Characters of a key that a fault shows."""
 
 
 Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
@@ -42,7 +42,7 @@ Float32s = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What PEFT saved: its config, and its tensors by PEFT's own keys, shapes and dtypes."""
+    """The content of PEFT's two files: the config, and the tensors by PEFT's keys."""
 
     config: IA3Config
     tensors: Mapping[str, torch.Tensor]
@@ -52,8 +52,8 @@ class Checkpoint:
 class AdapterVectors:
     """What an adapter does to a base model: a float32 `[size]` for each target.
 
-    `saved`: the modules that it brings a copy of its own of, in the base's dtype. `together`: the
-    vectors in the order of their targets, where they lie so in memory.
+    `saved`: the whole modules that it brings, in the base's dtype. `together`: all vectors in the
+    order of their targets, where they lie so in memory.
     """
 
     vectors: Mapping[Target, torch.Tensor]
@@ -62,7 +62,7 @@ class AdapterVectors:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for adapters that do the same, whatever their names and files."""
+        """A digest of what the adapter does: equal for equal content, whatever names and files."""
         sha = hashlib.sha256()
         targets = sorted(self.vectors)
         sha.update("".join(f"{module}\0{side}\0" for module, side in targets).encode())
@@ -83,7 +83,7 @@ class AdapterVectors:
 
     @property
     def saved_bytes(self) -> int:
-        """Of the saved modules, on the device or off it."""
+        """Bytes of the whole modules."""
         return sum(tensor.nbytes for state in self.saved.values() for tensor in state.values())
 
     @cached_property
@@ -104,8 +104,8 @@ def parse_checkpoint(files: Mapping[str, bytes]) -> Checkpoint:
 
 
 def staged_checkpoint(folder: Path) -> Checkpoint:
-    """`read_checkpoint` for files that are to be checked only: the tensors stay on the disk, and
-    have shapes and dtypes but no values. See StagedTensors."""
+    """`read_checkpoint` for a check only: the tensors stay on the disk, and have shapes and dtypes
+    but no values. See StagedTensors."""
     return _of_folder(folder, stage_weights)
 
 
@@ -186,9 +186,10 @@ def effective_vectors(checkpoint: Checkpoint, modules: BaseModules) -> AdapterVe
 def _vectors_of(
     expected: Mapping[str, Target], tensors: Mapping[str, torch.Tensor], modules: BaseModules
 ) -> tuple[dict[Target, torch.Tensor], list[Fault]]:
-    """Views of one tensor, and what is wrong with those that are expected.
+    """Return the expected vectors, as views of one tensor, and their faults.
 
-    A cold adapter's request waits here: what can be done for all vectors at once is.
+    The first request of an adapter waits for this, so as much as can be is done for all vectors at
+    once.
     """
     faults = []
     usable: dict[str, Target] = {}
@@ -202,14 +203,14 @@ def _vectors_of(
             usable[key] = target
     if not usable:
         return {}, faults
-    # By numpy: torch would compute on several cores, and take them from the model.
+    # numpy computes on one core; torch would take several from the model.
     together = numpy.concatenate(
         [_flat(piece) for key in usable for piece in pieces_of(tensors, key)]
     )
     sizes = [tensors[key].numel() for key in usable]
     parts = torch.split(torch.from_numpy(together), sizes)
     vectors = dict(zip(usable.values(), parts, strict=True))
-    # A finite sum says in one pass that every value is finite.
+    # One pass: the sum is finite only if every value is.
     if not math.isfinite(together.sum()):
         for key, target in usable.items():
             if bad := int((~torch.isfinite(vectors[target])).sum()):
@@ -219,7 +220,7 @@ def _vectors_of(
 
 
 def keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, Target]:
-    """The tensors that a file must have for a config's targets. Raises InvalidAdapter."""
+    """Return the keys that a file must have for a config's targets. Raises InvalidAdapter."""
     keys = {f"{PREFIX}{target.module}{SUFFIX}": target for target in targets}
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     return keys | {
@@ -229,7 +230,8 @@ def keys_of_vectors(config: IA3Config, targets: Sequence[Target]) -> dict[str, T
 
 
 def product(several: Sequence[AdapterVectors]) -> AdapterVectors:
-    """Several adapters active at once: PEFT's `IA3Model.set_adapter([a, b])`, in its order.
+    """Multiply the vectors of adapters that are active at once, as PEFT's
+    `IA3Model.set_adapter([a, b])` does, in its order.
 
     One of them may bring whole modules; raises CannotCombine where another one changes them too.
     """
@@ -260,10 +262,10 @@ def check_product(several: Iterable[tuple[Collection[Target], Collection[str]]])
 def checkpoint_of(
     vectors: AdapterVectors, base: str | None, task_type: str = "CAUSAL_LM"
 ) -> Checkpoint:
-    """Files for vectors: what PEFT would have saved, where it could have.
+    """Return the files of vectors, as PEFT would save them where it can.
 
-    PEFT has one side for a module. One that is rescaled on both sides keeps its input's vector
-    under a key of our own, which we read back and PEFT ignores.
+    PEFT has one side for a module. For a module that is rescaled on both sides, the input's vector
+    has a key of our own, which we read back and PEFT ignores.
     """
     config = IA3Config.model_validate(
         {"task_type": task_type, "inference_mode": True, "base_model_name_or_path": base}
@@ -273,7 +275,7 @@ def checkpoint_of(
 
 
 def tensors_of(vectors: Mapping[Target, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Vectors under PEFT's keys, in PEFT's shapes."""
+    """Return vectors under PEFT's keys, in PEFT's shapes."""
     outputs = {target.module for target in vectors if target.side is Side.OUTPUT}
     tensors = {}
     for target, vector in vectors.items():
@@ -304,7 +306,7 @@ def _both_sides(config: IA3Config) -> list[str]:
 
 
 def base_mismatch_warning(config: IA3Config, served: str) -> str | None:
-    """What to tell the owner of an adapter that was trained on a base of another name."""
+    """Return a warning where the adapter was trained on a base of another name."""
     trained = config.base_model_name_or_path
     if not trained or trained == served or Path(trained).name.lower() == Path(served).name.lower():
         return None
@@ -318,7 +320,7 @@ def _read_config(path: Path) -> IA3Config:
 
 def _unknown_keys(tensors: Mapping[str, torch.Tensor], expected: Set[str]) -> list[Fault]:
     unknown = sorted(tensors.keys() - expected)
-    # A stranger's file may have a million keys: a few are compared with ours, the rest counted.
+    # An upload may have a million keys: only the first few are compared with ours.
     faults = [_unknown_key(key, expected) for key in unknown[:_MAX_FAULTS]]
     return faults + [Fault(key, "belongs to no module") for key in unknown[_MAX_FAULTS:]]
 

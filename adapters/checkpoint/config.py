@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`, read, checked and written back unchanged."""
+"""PEFT's `adapter_config.json`: read, checked, and written back unchanged."""
 
 import json
 from typing import Any, Literal, Self
@@ -21,14 +21,14 @@ TEXT_FILES = (
     "added_tokens.json",
     CHAT_TEMPLATE_FILE,
 )
-"""What may lie beside an adapter's two files. `added_tokens.json` repeats `tokenizer.json`."""
+"""Files that may lie beside an adapter's two. `added_tokens.json` repeats `tokenizer.json`."""
 
 Names = list[str] | str | None
-"""Module names or suffixes, or one regular expression, or PEFT's default for the model."""
+"""Module names or suffixes; or one regular expression; or None, PEFT's default for the model."""
 
 
 class IA3Config(BaseModel):
-    """PEFT's `IA3Config`. A field that it does not know is kept as it came."""
+    """PEFT's `IA3Config`. Unknown fields are kept unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
@@ -48,14 +48,14 @@ class IA3Config(BaseModel):
     @field_validator("target_modules", "exclude_modules", "feedforward_modules", mode="before")
     @classmethod
     def _sets_are_lists(cls, names: object) -> object:
-        """PEFT's own config holds sets."""
+        """Accept sets, which PEFT's own config has."""
         return sorted(names) if isinstance(names, set) else names
 
     @model_validator(mode="after")
     def _feedforward_is_targeted(self) -> Self:
         targets, feedforward = self.target_modules, self.feedforward_modules
         if isinstance(targets, list) and isinstance(feedforward, list):
-            # PEFT 0.14 and later shortened the targets alone, and then refused what it had written.
+            # PEFT 0.14 and later shorten the targets alone, and then refuse what they have written.
             known = frozenset(targets)
             stray = sorted(name for name in feedforward if known.isdisjoint(_ends_of(name)))
             if stray:
@@ -83,13 +83,13 @@ class IA3Config(BaseModel):
             raise InvalidAdapter(faults) from None
 
     def dump(self) -> bytes:
-        """The file as PEFT writes it."""
+        """Return the file as PEFT writes it."""
         return json.dumps(dict(self), indent=2, sort_keys=True).encode()
 
 
 def _ends_of(name: str) -> list[str]:
-    """A module's whole name, and what follows each of its dots. No model nests so deeply as this
-    looks."""
+    """Return a module's name, and what follows each of its dots: the first 64, as no model nests
+    more deeply."""
     parts = name.split(".", 64)
     return [".".join(parts[start:]) for start in range(len(parts))]
 
@@ -109,7 +109,7 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 
 def check_texts(config: IA3Config) -> None:
-    """Raises InvalidAdapter where a text of a config cannot be written in an answer. JSON can name
+    """Raises InvalidAdapter where a config's text cannot be sent in an answer: JSON can contain
     half of a surrogate pair, which is no character."""
     fix = "write whole characters"
     faults = [

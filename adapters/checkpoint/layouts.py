@@ -1,8 +1,8 @@
-"""Adapters laid out like one that was checked before are read in one pass.
+"""Read adapters quickly that have the same layout as one that was checked before.
 
-Most adapters of a server have one config and one list of tensors. What these mean for the base is
-found, and checked, once; all that the next one brings is numbers. A cold adapter's request waits
-for this, and the model's thread for the interpreter's lock meanwhile.
+Most adapters of a server have the same config and list of tensors. What these mean for the base is
+found, and checked, once; the next such adapter is read in one pass over its numbers. The first
+request of an adapter waits for this, and the model's thread for the interpreter's lock meanwhile.
 """
 
 import math
@@ -26,10 +26,10 @@ from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.checkpoint.targets import BaseModules, Target, resolve_targets
 
 _KEPT = 64
-"""Layouts that are remembered."""
+"""How many layouts are remembered."""
 
 _Tensors = frozenset[tuple[str, str, tuple[int, ...]]]
-"""Key, dtype and shape of each."""
+"""The key, dtype and shape of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,11 @@ class _Layout:
 
     targets: tuple[Target, ...]
     keys: tuple[str, ...]
-    """Of their tensors in the file."""
+    """The keys of the targets' tensors in the file."""
     sizes: list[int]
 
     def join(self, tensors: Mapping[str, Mapping[str, Any]]) -> Float32s:
-        """The vectors in the order of the targets."""
+        """Join the vectors in the order of the targets."""
         data = bytearray().join(tensors[key]["data"] for key in self.keys)
         return numpy.frombuffer(data, numpy.float32)
 
@@ -52,14 +52,14 @@ class _Layout:
 
 
 class Layouts:
-    """Thread-safe. `modules`: of the base that all adapters are for."""
+    """Reads adapters of one base, whose modules are `modules`. Thread-safe."""
 
     def __init__(self, modules: BaseModules) -> None:
         self._modules = modules
         self._known: dict[tuple[bytes, _Tensors], _Layout] = {}
 
     def read(self, files: Mapping[str, bytes]) -> AdapterVectors:
-        """`effective_vectors(parse_checkpoint(files))`, and raises what they raise."""
+        """Return `effective_vectors(parse_checkpoint(files))`. Raises what they raise."""
         config = files[CONFIG_FILE]
         try:
             tensors = dict(deserialize(files[WEIGHTS_FILE]))  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ class Layouts:
         layout = self._known.get((config, described))
         if layout is not None:
             together = layout.join(tensors)
-            # A finite sum says that every value is finite.
+            # The sum is finite only if every value is.
             if math.isfinite(together.sum()):
                 return layout.vectors(together)
         tensors.clear()
@@ -89,7 +89,7 @@ class Layouts:
         targets = resolve_targets(checkpoint.config, self._modules)
         keys = keys_of_vectors(checkpoint.config, targets)
         if keys.keys() != {key for key, _, _ in described}:
-            return  # They end in the adapter's name.
+            return  # The keys of the file end in the adapter's name.
         by_target = {target: key for key, target in keys.items()}
         ordered = tuple(sorted(by_target))
         if len(self._known) >= _KEPT:

@@ -1,4 +1,4 @@
-"""What PEFT makes of a config once its adapter is in a model, and of several in one."""
+"""Configs as PEFT changes them: when it adds an adapter, sums several, or saves one."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,11 +13,11 @@ from adapters.checkpoint.targets import ALL_LINEAR, BaseModules, Side, Target
 from adapters.errors import WrongCall, WrongType
 
 BOTH_SIDES = "infuse_both_sides"
-"""Our own config field: modules whose input has a vector too, which PEFT has no way to say."""
+"""Our own config field: modules that are rescaled on both sides, which PEFT cannot express."""
 
 
 def config_of(given: object) -> IA3Config:
-    """Ours, for PEFT's config object or ours. Raises WrongType, InvalidAdapter."""
+    """Return our config for PEFT's config object, or for ours. Raises WrongType, InvalidAdapter."""
     if isinstance(given, IA3Config):
         return given
     if not callable(getattr(given, "to_dict", None)):
@@ -30,8 +30,8 @@ def config_of(given: object) -> IA3Config:
 
 
 def settled(config: IA3Config, targets: Sequence[Target], modules: BaseModules) -> IA3Config:
-    """Return the config with what PEFT fills in when it injects an adapter: its defaults, and the
-    kind of the layers."""
+    """Return the config with what PEFT fills in when it adds an adapter: its default modules, and
+    `fan_in_fan_out`."""
     names, inputs = config.target_modules, config.feedforward_modules
     if names is None:
         names = TARGET_MODULES[modules.model_type]
@@ -50,7 +50,7 @@ def settled(config: IA3Config, targets: Sequence[Target], modules: BaseModules) 
 
 
 def united(configs: Sequence[IA3Config]) -> IA3Config:
-    """Return the config of a weighted sum: all modules of all its adapters. Raises WrongCall.
+    """Return the config of a weighted sum, with all modules of all its adapters. Raises WrongCall.
 
     PEFT `IA3Model.add_weighted_adapter`.
     """
@@ -75,7 +75,7 @@ def _united(several: Sequence[Names]) -> Names:
 
 
 def names_of_targets(targets: Collection[Target]) -> dict[str, Any]:
-    """The fields of a config that say these targets, module by module."""
+    """Return the config fields that name these targets, module by module."""
     outputs = {target.module for target in targets if target.side is Side.OUTPUT}
     inputs = {target.module for target in targets if target.side is Side.INPUT}
     both = sorted(inputs & outputs)
@@ -86,7 +86,7 @@ def names_of_targets(targets: Collection[Target]) -> dict[str, Any]:
 
 
 def saved_form(config: IA3Config, model: PreTrainedModel) -> IA3Config:
-    """What `PeftModel.save_pretrained` writes of a config."""
+    """Return the config that `PeftModel.save_pretrained` writes."""
     kind = type(model)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     base = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None

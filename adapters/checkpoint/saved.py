@@ -1,4 +1,4 @@
-"""The whole modules that an adapter carries (`modules_to_save`): which they are, and their tensors.
+"""Whole modules that an adapter brings (`modules_to_save`): which they are, and their tensors.
 
 PEFT copies each module whose name ends in one of the config's (`peft.utils.other._set_trainable`),
 and the adapter's rows go through the copy.
@@ -23,9 +23,9 @@ State = Mapping[str, torch.Tensor]
 
 
 def saved_modules(config: IA3Config, modules: BaseModules, keys: Collection[str]) -> list[str]:
-    """The modules of which the adapter has a copy; `keys` are those of its weights.
+    """Return the modules of which the adapter has a copy. `keys`: the keys of its weights.
 
-    PEFT also saves both embeddings, unasked, where the vocabulary has grown.
+    PEFT also saves both embeddings, without being asked, where the vocabulary has grown.
     """
     ends = tuple(config.modules_to_save or ())
     embeddings = modules.embeddings
@@ -38,14 +38,14 @@ def saved_modules(config: IA3Config, modules: BaseModules, keys: Collection[str]
 
 
 def keys_of(name: str, modules: BaseModules) -> dict[str, str]:
-    """The keys in a module's state -> those in an adapter's weights."""
+    """Return the keys of a module's state, each with its key in an adapter's weights."""
     return {key: f"{PREFIX}{name}.{key}" for key in modules.state_of(name)}
 
 
 def cannot_serve(
     names: Sequence[str], targets: Collection[Target], modules: BaseModules
 ) -> list[Fault]:
-    """Which of the saved modules cannot run in a batch with others', and why."""
+    """Return a fault for each saved module that cannot run in a batch with other adapters."""
     faults = []
     for name in names:
         inside = [target.module for target in targets if f"{target.module}.".startswith(f"{name}.")]
@@ -62,7 +62,7 @@ def cannot_serve(
 
 
 def _not_by_token(module: nn.Module) -> str | None:
-    """Why a module's result for a token may depend on more than that token."""
+    """Return why a module cannot be replaced for some tokens of a batch only; None if it can."""
     if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:
@@ -77,7 +77,7 @@ def _not_by_token(module: nn.Module) -> str | None:
 def read_state(
     name: str, modules: BaseModules, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[State, list[Fault]]:
-    """A saved module's tensors, in the dtype of the base's: PEFT loads them into a copy of it."""
+    """Return a saved module's tensors in the base's dtype, as PEFT loads them, and their faults."""
     state, faults = {}, []
     for key, path in keys_of(name, modules).items():
         like = modules.state_of(name)[key]
@@ -118,7 +118,7 @@ def _fault(
 
 
 def embedding_fault(saved: Mapping[str, State], modules: BaseModules) -> Fault | None:
-    """Whether only one of embeddings and head has grown: transformers resizes both, tied or not."""
+    """Return a fault where only the embeddings or only the head grew: transformers resizes both."""
     read, written = modules.input_embedding, modules.output_embedding
     if read is None or written is None:
         return None
@@ -130,6 +130,6 @@ def embedding_fault(saved: Mapping[str, State], modules: BaseModules) -> Fault |
 
 
 def rows_of(name: str, saved: Mapping[str, State], modules: BaseModules) -> int:
-    """How many tokens an adapter's embedding, or the base's, knows."""
+    """Return how many tokens the adapter's embedding has, or the base's where it brings none."""
     state = saved.get(name) or modules.state_of(name)
     return len(state["weight"])

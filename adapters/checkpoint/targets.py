@@ -1,4 +1,4 @@
-"""Which modules of a base model a config adapts, and on which side: exactly PEFT's choice."""
+"""Find the modules of a base model that a config adapts, and their sides, exactly as PEFT does."""
 
 import copy
 import re
@@ -23,13 +23,14 @@ from adapters.errors import Fault, InvalidAdapter
 
 ALL_LINEAR = "all-linear"
 _MAX_PATTERN = 2000
-"""Characters of a regular expression."""
+"""How many characters a regular expression may have."""
 _MAX_REPEAT = 100
-"""Product of the counts in one: they are written out, and `((a{999}){999}){999}` fills memory."""
+"""The largest product of counts in one: `regex` expands them, and `((a{999}){999}){999}` would
+fill the memory."""
 _MATCH_SECONDS = 1.0
-"""For all regular expressions of one config together."""
+"""How long all regular expressions of one config together may take."""
 _REMEMBERED = 128
-"""Choices of modules whose targets are remembered."""
+"""How many configs' targets are remembered."""
 
 _Names = tuple[str, ...] | str | None
 """`config.Names`, hashable."""
@@ -37,9 +38,9 @@ _Names = tuple[str, ...] | str | None
 
 class Side(StrEnum):
     INPUT = "input"
-    """Feed-forward: the vector scales what goes into the module."""
+    """The vector scales the module's input (feed-forward)."""
     OUTPUT = "output"
-    """Keys, values: the vector scales what comes out."""
+    """The vector scales the module's output (keys, values)."""
 
 
 class Target(NamedTuple):
@@ -53,14 +54,14 @@ class BaseModules:
 
     model_type: str
     names: tuple[str, ...]
-    """All of them, in `named_modules` order."""
+    """All modules, in `named_modules` order."""
     sizes: dict[str, tuple[int, int]]
-    """(in, out) features of those that IA3 can adapt."""
+    """(in, out) features of the modules that IA3 can adapt."""
     input_embedding: str | None
     output_embedding: str | None
     head: frozenset[str]
-    """Modules behind the model's trunk, the output embedding among them: they see only the
-    tokens whose logits are wanted, where not all are (`logits_to_keep`)."""
+    """Modules behind the model's trunk, the output embedding among them: only the tokens whose
+    logits are wanted reach them (`logits_to_keep`)."""
     skeleton: nn.Module = field(repr=False, compare=False)
     """The model without its weights."""
 
@@ -70,7 +71,7 @@ class BaseModules:
         try:
             embeddings = model.get_input_embeddings()
         except NotImplementedError:
-            embeddings = None  # Of images, say: it has none.
+            embeddings = None  # A model of images, for example, has none.
         names, sizes, read, output = [], {}, None, None
         for name, module in model.named_modules():
             if name:
@@ -100,24 +101,24 @@ class BaseModules:
 
     @property
     def embeddings(self) -> frozenset[str]:
-        """What turns tokens into vectors, and back."""
+        """The input and output embeddings, as far as the model has them."""
         names = (self.input_embedding, self.output_embedding)
         return frozenset(name for name in names if name is not None)
 
     @property
     def task_type(self) -> str:
-        """PEFT's name for what the model does."""
+        """PEFT's name of the model's task."""
         config: Any = self.skeleton.config
         return "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
 
     def state_of(self, module: str) -> dict[str, torch.Tensor]:
-        """A module's parameters and persistent buffers, by their names in it: shapes and dtypes."""
+        """Return a module's parameters and persistent buffers by name, without values."""
         state: dict[str, torch.Tensor] = self.skeleton.get_submodule(module).state_dict()
         return state
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters and persistent buffers take no memory."""
+    """Copy a model with parameters and persistent buffers on the meta device."""
     instead: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.state_dict(keep_vars=True).values()]:
         if isinstance(tensor, torch.Tensor):
@@ -128,7 +129,9 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 
 def resolve_targets(config: IA3Config, modules: BaseModules) -> tuple[Target, ...]:
-    """PEFT's `BaseTuner.inject_adapter` and `IA3Model._check_target_module_feedforward`.
+    """Return a config's targets in a base model.
+
+    PEFT `BaseTuner.inject_adapter` and `IA3Model._check_target_module_feedforward`.
 
     Raises InvalidAdapter: nothing matches, a match is no linear layer, a regular expression is
     malformed or takes too long.
@@ -154,7 +157,7 @@ def _resolve(
     saved: tuple[str, ...],
     modules: BaseModules,
 ) -> tuple[Target, ...]:
-    """A fleet's adapters have few configs, and a cold one's request waits here."""
+    """`resolve_targets`, cached: many adapters have the same config, and requests wait for this."""
     targets = _names_or_default("target_modules", targets, TARGET_MODULES, modules)
     feedforward = _names_or_default(
         "feedforward_modules", feedforward, FEEDFORWARD_MODULES, modules
@@ -205,7 +208,7 @@ def _names_or_default(
 
 
 class _Clock:
-    """The time that all regular expressions of one config share, and which field has spent it."""
+    """The time that all regular expressions of one config share, and what each field has used."""
 
     def __init__(self) -> None:
         self.end = time.monotonic() + _MATCH_SECONDS
@@ -217,13 +220,13 @@ class _Clock:
 
 
 class _Pattern:
-    """A regular expression from a stranger: bounded in size and, over all its uses, in time.
+    """A regular expression from an upload: its size, and the time of all its uses, are limited.
 
-    `regex` rather than `re`, since a running match can be interrupted, and lets other threads run.
+    `regex` can interrupt a running match, and lets other threads run meanwhile; `re` cannot.
     """
 
     def __init__(self, field: str, pattern: str, clock: _Clock, whole: bool = True) -> None:
-        """`whole`: the pattern must match all of a name, rather than how it begins."""
+        """`whole`: the pattern must match a whole name, not only its beginning."""
         self._field = field
         self._clock = clock
         if len(pattern) > _MAX_PATTERN:
@@ -234,7 +237,7 @@ class _Pattern:
         if prod(max(1, *(int(n or 1) for n in count)) for count in counts) > _MAX_REPEAT:
             raise self._refusal(f"repeats something more than {_MAX_REPEAT} times in all")
         try:
-            # What `re` cannot read was never trained: it is what PEFT uses, and it knows neither
+            # PEFT uses `re`, so what `re` cannot read was never trained. It also has neither
             # recursion nor fuzzy matches.
             re.compile(pattern)
             compiled = regex.compile(pattern, regex.VERSION0)
@@ -249,7 +252,7 @@ class _Pattern:
             if left > 0:
                 return self._match(name, timeout=left, concurrent=True) is not None
         except TimeoutError:
-            pass  # Told below, of the field that is to blame.
+            pass  # Raised below, for the field that used most of the time.
         finally:
             self._clock.spent[self._field] += time.monotonic() - began
         problem = f"takes more than {_MATCH_SECONDS:.0f} s to match"
@@ -264,7 +267,8 @@ def _refusal(field: str, problem: str) -> InvalidAdapter:
 
 
 class _NameMatcher:
-    """`target_modules`, `exclude_modules`: exact name or `.suffix`; a string is a full match."""
+    """Matches as `target_modules` and `exclude_modules` do: exact names or `.suffix`; a string is a
+    regular expression for the whole name."""
 
     def __init__(self, field: str, names: Iterable[str], clock: _Clock) -> None:
         self._pattern = _Pattern(field, names, clock) if isinstance(names, str) else None
@@ -278,7 +282,7 @@ class _NameMatcher:
 
 
 class _FeedforwardMatcher:
-    """`feedforward_modules`: bare `endswith`, so that `proj` catches `down_proj` (PEFT's quirk)."""
+    """Matches as `feedforward_modules` do: by bare `endswith`, so `proj` matches `down_proj`."""
 
     def __init__(self, names: tuple[str, ...] | str, clock: _Clock) -> None:
         field = "feedforward_modules"
@@ -292,7 +296,8 @@ class _FeedforwardMatcher:
 
 
 class _SavedMatcher:
-    """`modules_to_save` are never targets: each is a regular expression for a part of the path."""
+    """Matches as `modules_to_save` do, which are never targets: each is a regular expression for a
+    part of the path."""
 
     def __init__(self, names: tuple[str, ...], clock: _Clock) -> None:
         self._patterns: list[_Pattern] = []

@@ -1,4 +1,4 @@
-"""The tensors of a weights file: all in memory, or, while it is only checked, none of them."""
+"""The tensors of a weights file: all in memory, or none of them while it is only checked."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from adapters.checkpoint.config import WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
 
 SUFFIX = ".ia3_l"
-"""Of the keys of vectors."""
+"""How the keys of vectors end."""
 _MAX_HEADER_BYTES = 4 << 20
-"""Of an upload's weights file: a tensor takes about a hundred."""
+"""The longest header of an upload's weights file; a tensor takes about 100 bytes of it."""
 _UNREADABLE = (SafetensorError, KeyError, ValueError, RuntimeError)
-"""What safetensors raises for a file that is none."""
+"""What safetensors raises for a malformed file."""
 FLOATS = (
     torch.float64,
     torch.float32,
@@ -25,28 +25,29 @@ FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-"""Dtypes that an adapter's numbers may have: torch computes with them."""
+"""Dtypes that an adapter's tensors may have."""
 _PIECE = 1 << 18
-"""Values of a tensor that are looked at together."""
+"""How many values of a tensor are read at once."""
 _MAPPED = 1 << 22
-"""Bytes that are looked at before the file is opened again: they stay in memory until then."""
+"""How many bytes are read before the file is opened again: they stay in memory until then."""
 
 
 class StagedTensors(Mapping[str, torch.Tensor]):
     """A safetensors file's tensors by their keys, on the meta device: they have shapes and dtypes,
-    and `pieces` reads their values. A stranger's file may say that a tensor takes gigabytes.
+    and `pieces` reads their values. An upload may claim that a tensor takes gigabytes.
 
     For one thread, and as long as the file is there.
     """
 
     def __init__(self, path: Path, named: Callable[[Collection[str]], Mapping[str, str]]) -> None:
-        """Reads the header alone. `named` says of the file's keys what each is called here.
+        """Read the header alone. `named` returns the names of the file's keys here.
 
-        Raises what `safe_open` raises for a file that is damaged."""
+        Raises what `safe_open` raises for a damaged file.
+        """
         self._path = path
         self._file = safe_open(path, framework="pt")
-        self._looked_at = 0
-        """Bytes, since the file was opened."""
+        self._bytes_read = 0
+        """How many bytes were read since the file was opened."""
         self._keys = named(self._file.keys())  # type: ignore[no-untyped-call]
         self._tensors = {
             key: torch.empty_like(self._find(key), device="meta") for key in self._keys
@@ -62,23 +63,23 @@ class StagedTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
     def pieces(self, key: str) -> Iterator[torch.Tensor]:
-        """The values of a tensor in the file's order, `[values]`, a few at a time."""
+        """Yield the values of a tensor in the file's order, `[values]`, a few at a time."""
         for start in range(0, self._tensors[key].numel(), _PIECE):
-            if self._looked_at > _MAPPED:
+            if self._bytes_read > _MAPPED:
                 self._file = safe_open(self._path, framework="pt")
-                self._looked_at = 0
+                self._bytes_read = 0
             piece = self._find(key).flatten()[start : start + _PIECE]
-            self._looked_at += piece.nbytes
+            self._bytes_read += piece.nbytes
             yield piece
 
     def _find(self, key: str) -> torch.Tensor:
-        """A view of the file, of which nothing is in memory yet."""
+        """Return a view of the file; its values are read when they are used."""
         tensor: torch.Tensor = self._file.get_tensor(self._keys[key])  # type: ignore[no-untyped-call]
         return tensor
 
 
 def pieces_of(tensors: Mapping[str, torch.Tensor], key: str) -> Iterator[torch.Tensor]:
-    """The values of a tensor, `[values]`, a few at a time, whether it is in memory or not."""
+    """Yield the values of a tensor, `[values]`, a few at a time, whether it is in memory or not."""
     if isinstance(tensors, StagedTensors):
         yield from tensors.pieces(key)
     else:
@@ -86,7 +87,7 @@ def pieces_of(tensors: Mapping[str, torch.Tensor], key: str) -> Iterator[torch.T
 
 
 def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
-    """What a weights file holds, by the keys of `save_pretrained`. Raises InvalidAdapter."""
+    """Parse a weights file; the keys are those of `save_pretrained`. Raises InvalidAdapter."""
     try:
         tensors = load(data)
     except _UNREADABLE as error:
@@ -95,6 +96,7 @@ def parse_weights(data: bytes) -> dict[str, torch.Tensor]:
 
 
 def stage_weights(path: Path) -> StagedTensors:
+    """Open an upload's weights file for its check. Raises InvalidAdapter."""
     with path.open("rb") as file:
         start = file.read(8)
     header = int.from_bytes(start, "little")
@@ -108,7 +110,7 @@ def stage_weights(path: Path) -> StagedTensors:
 
 
 def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
-    # Only now: a good file begins like a pickle where its header has, say, 640 bytes.
+    # Looked at only here: a valid file whose header has 640 bytes also begins like a pickle.
     if start[:2] == b"PK" or start[:1] == b"\x80":
         problem = "holds pickled weights, which can run code"
         return InvalidAdapter([Fault(WEIGHTS_FILE, problem, CONVERT)])
@@ -118,8 +120,11 @@ def _unreadable(start: bytes, error: Exception) -> InvalidAdapter:
 
 
 def _without_name(keys: Collection[str]) -> dict[str, str]:
-    """The keys of `save_pretrained`, and those of a file. A model's whole state names the adapter:
-    `…ia3_l.default`. PEFT loads it, and so do we. Raises InvalidAdapter."""
+    """Return the keys as `save_pretrained` writes them, each with its key in the file.
+
+    A model's whole state has the adapter's name in its keys, `…ia3_l.default`. PEFT loads such a
+    file, and so do we. Raises InvalidAdapter.
+    """
     names = {key.rpartition(".")[2] for key in keys if SUFFIX in key}
     if len(names) != 1 or names == {SUFFIX[1:]}:
         return {key: key for key in keys}

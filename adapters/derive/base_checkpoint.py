@@ -1,4 +1,4 @@
-"""A base model's folder: its files, and its modules without their weights."""
+"""Read a base model's folder: its files, and its modules without their weights."""
 
 import json
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ INDEX = "model.safetensors.index.json"
 
 
 class BaseCheckpoint:
-    """Reads the folder, and writes nothing. No weight stays in memory."""
+    """A base model's folder. It is only read, and no weight stays in memory."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
-        """`name`: what the model is called, where that is not the folder's name.
+        """`name`: the model's name, if not the folder's.
 
-        Raises CannotMerge where the weights are quantised, damaged or no safetensors.
+        Raises CannotMerge where the weights are quantised, damaged or not safetensors.
         """
         self.folder = folder
         self.name = name or folder.name
@@ -44,16 +44,16 @@ class BaseCheckpoint:
         self._prefix = skeleton.base_model_prefix
         self._state = skeleton.state_dict()
         self.shards = _shards(folder)
-        """Each file's keys."""
+        """The keys in each file of weights."""
         self.head = f"{self.modules.output_embedding}.weight"
         self.shared = self._shared_with_head(skeleton)
-        """The head's parameter and those that are one with it, each with the key that holds it in
-        the files; empty where the head stands alone."""
+        """The head's parameter and those tied to it, each with its key in the files; empty where
+        none is tied to the head."""
 
     @property
     def keeps_tied(self) -> bool:
-        """The family ties whatever its config says (T5, MT5); transformers leaves tensors that
-        differ apart there."""
+        """Whether the family ties its head whatever its config says (T5, MT5). There transformers
+        does not tie tensors that differ in the files."""
         untied = AutoConfig.for_model(self.modules.model_type, tie_word_embeddings=False)
         return bool(untied.tie_word_embeddings)
 
@@ -62,15 +62,15 @@ class BaseCheckpoint:
         return sum(shard.stat().st_size for shard in self.shards)
 
     def parameter(self, key: str) -> str | None:
-        """The model's name for a key of the files, as transformers renames keys when it loads them;
-        None for what is no parameter, or only a part of one."""
+        """Return the parameter of a key in the files, renamed as transformers does when it loads;
+        None where the key is no parameter, or only a part of one."""
         name, converter = rename_source_key(
             key, self._renamings, self._converters, self._prefix, self._state
         )
         return name if converter is None and name in self._state else None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Read from the files when its values are."""
+        """Return a tensor of the files; its values are read when they are used."""
         shard = next(shard for shard, keys in self.shards.items() if key in keys)
         with safe_open(shard, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(key)
@@ -85,7 +85,7 @@ class BaseCheckpoint:
         if len(names) == 1 or not found:
             return {}
         if self.head in found and len(found) > 1:
-            # As transformers does: what differs in the files is not tied, whatever is configured.
+            # As in transformers, tensors that differ are not tied, whatever the config says.
             head = self.tensor(found[self.head])
             other = next(key for name, key in found.items() if name != self.head)
             if not torch.equal(head, self.tensor(other)):

@@ -1,7 +1,7 @@
-"""New adapters out of old ones.
+"""Combine several adapters into a new one.
 
-With `d = l - 1`, what an adapter changes: a module that one of the adapters does not target has
-`d = 0` there, and one that none of them targets stays untouched.
+An adapter's vector `l` changes the base by `d = l - 1`. For a module that an adapter does not
+target, `d = 0`; a module that none of the adapters targets stays untouched.
 """
 
 import math
@@ -24,7 +24,7 @@ _FAR_FROM_ONE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How adapters are combined; `weights` are theirs, in order."""
+    """How adapters are combined, with a weight for each in their order."""
 
     method: Method
     weights: tuple[float, ...]
@@ -43,7 +43,7 @@ class Recipe:
 
     @property
     def warnings(self) -> list[str]:
-        """`linear` scales the identity too: by the sum of the weights."""
+        """Warnings of weights whose sum is far from 1: `linear` scales the identity by the sum."""
         total = sum(self.weights)
         if self.method == "linear" and abs(total - 1) > _FAR_FROM_ONE:
             return [
@@ -54,7 +54,7 @@ class Recipe:
 
 
 def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVectors:
-    """One adapter for several: at least one, with a weight for each.
+    """Return one adapter made of several, at least one, with a weight for each.
 
     Raises CombinedNotFinite where a vector of the result is not finite in float32, and
     CannotCombine where an adapter brings whole modules.
@@ -75,8 +75,8 @@ def combine(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVector
 
 
 def mix(adapters: Sequence[AdapterVectors], recipe: Recipe) -> AdapterVectors:
-    """`combine`; but one adapter with weight 1 is taken as it is, with whole modules that it
-    may bring."""
+    """`combine`, except that one adapter with weight 1 is returned unchanged, and so may bring
+    whole modules."""
     return adapters[0] if recipe.weights == (1.0,) else combine(adapters, recipe)
 
 
@@ -144,12 +144,12 @@ def _first(vectors: Vectors) -> torch.Tensor:
 
 
 def _difference(vector: torch.Tensor) -> torch.Tensor:
-    """In float64: there `1 + d` gives the float32 vector back."""
+    """Return `d` in float64, in which `1 + d` is exactly the float32 vector again."""
     return vector.double() - 1
 
 
 def _differences(vectors: Vectors) -> torch.Tensor:
-    """`[adapters, size]`."""
+    """Return the differences of all adapters, `[adapters, size]`."""
     nothing = torch.zeros_like(_first(vectors), dtype=torch.float64)
     return torch.stack([nothing if v is None else _difference(v) for v in vectors])
 
@@ -163,19 +163,19 @@ def _column(weights: Sequence[float]) -> torch.Tensor:
 
 
 def _largest(difference: torch.Tensor, density: float) -> torch.Tensor:
-    """The largest `density` of a vector; the others are 0."""
+    """Keep the largest values, a share of `density`; the others become 0."""
     index = difference.abs().topk(int(density * len(difference))).indices
     return torch.zeros_like(difference).index_copy(0, index, difference[index])
 
 
 def _dropped(differences: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """Each difference is kept with probability `density`, and the kept ones make up for it."""
+    """Keep each difference with probability `density`, divided by it, so that the mean stays."""
     kept = torch.bernoulli(torch.full_like(differences, density), generator=generator)
     return differences * kept / density
 
 
 def _disjoint_mean(differences: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """For each value the mean of those adapters that agree with the sign of their sum."""
+    """Return, for each value, the mean over the adapters whose sign is that of the sum."""
     elected = torch.where(differences.sum(dim=0) >= 0, 1.0, -1.0)
     agree = differences.sign() == elected
     total = (_column(weights) * differences * agree).sum(dim=0)

@@ -1,8 +1,8 @@
-"""Fold adapters into the base weights: a folder that plain transformers loads, with no adapter.
+"""Merge adapters into the base's weights: the result is a folder that plain transformers loads.
 
-PEFT's `merge_and_unload(safe_merge=True)`, but from the checkpoint's files, a shard at a time, so
-that no model is ever whole in memory; and right where PEFT is not: a tied LM head is untied, where
-PEFT's merge scales the embeddings with it.
+This is PEFT's `merge_and_unload(safe_merge=True)`, but from the checkpoint's files, a shard at a
+time, so that the model is never whole in memory. It differs for a tied LM head: PEFT scales the
+embeddings too, and this unties the head.
 """
 
 import json
@@ -25,10 +25,10 @@ from adapters.storage.folder import NO_ROOM
 from adapters.storage.journal import sync
 
 UNFINISHED = ".merging-"
-"""What the names of folders begin with that a crash may leave beside an output."""
+"""The prefix of the folders that a crash may leave beside an output."""
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _SPARE = 1 << 20
-"""Bytes for config, tokenizer and card."""
+"""Room for config, tokenizer and model card, in bytes."""
 
 
 def merge(
@@ -40,10 +40,10 @@ def merge(
 ) -> None:
     """Write the merged model to `output`, which must not exist. It appears whole or not at all.
 
-    `recipe` is told in the model card. `progress` hears 0 to 1 after each tensor, and may raise to
-    end the merge. Raises CannotMerge (the output exists, or its folder does not; a target does not
-    fit; a weight is not found or not finite once merged) and StoreFull, before anything is written
-    if it can be told.
+    `recipe` is written to the model card. `progress` is called with 0 to 1 after each tensor, and
+    may raise to end the merge. Raises CannotMerge (the output exists, or its folder does not; a
+    target does not fit; a weight is missing, or not finite once merged) and StoreFull; as far as
+    possible before anything is written.
     """
     if output.exists():
         raise CannotMerge(f"{output} exists already")
@@ -51,7 +51,7 @@ def merge(
         raise CannotMerge(f"there is no folder {output.parent} to write {output.name} into")
     _check_targets(base, vectors)
     check_room(base, vectors, output.parent)
-    with _room(output.parent):
+    with _naming_full_disks(output.parent):
         unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output.parent))
         try:
             _Merge(base, vectors, unfinished, progress).write()
@@ -81,7 +81,7 @@ def check_room(base: BaseCheckpoint, vectors: AdapterVectors, folder: Path) -> N
 
 
 class _Merge:
-    """One merge, on its way into `folder`."""
+    """Writes one merged model into `folder`."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class _Merge:
             for module, state in vectors.saved.items()
             for key, tensor in state.items()
         }
-        """The adapter's own tensors, by the names of the parameters that they replace."""
+        """The tensors of the adapter's whole modules, by the parameters that they replace."""
         self._folder = folder
         self._progress = progress
         self._keys = sum(map(len, base.shards.values()))
@@ -120,7 +120,7 @@ class _Merge:
         self._write_the_rest()
 
     def _write_shard(self, shard: Path) -> None:
-        """A method, so that no shard's tensors outlive it."""
+        """Write one shard. Its tensors are freed when this returns, before the next shard."""
         tensors = self._merged_shard(shard)
         save_file(tensors, self._folder / shard.name, metadata={"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, shard.name)
@@ -144,8 +144,8 @@ class _Merge:
         return tensors
 
     def _adapted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What the adapter has in a parameter's place, or makes of it. PEFT's
-        `ia3.layer.Linear.merge`: the product in the wider type, rounded once."""
+        """Return the adapter's own tensor for a parameter, or the parameter multiplied by its
+        vectors: in the wider type and rounded once, as PEFT's `ia3.layer.Linear.merge` does."""
         if name in self._saved:
             self._merged.add(name)
             return self._saved[name].to(tensor.dtype)
@@ -198,7 +198,7 @@ def _check_targets(base: BaseCheckpoint, vectors: AdapterVectors) -> None:
 
 
 def _unties(base: BaseCheckpoint, vectors: AdapterVectors) -> bool:
-    """Whether the head gets a weight of its own."""
+    """Whether the merge gives the tied head a weight of its own."""
     head = base.modules.output_embedding
     replaced = any(f"{module}.weight" in base.shared for module in vectors.saved)
     scaled = any(target.module == head for target in vectors.vectors)
@@ -206,13 +206,13 @@ def _unties(base: BaseCheckpoint, vectors: AdapterVectors) -> bool:
 
 
 def _new_names(base: BaseCheckpoint) -> list[str]:
-    """The parameters that need a tensor of their own in the files once the head is untied."""
+    """Return the parameters that need a tensor of their own once the head is untied."""
     return [name for name, key in base.shared.items() if base.parameter(key) != name]
 
 
 @contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    """A disk that fills meanwhile is ours to name, also where safetensors says it."""
+def _naming_full_disks(folder: Path) -> Iterator[None]:
+    """Turn a disk that fills up into StoreFull, also where safetensors reports it."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""The vectors of all resident adapters, stacked on the device; a row of the stack is a slot."""
+"""The bank stacks the vectors of all resident adapters on the device, one slot each."""
 
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from adapters.errors import InvalidAdapter
 from adapters.model.layer import ByToken, Scale, Scratch
 
 BASE_SLOT = 0
-"""The slot of the base model itself: ones everywhere, so that it costs no storage."""
+"""The slot of the base model itself, whose vectors are all ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class Segment:
 
 
 class _Sheet:
-    """The columns that were first needed together: one side by side matrix for all slots.
+    """The columns that were first needed together, side by side in one matrix for all slots.
 
-    `slots` is `[slots, width]`; `rows` is `[rows, width]`, the vectors of the running batch in the
-    batch's order, so that each layer takes a view of it and a row is written only when another
-    slot takes it.
+    `slots` is `[slots, width]`. `rows` is `[rows, width]`: the vectors of the batch rows, in their
+    order, so that each layer takes a view; a row is written only when it uses another slot than
+    before.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class _Sheet:
         self.occupants: list[tuple[int, int]] = [(BASE_SLOT, 0)] * rows
 
     def write_rows(self, slots: Sequence[int]) -> None:
-        """Bring row i up to date with the vectors of `slots[i]`; unchanged rows cost nothing."""
+        """Write the vectors of `slots[i]` into batch row i; unchanged rows cost nothing."""
         stale = []
         for row, slot in enumerate(slots):
             occupant = (slot, self.used[slot]) if slot in self.used else (BASE_SLOT, 0)
@@ -66,10 +66,10 @@ class _Sheet:
 
 
 class _Panels:
-    """The vectors of a batch for our kernels: in the order in which a product gets to them.
+    """A batch's vectors for our kernels, in the order in which a matmul reads them.
 
-    In a sheet they lie far apart, and a product would wait for memory at each. An adapter stays in
-    its entry from batch to batch, wherever its rows move, until another one needs the entry.
+    In a sheet they lie far apart, and the kernel would wait for memory at each. A slot keeps its
+    entry from batch to batch, whatever batch rows use it, until another slot needs the entry.
     """
 
     def __init__(self, sheet: _Sheet, rows: int, width: int) -> None:
@@ -77,7 +77,7 @@ class _Panels:
         self.vectors = torch.ones(sheet.width // width, 1 + rows, width)
         """`[panels, entries, width]`; entry 0 is the base's."""
         self._entries: dict[int, tuple[int, int]] = {}
-        """Slot -> its entry, and which of the slot's contents is there."""
+        """Slot -> its entry, and the version at which the slot was filled that the entry holds."""
         self._free = list(range(rows, 0, -1))
         self._tokens = torch.zeros(0, dtype=torch.long)
         """Each token's entry, in the running batch."""
@@ -86,8 +86,11 @@ class _Panels:
     def scales(
         self, slots: Sequence[int], tokens: torch.Tensor, only: Set[Target] | None
     ) -> dict[Target, Scale]:
-        """Slot i has `tokens[i]` tokens of a batch. Without `only`, they are the same objects for
-        each batch, which products know; and the last batch's are this one's."""
+        """Return the scales of a batch of which `slots[i]` has `tokens[i]` tokens.
+
+        Without `only`, each batch gets the same objects, which kernels hold on to: those of the
+        batch before change with this call.
+        """
         entries = self._find(slots)
         if not entries:
             return {}
@@ -107,16 +110,16 @@ class _Panels:
         return Scale(by_token=ByToken(panels, tokens, column.stop - column.start))
 
     def _find(self, slots: Iterable[int]) -> dict[int, int]:
-        """Where each of a batch's slots has its vectors, as they are now."""
+        """Return the entry of each slot of a batch, written where the slot's content is new."""
         sheet = self.sheet
         used = {slot: sheet.used[slot] for slot in slots if slot in sheet.used}
         for slot, (_, content) in list(self._entries.items()):
             if sheet.used.get(slot) != content:
-                self._give_up(slot)
+                self._free_entry(slot)
         missing = [slot for slot in used if slot not in self._entries]
         for slot in list(self._entries):
             if len(self._free) < len(missing) and slot not in used:
-                self._give_up(slot)
+                self._free_entry(slot)
         assert len(self._free) >= len(missing), "reserve_rows first"
         for slot in missing:
             entry = self._free.pop()
@@ -124,7 +127,7 @@ class _Panels:
             self._entries[slot] = entry, used[slot]
         return {slot: self._entries[slot][0] for slot in used}
 
-    def _give_up(self, slot: int) -> None:
+    def _free_entry(self, slot: int) -> None:
         entry, _ = self._entries.pop(slot)
         self._free.append(entry)
 
@@ -132,8 +135,8 @@ class _Panels:
 class AdapterBank:
     """Owns every resident vector. A column is a (module, side) that some adapter has used.
 
-    Columns are made on first use, a sheet of them at a time, and cost nothing before. A sheet
-    that no row of the batch uses is passed over by its layers.
+    Columns are made on first use, a sheet of them at a time, and cost nothing before. Where no
+    adapter of the batch uses a sheet, its layers scale nothing.
     """
 
     def __init__(self, modules: BaseModules, capacity: int, device: torch.device) -> None:
@@ -143,7 +146,7 @@ class AdapterBank:
         self._rows = 1
         self._sheets: list[_Sheet] = []
         self._panels: list[_Panels] = []
-        """Of each sheet, where products read them."""
+        """The panels of each sheet, where kernels read them."""
         self._panel_width: int | None = None
         self._scratch = Scratch() if device.type == "cpu" else None
         self.version = 0
@@ -167,30 +170,30 @@ class AdapterBank:
 
     def planned_nbytes(self) -> int:
         """Bytes on the device once every slot holds an adapter with PEFT's default targets for this
-        model; 0 where PEFT names none. Others may take more."""
+        model; 0 where PEFT has no default. Adapters with more targets take more."""
         try:
             targets = resolve_targets(IA3Config(), self._modules)
         except InvalidAdapter:
             return 0
         width = sum(self._padded(self._modules.size(target)) for target in targets)
-        of_batch = self._rows + (self._panel_width is not None)
-        return (self.capacity + 1 + of_batch) * width * torch.float32.itemsize
+        batch_rows = self._rows + (self._panel_width is not None)
+        return (self.capacity + 1 + batch_rows) * width * torch.float32.itemsize
 
     def reserve_rows(self, rows: int) -> None:
-        """Make room for batches of up to `rows` rows."""
+        """Reserve memory for batches of up to `rows` rows."""
         if rows > self._rows:
             self._rows = rows
             self._panels.clear()
             for sheet in self._sheets:
-                self._make_room(sheet)
+                self._reserve(sheet)
 
     def use_panels(self, width: int) -> None:
-        """Scales name each token's vector from now on, for products with panels of `width`."""
-        assert not self._sheets, "before the first adapter"
+        """Make scales point to each token's vector, for kernels that read panels of `width`."""
+        assert not self._sheets, "called before the first adapter"
         self._panel_width = width
 
-    def _make_room(self, sheet: _Sheet) -> None:
-        """For the vectors of a batch."""
+    def _reserve(self, sheet: _Sheet) -> None:
+        """Reserve memory for the vectors of a batch."""
         if self._panel_width is None:
             sheet.reserve(self._rows)
         else:
@@ -205,15 +208,15 @@ class AdapterBank:
             sheet.used.pop(slot, None)
             if vectors.vectors.keys().isdisjoint(sheet.columns):
                 continue
-            row = sheet.slots[slot]
-            host = torch.empty(sheet.width, pin_memory=True) if row.is_cuda else row
-            torch.cat(list(self._row(sheet, vectors)), out=host)
-            if host is not row:
-                row.copy_(host, non_blocking=True)
+            device = sheet.slots[slot]
+            host = torch.empty(sheet.width, pin_memory=True) if device.is_cuda else device
+            torch.cat(list(self._parts(sheet, vectors)), out=host)
+            if host is not device:
+                device.copy_(host, non_blocking=True)
             sheet.used[slot] = self.version
 
-    def _row(self, sheet: _Sheet, vectors: AdapterVectors) -> Iterator[torch.Tensor]:
-        """What stands in a slot of a sheet, one after the other: ones where there is nothing."""
+    def _parts(self, sheet: _Sheet, vectors: AdapterVectors) -> Iterator[torch.Tensor]:
+        """The vectors of a slot of a sheet, one after the other; ones where there is none."""
         end = 0
         for target, column in sheet.columns.items():
             if column.start > end:
@@ -240,14 +243,14 @@ class AdapterBank:
             width += self._padded(size)
         if columns:
             self._sheets.append(_Sheet(columns, width, self.capacity + 1, self.device))
-            self._make_room(self._sheets[-1])
+            self._reserve(self._sheets[-1])
 
     def _padded(self, size: int) -> int:
-        """To whole panels."""
+        """Round a width up to whole panels."""
         return size + -size % (self._panel_width or 1)
 
     def by_row(self, slots: Sequence[int]) -> dict[Target, Scale]:
-        """Row i of a `[batch, tokens, size]` batch uses `slots[i]`."""
+        """Return the scales of a `[batch, tokens, size]` batch whose row i uses `slots[i]`."""
         scales = {}
         for sheet in self._sheets:
             if sheet.used.keys().isdisjoint(slots):
@@ -259,33 +262,35 @@ class AdapterBank:
         return scales
 
     def packed(
-        self, rows: Sequence[int], segments: Sequence[Segment], only: Set[Target] | None = None
+        self, slots: Sequence[int], segments: Sequence[Segment], only: Set[Target] | None = None
     ) -> dict[Target, Scale]:
-        """A flat `[1, tokens, size]` batch: one token for each of `rows`, then the segments.
+        """Return the scales of a flat `[1, tokens, size]` batch: a token for each batch row, whose
+        slots are `slots`, then the segments.
 
-        With `only`, of these columns; else the batch before has no scales any more.
+        With `only`, those of these columns. Without it, the scales of the batch before are no
+        longer valid.
         """
         if self._panel_width is not None:
-            slots, tokens = _slots_of(rows, segments)
-            found = [panels.scales(slots, tokens, only) for panels in self._panels]
+            every, tokens = _slots_of(slots, segments)
+            found = [panels.scales(every, tokens, only) for panels in self._panels]
             return {target: scale for scales in found for target, scale in scales.items()}
-        scales = self._packed(rows, segments)
+        scales = self._packed(slots, segments)
         return scales if only is None else {t: s for t, s in scales.items() if t in only}
 
-    def _packed(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
+    def _packed(self, slots: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
         if segments and self.device.type == "cuda":
-            return self._by_token(rows, segments)
+            return self.by_token(slots, segments)
         if not segments:
             return {
-                target: Scale(sheet.rows[: len(rows), column], scratch=self._scratch)
-                for sheet in self._written(rows)
+                target: Scale(sheet.rows[: len(slots), column], scratch=self._scratch)
+                for sheet in self._written(slots)
                 for target, column in sheet.columns.items()
             }
         scales: dict[Target, Scale] = {}
-        writing = list(self._written(rows))
+        written = list(self._written(slots))
         for sheet in self._sheets:
-            spans = [(0, len(rows), sheet.rows[: len(rows)])] if sheet in writing else []
-            start = len(rows)
+            spans = [(0, len(slots), sheet.rows[: len(slots)])] if sheet in written else []
+            start = len(slots)
             for segment in segments:
                 if segment.slot in sheet.used:
                     spans.append((start, start + segment.tokens, sheet.slots[segment.slot]))
@@ -296,14 +301,15 @@ class AdapterBank:
                     scales[target] = Scale(pieces=pieces, scratch=self._scratch)
         return scales
 
-    def _by_token(self, rows: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
-        """One gather for all tokens costs a GPU less than a kernel for each segment."""
-        slots, tokens = _slots_of(rows, segments)
+    def by_token(self, slots: Sequence[int], segments: Sequence[Segment]) -> dict[Target, Scale]:
+        """`packed` with a gather for all tokens: a GPU takes less time for it than for a kernel for
+        each segment."""
+        every, tokens = _slots_of(slots, segments)
         scales = {}
         for sheet in self._sheets:
-            if sheet.used.keys().isdisjoint(slots):
+            if sheet.used.keys().isdisjoint(every):
                 continue
-            used = torch.tensor([slot if slot in sheet.used else BASE_SLOT for slot in slots])
+            used = torch.tensor([slot if slot in sheet.used else BASE_SLOT for slot in every])
             by_token = used.repeat_interleave(tokens).to(self.device)
             for target, column in sheet.columns.items():
                 vectors = ByToken(
@@ -313,7 +319,7 @@ class AdapterBank:
         return scales
 
     def _written(self, slots: Sequence[int]) -> Iterable[_Sheet]:
-        """The sheets that some of these rows use, with the rows' vectors in place."""
+        """The sheets that some of these slots use, with their vectors written to the batch rows."""
         assert len(slots) <= self._rows, "reserve_rows first"
         for sheet in self._sheets:
             if self.keep_active or not sheet.used.keys().isdisjoint(slots):
@@ -321,7 +327,7 @@ class AdapterBank:
                 yield sheet
 
 
-def _slots_of(rows: Sequence[int], segments: Sequence[Segment]) -> tuple[list[int], torch.Tensor]:
-    """The slots of a flat batch, and how many tokens each has."""
-    slots = [*rows, *(segment.slot for segment in segments)]
-    return slots, torch.tensor([*(1 for _ in rows), *(segment.tokens for segment in segments)])
+def _slots_of(slots: Sequence[int], segments: Sequence[Segment]) -> tuple[list[int], torch.Tensor]:
+    """Return the slots of a flat batch's rows and segments, and how many tokens each has."""
+    every = [*slots, *(segment.slot for segment in segments)]
+    return every, torch.tensor([*(1 for _ in slots), *(segment.tokens for segment in segments)])

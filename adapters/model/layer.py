@@ -1,4 +1,4 @@
-"""The layer around a target module: scales what goes in, calls the base, scales what comes out."""
+"""The layer around a target module: it scales the input, calls the module, scales the output."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -11,14 +11,14 @@ Piece = tuple[int, int, torch.Tensor]
 
 
 class ByToken(NamedTuple):
-    """Number j of token i's vector is `panels[j // width, entries[i], j % width]`."""
+    """Each token's vector: its value j is `panels[j // width, entries[token], j % width]`."""
 
     panels: torch.Tensor
     """`[panels, entries, width]`."""
     entries: torch.Tensor
-    """`[tokens]`, int64; or longer, where it is kept for other batches."""
+    """`[tokens]` or longer, int64: each token's entry."""
     size: int
-    """Of a vector. Its last panel may be wider than the rest of it."""
+    """The length of a vector; its last panel may be padded."""
 
     def vectors(self, tokens: int) -> torch.Tensor:
         """`[tokens, size]`."""
@@ -27,13 +27,13 @@ class ByToken(NamedTuple):
 
 
 class Scale:
-    """How the rows of one tensor `[batch, tokens, size]` are rescaled.
+    """How one tensor `[batch, tokens, size]` is rescaled.
 
-    One factor for the whole tensor, any shape that broadcasts against it; or a vector for each
-    token; or pieces of the token axis, in its order, where a token in no piece keeps its value.
-    Some models (OPT) flatten batch and tokens into one axis on the way: `[batch * tokens, size]` is
+    There is one factor for the whole tensor, of any shape that broadcasts against it; or a vector
+    for each token; or pieces of the token axis, in its order, where a token in no piece keeps its
+    value. Some models (OPT) flatten batch and tokens into one axis: `[batch * tokens, size]` is
     scaled alike. Factors are float32, and as in PEFT's `ia3.layer.Linear.forward` the product is
-    taken in the wider type and rounded once.
+    computed in the wider type and rounded once.
     """
 
     __slots__ = ("_end", "_factor", "_mine", "_sizes", "_vectors", "by_token", "scratch")
@@ -50,9 +50,9 @@ class Scale:
         self.scratch = scratch
         self._vectors = [vector for *_, vector in pieces]
         self._sizes: list[int] = []
-        """Of all parts that the pieces cut the first `_end` tokens into."""
+        """The lengths of the parts into which the pieces divide the first `_end` tokens."""
         self._mine: list[int] = []
-        """Which parts the pieces are."""
+        """The indices of the parts that are pieces."""
         self._end = 0
         for start, stop, _ in pieces:
             if start > self._end:
@@ -62,7 +62,7 @@ class Scale:
             self._end = stop
 
     def scale_(self, x: torch.Tensor) -> torch.Tensor:
-        """Rescale `x` in place: for a tensor that nobody else reads."""
+        """Rescale `x` in place. Nothing else may read `x` afterwards."""
         factor = self._factor_of(x)
         if factor is not None:
             _by_row(x, factor).mul_(factor)
@@ -73,7 +73,7 @@ class Scale:
         return x
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """A rescaled copy of `x`, in its dtype; in the scratch memory, where there is some."""
+        """Return a rescaled copy of `x`, in its dtype; in the scratch memory if there is one."""
         y = torch.empty_like(x) if self.scratch is None else self.scratch.like(x)
         factor = self._factor_of(x)
         if factor is None:
@@ -85,50 +85,50 @@ class Scale:
         if self.by_token is not None:
             return self.by_token.vectors(x.shape[-2])
         if self._factor is not None and self._factor.dim() == 3 and x.dim() == 4:
-            # Latent attention unfolds its heads before the layer.
+            # Latent attention has an axis for heads here already.
             return self._factor[:, None]
         return self._factor
 
 
 def _by_row(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`x` with a batch axis, where the factor has one."""
+    """Return `x` with a batch axis, where the factor has one."""
     if x.dim() == 2 and factor.dim() == 3:
         return x.view(len(factor), -1, x.shape[-1])
     return x
 
 
 class Scratch:
-    """Memory for one rescaled input at a time, kept between layers and steps.
+    """Memory for one rescaled input at a time, reused by all layers and steps.
 
-    A fresh allocation of a megabyte costs as much in page faults as rescaling it does. The layer
-    that asked is done with it once its base layer has run.
+    A fresh allocation of a megabyte costs as much in page faults as rescaling it does. A layer no
+    longer needs the memory once its base layer has run.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
-        """Uninitialised memory in the shape of `x`."""
+        """Return uninitialised memory in the shape of `x`."""
         if self._memory.numel() < x.numel() or self._memory.dtype != x.dtype:
-            # No inference tensor, for later steps may run outside of inference mode.
+            # Not an inference tensor: later steps may run outside of inference mode.
             with torch.inference_mode(False):
                 self._memory = torch.empty(x.numel(), dtype=x.dtype)
         return self._memory[: x.numel()].view(x.shape)
 
 
 class Wrapper(nn.Module):
-    """A module in the place of another one, which it keeps."""
+    """A module that replaces another one in the model, and calls it."""
 
     base_layer: nn.Module
     outermost = False
-    """Whether what is wrapped later comes between this one and its base layer."""
+    """Whether a later wrapper goes between this one and its base layer."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
 
     def __getattr__(self, name: str) -> Any:
-        """Some models read `self.wo.weight.dtype` (T5): the base layer's attributes are ours."""
+        """The base layer's attributes are ours too: T5 reads `self.wo.weight.dtype`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -139,7 +139,7 @@ W = TypeVar("W", bound=Wrapper)
 
 
 class Wrapping:
-    """What has been wrapped in a base model, so that it can be undone."""
+    """Wraps modules of a base model, and undoes it."""
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
@@ -147,7 +147,7 @@ class Wrapping:
         """The owner, attribute and original module of each replacement, oldest first."""
 
     def wrap(self, name: str, make: Callable[[nn.Module], W]) -> W:
-        """Put a wrapper in the place of the module of that name, as the base alone names it."""
+        """Replace a module by a wrapper around it. `name` is the module's in the unwrapped base."""
         parent, _, attribute = name.rpartition(".")
         owner = self._base.get_submodule(parent)
         while isinstance(owner, Wrapper):
@@ -161,17 +161,17 @@ class Wrapping:
         return layer
 
     def undo(self) -> None:
-        """Put back all that was wrapped."""
+        """Put every wrapped module back."""
         for owner, attribute, module in reversed(self._replaced):
             setattr(owner, attribute, module)
         self._replaced.clear()
 
 
 class IA3Layer(Wrapper):
-    """A target module of the base model, whatever it is, with its rows rescaled on either side.
+    """A target module of the base model whose input or output, or both, are rescaled.
 
     Output side (keys, values): `l * (W x + b)`. Input side (feed-forward): `W (l * x) + b`
-    (T-Few, section 3.3). It knows no adapters: the bank sets the two scales, None for no change.
+    (T-Few, section 3.3). The layer knows no adapters: `IA3Slots` sets both scales, None for none.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -190,7 +190,7 @@ class IA3Layer(Wrapper):
         in_place: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The rescaling alone, around whatever stands for the base layer. `in_place`: nobody else
+        """Rescale around `base`, which computes what the base layer does. `in_place`: nothing else
         reads `x`."""
         if self.input_scale is not None:
             x = self.input_scale.scale_(x) if in_place else self.input_scale.scaled(x)

@@ -1,4 +1,4 @@
-"""IA3 by names, for a notebook: what PEFT's `IA3Model`, and `PeftModel` around it, can do."""
+"""`IA3Model` does for a notebook what PEFT's `IA3Model`, and `PeftModel` around it, do."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ NOT_SERVED = {
     "tuner_layer_cls": "layers here are adapters.model.tuned_layer.TunedLayer",
     "uses_shared_state": "layers here share no vectors",
 }
-"""What PEFT's models have and this one has not, and what to do instead."""
+"""Names that PEFT's models have and this one has not, and what to use instead."""
 
 
 class IA3Model(nn.Module):
@@ -94,11 +94,11 @@ class IA3Model(nn.Module):
 
     @property
     def base_model(self) -> Self:
-        """As of a `PeftModel`: what has the base as its `model`."""
+        """This model itself: in PEFT, `base_model.model` is the base too."""
         return self
 
     def get_base_model(self) -> PreTrainedModel:
-        """The base, with the layers of the adapters in it."""
+        """Return the base, with the layers of the adapters in it."""
         return self.model
 
     @property
@@ -117,11 +117,11 @@ class IA3Model(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._tuning.in_force.active)
+        return list(self._tuning.selection.active)
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return self._tuning.in_force.enabled and bool(self.active_adapters)
+        return self._tuning.selection.enabled and bool(self.active_adapters)
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -129,7 +129,7 @@ class IA3Model(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Those whose vectors are in the base's weights now, in some layer at least."""
+        """The adapters that are merged into the base's weights, in at least one layer."""
         return self._tuning.merged
 
     @property
@@ -142,7 +142,7 @@ class IA3Model(nn.Module):
         return getattr(self.model, "dtype", None)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers can be trained now, and how many there are."""
+        """Return how many numbers are trained now, and how many there are."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
@@ -226,7 +226,7 @@ class IA3Model(nn.Module):
         for name, checkpoint in checkpoints.items():
             write_checkpoint(checkpoint, folder if name == "default" else folder / name)
 
-    # Which adapters are in force.
+    # Activating.
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or the product of several, active for every row.
@@ -259,20 +259,20 @@ class IA3Model(nn.Module):
                         f"adapter to {left[0]}.",
                         stacklevel=2,
                     )
-            self._tuning.put_in_force(left, trains=True)
+            self._tuning.select(left, trains=True)
             self.active_adapter = left
         self._tuning.drop(adapter_name)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Whether these adapters train. Raises UnknownAdapter."""
+        """Set whether these adapters train. Raises UnknownAdapter."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in [self._known(name) for name in names]:
             self._tuning.require_grad(name, requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """The base answers from now on. What is merged is unmerged by the next forward."""
+        """Disable all adapters. The next forward unmerges those that are merged."""
         self._tuning.enable(False)
 
     def enable_adapter_layers(self) -> None:
@@ -280,8 +280,8 @@ class IA3Model(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within: the base answers."""
-        was_enabled = self._tuning.in_force.enabled
+        """Disable all adapters within the block."""
+        was_enabled = self._tuning.selection.enabled
         self.disable_adapter_layers()
         try:
             yield
@@ -303,7 +303,7 @@ class IA3Model(nn.Module):
     # Running.
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward. With `adapter_names`, row i uses the i-th adapter
+        """Run the base model's forward. With `adapter_names`, row i uses the i-th adapter
         ("__base__": none), as in PEFT's mixed batches of LoRA."""
         with self._rows(adapter_names, args, kwargs):
             return self.model(*args, **kwargs)
@@ -311,8 +311,8 @@ class IA3Model(nn.Module):
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        """The base model's `generate`, with `adapter_names` as in `forward`: one for each prompt,
-        also where each has several beams or returned sequences."""
+        """Run the base model's `generate`. `adapter_names` are as in `forward`: one a prompt, also
+        where it has several beams or returned sequences."""
         generate = cast(Callable[..., Any], self.model.generate)
         with self._rows(adapter_names, args, kwargs):
             return generate(*args, **kwargs)
@@ -329,7 +329,7 @@ class IA3Model(nn.Module):
             for name in names:
                 self._known(name, or_base=True)
             self._tuning.check_rows(names, args, kwargs)
-        if not self._tuning.in_force.enabled:
+        if not self._tuning.selection.enabled:
             self._tuning.unmerge("Adapters are disabled.")
         if names is None:
             yield
@@ -348,7 +348,7 @@ class IA3Model(nn.Module):
         self._tuning.merge(self._to_merge(adapter_names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Divide the base's weights by what is merged: as exactly as PEFT does, with rounding."""
+        """Divide the base's weights by the merged vectors, which rounds as in PEFT."""
         self._tuning.unmerge("Unmerging.")
 
     def merge_and_unload(
@@ -357,18 +357,16 @@ class IA3Model(nn.Module):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> PreTrainedModel:
-        """The base with these adapters, or the active ones, in its weights; this model is empty
-        then. `progressbar` is PEFT's and shows none. Raises as `merge_adapter`."""
+        """Return the base with these adapters, or the active ones, in its weights; this model has
+        no adapters then. `progressbar` is ignored. Raises what `merge_adapter` raises."""
         self._tuning.merge(self._to_merge(adapter_names), safe=safe_merge)
         self._tuning.leave_copies()
-        return self._emptied()
+        self.active_adapter = []
+        return self.model
 
     def unload(self) -> PreTrainedModel:
-        """The base model without the layers of adapters; what is merged stays in its weights."""
+        """Return the base without the layers of adapters; what is merged stays in its weights."""
         self._tuning.undo()
-        return self._emptied()
-
-    def _emptied(self) -> PreTrainedModel:
         self.active_adapter = []
         return self.model
 
@@ -384,14 +382,12 @@ class IA3Model(nn.Module):
     ) -> None:
         """Attach the sum of adapters' vectors times their weights; a missing vector counts as 0.
 
-        It is not active. Where PEFT does nothing, in silence, for a taken name, and cuts the longer
-        list, this raises AdapterExists and WrongCall; also UnknownAdapter, CannotCombine.
+        It is not active. For a taken name PEFT silently does nothing, and it cuts the longer list:
+        this raises AdapterExists and WrongCall; also UnknownAdapter, CannotCombine.
         """
         self._check_new(adapter_name)
         if not adapters or len(adapters) != len(weights):
-            raise WrongCall(
-                f"{len(adapters)} adapters and {len(weights)} weights: give one for each"
-            )
+            raise WrongCall(f"{len(adapters)} adapters and {len(weights)} weights: give one each")
         parts = [self._tuning.attached[self._known(name)] for name in adapters]
         for part in parts:
             for module in part.saved:

@@ -1,4 +1,4 @@
-"""The layer around a module that some adapters bring a copy of their own of (`modules_to_save`)."""
+"""The layer around a module that some adapters replace by their own copy (`modules_to_save`)."""
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ class Layout:
         *,
         flat: bool,
     ) -> None:
-        """Notes where those slots stand that are `interesting`."""
+        """`interesting`: the slots whose rows or tokens are noted."""
         self.flat = flat
         self.length = len(slots)
         self.index: dict[int, torch.Tensor | None] = {}
@@ -36,11 +36,11 @@ class Layout:
 
 
 class SavedLayer(Wrapper):
-    """A module of the base model, and the copies of it that adapters have brought, by slot.
+    """A module of the base model, and adapters' own copies of it by slot.
 
-    Rows of an adapter with a copy get what the copy makes of them, all others the base's: PEFT's
-    `ModulesToSaveWrapper`. Where a copy's result is wider than the base's (an LM head with added
-    tokens), the narrower rows end in -inf. A copy replaces all that the base does, rescaling too.
+    The copy computes the rows of its adapter, the base module all others, as PEFT's
+    `ModulesToSaveWrapper` does. Where a copy's result is wider than the base's (an LM head with
+    added tokens), the narrower rows end in -inf. A copy also replaces the base module's rescaling.
     """
 
     outermost = True
@@ -52,7 +52,7 @@ class SavedLayer(Wrapper):
         self._parts: list[tuple[nn.Module, torch.Tensor | None]] = []
 
     def use(self, layout: Layout) -> None:
-        """For the next forwards."""
+        """Set which copies the next forwards use."""
         self._layout = layout
         self._parts = [
             (self.copies[slot], where)
@@ -71,14 +71,14 @@ class SavedLayer(Wrapper):
             return y
         assert self._layout is not None
         if self._layout.flat:
-            # Some models (OPT) have no batch axis on the way.
+            # Some models (OPT) have no batch axis here.
             axis = 0 if x.is_floating_point() and x.dim() == 2 else 1
             return self._mixed(x, axis)
         rows = self._layout.length
         if x.is_floating_point() and x.dim() == 2:
             return self._mixed(x.view(rows, -1, x.shape[-1]), 0).flatten(0, 1)
         if len(x) == 1 < rows:
-            # Positions may come once for all rows.
+            # Positions may be the same tensor for all rows.
             x = x.expand(rows, *x.shape[1:])
         if len(x) > rows > 1:
             # Beams and returned sequences of a row lie next to each other.
@@ -114,7 +114,7 @@ def _widened(y: torch.Tensor, width: int) -> torch.Tensor:
 def copy_of(
     skeleton: nn.Module, state: Mapping[str, torch.Tensor], device: torch.device
 ) -> nn.Module:
-    """A module with these parameters and persistent buffers on the device.
+    """Return a copy of a module with these parameters and persistent buffers, on the device.
 
     Embeddings and LM heads may be of another size than the skeleton's.
     """

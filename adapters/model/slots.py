@@ -1,4 +1,4 @@
-"""IA3 on a base model by slots: a forward in which every row and segment has its own adapter."""
+"""IA3 by slots: in one forward of the base, every row and segment has its own adapter."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class IA3Slots:
         max_adapters: int = 64,
         max_saved_bytes: int = DEFAULT_SAVED_BYTES,
     ) -> None:
-        """`max_saved_bytes`: what the saved modules of a server's resident adapters may take."""
+        """`max_saved_bytes`: how many bytes the whole modules of resident adapters may take."""
         self.base = base.requires_grad_(False)
         self.modules_of_base = BaseModules.of(base)
         self.bank = AdapterBank(self.modules_of_base, max_adapters, base.device)
@@ -50,11 +50,11 @@ class IA3Slots:
         self._layers_version = 0
         self._scales_version = 0
         self._with_copies: set[int] = set()
-        """Slots whose adapter has modules of its own."""
+        """Slots whose adapter brings whole modules."""
         self._scaled: dict[Target, Scale] = {}
         self._packed: tuple[object, ...] | None = None
-        """The batch that the scales are set for, and the state of the bank then; no segments at
-        all: a padded batch."""
+        """The batch that scales are set for, and the bank's version then. A padded batch has None
+        for its segments."""
 
     @property
     def capacity(self) -> int:
@@ -68,7 +68,7 @@ class IA3Slots:
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         """Copy an adapter to the device; modules that it is the first to change are wrapped."""
         skeleton = self.modules_of_base.skeleton
-        # First what may find no memory: without it the slot stays as it was.
+        # First the copies, which may not fit in memory: then the slot stays as it was.
         copies = {
             module: copy_of(skeleton.get_submodule(module), state, self.bank.device)
             for module, state in vectors.saved.items()
@@ -93,7 +93,7 @@ class IA3Slots:
         self._drop_copies(slot)
 
     def has_copies(self, slots: Iterable[int]) -> bool:
-        """Whether one of these slots' adapters has modules of its own."""
+        """Whether one of these slots' adapters brings whole modules."""
         return not self._with_copies.isdisjoint(slots)
 
     def _drop_copies(self, slot: int) -> None:
@@ -104,45 +104,45 @@ class IA3Slots:
 
     def set_packed(
         self,
-        rows: Sequence[int],
+        slots: Sequence[int],
         segments: Sequence[Segment] = (),
         kept: Sequence[Segment] | None = None,
     ) -> None:
-        """For the next forwards: a flat `[1, tokens]` batch, a token for each slot in `rows`, then
-        the segments. Costs nothing while the batch stays as it is.
+        """Set the batch of the next forwards: flat `[1, tokens]`, a token for each batch row, whose
+        slots are `slots`, then the segments. Costs nothing while the batch stays as it is.
 
-        `kept`: what the LM head, and layers before it that are behind the model's trunk, see of the
-        segments, where they do not see all of them (`logits_to_keep`). They see all rows.
+        `kept`: the part of the segments that reaches the LM head, and other layers behind the
+        model's trunk (`logits_to_keep`); None for all of them. All rows reach it.
         """
         kept = segments if kept is None else kept
-        packed = (self.bank.version, tuple(rows), tuple(segments), tuple(kept))
+        packed = (self.bank.version, tuple(slots), tuple(segments), tuple(kept))
         if packed != self._packed:
             self._packed = None
-            scales = self.bank.packed(rows, segments)
+            scales = self.bank.packed(slots, segments)
             behind = self.modules_of_base.head
             head = {target for target in self.bank.columns if target.module in behind}
             if kept != segments and head:
-                of_head = self.bank.packed(rows, kept, only=head)
+                of_head = self.bank.packed(slots, kept, only=head)
                 scales = {t: s for t, s in scales.items() if t not in head} | of_head
             self._set_scales(scales)
             if self._saved:
-                self._set_copies(_by_token(rows, segments), _by_token(rows, kept))
+                self._set_copies(_by_token(slots, segments), _by_token(slots, kept))
             self._packed = packed
 
     def set_rows(self, slots: Sequence[int]) -> None:
-        """For the next forwards: a `[batch, tokens]` batch whose row i uses `slots[i]`. Costs
+        """Set the batch of the next forwards: `[batch, tokens]`, whose row i uses `slots[i]`. Costs
         nothing while the batch stays as it is."""
-        rows = (self.bank.version, tuple(slots), None)
-        if rows != self._packed:
+        packed = (self.bank.version, tuple(slots), None)
+        if packed != self._packed:
             self._packed = None
             self._set_scales(self.bank.by_row(slots))
             self._set_copies(slots, flat=False)
-            self._packed = rows
+            self._packed = packed
 
     def _set_copies(
         self, slots: Sequence[int], head_slots: Sequence[int] | None = None, *, flat: bool = True
     ) -> None:
-        """The slot of each token or row; the LM head may see fewer."""
+        """Set the slot of each token or row; the LM head may see fewer of them."""
         device = self.bank.device
         layout = Layout(slots, self._with_copies, device, flat=flat)
         of_head = layout
@@ -154,7 +154,7 @@ class IA3Slots:
     def _set_scales(self, scales: dict[Target, Scale]) -> None:
         self._packed = None
         if scales == self._scaled:
-            return  # A batch's own vectors are found by what the bank has written for it.
+            return  # The same scales read the vectors that the bank has written for this batch.
         self._scales_version += 1
         for target in self._scaled.keys() - scales.keys():
             self._set_scale(target, None)
@@ -170,7 +170,7 @@ class IA3Slots:
             layer.output_scale = scale
 
     def unload(self) -> PreTrainedModel:
-        """The base model as it was before any adapter was attached."""
+        """Take all layers out and return the base model as it was before."""
         self._set_scales({})
         self._wrapping.undo()
         self._layers_version += 1
@@ -182,9 +182,9 @@ class IA3Slots:
         return self.base
 
 
-def _by_token(rows: Sequence[int], segments: Sequence[Segment]) -> list[int]:
-    """The slot of each token of a flat batch."""
-    slots = list(rows)
+def _by_token(slots: Sequence[int], segments: Sequence[Segment]) -> list[int]:
+    """Return the slot of each token of a flat batch."""
+    by_token = list(slots)
     for segment in segments:
-        slots += [segment.slot] * segment.tokens
-    return slots
+        by_token += [segment.slot] * segment.tokens
+    return by_token

@@ -1,4 +1,4 @@
-"""The layers of `IA3Model`: adapters by name, their vectors parameters that a notebook can train.
+"""The layers of `IA3Model`. They know adapters by name, and a notebook can train their vectors.
 
 They compute what PEFT's `ia3.layer.Linear` and `ModulesToSaveWrapper` compute, in the same order
 and dtypes. A server's layers are in `adapters.model.layer`.
@@ -22,20 +22,20 @@ _NO_ZERO = 1e-8
 """PEFT adds this to what it divides by when it unmerges."""
 
 
-class InForce:
+class Selection:
     """Which adapters the next forward uses. All layers of a model read the same one."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.rows: tuple[str, ...] | None = None
-        """Each row's adapter, in place of the active ones."""
+        """The adapter of each row of the batch; None where the active ones are all rows'."""
         self.tokens = 0
-        """Of a forward with `rows`: rows times the length of each."""
+        """The number of tokens of a forward with `rows`: rows times their length."""
 
 
 class Vectors(nn.Module):
-    """Parameters by adapters' names. `nn.ParameterDict` refuses such as `v1.5` and `keys`."""
+    """Parameters by adapters' names. `nn.ParameterDict` refuses some names: `v1.5`, `keys`."""
 
     def names(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -53,18 +53,18 @@ class Vectors(nn.Module):
 class TunedLayer(Wrapper):
     """A linear layer of the base model, and the vectors of the adapters that rescale it."""
 
-    def __init__(self, base_layer: nn.Module, in_force: InForce) -> None:
+    def __init__(self, base_layer: nn.Module, selection: Selection) -> None:
         super().__init__(base_layer)
-        self.in_force = in_force
+        self.selection = selection
         self.ia3_l = Vectors()
         """`(out, 1)` or, on the input side, `(1, in)`: PEFT's, with its name in the state dict."""
         self.ia3_l_input = Vectors()
-        """`(1, in)`, of an adapter that has one for each side, which PEFT cannot say."""
+        """`(1, in)`: the input's vector of an adapter that has one for each side."""
         self.sides: dict[str, Side] = {}
-        """Of the vectors in `ia3_l`."""
+        """Adapter -> the side of its vector in `ia3_l`."""
         self.merged_adapters: list[str] = []
         self._shared: nn.Parameter | None = None
-        """What a tied weight was before it was merged into: its other user keeps that one."""
+        """The tied weight from before a merge, which its other module still uses."""
 
     def put(self, name: str, side: Side, vector: nn.Parameter) -> None:
         """Add an adapter's vector; where there are two, the output's comes first."""
@@ -84,22 +84,22 @@ class TunedLayer(Wrapper):
         return [vector for vector in both if vector is not None]
 
     def vector(self, name: str, side: Side) -> nn.Parameter | None:
-        """An adapter's vector of one side, None where it has none."""
+        """Return an adapter's vector of one side, None where it has none."""
         if self.sides.get(name) is side:
             return self.ia3_l.get(name)
         return self.ia3_l_input.get(name) if side is Side.INPUT else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.in_force.enabled or self.merged_adapters:
+        if not self.selection.enabled or self.merged_adapters:
             y: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return y
         y = self.base_layer(self._scaled(x, Side.INPUT), *args, **kwargs)
         return self._scaled(y, Side.OUTPUT)
 
     def _scaled(self, x: torch.Tensor, side: Side) -> torch.Tensor:
-        if self.in_force.rows is not None:
-            return self._scaled_by_row(x, side, self.in_force.rows)
-        vectors = [self.vector(name, side) for name in self.in_force.active]
+        if self.selection.rows is not None:
+            return self._scaled_by_row(x, side, self.selection.rows)
+        vectors = [self.vector(name, side) for name in self.selection.active]
         known = [vector for vector in vectors if vector is not None]
         if not known:
             return x
@@ -110,12 +110,12 @@ class TunedLayer(Wrapper):
         return (wide * factor).to(x.dtype)
 
     def _scaled_by_row(self, x: torch.Tensor, side: Side, names: tuple[str, ...]) -> torch.Tensor:
-        """Beams and returned sequences of a row lie next to each other."""
+        """Scale each row by its adapter. Beams and returned sequences of a row are neighbours."""
         vectors = [self.vector(name, side) for name in names]
         known = [vector.flatten() for vector in vectors if vector is not None]
         if not known:
             return x
-        if x.dim() == 2 and len(x) != self.in_force.tokens:
+        if x.dim() == 2 and len(x) != self.selection.tokens:
             raise WrongCall(
                 "This model runs some layers on a part of the tokens, as experts do: adapter_names "
                 "cannot say which; call set_adapter, for all rows"
@@ -128,14 +128,14 @@ class TunedLayer(Wrapper):
         rows = x.reshape(len(names), -1, x.shape[-1])
         return (rows * factor[:, None]).to(x.dtype).view(x.shape)
 
-    # Merging, as PEFT: a product and a rounding for each adapter.
+    # Merging, as in PEFT: one multiplication and one rounding for each adapter.
 
     def mergeable(self, names: Sequence[str]) -> list[str]:
-        """Those of the adapters that have a vector here and are not merged yet."""
+        """Return those of the adapters that have a vector here and are not merged yet."""
         return [name for name in names if name in self.sides and name not in self.merged_adapters]
 
     def folded(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias with these adapters merged into them; nothing changes yet."""
+        """Return the weight and bias with these adapters merged into them; change nothing."""
         weight: torch.Tensor = self._weight.detach()
         bias: torch.Tensor | None = self._bias
         for name in names:
@@ -149,7 +149,7 @@ class TunedLayer(Wrapper):
         return weight, bias
 
     def merge(self, names: Sequence[str], *, tied: bool) -> None:
-        """`tied`: the weight is also another module's, which must keep it."""
+        """Merge adapters. `tied`: another module shares the weight, and must keep it."""
         weight, bias = self.folded(names)
         if tied:
             self._shared = self._weight
@@ -161,7 +161,7 @@ class TunedLayer(Wrapper):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Divide by the merged vectors, the last one first; what this loses, PEFT loses too."""
+        """Divide by the merged vectors, the last one first; rounding errs as it does in PEFT."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             for side in Side:
@@ -196,16 +196,16 @@ class TunedLayer(Wrapper):
 
 
 class TunedSavedLayer(SavedLayer):
-    """A module that some adapters bring a copy of their own of; each adapter has a number."""
+    """A module that some adapters replace by their own copy; each adapter has a number."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.modules_to_save = nn.ModuleDict()
-        """The same copies by name: so they move with the model, and are in its state dict."""
+        """The same copies by name, so that they move with the model and are in its state dict."""
 
     def put(self, number: int, name: str, module: nn.Module) -> None:
         self.copies[number] = module
-        # Not by add_module, which refuses names such as `v1.5`.
+        # add_module refuses names such as `v1.5`.
         self.modules_to_save._modules[name] = module
 
     def drop(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""The adapters that are attached to a base model by name, and which of them are in force."""
+"""The adapters that are attached to a base model by name, and which of them it uses."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,26 +19,26 @@ from adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targe
 from adapters.errors import CombinedNotFinite, InvalidAdapter, WrongCall
 from adapters.model.layer import Wrapping
 from adapters.model.saved_layer import Layout, copy_of
-from adapters.model.tuned_layer import InForce, TunedLayer, TunedSavedLayer
+from adapters.model.tuned_layer import Selection, TunedLayer, TunedSavedLayer
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-"""What a forward or `generate` is given: its first axis is the batch."""
+"""The arguments of a forward or of `generate` whose first axis is the batch."""
 _HALF = (torch.float16, torch.bfloat16)
 _NO_COPY = 0
-"""The number of the base, and of adapters without modules of their own."""
+"""The number of the base, and of adapters without whole modules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
     config: IA3Config
     number: int
-    """Names the adapter in the layers around saved modules."""
+    """Identifies the adapter in the layers around saved modules."""
     targets: tuple[Target, ...]
     saved: tuple[str, ...]
 
 
 class Tuning:
-    """Wraps a base model's layers and sets what they do. Names are checked by `IA3Model`.
+    """Wraps a base model's layers and sets which adapters they use. `IA3Model` checks names.
 
     Every method computes first and then changes, so that one that raises has changed nothing.
     """
@@ -47,7 +47,7 @@ class Tuning:
         self.model = model
         self.modules = BaseModules.of(model)
         self.attached: dict[str, Attached] = {}
-        self.in_force = InForce()
+        self.selection = Selection()
         self._wrapping = Wrapping(model)
         self._layers: dict[str, TunedLayer] = {}
         self._saved: dict[str, TunedSavedLayer] = {}
@@ -55,7 +55,7 @@ class Tuning:
 
     @property
     def merged(self) -> list[str]:
-        """The adapters whose vectors are in the base's weights now, in some layer at least."""
+        """The adapters that are merged into the base's weights, in at least one layer."""
         names = (name for layer in self._layers.values() for name in layer.merged_adapters)
         return list(dict.fromkeys(names))
 
@@ -69,7 +69,7 @@ class Tuning:
         return weight
 
     def _state_of(self, module: str) -> State:
-        """A copy of what the base has in a module, without the layers of adapters in it."""
+        """Copy a module's parameters and buffers from the base, whatever layers are around them."""
         state = {}
         for key in self.modules.state_of(module):
             path, _, leaf = f"{module}.{key}".rpartition(".")
@@ -77,13 +77,13 @@ class Tuning:
         return state
 
     def vector(self, name: str, target: Target) -> torch.Tensor:
-        """`[size]`."""
+        """Return an adapter's vector, `[size]`."""
         vector = self._layers[target.module].vector(name, target.side)
         assert vector is not None
         return vector.detach().flatten()
 
     def copy(self, name: str, module: str) -> nn.Module:
-        """An adapter's own copy of a module."""
+        """Return an adapter's own copy of a module."""
         return self._saved[module].copies[self.attached[name].number]
 
     def attach(
@@ -94,8 +94,8 @@ class Tuning:
         *,
         autocast: bool,
     ) -> None:
-        """Add an adapter, frozen. Its vectors take the dtype of the weight that they stand beside,
-        or float32 beside half precision where PEFT casts (`autocast_adapter_dtype`)."""
+        """Add an adapter, frozen. Its vectors get the dtype of the weight that they rescale; with
+        `autocast`, float32 where that is half precision (PEFT's `autocast_adapter_dtype`)."""
         config = settled(config, resolve_targets(config, self.modules), self.modules)
         parameters = {
             target: self._parameter(target, vector, autocast=autocast)
@@ -107,8 +107,8 @@ class Tuning:
             for module, state in vectors.saved.items()
         }
         self.unmerge("An adapter cannot be added while others are merged.")
-        make = partial(TunedLayer, in_force=self.in_force)
-        # Of two vectors the output's comes first.
+        make = partial(TunedLayer, selection=self.selection)
+        # The output's vector first, as `TunedLayer.put` needs it.
         for target in sorted(parameters, key=lambda target: target.side is Side.INPUT):
             if target.module not in self._layers:
                 self._layers[target.module] = self._wrapping.wrap(target.module, make)
@@ -128,7 +128,7 @@ class Tuning:
         return nn.Parameter(shaped.to(weight.device, dtype, copy=True), requires_grad=False)
 
     def fresh(self, config: IA3Config) -> AdapterVectors:
-        """An adapter that was not trained yet: ones, and copies of the modules that it saves.
+        """Make an adapter that was not trained yet: ones, and copies of the modules that it saves.
 
         Raises InvalidAdapter.
         """
@@ -141,7 +141,7 @@ class Tuning:
         return AdapterVectors(vectors, {name: self._state_of(name) for name in names})
 
     def drop(self, name: str) -> None:
-        """Forget an adapter that is not in force."""
+        """Forget an adapter that is not active."""
         attached = self.attached.pop(name)
         for target in attached.targets:
             self._layers[target.module].drop(name)
@@ -149,28 +149,28 @@ class Tuning:
             self._saved[module].drop(attached.number)
 
     def activate(self, names: Sequence[str], *, trains: bool) -> None:
-        """Put adapters in force together. Their parameters train where that is asked for, all
-        others do not. Raises CannotCombine."""
+        """Make several adapters active together. With `trains` their parameters train; those of
+        all other adapters do not. Raises CannotCombine."""
         several = [self.attached[name] for name in names if name in self.attached]
         check_product([(attached.targets, attached.saved) for attached in several])
         self.unmerge("Adapter cannot be set when the model is merged. Unmerging the model first.")
-        self.put_in_force(names, trains=trains)
+        self.select(names, trains=trains)
 
-    def put_in_force(self, names: Sequence[str], *, trains: bool) -> None:
-        """`activate`, of adapters that can be together, whatever is merged."""
-        self.in_force.active = tuple(names)
+    def select(self, names: Sequence[str], *, trains: bool) -> None:
+        """`activate` without its checks, and without unmerging."""
+        self.selection.active = tuple(names)
         self._use_copies()
         for name in self.attached:
             self.require_grad(name, trains and name in names)
 
     def enable(self, enabled: bool) -> None:
-        self.in_force.enabled = enabled
+        self.selection.enabled = enabled
         self._use_copies()
         for name in self.attached:
-            self.require_grad(name, enabled and name in self.in_force.active)
+            self.require_grad(name, enabled and name in self.selection.active)
 
     def require_grad(self, name: str, trains: bool) -> None:
-        """Whether an adapter's vectors and modules train."""
+        """Set whether an adapter's vectors and modules train."""
         attached = self.attached[name]
         for module in {target.module for target in attached.targets}:
             for vector in self._layers[module].parameters_of(name):
@@ -180,28 +180,28 @@ class Tuning:
 
     @contextmanager
     def by_row(self, names: Sequence[str]) -> Iterator[None]:
-        """Within: row i of a batch uses adapter `names[i]`, where adapters are enabled at all."""
+        """Within the block, row i of a batch uses adapter `names[i]`, if adapters are enabled."""
         hook = self.model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
-        self.in_force.rows = tuple(names)
+        self.selection.rows = tuple(names)
         self._use_copies()
         try:
             yield
         finally:
             hook.remove()
-            self.in_force.rows = None
+            self.selection.rows = None
             self._use_copies()
 
     def _count_tokens(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _inputs(args, kwargs)
-        self.in_force.tokens = given[0].shape[0] * given[0].shape[1] if given else 0
+        self.selection.tokens = given[0].shape[0] * given[0].shape[1] if given else 0
 
     def _use_copies(self) -> None:
         """Tell the layers around saved modules which adapters' copies the next forward uses."""
-        names = self.in_force.rows
-        if not self.in_force.enabled:
+        names = self.selection.rows
+        if not self.selection.enabled:
             names = ()
         elif names is None:
-            owners = [name for name in self.in_force.active if name in self.attached]
+            owners = [name for name in self.selection.active if name in self.attached]
             names = tuple(name for name in owners if self.attached[name].saved)
         numbers = [self.attached[n].number if n in self.attached else _NO_COPY for n in names]
         with_copies = {attached.number for attached in self.attached.values() if attached.saved}
@@ -212,7 +212,7 @@ class Tuning:
     def check_rows(
         self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """Raises WrongCall unless these adapters can be the rows' of a call with these inputs."""
+        """Raises WrongCall where a call with these inputs cannot have these adapters by row."""
         given = _inputs(args, kwargs)
         if given and len(given[0]) != len(names):
             raise WrongCall(
@@ -225,10 +225,10 @@ class Tuning:
                 "`unmerge_adapter` first."
             )
 
-    # Files and mixtures.
+    # Files and weighted sums.
 
     def checkpoint(self, name: str) -> Checkpoint:
-        """What `save_pretrained` writes of an adapter."""
+        """Return what `save_pretrained` writes of an adapter."""
         attached = self.attached[name]
         tensors = tensors_of({t: self.vector(name, t).cpu() for t in attached.targets})
         for module in attached.saved:
@@ -240,8 +240,8 @@ class Tuning:
     def weighted(
         self, names: Sequence[str], weights: Sequence[float]
     ) -> dict[Target, torch.Tensor]:
-        """The sums of vectors times weights, as PEFT: in the dtype of the layer, rounded after
-        each; a missing vector counts as 0. Raises CombinedNotFinite."""
+        """Return the sums of vectors times weights, as in PEFT: in the layer's dtype, rounded after
+        each addition; a missing vector counts as 0. Raises CombinedNotFinite."""
         vectors: dict[Target, torch.Tensor] = {}
         parts = [self.attached[name].targets for name in names]
         for target in dict.fromkeys(target for part in parts for target in part):
@@ -258,8 +258,8 @@ class Tuning:
     # Merging.
 
     def merge(self, names: Sequence[str], *, safe: bool) -> None:
-        """Multiply the adapters' vectors into the weights, one adapter after the other, where they
-        are not yet. Raises WrongCall where `safe` and a result is not finite."""
+        """Multiply the vectors of adapters that are not merged yet into the weights, one adapter
+        after the other. With `safe`, raises WrongCall where a result is not finite."""
         per_layer = {name: layer.mergeable(names) for name, layer in self._layers.items()}
         if safe:
             for module, mine in per_layer.items():
@@ -274,14 +274,15 @@ class Tuning:
                 self._layers[module].merge(mine, tied=self._is_tied(module))
 
     def _is_tied(self, module: str) -> bool:
-        """PEFT's merge scales the embeddings with a tied head; ours gives the head its own."""
+        """Whether the module is an LM head that shares the embeddings' weight. PEFT's merge scales
+        the embeddings too; ours gives the head a weight of its own."""
         read = self.modules.input_embedding
         if module != self.modules.output_embedding or read is None:
             return False
         return self.weight_of(module) is self.weight_of(read)
 
     def unmerge(self, why: str) -> None:
-        """Take all merged vectors out of the weights again, and warn why; as exactly as PEFT."""
+        """Take all merged vectors out of the weights again, as exactly as PEFT; warn why."""
         if self.merged:
             warnings.warn(f"{why} Unmerge result can be inaccurate for (IA)^3.", stacklevel=4)
             for layer in self._layers.values():
@@ -297,12 +298,12 @@ class Tuning:
         self.attached.clear()
         self._layers.clear()
         self._saved.clear()
-        self.in_force.active = ()
-        self.in_force.enabled = True
+        self.selection.active = ()
+        self.selection.enabled = True
 
     def leave_copies(self) -> None:
-        """Take all layers out, but leave the copies of the adapters in force in their places."""
-        names = [name for name in self.in_force.active if name in self.attached]
+        """Take all layers out, but leave the active adapters' copies of modules in the model."""
+        names = [name for name in self.selection.active if name in self.attached]
         copies = {m: self.copy(name, m) for name in names for m in self.attached[name].saved}
         self.undo()
         for module, copy in copies.items():

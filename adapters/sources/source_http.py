@@ -20,18 +20,18 @@ _LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
 @dataclass(frozen=True, slots=True)
 class Answer:
     response: httpx2.Response
-    """The last one; its body is not yet read."""
+    """The response after all redirects; its body is not yet read."""
     first: httpx2.Headers
-    """The headers of the server that was asked, which may have redirected."""
+    """The headers of the first response, which may be a redirect."""
 
 
 class GuardedHttp:
-    """Connections of one fetch.
+    """The HTTP connections of one fetch.
 
-    The server of the URL itself is the operator's choice and may be anywhere. A redirect away from
-    it must lead to a public address, and it is that very address that is connected to: a name that
-    resolves to another one a moment later gains nothing. Headers go to the first server alone.
-    Environment proxies are not used, since they would resolve names for themselves.
+    The operator has allowed the server of the URL itself, which may be anywhere. A redirect to
+    another server must lead to a public address, and the connection goes to exactly the address
+    that was checked, so that a name cannot resolve to another one later. Headers go to the first
+    server alone. Proxies of the environment are not used: they would resolve names themselves.
     """
 
     def __init__(self, tls: ssl.SSLContext) -> None:
@@ -42,9 +42,9 @@ class GuardedHttp:
 
     @asynccontextmanager
     async def get(self, url: str, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """Raises SourceFailed. Sets no timeout: the caller has one for the whole fetch.
+        """Get a URL. Raises SourceFailed. Sets no timeout: the caller has one for the whole fetch.
 
-        The body is what comes over the wire (`aiter_raw`): nothing is unpacked.
+        Callers read the body as it comes over the wire (`aiter_raw`): nothing is unpacked.
         """
         try:
             here = start = httpx2.URL(url)
@@ -63,7 +63,7 @@ class GuardedHttp:
                 finally:
                     await response.aclose()
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
-            # Its text may hold a signed URL.
+            # The error's text may contain a signed URL.
             raise SourceFailed(f"the connection failed ({type(error).__name__})") from None
         raise SourceFailed("it redirects too often")
 
@@ -71,7 +71,7 @@ class GuardedHttp:
 def _request(
     url: httpx2.URL, headers: Mapping[str, str], address: str | None = None
 ) -> httpx2.Request:
-    """Goes to `address` where one is given, and to the URL's host in all else."""
+    """Make a request that connects to `address`, if given; all else is as for the URL's host."""
     target = url if address is None else url.copy_with(host=address)
     return httpx2.Request(
         "GET",
@@ -101,7 +101,7 @@ async def _public_address(host: str, port: int | None) -> str:
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address belongs to the internet at large, also where it wraps another one."""
+    """Whether an address is public; an IPv6 address that contains an IPv4 one is judged by that."""
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if inner is None and address in _NAT64:

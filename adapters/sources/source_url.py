@@ -1,4 +1,4 @@
-"""Where an adapter was published, as a URL, and which such places an operator allows."""
+"""Parse the URLs from which adapters are fetched, and the prefixes that an operator allows."""
 
 import re
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _NO_ORGANISATIONS = {"api", "buckets", "datasets", "kernels", "models", "spaces"}
-"""What the hub's own paths begin with."""
+"""The first parts of the hub's own paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A parsed URL. As a prefix it may be shorter, down to the scheme alone."""
+    """A parsed URL. A prefix may be shorter, down to the scheme alone."""
 
     scheme: Scheme
     path: tuple[str, ...]
@@ -42,12 +42,12 @@ class Source:
         return replace(self, revision=revision)
 
     def holds(self, other: "Source") -> bool:
-        """Whether this, as a prefix, allows `other`: by whole parts, never by characters."""
+        """Whether this prefix allows `other`. Whole parts are compared, never characters."""
         return self.scheme == other.scheme and self.path == other.path[: len(self.path)]
 
 
 def parse_source(url: str) -> Source:
-    """An adapter's place. Raises BadSource."""
+    """Parse the URL of an adapter. Raises BadSource."""
     scheme, parts = _split(url)
     revision = None
     if scheme == "hf" and len(parts) > 1:
@@ -56,13 +56,13 @@ def parse_source(url: str) -> Source:
         if revision is not None and not _REVISION.fullmatch(revision):
             raise BadSource("has a revision that is no plain branch, tag or commit", _SHAPES["hf"])
     if len(parts) < (2 if scheme == "hf" else 1):
-        raise BadSource("is too short to be an adapter's place", _SHAPES[scheme])
+        raise BadSource("is too short to name an adapter", _SHAPES[scheme])
     _check(scheme, parts)
     return Source(scheme, tuple(parts), revision)
 
 
 def parse_prefixes(text: str) -> tuple[Source, ...]:
-    """An operator's allow-list, with commas between. Raises BadSource."""
+    """Parse an operator's allowed prefixes, separated by commas. Raises BadSource."""
     prefixes = []
     for url in filter(None, map(str.strip, text.split(","))):
         scheme, parts = _split(url)
@@ -85,9 +85,9 @@ def _split(url: str) -> tuple[Scheme, list[str]]:
 
 
 def _check(scheme: Scheme, parts: list[str]) -> None:
-    """One spelling for one place: what could be read in two ways is refused.
+    """Refuse what could be read in two ways, so that each source has one spelling.
 
-    The messages repeat nothing of the URL: someone may have put a password into it.
+    The messages repeat nothing of the URL, which may contain a password.
     """
     shape = _SHAPES[scheme]
     for part in parts:

@@ -1,4 +1,4 @@
-"""Fetch an adapter from where it was published: the hub, a bucket, or a folder of this machine."""
+"""Fetch adapters from the hub, from a bucket, or from a folder of this machine."""
 
 import os
 import re
@@ -40,11 +40,11 @@ WANTED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""All that is ever fetched; the files after the first two are taken where they are."""
+"""The only files that are fetched. Those after the first two are optional."""
 _AT_ONCE = 4
-"""Fetches that run beside each other; more wait."""
+"""How many fetches run at once; more wait."""
 _CHUNK = 1 << 16
-"""Bytes read from a file at once."""
+"""How many bytes of a file are read at once."""
 _CREDENTIALS = {
     "hf": "HF_TOKEN",
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -57,21 +57,21 @@ Chunks = AsyncIterator[bytes]
 
 
 class _Place(Protocol):
-    """A folder somewhere. Raises SourceError."""
+    """The folder of an adapter, wherever it is. Raises SourceError."""
 
     def open(self, name: str) -> AbstractAsyncContextManager[Chunks | None]:
-        """A file's bytes as they come; None where there is no such file."""
+        """Open a file: its bytes as they come; None where there is no such file."""
 
     @property
     def origin(self) -> str:
-        """The place and what it held just now, to be kept as where a revision came from."""
+        """The URL, with the commit or ETag that was fetched: a revision's origin."""
 
 
 class Sources:
-    """What an operator has allowed, and its limits. Credentials come from the environment."""
+    """Fetches from what an operator has allowed. Credentials come from the environment."""
 
     def __init__(self, prefixes: Sequence[Source], max_bytes: int, timeout: float) -> None:
-        """`max_bytes`: of all files together. `timeout`: seconds, for the whole of a fetch."""
+        """`max_bytes`: for all files of a fetch together. `timeout`: seconds, for a whole fetch."""
         self._prefixes = tuple(prefixes)
         self._max_bytes = max_bytes
         self._timeout = timeout
@@ -80,12 +80,12 @@ class Sources:
     async def fetch(
         self, url: str, folder: Path, take: Callable[[int], object] = lambda _: None
     ) -> str:
-        """Write the adapter's files into `folder`; the answer is where they came from, exactly.
+        """Write the adapter's files into `folder`, and return exactly where they came from.
 
         Raises BadSource, SourceNotAllowed, SourceNotFound, SourceRefused, SourceTooLarge,
         SourceTimeout, SourceFailed, and InvalidAdapter where all weights are pickled. The files
-        are not checked: that is the upload's way from here on. `take` hears of bytes before they
-        are written; what it raises ends the fetch.
+        are not checked here: the registry checks them like any upload. `take` is called with a
+        number of bytes before they are written; what it raises ends the fetch.
         """
         source = parse_source(url)
         if not any(prefix.holds(source) for prefix in self._prefixes):
@@ -135,11 +135,11 @@ class Sources:
 
 
 class _Folder:
-    """A folder of this machine. Every file is opened first and then asked where it really is, so
-    no symlink leads out of what is allowed, not even one that changes meanwhile."""
+    """A folder of this machine. Each file is opened first, and then its real path is checked, so
+    that no symlink leads out of the allowed folders, not even one that changes meanwhile."""
 
     def __init__(self, path: Path, roots: Sequence[Path]) -> None:
-        """`roots`: the allowed folders, with their own symlinks resolved."""
+        """`roots`: the allowed folders, with their symlinks resolved."""
         self._path = path
         self._roots = roots
 
@@ -166,7 +166,7 @@ class _Folder:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """A pipe without a writer must not block."""
+    """Open a file, without blocking for a pipe that has no writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -176,9 +176,10 @@ async def _chunks(file: anyio.AsyncFile[bytes]) -> Chunks:
 
 
 class _Hub:
-    """A repository of the Hugging Face hub, or of a server that speaks its protocol: the one that
-    `HF_ENDPOINT` names. Large files come over plain HTTP, never Xet, whose own client would follow
-    any address."""
+    """A repository of the Hugging Face hub, or of the server with its protocol at `HF_ENDPOINT`.
+
+    Large files come over plain HTTP, never Xet: its own client would connect to any address.
+    """
 
     def __init__(self, source: Source, http: GuardedHttp) -> None:
         self._source = source if source.revision is not None else source.at("main")
@@ -210,8 +211,8 @@ class _Hub:
 
 
 class _Bucket:
-    """A folder of a bucket. obstore signs the URLs; its own client would follow a redirect to any
-    address."""
+    """A folder of a bucket. obstore only signs the URLs: its own client would follow a redirect to
+    any address."""
 
     def __init__(self, source: Source, http: GuardedHttp, urls: Mapping[str, str]) -> None:
         """`urls`: each file's signed URL."""
@@ -235,7 +236,7 @@ class _Bucket:
 
 
 async def sign(source: Source, seconds: float) -> dict[str, str]:
-    """Each file's URL. Raises SourceRefused where the environment has no usable credentials."""
+    """Return a signed URL for each file. Raises SourceRefused where no credentials work."""
     names = [*WANTED, PICKLED_FILE]
     bucket, *folders = source.path
     paths = ["/".join([*folders, name]) for name in names]
@@ -244,7 +245,7 @@ async def sign(source: Source, seconds: float) -> dict[str, str]:
         lifetime = timedelta(seconds=seconds + 1)
         urls = await obstore.sign_async(store, "GET", paths, expires_in=lifetime)
     except (BaseError, ValueError):
-        # Its text may hold parts of a credential.
+        # The error's text may contain parts of a credential.
         needed = _CREDENTIALS[source.scheme]
         raise SourceRefused(
             f"This server has no credentials that work for {source.scheme}://: set {needed} in its "
@@ -257,15 +258,15 @@ def _body(response: httpx2.Response, name: str, scheme: str) -> Chunks | None:
     if response.status_code == 200:
         return response.aiter_raw()
     refused = response.status_code in (401, 403)
-    # A bucket that may not be listed answers 403 for what is not there.
+    # A bucket whose listing is not allowed answers 403 for a missing file.
     if response.status_code == 404 or (refused and name not in REQUIRED):
         return None
     if refused:
         raise SourceRefused(
-            f"The place answers {response.status_code} for {name}: it is not there, or this server "
-            f"may not read it; check the name, and {_CREDENTIALS[scheme]} in its environment."
+            f"The source answers {response.status_code} for {name}: the file is not there, or this "
+            f"server may not read it; check the name, and {_CREDENTIALS[scheme]} of the server."
         )
-    raise SourceFailed(f"the place answers {response.status_code} for {name}")
+    raise SourceFailed(f"the source answers {response.status_code} for {name}")
 
 
 def _path(source: Source) -> Path:

@@ -1,12 +1,12 @@
-"""A store's storage in a bucket, with a local cache of contents.
+"""Storage of a store in a bucket, with a local cache of contents.
 
     content/<digest>/<epoch>-<count>/<file>   an adapter's files
     journal/                                  every change of every adapter: bucket_journal.py
     lease/                                    who owns the bucket: bucket_lease.py
 
-An epoch is one process's ownership of the bucket; epochs grow. Content is written to a place that
-was never used before, and its event says which. So neither a removal that arrives late nor a
-process that was taken over without noticing can touch what was written since.
+An epoch is one process's ownership of the bucket; later epochs have higher numbers. Content is
+written to a folder that was never used before, and its event names the folder. So neither a late
+removal, nor a process that has lost the bucket without noticing, can touch what was written since.
 """
 
 import itertools
@@ -38,7 +38,7 @@ _KEY = re.compile(rf"(?P<place>{_PREFIX}/(?P<digest>[^/]+)/(?P<epoch>\d+)-\d+)/[
 
 
 class BucketStorage:
-    """A `Storage` in a bucket. What is in `cache` may be removed at any time.
+    """A `Storage` in a bucket. Anything in `cache` may be removed from outside at any time.
 
     Raises StoreLocked where another process owns the bucket or the cache, StoreFull where either
     has no room, and StoreUnreachable.
@@ -65,7 +65,7 @@ class BucketStorage:
         """Digest -> the folder of its files in the bucket."""
         self._count = itertools.count()
         self._fetches: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
-        """Digest -> held by the one who fetches it."""
+        """Digest -> a lock, held while its content is fetched."""
         self._background = ThreadPoolExecutor(1, "bucket-keeper")
         self._compaction: Future[None] | None = None
 
@@ -82,59 +82,60 @@ class BucketStorage:
             for event in events
             if {"digest", "place"} <= event.keys()
         }
-        self._stay_short()
+        self._compact_if_long()
         return events
 
     def append(self, event: Mapping[str, object]) -> None:
         place = self._places.get(str(event.get("digest")))
         self._journal.append(event if place is None else {**event, "place": place})
-        self._stay_short()
+        self._compact_if_long()
 
     def settle(self) -> Sequence[Event]:
         return self._journal.settle()
 
     def check(self) -> None:
-        """A bucket is asked by each change. Its cache on this machine is made again if it goes."""
+        """Do nothing: each change asks the bucket, and a cache that was removed is made again."""
 
     def staging(self) -> AbstractContextManager[Path]:
         self._cache.make()
         return self._cache.staging()
 
     def keep(self, staged: Path, digest: str) -> bool:
-        """What is there already is fetched and compared: only so can damage be seen and mended."""
+        """Keep staged files. Content that the bucket has already is fetched and compared, so that
+        damaged content is replaced."""
         place = self._places.get(digest)
         is_whole = place is not None and self._is_whole(place, digest)
         if not is_whole:
-            # What is damaged is written over where it lies: its events say that place.
+            # Damaged content is overwritten in its folder, which earlier events name.
             new = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
             place = self._places.setdefault(digest, new)
             files = {f"{place}/{file.name}": file for file in staged.iterdir()}
             self._objects.put_all(files)
             if place != new:
                 self._objects.delete(set(self._objects.list(place)) - files.keys())
-        with self._one_at_a_time(digest):
+        with self._fetch_lock(digest):
             self._cache.keep(staged, digest)
         return not is_whole
 
     def files(self, revision: Revision) -> Path:
-        """Raises StoreDamaged where the bucket has not what was stored in it."""
+        """Raises StoreDamaged where the bucket no longer has what was stored."""
         cached = self._cache.path(revision.digest)
         if revision.digest in self._places and not _is_whole(cached, revision):
-            with self._one_at_a_time(revision.digest):
+            with self._fetch_lock(revision.digest):
                 place = self._places.get(revision.digest)
                 if place is not None and not _is_whole(cached, revision):
                     self._fetch(revision, place)
         return cached
 
     def refresh(self, revision: Revision) -> None:
-        with self._one_at_a_time(revision.digest):
+        with self._fetch_lock(revision.digest):
             place = self._places.get(revision.digest)
             if place is not None:
                 self._fetch(revision, place)
 
     def remove(self, digests: Iterable[str]) -> None:
         if self._journal.in_doubt:
-            # The event may have happened, and need its content.
+            # The event may be in the journal, and then its content is needed.
             return
         for digest in digests:
             place = self._places.pop(digest, None)
@@ -147,7 +148,7 @@ class BucketStorage:
         self._places = {each: place for each, place in self._places.items() if each in digests}
         self._background.submit(_quietly, self._delete_leftovers)
 
-    def _one_at_a_time(self, digest: str) -> threading.Lock:
+    def _fetch_lock(self, digest: str) -> threading.Lock:
         return self._fetches.setdefault(digest, threading.Lock())
 
     def _is_whole(self, place: str, digest: str) -> bool:
@@ -175,7 +176,7 @@ class BucketStorage:
         self._objects.delete(self._objects.list(place))
 
     def _delete_leftovers(self) -> None:
-        """Contents of earlier epochs that no event names: of uploads that a crash cut off."""
+        """Delete contents of earlier epochs that no event names, as crashes leave them."""
         found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
         self._objects.delete(
             key[0]
@@ -185,13 +186,13 @@ class BucketStorage:
             and self._places.get(key["digest"]) != key["place"]
         )
 
-    def _stay_short(self) -> None:
+    def _compact_if_long(self) -> None:
         if self._journal.is_long and (self._compaction is None or self._compaction.done()):
             self._compaction = self._background.submit(_quietly, self._journal.compact)
 
 
 def _quietly(work: Callable[[], None]) -> None:
-    """Do what nothing depends on, and what is done again later."""
+    """Do a clean-up, and only log a failure: nothing depends on it, and it is done again later."""
     try:
         work()
     except AdapterError as error:
@@ -199,19 +200,19 @@ def _quietly(work: Callable[[], None]) -> None:
 
 
 def _identity(lock: TextIO) -> str:
-    """Names whoever holds the lock of a cache: after a crash the next one is the same owner."""
+    """Return the owner's id, which is in the cache's lock file and so outlives a crash."""
     lock.seek(0)
     text = lock.read()
     if not text:
         text = uuid.uuid4().hex
         lock.write(text)
         lock.flush()
-    # The host too: a copy of a cache on another machine is another owner.
+    # With the host, so that a copy of the cache on another machine is another owner.
     return f"{socket.gethostname()}/{text}"
 
 
 def _is_whole(folder: Path, revision: Revision) -> bool:
-    """Whatever cleans caches up may have taken one file of it."""
+    """Whether a cached folder has all its bytes: others may have deleted some of its files."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir()) == revision.size
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""A journal as objects: one an event, named by its number, and segments of many.
+"""A journal in a bucket: one object for each event, named by its number, and segments of many.
 
     journal/000000000301.jsonl               event 301
     journal/000000000001-000000000300.jsonl  events 1 to 300, once they are many
 
 An event is *created*, never overwritten, so no two can have the same number. Each process that
-opens the journal first creates an event of its own there, "opened". Whoever had it before wants
-that very number for its next event, finds it taken, and so knows that the journal is no longer its
-own. That is why the object of an "opened" stays for ever; others go once a segment has them.
+opens the journal first creates an event "opened". A process that had the journal before wants the
+same number for its next event, finds it taken, and so knows that it has lost the journal. That is
+why the object of an "opened" event is never deleted; others are, once a segment contains them.
 """
 
 import json
@@ -23,9 +23,9 @@ from adapters.storage.objects import Objects
 log = logging.getLogger(__name__)
 
 COMPACT_EVERY = 256
-"""Events that stay objects of their own until a segment takes them."""
+"""How many single events are joined into a segment."""
 LONGEST = 50_000
-"""Events of a segment that is not written again."""
+"""How many events a segment may have that is still joined with others."""
 _PREFIX = "journal"
 _KEY = re.compile(rf"{_PREFIX}/(\d{{12}})(?:-(\d{{12}}))?\.jsonl")
 _LOOKS = 5
@@ -49,8 +49,8 @@ class _Span:
 
 
 class BucketJournal:
-    """Owns the objects under journal/, unless another process opens them. One thread at a time
-    reads, appends or settles; another may compact."""
+    """Owns the objects under journal/, until another process opens them. One thread at a time
+    reads, appends or settles; another thread may compact."""
 
     def __init__(self, objects: Objects, writer: str) -> None:
         """`writer`: an id that no other process has."""
@@ -59,14 +59,14 @@ class BucketJournal:
         self._last = 0
         """The number of the last event."""
         self._compacted = 0
-        """Up to here there are segments."""
+        """The number of the last event that is in a segment."""
         self._in_doubt = False
         self.epoch = 0
         """The number of this process's first event: later processes have higher ones."""
 
     @property
     def in_doubt(self) -> bool:
-        """An append failed, and its event may be there all the same."""
+        """Whether an append failed whose event may be in the journal all the same."""
         return self._in_doubt
 
     @property
@@ -74,13 +74,14 @@ class BucketJournal:
         return self._last - self._compacted >= COMPACT_EVERY
 
     def read(self) -> list[Event]:
-        """Every event, oldest first. From here on no process that opened it before can append."""
+        """Return every event, oldest first. No process that opened the journal before can append
+        any more."""
         for _ in range(_LOOKS):
             lines = self._lines()
             opened = self._line("opened", {})
             ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
             mine = _Span(self._last + 1, self._last + 1)
-            # A listing is no moment's picture: what moved meanwhile is in a segment by now.
+            # A listing is not atomic: events that it missed are in a segment by now.
             if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
                 self._last = self.epoch = mine.last
                 return [event for event in _parsed(lines) if "name" in event]
@@ -97,7 +98,7 @@ class BucketJournal:
         self._last += 1
 
     def settle(self) -> Sequence[Event]:
-        """The event that was in doubt, if it happened; its number is taken by nothing if not."""
+        """Return the event that was in doubt, if it is in the journal; else use up its number."""
         if not self._in_doubt:
             return ()
         event = {}
@@ -107,17 +108,18 @@ class BucketJournal:
                 raise self._taken()
         happened = event and event["event"] != "void"
         if not happened and self._objects.get(self._key(2)) is not None:
-            # It happened, and whoever opened the journal after it has put it into a segment.
+            # It is in the journal: a process that opened it later has put it into a segment.
             raise self._taken()
         self._in_doubt = False
         self._last += 1
         return (event,) if happened else ()
 
     def compact(self) -> None:
-        """Write the last events, and segments that are no longer than they, as one segment.
+        """Write the last events, and segments that are not longer than they, as one segment.
 
-        Safe at every moment and beside every other process: what it writes is what is there. Later
-        events stay: a process that does not know yet whether it wrote one looks for its object.
+        This is safe at any moment and beside any other process, since it copies what is there.
+        Later events keep their objects: a process that does not know whether its event was written
+        looks for the object.
         """
         last = self._last
         spans = [span for span in self._spans() if span.last <= last]
@@ -147,10 +149,10 @@ class BucketJournal:
         self._compacted = segment.last
 
     def _lines(self) -> dict[int, bytes]:
-        """Number -> event.
+        """Return all events by number.
 
-        Another process may compact meanwhile: then what is missing is found at the next look. What
-        stays missing was removed from outside, and takes no other event with it.
+        Another process may compact meanwhile: then the next look finds what is missing. Events that
+        stay missing were removed from outside; all others are read.
         """
         for _ in range(_LOOKS):
             cover = _cover(self._spans())
@@ -176,7 +178,7 @@ class BucketJournal:
     def _now_at_next(self) -> bytes:
         found = self._objects.get(self._key(1))
         if found is None:
-            # The bucket saw two creations at once and took neither, or not yet.
+            # The bucket got two creations at once, and has made neither, or not yet.
             raise StoreUnreachable(f"The bucket {self._objects.url} refused a write; try again.")
         return found
 
@@ -193,7 +195,7 @@ class BucketJournal:
 
 
 def _cover(spans: Iterable[_Span]) -> list[_Span]:
-    """Those that hold all events, the widest of those that begin together."""
+    """Return spans that together contain all events, each as wide as possible."""
     cover: list[_Span] = []
     for span in sorted(spans, key=lambda span: (span.first, -span.last)):
         if not cover or span.last > cover[-1].last:
@@ -222,7 +224,7 @@ def _parsed(lines: Mapping[int, bytes]) -> Iterable[Event]:
         if isinstance(event, dict):
             yield event
         else:
-            log.warning("Event %d is damaged and passed over.", number)
+            log.warning("Event %d is damaged and skipped.", number)
 
 
 def _is_fence(line: bytes) -> bool:

@@ -1,8 +1,8 @@
-"""Who owns a bucket: one object, lease/<number>, that its owner replaces by the next number.
+"""The lease of a bucket: one object, lease/<number>, that its owner replaces by the next number.
 
-Objects are created here, never overwritten, so of all who want the next number one gets it. No
-clock is compared with another: a lease has run out once it was seen unchanged for its own time.
-It keeps a second server from starting; that no two write is the journal's work.
+Objects are created, never overwritten, so only one process gets the next number. Clocks of two
+machines are never compared: a lease has run out when it was seen unchanged for its duration. The
+lease keeps a second server from starting; the journal makes sure that no two processes write.
 """
 
 import json
@@ -21,10 +21,10 @@ _KEY = re.compile(rf"{_PREFIX}/(\d{{12}})\.json")
 
 
 class Lease:
-    """Taken when made, renewed in a thread until it is released.
+    """The constructor takes the lease; a thread renews it until it is released.
 
-    Raises StoreLocked where another owner renews it. Where that one is dead, making it takes as
-    long as its lease lasts; where `owner` itself died, no time.
+    Raises StoreLocked where another owner renews it. Where another owner has died, the constructor
+    waits until its lease runs out; where `owner` itself has died, it does not wait.
     """
 
     def __init__(self, objects: Objects, owner: str, seconds: float, renew_every: float) -> None:
@@ -93,7 +93,7 @@ class Lease:
         )
 
     def _holder(self, number: int) -> tuple[str, float]:
-        """Who holds a lease, and for how many seconds; nobody, if it is gone."""
+        """Return who holds a lease, and for how many seconds; an empty name where it is gone."""
         text = self._objects.get(_key(number)) if number else None
         if text is None:
             return "", 0.0

@@ -1,4 +1,4 @@
-"""A store's storage in a folder on disk.
+"""Storage of a store in a folder on disk.
 
 content/<digest>/   an adapter's files, shared by every revision with this content
 journal.jsonl       every change of every adapter, one line each, by whom and when
@@ -22,7 +22,7 @@ from adapters.storage.revision import Revision
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
-"""Bytes of a file that are in memory at once."""
+"""How many bytes of a file are read at once."""
 
 
 class ContentFolder:
@@ -69,8 +69,8 @@ class ContentFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, staged: Path, digest: str) -> bool:
-        """Move the staged files to where their digest says, durably. False where they are there
-        already, each byte of them."""
+        """Move the staged files to the folder of their digest, durably. False where it has them
+        already, unchanged."""
         target = self.path(digest)
         if target.exists():
             if self._is_whole(digest):
@@ -95,7 +95,7 @@ class ContentFolder:
 
     def remove(self, digests: Iterable[str]) -> None:
         for digest in digests:
-            # Out of sight first: a half-removed folder must never pass for the content.
+            # Renamed first: a partly removed folder must not be taken for the content.
             doomed = self._staging / f"{digest}.removed"
             with suppress(OSError):
                 self.path(digest).rename(doomed)
@@ -139,19 +139,19 @@ class FolderStorage(ContentFolder):
     @contextmanager
     def staging(self) -> Iterator[Path]:
         self.check()
-        with self._told_if_gone(), super().staging() as folder:
+        with self._checked_on_failure(), super().staging() as folder:
             yield folder
 
     def keep(self, staged: Path, digest: str) -> bool:
-        with self._told_if_gone():
+        with self._checked_on_failure():
             return super().keep(staged, digest)
 
     def append(self, event: Mapping[str, object]) -> None:
-        with self._told_if_gone(), room():
+        with self._checked_on_failure(), room():
             self._journal.append(event)
 
     def settle(self) -> Sequence[Event]:
-        """A failed append leaves nothing on a disk."""
+        """Return nothing: an append that failed leaves no event on a disk."""
         self.check()
         return ()
 
@@ -159,11 +159,11 @@ class FolderStorage(ContentFolder):
         return self.path(revision.digest)
 
     def refresh(self, revision: Revision) -> None:
-        """What is on the disk is the only copy."""
+        """Do nothing: there is no other copy than the one on the disk."""
 
     @contextmanager
-    def _told_if_gone(self) -> Iterator[None]:
-        """What fails because the folder is no longer there says so."""
+    def _checked_on_failure(self) -> Iterator[None]:
+        """Raise StoreUnreachable in place of an OSError, where the folder is no longer there."""
         try:
             yield
         except OSError:
@@ -172,13 +172,13 @@ class FolderStorage(ContentFolder):
 
 
 def digest_of(folder: Path) -> tuple[str, int]:
-    """SHA-256 over the names and bytes of a folder's files, and how many bytes they have."""
+    """Return the SHA-256 over the names and bytes of a folder's files, and their size in bytes."""
     digest, size, _ = read_files(folder, ())
     return digest, size
 
 
 def read_files(folder: Path, names: Container[str]) -> tuple[str, int, dict[str, bytes]]:
-    """What `digest_of` returns, and the bytes of the named files: those that the digest is of."""
+    """Return what `digest_of` does, and the bytes of the named files, read once for both."""
     sha = hashlib.sha256()
     size = 0
     kept = {}
@@ -198,7 +198,7 @@ def read_files(folder: Path, names: Container[str]) -> tuple[str, int, dict[str,
 
 @contextmanager
 def room() -> Iterator[None]:
-    """A disk without room is ours to name; every other failure of it is not."""
+    """Raise StoreFull for a disk without room; other failures pass."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A file of events, one JSON line each, that only grows: what was appended survives a crash."""
+"""A journal is a file of events, one JSON line each, that only grows and survives a crash."""
 
 import errno
 import json
@@ -26,15 +26,15 @@ class Journal:
 
     @property
     def is_in_place(self) -> bool:
-        """False where somebody removed, moved or replaced the file since it was opened."""
+        """Whether nobody removed, moved or replaced the file since it was opened."""
         return is_at(self._file, self._path)
 
     def read(self) -> list[Event]:
-        """Every event, oldest first.
+        """Return every event, oldest first.
 
-        A last line that a crash cut off was never acknowledged: it is removed. A damaged line
-        before it can only come from outside and is passed over with a warning, so that one bad
-        line takes no other adapter.
+        A last line that a crash cut off was never acknowledged, and is removed. A damaged line
+        before it can only come from outside; it is skipped with a warning, so that all other
+        adapters are served.
         """
         data = self._path.read_bytes()
         whole = data.rfind(b"\n") + 1
@@ -49,12 +49,12 @@ class Journal:
             if isinstance(event, dict):
                 events.append(event)
             else:
-                log.warning("Line %d of %s is damaged and passed over.", number, self._path)
+                log.warning("Line %d of %s is damaged and skipped.", number, self._path)
         return events
 
     def append(self, event: Mapping[str, object]) -> None:
-        """Raises OSError where the disk has no room or fails, or where the file is no longer in
-        place; nothing of the event is left then."""
+        """Append an event. Raises OSError where the disk is full or fails, or the file is no longer
+        in place; then nothing of the event is left."""
         size = os.fstat(self._file.fileno()).st_size
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         try:
@@ -75,7 +75,7 @@ class Journal:
 
 
 def is_at(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is the one at a path: nobody removed, moved or replaced it."""
+    """Whether an open file is still the one at a path: nobody removed, moved or replaced it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:

@@ -1,4 +1,4 @@
-"""What an adapter may be called."""
+"""The names that an adapter may have."""
 
 import re
 
@@ -8,7 +8,7 @@ NAME_PATTERN = r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,
 """A name, or an owner and a name, as hubs write them."""
 MAX_NAME = 96 + 1 + 128
 _PARTS = ("files", "revisions", "rollback")
-"""What may follow a name in a path of the API, and so cannot follow an owner as a name."""
+"""What follows a name in paths of the API. So an adapter `owner/files` cannot be."""
 
 
 def check_name(name: str) -> None:

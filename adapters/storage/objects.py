@@ -1,4 +1,4 @@
-"""The objects under a URL (s3://, gs://, az://), and every failure of theirs as one of ours."""
+"""Read and write the objects under a URL (s3://, gs://, az://); failures raise our errors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,29 +17,30 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _AT_ONCE = 16
-"""Requests in flight."""
+"""How many requests run at once."""
 _PART = 1 << 20
-"""Bytes of an object that are in memory at once, where it goes to a file."""
+"""How many bytes of an object are in memory while it is written to a file."""
 _NO_ROOM = ("507 Insufficient", "StorageFull", "QuotaExceeded", "No space left")
 _ABSENT = (FileNotFoundError, NotFoundError)
 
 
 class Objects:
-    """Thread-safe. Each object is whole or absent.
+    """The objects under a URL. Each is whole or absent. Thread-safe.
 
-    Everything raises StoreFull where the bucket says that it has no room, and StoreUnreachable for
-    each other failure: then a write may have happened, or may happen yet.
+    Every method raises StoreFull where the bucket says that it has no room, and StoreUnreachable
+    for every other failure: then a write may have happened, or may still happen.
     """
 
     def __init__(self, store: "ObjectStore", url: str) -> None:
-        """`url`: what to call it in errors."""
+        """`url`: shown in errors."""
         self._store = store
         self.url = url
         self._pool = ThreadPoolExecutor(_AT_ONCE, "bucket")
 
     @classmethod
     def at(cls, url: str, patience: float = 10.0) -> "Objects":
-        """Credentials and endpoint come from the environment, as each cloud's own tools take them.
+        """Open the objects at a URL. Credentials and endpoint come from the environment variables
+        that each cloud's own tools read.
 
         `patience`: seconds without an answer after which a request has failed.
         """
@@ -47,7 +48,7 @@ class Objects:
         with _failures_of(url):
             store = from_url(
                 url,
-                # An endpoint is spoken to in plain HTTP only where its URL says so.
+                # HTTP without TLS is used only where the endpoint's URL says http.
                 client_options={"allow_http": True, "connect_timeout": wait, "read_timeout": wait},
                 retry_config={"max_retries": 3, "retry_timeout": 2 * wait},
             )
@@ -57,9 +58,9 @@ class Objects:
         self._pool.shutdown()
 
     def create(self, key: str, data: bytes) -> bool:
-        """False where the object exists: of all that create it, one alone hears True.
+        """Create an object; False where it exists. Of all callers, at most one gets True.
 
-        Also a sole creator may hear False, where its first attempt got through unnoticed.
+        Even a single caller may get False, where a first attempt succeeded and its answer was lost.
         """
         with _failures_of(self.url):
             try:
@@ -74,12 +75,12 @@ class Objects:
                 pass
 
     def get_all(self, keys: Sequence[str]) -> list[bytes | None]:
-        """None for what does not exist."""
+        """Return the bytes of each object, None for one that does not exist."""
         with _failures_of(self.url):
             return list(self._pool.map(self._get, keys))
 
     def fetch_all(self, files: Mapping[str, Path]) -> None:
-        """Write the object of each key to its path, a part at a time; what does not exist leaves no
+        """Write the object of each key to its path, a part at a time. A missing object leaves no
         file."""
         with _failures_of(self.url):
             for _ in self._pool.map(self._fetch, files, files.values()):
@@ -89,12 +90,12 @@ class Objects:
         return self.get_all([key])[0]
 
     def list(self, prefix: str) -> "list[str]":
-        """The keys under a prefix, which is a whole part of a path."""
+        """Return the keys under a prefix, which is a folder's path."""
         with _failures_of(self.url):
             return [each["path"] for each in obstore.list(self._store, prefix).collect()]
 
     def delete(self, keys: Iterable[str]) -> None:
-        """What is gone already does not matter."""
+        """Delete objects, whether they exist or not."""
         gone = list(keys)
         with _failures_of(self.url), suppress(*_ABSENT):
             if gone:

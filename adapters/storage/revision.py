@@ -1,4 +1,4 @@
-"""The values that a store keeps of an adapter, and how its journal writes them."""
+"""The values that a store keeps for an adapter, and their JSON in the journal."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,13 +10,13 @@ from adapters.storage.journal import Event
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a revision comes from."""
+    """How a revision was made."""
 
     source: str = "upload"
     by: str | None = None
-    """Who made the change: the name of a key."""
+    """The name of the API key that made the change."""
     recipe: Mapping[str, Any] | None = None
-    """How it was combined out of others."""
+    """The recipe of an adapter that was combined of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +26,37 @@ class Revision:
     name: str
     number: int
     digest: str
-    """SHA-256 over the names and bytes of its files."""
+    """The SHA-256 over the names and bytes of its files."""
     created: datetime
     size: int
-    """Bytes of all files."""
+    """The size of all files in bytes."""
     origin: Origin
     edits: int = field(default=0, compare=False)
-    """How often the details of its name had been changed when the store gave this value out. It
-    never falls while the name lives, and the journal gives it back after a restart."""
+    """How often the name's details were changed before the store returned this value. It only grows
+    while the name exists, also over restarts."""
 
     @property
     def etag(self) -> str:
-        """A quoted string, as HTTP wants it: another one after each change of the name, be it of
-        the content or of the details."""
+        """The ETag, quoted as in HTTP: it differs after each change of content or details."""
         edits = f".{self.edits}" if self.edits else ""
         return f'"{self.number}{edits}-{self.digest[:32]}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details:
-    """What an operator says of an adapter, beside its content."""
+    """What an operator sets for an adapter, besides its content."""
 
     description: str = ""
     tags: tuple[str, ...] = ()
     pinned: bool = False
-    """Keep it on the device."""
+    """Whether the adapter is kept on the device."""
     enabled: bool = True
-    """Answer requests that name it."""
+    """Whether requests may use the adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetailsChange:
-    """What to change of an adapter's details; None leaves a detail as it is."""
+    """A change of an adapter's details; None leaves a detail as it is."""
 
     description: str | None = None
     tags: tuple[str, ...] | None = None

@@ -1,4 +1,4 @@
-"""What a store keeps its contents and its journal in: a folder on disk, or a bucket."""
+"""Storage keeps a store's contents and journal, in a folder on disk or in a bucket."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,52 +10,54 @@ from adapters.storage.revision import Revision
 
 
 class Storage(Protocol):
-    """Owned by one store. Whatever returned is durable, and whole or absent after any failure.
+    """The storage of one store. A change is durable when it returns; a failure leaves it whole or
+    absent.
 
-    Only one thread at a time changes it; `staging` and `files` are for any thread.
+    Only one thread at a time changes the storage; any thread may call `staging` and `files`.
     """
 
     def read(self) -> list[Event]:
-        """Every event, oldest first. Called once, before all else."""
+        """Return every event, oldest first. Called once, first of all."""
         ...
 
     def append(self, event: Mapping[str, object]) -> None:
-        """Where this raises, the event has not happened, or `settle` says later that it has."""
+        """Append an event. Where this raises, the event is not in the journal, or `settle` later
+        returns it."""
         ...
 
     def settle(self) -> Sequence[Event]:
-        """Called before each change: what an append that raised has done after all. Raises what
-        `check` raises."""
+        """Return the event of an append that raised, if it is in the journal after all. Called
+        before each change. Raises what `check` raises."""
         ...
 
     def check(self) -> None:
-        """Raises StoreUnreachable where it can be told that no change would last."""
+        """Raises StoreUnreachable where it is known that no change would last."""
         ...
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A private local folder to write files in; gone afterwards."""
+        """A private local folder to write files in; it is removed afterwards."""
         ...
 
     def keep(self, staged: Path, digest: str) -> bool:
-        """Keep the staged files as the content of this digest, also in the place of a damaged one.
-        False where that content was there. The staged folder may be moved."""
+        """Keep the staged files as the content of this digest, instead of damaged ones if there are
+        any. False where the content was there. May move the staged folder."""
         ...
 
     def files(self, revision: Revision) -> Path:
-        """The local folder of a revision's files; it does not exist once they are removed."""
+        """Return the local folder of a revision's files, which is gone once they are removed."""
         ...
 
     def refresh(self, revision: Revision) -> None:
-        """What `files` names is damaged: get it again where it is kept elsewhere too. Raises
-        StoreDamaged where it is damaged there as well."""
+        """Fetch damaged files again where there is another copy. Raises StoreDamaged where that is
+        damaged too."""
         ...
 
     def remove(self, digests: Iterable[str]) -> None:
-        """Never fails: what cannot be removed now is removed by `keep_only`."""
+        """Remove contents. Never raises: `keep_only` removes what cannot be removed now."""
         ...
 
     def keep_only(self, digests: Collection[str]) -> None:
-        """Remove all other contents: what crashes have left behind. Called once, after `read`."""
+        """Remove all other contents, which crashes have left. Called once, after `read`."""
         ...
 
     def close(self) -> None: ...

@@ -1,8 +1,8 @@
-"""Durable, content-addressed revisions of adapters, in a folder on disk or in a bucket.
+"""The store keeps revisions of adapters durably, by content, in a folder on disk or in a bucket.
 
-The journal says what each name is. Content is made durable first, then its event is appended: after
-a crash at any moment a name is at its old or its new revision, whole, and what was acknowledged is
-there. Start-up reads the journal, whatever the number of adapters.
+The journal says which revisions each name has. Content is made durable first, then its event is
+appended: after a crash at any moment a name is at its old or its new revision, whole, and every
+acknowledged change is there. Start-up reads the journal alone.
 """
 
 import logging
@@ -45,7 +45,7 @@ UPLOADED = Origin()
 
 @dataclass(slots=True)
 class _Adapter:
-    """A name in memory."""
+    """What is in memory for a name."""
 
     last_number: int = 0
     reachable: list[Revision] = field(default_factory=list)
@@ -58,27 +58,27 @@ class _Adapter:
 class AdapterStore:
     """Owns its storage: no other process may write there. Thread-safe.
 
-    An operation is durable when it returns, and one that raises has left nothing behind; only where
-    a bucket was not reached may the change be found made later. Raises StoreLocked where another
-    process owns the storage, StoreFull where it has no room, StoreUnreachable where it is away.
+    A change is durable when it returns. One that raises has changed nothing, except that a change
+    whose answer from a bucket was lost may be made all the same. Raises StoreLocked where another
+    process owns the storage, StoreFull where it has no room, StoreUnreachable where it cannot be
+    reached.
     """
 
     def __init__(self, storage: Path | Storage, keep_revisions: int = 10) -> None:
-        """`keep_revisions`: how many of a name stay reachable; older contents are removed."""
+        """`keep_revisions`: how many revisions of a name stay reachable; older ones are removed."""
         assert keep_revisions > 0
         self._keep_revisions = keep_revisions
         self._storage = FolderStorage(storage) if isinstance(storage, Path) else storage
         self._changes = threading.Lock()
         """Held through a change, also while it waits for the storage."""
         self._mutex = threading.RLock()
-        """Guards what follows, and is never held while something waits."""
+        """Guards the fields below; never held while a thread waits for the storage."""
         self._adapters: dict[str, _Adapter] = {}
         self._sorted: list[str] = []
         self._users: Counter[str] = Counter()
         """Digest -> how many reachable revisions have that content."""
         self._damaged: set[str] = set()
-        """Digests of contents that were found to be others: not read again until they are stored
-        anew."""
+        """Digests of damaged contents, which are not read again until they are stored anew."""
         try:
             self._recover()
         except BaseException:
@@ -89,15 +89,15 @@ class AdapterStore:
         self._storage.close()
 
     def check(self) -> None:
-        """Raises StoreUnreachable where it can be told that no change would last. Cheap."""
+        """Raises StoreUnreachable where it is known that no change would last. Cheap."""
         self._storage.check()
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A private folder to write an upload in; gone afterwards."""
+        """A private folder to write an upload in; it is removed afterwards."""
         return self._storage.staging()
 
     def create(self, name: str, staged: Path, origin: Origin = UPLOADED) -> Revision:
-        """A new name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
+        """Create a name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
         check_name(name)
         digest, size = digest_of(staged)
         with self._changing():
@@ -112,8 +112,8 @@ class AdapterStore:
         if_match: str | None = None,
         origin: Origin = UPLOADED,
     ) -> tuple[Revision, bool]:
-        """A new revision; (the current one, False) where the content is the same already, and
-        (the current one, True) where its files were damaged and are now whole again.
+        """Add a revision, and return it and True. Where the content is the same already, return
+        the current revision and False; or True, if its files were damaged and are whole again.
 
         Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
         """
@@ -127,10 +127,10 @@ class AdapterStore:
     def roll_back(
         self, name: str, number: int, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, bool]:
-        """A new revision with the content of `number`; (the current one, False) where it has that.
+        """Add a revision with the content of `number`, and return it and True. Where the current
+        revision has this content, return that and False.
 
-        Raises UnknownAdapter, UnknownRevision, RevisionConflict, and RevisionDamaged: requests
-        would only fail.
+        Raises UnknownAdapter, UnknownRevision, RevisionConflict, and RevisionDamaged.
         """
         with self._changing():
             current = self._require(name, if_match)
@@ -145,7 +145,7 @@ class AdapterStore:
     def describe(
         self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, Details]:
-        """Change what is said of a name: the current revision, with its new ETag, and all details.
+        """Change a name's details; return the current revision, with its new ETag, and all details.
 
         Raises UnknownAdapter, RevisionConflict.
         """
@@ -160,7 +160,7 @@ class AdapterStore:
             return adapter.reachable[-1], details
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
-        """The name is gone at once. Raises UnknownAdapter, RevisionConflict."""
+        """Delete a name, at once. Raises UnknownAdapter, RevisionConflict."""
         with self._changing():
             self._require(name, if_match)
             adapter = self._adapters[name]
@@ -183,7 +183,7 @@ class AdapterStore:
         raise UnknownRevision(name, number)
 
     def revisions(self, name: str) -> list[Revision]:
-        """Those that can be asked for, newest first. Raises UnknownAdapter."""
+        """Return the reachable revisions, newest first. Raises UnknownAdapter."""
         with self._mutex:
             return self._find(name).reachable[::-1]
 
@@ -193,52 +193,54 @@ class AdapterStore:
             return self._find(name).details
 
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
-        """Sorted; the first `limit` that come after `after`."""
+        """Return names in order: at most `limit` of those after `after`."""
         with self._mutex:
             start = 0 if after is None else bisect_right(self._sorted, after)
             return self._sorted[start : None if limit is None else start + limit]
 
     def files(self, revision: Revision) -> Path:
-        """The folder of a revision's files, to read only. It goes with the last such revision.
+        """Return the folder of a revision's files, for reading. It is removed with the last
+        revision of this content.
 
-        Nothing says that they are those that were stored: `read` and `verified` do. Raises
-        StoreUnreachable, StoreDamaged where they are in a bucket and not here yet.
+        Whether the files are damaged is not checked: `read` and `verified` do that. Raises
+        StoreUnreachable and StoreDamaged where the files must be fetched from a bucket first.
         """
         return self._storage.files(revision)
 
     def read(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
-        """The named files of a revision, of those that it has: the bytes that were stored.
+        """Return the bytes of the named files that a revision has, exactly as they were stored.
 
-        All of its files are read and compared with its digest. Raises RevisionDamaged where they
-        are others, from then on at once until they are stored anew; StoreUnreachable where they
-        cannot be read now; UnknownAdapter and UnknownRevision where it was deleted meanwhile.
+        All files of the revision are read and compared with its digest. Raises RevisionDamaged
+        where they differ, and from then on without reading until they are stored anew;
+        StoreUnreachable where they cannot be read now; UnknownAdapter and UnknownRevision where the
+        revision was deleted meanwhile.
         """
         found = self._read(revision, names)
         if found is None:
             with self._changes:
-                # Deleted meanwhile, it only seemed to be damaged.
+                # A revision that was deleted meanwhile only seems damaged: this raises then.
                 self.revision(revision.name, revision.number)
                 self._storage.check()
                 found = self._read_again(revision, names)
         return found
 
     def verified(self, revision: Revision) -> Path:
-        """`files`, after `read` found nothing wrong with them."""
+        """Return `files` after `read` has found them undamaged."""
         self.read(revision, ())
         return self._storage.files(revision)
 
     def is_damaged(self, revision: Revision) -> bool:
-        """Whether `read` has found that a revision's files are not those that were stored."""
+        """Whether `read` has found a revision's files damaged."""
         return revision.digest in self._damaged
 
     @property
     def damaged(self) -> int:
-        """How many reachable revisions are damaged, as far as it was seen."""
+        """How many reachable revisions were found damaged."""
         with self._mutex:
             return sum(self._users[digest] for digest in self._damaged)
 
     def was_deleted(self, name: str) -> bool:
-        """Whether there was an adapter of this name, and there is none now."""
+        """Whether an adapter of this name was deleted, and there is none now."""
         with self._mutex:
             return name not in self and self._adapters.get(name, _Adapter()).last_number > 0
 
@@ -262,7 +264,7 @@ class AdapterStore:
     def _add_revision(
         self, name: str, staged: Path | None, digest: str, size: int, origin: Origin
     ) -> Revision:
-        """Content first, then its event: whoever sees the one finds the other."""
+        """Keep the content first, then append its event: who sees the event finds the content."""
         adapter = self._adapters.get(name, _Adapter())
         revision = Revision(name, adapter.last_number + 1, digest, datetime.now(UTC), size, origin)
         dropped = max(0, len(adapter.reachable) + 1 - self._keep_revisions)
@@ -285,7 +287,7 @@ class AdapterStore:
         return revision
 
     def _keep(self, staged: Path, digest: str) -> bool:
-        """False where the content was there, and whole."""
+        """Keep content; False where it was there, undamaged."""
         written = self._storage.keep(staged, digest)
         with self._mutex:
             self._damaged.discard(digest)
@@ -303,7 +305,7 @@ class AdapterStore:
             adapter.reachable[-1] = replace(adapter.reachable[-1], edits=adapter.edits)
 
     def _forget(self, adapter: _Adapter, count: int) -> list[str]:
-        """Drop the oldest revisions of a name; returns their digests."""
+        """Drop the oldest `count` revisions of a name; return their digests."""
         gone = [revision.digest for revision in adapter.reachable[:count]]
         del adapter.reachable[:count]
         self._users.subtract(gone)
@@ -314,14 +316,14 @@ class AdapterStore:
         self._storage.append({"time": now, "event": event, "name": name, "by": by, **values})
 
     def _collect(self, digests: Iterable[str]) -> None:
-        """Remove those contents that no reachable revision has."""
+        """Remove those of the contents that no reachable revision has."""
         unused = [digest for digest in digests if self._users[digest] <= 0]
         self._storage.remove(unused)
         with self._mutex:
             self._damaged.difference_update(unused)
 
     def _read(self, revision: Revision, names: Container[str]) -> dict[str, bytes] | None:
-        """None where the files are not those that were stored, as far as was seen now."""
+        """Read a revision's files; None where they seem damaged."""
         if revision.digest in self._damaged:
             raise RevisionDamaged(revision.name, revision.number)
         try:
@@ -335,8 +337,8 @@ class AdapterStore:
         return found if digest == revision.digest else None
 
     def _read_again(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
-        """What seems damaged is looked at once more while nothing changes, in a bucket where it is
-        kept; then it is known to be."""
+        """Read files that seem damaged once more, now that nothing changes them; from a bucket,
+        fetch them again first. If they still differ, they are damaged."""
         with suppress(StoreDamaged):
             self._storage.refresh(revision)
             found = self._read(revision, names)
@@ -366,9 +368,7 @@ class AdapterStore:
             try:
                 self._replay(event)
             except (ValueError, KeyError, TypeError) as error:
-                log.warning(
-                    "The event %r cannot be understood and is passed over: %r", event, error
-                )
+                log.warning("The event %r cannot be understood and is skipped: %r", event, error)
         self._sorted = sorted(name for name in self._adapters if name in self)
 
     def _replay(self, event: Event) -> None:

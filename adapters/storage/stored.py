@@ -1,4 +1,4 @@
-"""What can be asked of a store, by those who change adapters through the registry only."""
+"""The reading side of a store, for code that changes adapters through the registry."""
 
 from pathlib import Path
 from typing import Protocol
@@ -7,7 +7,7 @@ from adapters.storage.revision import Details, Revision
 
 
 class StoredAdapters(Protocol):
-    """The reading side of `AdapterStore`, whose methods say more. Thread-safe."""
+    """What `AdapterStore` can be asked. Its methods have the docstrings. Thread-safe."""
 
     def current(self, name: str) -> Revision: ...
 

@@ -35,7 +35,7 @@ _ENVIRONMENT = {
 }
 """Forking wants one thread."""
 _PASSED_ON = ("LD_LIBRARY_PATH", "TZ")
-_START_SECONDS = 120.0
+START_SECONDS = 120.0
 _END_SECONDS = 0.2
 """A worker that ends with its process does so a moment before."""
 _MOST_ANSWER = 64 << 20
@@ -256,7 +256,7 @@ class _Process:
                     )
                 failed.callback(process.wait)
                 failed.callback(process.kill)
-                ours.settimeout(_START_SECONDS)
+                ours.settimeout(START_SECONDS)
                 sandboxed.send(ours, base.encode())
                 if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
                     raise SandboxUnavailable("its process does not start")

@@ -40,7 +40,7 @@ _FIELDS = (
     "clean_up_tokenization_spaces",
 )
 """All that is read of a tokenizer's config: it could name files and classes too."""
-_KEPT = 64
+MOST_KEPT = 64
 """Vocabularies in memory; most tokenizers take some megabytes."""
 _KEPT_DIGESTS = 4096
 _MOST_SPECIAL_TOKENS = 1000
@@ -179,7 +179,7 @@ class Vocabularies:
             if known is not None:
                 self._contents.move_to_end(digest)
                 return known.outcome()
-        files, size = _read(folder), self._size(saved)
+        files, size = read_files(folder), self._size(saved)
         content = _content(files, size)
         # A folder that has gone meanwhile may have seemed to lack files.
         if folder.is_dir():
@@ -195,7 +195,7 @@ class Vocabularies:
         Raises InvalidAdapter: the files are damaged, change the ids of the base's tokens, or do
         not fit the embeddings.
         """
-        files, size = _read(folder), self._size(saved)
+        files, size = read_files(folder), self._size(saved)
         return self._load(files, size, _content(files, size))
 
     def _size(self, saved: Mapping[str, State]) -> int | None:
@@ -222,7 +222,7 @@ class Vocabularies:
                 read = _Read(faults=refusal.faults)
             with self._mutex:
                 self._read[content] = read
-                while len(self._read) > _KEPT:
+                while len(self._read) > MOST_KEPT:
                     self._read.popitem(last=False)
         return read.outcome()
 
@@ -322,7 +322,8 @@ def _additions(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
     return added, around, tokenizer.eos_token
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The tokenizer files of a folder, by name. Raises InvalidAdapter where one is too large."""
     files, faults = {}, []
     for name in TEXT_FILES:
         path = folder / name

@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from benchmarks.engines import Answer, Request, Round
 from benchmarks.engines.lines import Run, serve
 from server import app as application
-from server.api.streams import Streams
 from server.engine import GenerationRequest, Output, SamplingParams
 from server.settings import Settings
+from server.streams import Streams
 
 
 def make(**settings: Any) -> Run:

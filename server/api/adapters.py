@@ -31,12 +31,12 @@ from server.api.adapter_schemas import (
 from server.api.forms import NAME_FIELD, Form, read_form, upload_body
 from server.api.published import Published, read_published
 from server.api.staging import staged_upload
-from server.api.uploads import Take
 from server.auth import Caller
 from server.errors import ApiError, error_response
 from server.openapi import CHANGES, ETAG, READS, errors, header
 from server.services import Services, get_services
 from server.settings import MEBIBYTE
+from server.uploads import Take
 
 
 class _NameConvertor(StringConvertor):

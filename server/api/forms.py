@@ -12,8 +12,8 @@ from adapters.errors import Fault, InvalidAdapter, StoreFull
 from adapters.storage.folder import NO_ROOM
 from adapters.storage.names import NAME_PATTERN
 from adapters.storage.store import UPLOADED
-from server.api.uploads import Take, save_files, unpack
 from server.errors import ApiError
+from server.uploads import Take, save_files, unpack
 
 _FILES = {"config", "weights", "archive"}
 

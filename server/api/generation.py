@@ -7,11 +7,11 @@ from typing import Self
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
-from server.api.streams import Stream
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.errors import ApiError
 from server.metrics import RequestMetrics
 from server.services import Services
+from server.streams import Stream
 
 MAX_UNREAD = 1 << 16
 """A generation is cancelled when more outputs than this, some tens of megabytes, are unread."""

@@ -10,8 +10,8 @@ from anyio import CapacityLimiter, to_thread
 
 from server.api.forms import Form
 from server.api.published import Published
-from server.api.uploads import Take
 from server.services import Services
+from server.uploads import Take
 
 
 @dataclass(frozen=True, slots=True)

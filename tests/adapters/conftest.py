@@ -18,7 +18,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models of hidden 32 are slower on several threads, most of all on a shared machine."""
+    """Use one thread: models of hidden 32 are slower on several, above all on a shared machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["on disk", "in a bucket"])
 def open_store(request: pytest.FixtureRequest, folder: Path) -> OpenStore:
-    """Opens the store of a test, again and again."""
+    """Opens the store of a test, as often as it is called."""
     return partial(AdapterStore if request.param == "on disk" else open_bucket, folder)
 
 

@@ -46,6 +46,6 @@ class House:
         return slot
 
     def computes(self, slot: int, kind: str) -> bool:
-        """The slot does what PEFT does with an adapter of that kind."""
+        """Whether the slot computes what PEFT does with an adapter of that kind."""
         step = packed_logits(self.model, [], [Segment(slot, 6)])
         return bool(step.allclose(self.known.by_peft[kind], atol=1e-5))

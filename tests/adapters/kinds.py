@@ -44,13 +44,13 @@ class Known:
         )
 
     def step(self, kinds: dict[int, str], rows: list[int], segments: list[Segment]) -> torch.Tensor:
-        """What `packed_logits` must give where slots hold these kinds, each alone in PEFT."""
+        """Return what `packed_logits` must give where slots hold these kinds: PEFT, each alone."""
         parts = [(slot, 1) for slot in rows] + [(s.slot, s.tokens) for s in segments]
         return torch.cat([self.by_peft[kinds.get(slot, "base")][:n] for slot, n in parts])
 
 
 def packed_logits(model: IA3Slots, rows: list[int], segments: list[Segment]) -> torch.Tensor:
-    """A step: the text's first token in each row, its beginning in each segment."""
+    """Run a step: the text's first token in each row, its beginning in each segment."""
     lengths = [1] * len(rows) + [segment.tokens for segment in segments]
     positions = torch.cat([torch.arange(length) for length in lengths]).view(1, -1)
     model.set_packed(rows, segments)

@@ -13,7 +13,7 @@ from adapters.checkpoint.targets import BaseModules
 
 
 def with_peft(base: PreTrainedModel, *folders: Path) -> PreTrainedModel:
-    """A copy of `base` with all these adapters active at once; none leaves it as it is."""
+    """Copy `base` with all these adapters active at once; without any, it is a plain copy."""
     base = copy.deepcopy(base)
     if not folders:
         return base

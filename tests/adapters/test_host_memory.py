@@ -13,7 +13,7 @@ from tests.adapters.kinds import Known
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that adapters are read from."""
+    """Records the folders from which adapters are read."""
     folders: list[Path] = []
 
     read = Layouts.read
@@ -28,7 +28,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @pytest.fixture
 def house_with(tmp_path: Path, known: Known) -> Iterator[Callable[..., House]]:
-    """All kinds are registered, and there is host memory for some of them."""
+    """A house with all kinds of adapters, and host memory for some of them."""
     houses: list[House] = []
 
     def make(*kinds: str) -> House:

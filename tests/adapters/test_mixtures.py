@@ -45,7 +45,7 @@ class House:
                 self.registry.add(kind, staged)
 
     def mixed(self, parts: Sequence[Part], composition: str) -> torch.Tensor:
-        """The logits of a row that uses the mixture."""
+        """Return the logits of a row that uses the mixture."""
         with self.registry.lease_mixture(parts, composition) as lease:  # type: ignore[arg-type]
             slot = self.registry.residency.pin(lease)
             assert slot is not None
@@ -65,7 +65,7 @@ def house(tmp_path: Path, known: Known) -> Iterator[House]:
 
 
 def by_peft(known: Known, *kinds: str) -> torch.Tensor:
-    """PEFT with several active adapters, whose sides agree."""
+    """PEFT computes the same with several active adapters, whose sides agree."""
     model = peft.PeftModel.from_pretrained(tiny_llama(), known.folders[kinds[0]], kinds[0])
     for kind in kinds[1:]:
         model.load_adapter(known.folders[kind], kind)

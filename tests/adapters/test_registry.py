@@ -213,7 +213,7 @@ def test_a_lease_is_released_when_its_request_fails(house: House) -> None:
 
 def test_an_adapter_deleted_while_it_is_looked_up_is_unknown(house: House) -> None:
     class Racing(AdapterStore):
-        """Another request deletes the name right after it was found."""
+        """Deletes the name right after a request has found it."""
 
         def current(self, name: str) -> Revision:
             found = super().current(name)

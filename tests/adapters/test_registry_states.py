@@ -25,7 +25,7 @@ kinds = st.sampled_from(sorted(KINDS))
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """A request leases, its rows are pinned and unpinned, and it ends; names change meanwhile."""
+    """Requests lease, pin, unpin and end, while names change."""
 
     known: Known
 

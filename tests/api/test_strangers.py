@@ -1,6 +1,7 @@
 """A harmful tokenizer or chat template harms its adapter's requests only."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,8 @@ from adapters.vocabulary import sandbox
 from adapters.vocabulary.sandbox import Limits
 from server.client import AdminClient, ClientError
 from server.services import Services
-from tests.adapters.test_sandbox import RUNAWAYS
-from tests.adapters.test_vocabulary import aborts, panics, replaces
+from tests.adapters.vocabulary.test_sandbox import RUNAWAYS, processes
+from tests.adapters.vocabulary.test_vocabulary import aborts, panics, replaces
 from tests.api.conftest import RunningServer
 from tests.factories import CHAT_TEMPLATE
 
@@ -154,7 +155,8 @@ def test_uploads_that_are_slow_to_read_hold_up_no_other_route(
     folder = str(bringing(CHAT_TEMPLATE + " "))
     with AdminClient(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
         admin.add("first", folder)
-        parent = max(psutil.Process().children(), key=lambda each: each.create_time())
+        ours = [each for each in processes() if each.ppid() == os.getpid()]
+        parent = max(ours, key=lambda each: each.create_time())
         slow = [str(bringing(CHAT_TEMPLATE + "  " + " " * number)) for number in range(44)]
         with ThreadPoolExecutor(44) as others:
             parent.suspend()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.native.kernels.product import Pack, product_kernels
+from server.engine.native.kernels.linear import Pack, linear_kernels
 from server.engine.native.model import packing
 from server.engine.native.model.packing import pack_for_onednn
 from tests.engine.harness import Harness
@@ -48,7 +48,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Mapping[torch.dtype, Pack]:
-    return product_kernels(tmp_path_factory.mktemp("kernels"))
+    return linear_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +59,13 @@ def kernel(kernels: Mapping[torch.dtype, Pack]) -> Pack:
 
 @pytest.fixture
 def prefer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Which product is fastest, "onednn" or "kernel", of those that compute rightly here, is not
-    measured."""
+    """Choose what packs linear layers, "onednn" or "kernel", instead of measuring the fastest."""
 
     def prefer(name: str) -> None:
         def costs(kinds: Sequence[tuple[Pack, torch.dtype]], _rows: Sequence[int]) -> list[float]:
             return [float((pack is pack_for_onednn) == (name == "kernel")) for pack, _ in kinds]
 
-        monkeypatch.setattr(packing, "_costs", costs)
+        monkeypatch.setattr(packing, "costs", costs)
 
     return prefer
 

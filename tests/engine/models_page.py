@@ -43,9 +43,10 @@ _EVERY_CLASS = f"""
 All model types with a causal or encoder-decoder head, each tried as a tiny random model with the
 windows that its config knows switched on, at 8 tokens, and with packed linear layers: greedy
 answers to two prompts, one longer than the windows, equal the plain model's full forwards, or the
-start-up check refuses the model. *Compiled*: what runs flat is tried once more as `--compile` runs
-it, with our own kernels on a CPU. *Why*: why not flat, why not compiled, why refused, or why there
-is no tiny model of it; the start-up check judges those as all others.
+start-up check refuses the model. *flat, compiled*: they do so as well as `--compile` runs it, with
+our own kernels; torch traces the grouped products of most experts in bfloat16 only, not in float32
+as here. *Why*: why not flat, why not compiled, why refused, or why there is no tiny model of it;
+the start-up check judges those as all others.
 
 With a `sliding_window` in their configs, moshi, helium and granitemoe still attend to all tokens;
 transformers' `generate` gives them a cache that drops the older ones, so that its answers differ

@@ -6,8 +6,7 @@ computed takes another one.
 
 import heapq
 import itertools
-from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +91,9 @@ class Simulation:
         self.rows, self.chunk = rows, chunk
         self.slots = Slots(slots)
         self.residency = Residency(self.slots)
-        self.cache = StripCache([], cache_tokens or (rows + 1) * window, window)
+        self.cache = StripCache(
+            [], total_tokens=cache_tokens or (rows + 1) * window, max_tokens=window
+        )
         self.scheduler = Scheduler(self.cache, self.residency, rows, chunk, prefix_cache=False)
         self.now = 0.0
         self.steps = 0
@@ -104,7 +105,7 @@ class Simulation:
         self._rows = itertools.count()
         self._leaving: list[tuple[float, int]] = []
 
-    def run(self, arrivals: Iterable[Arrival], until: float = float("inf")) -> list[Journey]:
+    def run(self, arrivals: abc.Iterable[Arrival], until: float = float("inf")) -> list[Journey]:
         """Everything that arrives before `until`; without it, to the end of the last."""
         coming = sorted(arrivals, key=lambda arrival: arrival.at)
         coming.reverse()
@@ -213,6 +214,6 @@ class Simulation:
         assert (stats.leases, stats.pinned) == (0, 0)
 
 
-def worst_ttft(journeys: Rows[Journey], **like: object) -> float:
+def worst_ttft(journeys: abc.Sequence[Journey], **like: object) -> float:
     """The longest wait for a first token among arrivals that are like this."""
     return max(j.ttft for j in journeys if not j.cancelled and j.is_like(**like))

@@ -37,8 +37,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[StripCache, StripC
     """One that attends by kernels, and one by torch, in float32."""
     kernels = attention_kernels(SHAPES, tmp_path_factory.mktemp("kernels"))
     wide = [replace(shape, dtype=torch.float32) for shape in SHAPES]
-    size = 8 * LONGEST, LONGEST
-    return StripCache(SHAPES, *size, kernels), StripCache(wide, *size)
+    size = {"total_tokens": 8 * LONGEST, "max_tokens": LONGEST}
+    return StripCache(SHAPES, **size, kernels=kernels), StripCache(wide, **size)
 
 
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=[str(s) for s in SHAPES])

@@ -27,7 +27,7 @@ ATTENTION.num_key_value_groups = HEADS // KV_HEADS
 
 
 def strips(tokens: int = 4 * LONGEST) -> FlatCache:
-    return StripCache(SHAPES, tokens, LONGEST)
+    return StripCache(SHAPES, total_tokens=tokens, max_tokens=LONGEST)
 
 
 @cache
@@ -37,11 +37,11 @@ def kernels() -> Kernels:
 
 
 def strips_by_kernel(tokens: int = 4 * LONGEST) -> FlatCache:
-    return StripCache(SHAPES, tokens, LONGEST, kernels())
+    return StripCache(SHAPES, total_tokens=tokens, max_tokens=LONGEST, kernels=kernels())
 
 
 def blocks(tokens: int = 4 * LONGEST) -> FlatCache:
-    return PagedCache(SHAPES, tokens, LONGEST, torch.device("cpu"))
+    return PagedCache(SHAPES, torch.device("cpu"), total_tokens=tokens, max_tokens=LONGEST)
 
 
 CACHES = pytest.mark.parametrize("make", [strips, strips_by_kernel, blocks])
@@ -162,7 +162,7 @@ def test_a_fork_attends_as_if_it_had_computed_everything_itself(
     first = blocks[: -(-shared // (cache.blocks.size or 1))]
 
     def begin(row: Row) -> None:
-        assert cache.begin(row.number, first, shared, shared + 1)
+        assert cache.begin(row.number, first, shared=shared, tokens=shared + 1)
         for mine, theirs in zip(row.history, source.history, strict=True):
             mine.append(torch.cat(theirs, dim=1)[:, :shared])
 
@@ -170,7 +170,7 @@ def test_a_fork_attends_as_if_it_had_computed_everything_itself(
     run_step(cache, [], [(source, more), (fork, 1)], layer)
     assert cache.reserve(1, shared + more + 3)
     run_step(cache, [source], [(fork, more)], layer)
-    assert cache.blocks.leave(0) == []
+    assert cache.blocks.detach(0) == []
     cache.release(0)
     begin(late)
     run_step(cache, [fork], [(late, 1)], layer)
@@ -192,7 +192,7 @@ def test_a_fork_that_finds_no_room_takes_none(make: Callable[[int], FlatCache]) 
     used = cache.used_tokens
     blocks = cache.blocks.keep(0, 0, BLOCK // 2)
 
-    assert not cache.begin(2, blocks, BLOCK // 2, LONGEST)
+    assert not cache.begin(2, blocks, shared=BLOCK // 2, tokens=LONGEST)
     assert cache.used_tokens == used
 
 
@@ -223,7 +223,7 @@ def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], Flat
 def test_strips_never_overlap_and_never_leak(
     moves: list[tuple[int, int | None]],
 ) -> None:
-    cache = StripCache(SHAPES[:1], 3 * LONGEST, LONGEST)
+    cache = StripCache(SHAPES[:1], total_tokens=3 * LONGEST, max_tokens=LONGEST)
     lengths: dict[int, int] = {}
     for row, tokens in moves:
         if tokens is None:
@@ -232,11 +232,11 @@ def test_strips_never_overlap_and_never_leak(
         elif cache.reserve(row, tokens):
             lengths[row] = max(lengths.get(row, 0), tokens)
         for number in lengths:
-            slab, index = cache.place(number)
-            cache.keys(0, slab)[index].fill_(number)
+            length, index = cache.strip_of(number)
+            cache.keys(0, length)[index].fill_(number)
         for number, length in lengths.items():
-            slab, index = cache.place(number)
-            strip = cache.keys(0, slab)[index]
+            length, index = cache.strip_of(number)
+            strip = cache.keys(0, length)[index]
             assert strip.shape[1] >= length
             assert (strip == number).all()
     for row in list(lengths):
@@ -266,16 +266,16 @@ def test_rows_that_begin_alike_have_whole_blocks_in_common() -> None:
     cache = blocks()
     cache.reserve(0, 2 * BLOCK)
     kept = cache.blocks.keep(0, 0, BLOCK + 10)
-    assert cache.begin(1, kept, BLOCK + 10, 2 * BLOCK)
+    assert cache.begin(1, kept, shared=BLOCK + 10, tokens=2 * BLOCK)
     assert cache.used_tokens == 3 * BLOCK
     cache.release(0)
     assert (cache.used_tokens, cache.blocks.tokens) == (2 * BLOCK, BLOCK)
-    assert cache.begin(2, kept[:1], BLOCK, BLOCK + 1)
+    assert cache.begin(2, kept[:1], shared=BLOCK, tokens=BLOCK + 1)
     cache.release(1)
     cache.release(2)
     assert (cache.used_tokens, cache.blocks.tokens) == (0, 2 * BLOCK)
     assert not cache.reserve(3, 4 * LONGEST - BLOCK)
-    assert cache.blocks.in_the_way(kept) == kept[:1]
+    assert cache.blocks.to_evict(kept) == kept[:1]
     cache.blocks.drop(kept[0])
     assert cache.reserve(3, 4 * LONGEST - BLOCK)
 
@@ -286,13 +286,13 @@ def test_a_slabs_blocks_go_together_before_a_row_wastes_a_longer_strip() -> None
     cache.reserve(0, LONGEST)
     kept = cache.blocks.keep(0, 0, LONGEST)
     cache.release(7)
-    assert cache.blocks.leave(0) == []
+    assert cache.blocks.detach(0) == []
     cache.release(0)
     cache.reserve(1, LONGEST)
 
     assert (cache.used_tokens, cache.blocks.tokens) == (LONGEST, LONGEST)
     assert not cache.reserve(2, SMALLEST_STRIP)
-    assert list(cache.blocks.in_the_way(kept)) == kept
+    assert list(cache.blocks.to_evict(kept)) == kept
     for block in kept[1:]:
         cache.blocks.drop(block)
     assert not cache.reserve(2, SMALLEST_STRIP)
@@ -305,7 +305,7 @@ def test_a_slabs_blocks_go_together_before_a_row_wastes_a_longer_strip() -> None
 def test_a_row_that_never_had_room_can_go(make: Callable[[], FlatCache]) -> None:
     cache = make()
 
-    assert cache.blocks.leave(0) == []
+    assert cache.blocks.detach(0) == []
     cache.release(0)
 
 
@@ -315,7 +315,7 @@ def test_blocks_of_a_row_that_goes_stay_as_far_as_there_is_room() -> None:
     cache.reserve(1, LONGEST // 2)
     kept = cache.blocks.keep(0, 0, LONGEST)
 
-    assert cache.blocks.leave(0) == kept
+    assert cache.blocks.detach(0) == kept
     cache.release(1)
-    assert cache.blocks.leave(0) == []
+    assert cache.blocks.detach(0) == []
     assert cache.blocks.tokens == LONGEST

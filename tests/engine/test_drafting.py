@@ -149,7 +149,9 @@ def decoding(rows: int, agreeing: int = 12, **params: int) -> Step:
 
 def prefixes_of(step: Step, slabs: int = 64) -> Prefixes:
     """With room for the step's rows."""
-    cache = StripCache([LayerShape(1, 1, 1, torch.float32)], slabs * 128, 128)
+    cache = StripCache(
+        [LayerShape(1, 1, 1, torch.float32)], total_tokens=slabs * 128, max_tokens=128
+    )
     for sequence in step.decode:
         assert cache.reserve(sequence.row, len(sequence.tokens))
     return Prefixes(cache, across_orders=True)

@@ -48,8 +48,9 @@ def outcome_of(
     compile_cache: Path | None = None,
 ) -> Outcome:
     """Serve a tiny model of a type, and compare its answers with plain forwards."""
-    model = tiny_of(kind)
-    oracle, name = FamilyOracle(model), type(model).__name__
+    # The oracle changes how its own model computes experts.
+    model, oracle = tiny_of(kind), FamilyOracle(tiny_of(kind))
+    name = type(model).__name__
     try:
         with logs.at_level(logging.INFO, "server.engine"):
             engine = start(

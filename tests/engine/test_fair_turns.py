@@ -33,8 +33,11 @@ class Work:
         for _ in range(5):
             await asyncio.sleep(0)
 
-    async def end_one(self) -> None:
+    def end_next(self) -> None:
         self._ends.pop(0).set()
+
+    async def end_one(self) -> None:
+        self.end_next()
         await self.settle()
 
 
@@ -115,7 +118,7 @@ def test_a_turn_passes_over_who_was_cancelled_in_the_same_moment() -> None:
         await work.settle()
         leaving, staying = work.ask("b"), work.ask("b")
         await work.settle()
-        work._ends.pop(0).set()
+        work.end_next()
         leaving.cancel()
         await work.settle()
         assert work.order == ["a", "b"]

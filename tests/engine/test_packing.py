@@ -1,4 +1,5 @@
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel
 
 from server.engine.native.model import packing
 from server.engine.native.model.packing import (
+    Linear,
     PackedLinear,
     PackedSibling,
-    Product,
+    Siblings,
     fastest,
     noting_reads,
     noting_siblings,
@@ -112,20 +114,22 @@ def test_a_packed_model_gives_the_same_logits_and_keeps_tied_embeddings() -> Non
 def test_layers_stay_as_they_are_where_packing_does_not_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def missing(*_: object) -> torch.Tensor:
+    def missing(*_: object) -> Linear:
         raise AttributeError("no such operator in this build")
 
-    monkeypatch.setattr(packing, "_pack", missing)
+    monkeypatch.setattr(packing, "pack_for_onednn", missing)
     model = tiny_model("llama")
 
     assert pack_linears(model) == 0
     assert logits(model).isfinite().all()
 
 
-def test_what_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_packed_linear", lambda *_: torch.zeros(1, 5, 48))
+def test_what_computes_wrongly_is_not_used() -> None:
+    def wrong(weight: torch.Tensor, _bias: torch.Tensor | None) -> Linear:
+        return lambda x: x.new_zeros(*x.shape[:-1], len(weight))
 
-    assert not packing_works(torch.float32)
+    assert packing_works(torch.float32)
+    assert not packing_works(torch.float32, wrong)
 
 
 def test_layers_that_are_no_plain_linear_are_left_alone() -> None:
@@ -143,7 +147,7 @@ def packed_with_siblings(kind: str, **config: object) -> tuple[PreTrainedModel, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gemma2", "mixtral"])
-def test_layers_that_read_the_same_input_are_one_product(kind: str) -> None:
+def test_layers_that_read_the_same_input_are_one_layer(kind: str) -> None:
     model, wanted = packed_with_siblings(kind)
     siblings = [m.siblings for m in model.modules() if isinstance(m, PackedSibling)]
 
@@ -151,13 +155,26 @@ def test_layers_that_read_the_same_input_are_one_product(kind: str) -> None:
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_siblings_keep_neither_input_nor_product_once_each_has_its_own() -> None:
-    model, _ = packed_with_siblings("llama")
-    logits(model)
+def test_siblings_keep_neither_input_nor_outputs_once_each_has_its_own() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
 
-    for module in model.modules():
-        if isinstance(module, PackedSibling):
-            assert module.siblings._input is module.siblings._product is None
+    def noting(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            outputs = F.linear(x, weight, bias)
+            alive.extend(map(weakref.ref, (x, outputs)))
+            return outputs
+
+        return linear
+
+    siblings = Siblings([nn.Linear(8, 8), nn.Linear(8, 4)], noting)
+    with torch.inference_mode():
+        x = torch.randn(1, 3, 8)
+        siblings.take(0, x)
+        assert all(tensor() is not None for tensor in alive)
+        siblings.take(1, x)
+    del x
+
+    assert [tensor() for tensor in alive] == [None, None]
 
 
 @given(order=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=12))
@@ -180,11 +197,11 @@ def test_a_sibling_gives_its_own_part_whoever_was_asked_before(
 
 
 def test_of_those_that_compute_rightly_the_fastest_is_taken() -> None:
-    def slow(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        product = pack_for_onednn(weight, bias)
-        return lambda x: (time.sleep(0.005), product(x))[1]
+    def slow(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        linear = pack_for_onednn(weight, bias)
+        return lambda x: (time.sleep(0.005), linear(x))[1]
 
-    def wrong(weight: torch.Tensor, _bias: torch.Tensor | None) -> Product:
+    def wrong(weight: torch.Tensor, _bias: torch.Tensor | None) -> Linear:
         return lambda x: x.new_zeros(*x.shape[:-1], len(weight))
 
     assert fastest([slow, pack_for_onednn, wrong], torch.float32) is pack_for_onednn

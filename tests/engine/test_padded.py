@@ -199,7 +199,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_cache_counts_the_padding_of_its_rows() -> None:
-    cache = PaddedCache(SHAPES, 512, 256, CPU)
+    cache = PaddedCache(SHAPES, CPU, total_tokens=512, max_tokens=256)
 
     assert cache.reserve(0, 10)
     assert cache.used_tokens == 64
@@ -213,11 +213,11 @@ def test_a_cache_counts_the_padding_of_its_rows() -> None:
 
 def test_a_cache_too_small_for_the_longest_row_is_refused() -> None:
     with pytest.raises(DoesNotFit, match="kv-cache-tokens to 256"):
-        PaddedCache(SHAPES, 192, 250, CPU)
+        PaddedCache(SHAPES, CPU, total_tokens=192, max_tokens=250)
 
 
 def test_rows_keep_their_group_while_they_run_together() -> None:
-    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    cache = PaddedCache(SHAPES, CPU, total_tokens=4096, max_tokens=256)
     group = cache.gather([0, 1], [0, 0], 1)
     with group.advancing([1, 1]):
         pass
@@ -227,7 +227,7 @@ def test_rows_keep_their_group_while_they_run_together() -> None:
 
 
 def test_what_a_failed_step_wrote_is_undone() -> None:
-    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    cache = PaddedCache(SHAPES, CPU, total_tokens=4096, max_tokens=256)
     group = cache.gather([0, 1], [0, 0], 3)
     with group.advancing([3, 2]):
         pass
@@ -237,7 +237,7 @@ def test_what_a_failed_step_wrote_is_undone() -> None:
 
 
 def test_rows_take_their_keys_and_values_into_another_group() -> None:
-    cache = PaddedCache(SHAPES, 4096, 256, CPU)
+    cache = PaddedCache(SHAPES, CPU, total_tokens=4096, max_tokens=256)
     first, second = cache.gather([0, 1], [0, 0], 5), cache.gather([2], [0], 3)
     written = torch.arange(2 * 2 * 5 * 8, dtype=torch.float32).view(2, 2, 5, 8) + 1
     for group, states in ((first, written), (second, written[:1, :, :3] + 1000)):

@@ -28,11 +28,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.next = 0
 
     def make(self) -> KVCache:
-        return StripCache([LayerShape(1, 1, 1, torch.float32)], 3 * self.window, self.window)
+        return StripCache(
+            [LayerShape(1, 1, 1, torch.float32)],
+            total_tokens=3 * self.window,
+            max_tokens=self.window,
+        )
 
     def keys(self, row: int) -> torch.Tensor:
-        slab, index = self.cache.place(row)
-        keys: torch.Tensor = self.cache.keys(0, slab)[index, 0, :, 0]
+        length, index = self.cache.strip_of(row)
+        keys: torch.Tensor = self.cache.keys(0, length)[index, 0, :, 0]
         return keys
 
     def write(self, row: int, keys: list[int]) -> None:
@@ -52,9 +56,9 @@ class CacheMachine(RuleBasedStateMachine):
         while True:
             found = self.known.find(content, tokens, len(tokens))
             blocks = [node.block for node in found.path]
-            if self.cache.begin(row, blocks, found.tokens, len(tokens)):
+            if self.cache.begin(row, blocks, shared=found.tokens, tokens=len(tokens)):
                 break
-            if not self.known.drop():
+            if not self.known.evict():
                 return
         self.known.touch(found.path)
         assert self.read(row, found.tokens) == wanted[: found.tokens]
@@ -68,7 +72,7 @@ class CacheMachine(RuleBasedStateMachine):
         content, tokens = self.rows[row]
         tokens = [*tokens, *more][: self.window]
         while not self.cache.reserve(row, len(tokens)):
-            if not self.known.drop():
+            if not self.known.evict():
                 return
         self.write(row, [100 * content + token for token in tokens])
         self.rows[row] = content, tokens
@@ -88,7 +92,7 @@ class CacheMachine(RuleBasedStateMachine):
         if kept:
             self.known.keep(*self.rows[row], row)
         del self.rows[row]
-        self.known.leave(row)
+        self.known.detach(row)
         self.cache.release(row)
 
     @rule(content=st.integers(0, 1))
@@ -108,10 +112,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for row in list(self.rows):
-            self.known.leave(row)
+            self.known.detach(row)
             self.cache.release(row)
         assert self.cache.used_tokens == 0
-        while self.known.drop():
+        while self.known.evict():
             pass
         assert (len(self.known), self.cache.blocks.tokens) == (0, 0)
         everything = self.cache.total_tokens // self.window
@@ -123,7 +127,9 @@ class PagedCacheMachine(CacheMachine):
 
     def make(self) -> KVCache:
         shapes = [LayerShape(1, 1, 1, torch.float32)]
-        return PagedCache(shapes, 3 * self.window, self.window, torch.device("cpu"))
+        return PagedCache(
+            shapes, torch.device("cpu"), total_tokens=3 * self.window, max_tokens=self.window
+        )
 
     def places(self, row: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         table = torch.tensor(self.cache.tables[row])

@@ -188,7 +188,7 @@ def test_layers_too_narrow_for_the_layout_of_bfloat16_do_not_use_it(
 ) -> None:
     """On a processor that has none, bitsandbytes could not run the others."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    monkeypatch.setattr(quantization, "_rows_stand_alone", lambda *_: True)
+    monkeypatch.setattr(quantization, "rows_are_independent", lambda *_: True)
     model = load_model(str(folder("llama")), "cpu", "bfloat16", "int4").model
 
     packs = {m.in_features: m.support_avx512bf16_for_cpu for _, m in quantized_linears(model)}
@@ -291,7 +291,7 @@ def test_a_checkpoint_by_another_library_is_refused(folder: Callable[[str], Path
 def test_missing_libraries_are_named_with_the_way_to_install_them(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(quantization._LIBRARIES, "torchao", lambda: False)
+    monkeypatch.setitem(quantization.LIBRARIES, "torchao", lambda: False)
     with pytest.raises(UnsupportedModel, match=r"needs torchao: pip.*server\[quantization\]"):
         load_model(str(folder("llama")), "cpu", quantization="int8")
     assert load_model(str(folder("llama")), "cpu").model is not None

@@ -1,6 +1,6 @@
 """Sampling against transformers' own logits processors."""
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ VOCAB = 40
 END = 2
 
 
-def sequence(row: int = 0, prompt: Rows[int] = (5,), **params: Any) -> Sequence:
+def sequence(row: int = 0, prompt: abc.Sequence[int] = (5,), **params: Any) -> Sequence:
     sampling = SamplingParams(**{"max_tokens": 9} | params)
     request = GenerationRequest(id=str(row), prompt=tuple(prompt), params=sampling)
     return Sequence(request, row, tiny_tokenizer())
@@ -35,7 +35,7 @@ def logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def warped(scores: torch.Tensor, prompt: Rows[int], params: dict[str, Any]) -> torch.Tensor:
+def warped(scores: torch.Tensor, prompt: abc.Sequence[int], params: dict[str, Any]) -> torch.Tensor:
     """transformers' distribution, `[vocab]`."""
     chain = LogitsProcessorList()
     if params.get("repetition_penalty", 1.0) != 1.0:

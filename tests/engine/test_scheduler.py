@@ -84,7 +84,7 @@ class Machine:
         """The cache has room for so many windows."""
         self.registry = registry
         shapes = [LayerShape(1, 1, 1, torch.float32)]
-        self.cache = StripCache(shapes, windows * WINDOW, WINDOW)
+        self.cache = StripCache(shapes, total_tokens=windows * WINDOW, max_tokens=WINDOW)
         self.scheduler = Scheduler(self.cache, registry.residency, rows, CHUNK, prefix_cache)
         self.finished: list[int] = []
         self.computed = 0
@@ -128,8 +128,8 @@ class Machine:
         return [1000 * adapter + token for token in sequence.tokens]
 
     def keys(self, sequence: Sequence) -> torch.Tensor:
-        slab, index = self.cache.place(sequence.row)
-        return self.cache.keys(0, slab)[index, 0, :, 0]
+        length, index = self.cache.strip_of(sequence.row)
+        return self.cache.keys(0, length)[index, 0, :, 0]
 
     def run(self) -> None:
         steps = 0

@@ -207,10 +207,10 @@ def test_blocks_on_the_device_are_as_exact_as_strips(
     assert eager.engine.stats().accepted_tokens > 0
 
 
-def _make_paged(
-    shapes: list[LayerShape], device: torch.device, max_tokens: int, tokens: int, _: object
-) -> PagedCache:
-    return PagedCache(shapes, tokens, max_tokens, device)
+def _make_paged(shapes: list[LayerShape], device: torch.device, **sizes: Any) -> PagedCache:
+    return PagedCache(
+        shapes, device, total_tokens=sizes["total_tokens"], max_tokens=sizes["max_tokens"]
+    )
 
 
 parts = st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=6), min_size=1, max_size=5)

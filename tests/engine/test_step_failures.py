@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from server.engine import FinishReason
 from server.engine.native import stepping
-from server.engine.native.cache.padded_cache import PaddedBlocks, PaddedCache
+from server.engine.native.cache import padded_cache
+from server.engine.native.cache.padded_cache import PaddedCache
+from server.engine.native.cache.padded_layers import KeysAndValues, empty_layer
 from server.engine.native.sampling import sampler
 from server.engine.native.sequences.detokenizer import Detokenizer
 from tests.engine.harness import Answer, Harness
@@ -128,7 +130,7 @@ def test_whatever_fails_on_the_way_answers_stay_the_same(
 ) -> None:
     base, engine = start_engine(start, family)
     usual = ask_all(engine, **params)
-    monkeypatch.setattr(stepping, "_RECOVERY", 1)
+    monkeypatch.setattr(stepping, "RECOVERY_STEPS", 1)
     random = Random(5)
     failing = Faulty(lambda ids: ids.numel() > 1 and random.random() < 0.7, gpu_memory())
     with failing.of(base):
@@ -225,14 +227,14 @@ def test_keys_that_are_lost_as_rows_come_together_are_computed_again(
     _, healthy = start_engine(start, "bloom")
     usual = ask_all(healthy)
     _, engine = start_engine(start, "bloom", prefix_cache=True)
-    make, calls = PaddedCache._empty, iter(range(10_000))
+    calls = iter(range(10_000))
 
-    def scarce(cache: PaddedCache, *args: Any) -> Any:
+    def scarce(*args: Any) -> KeysAndValues:
         if next(calls) % 7 == 5:
             raise gpu_memory()
-        return make(cache, *args)
+        return empty_layer(*args)
 
-    monkeypatch.setattr(PaddedCache, "_empty", scarce)
+    monkeypatch.setattr(padded_cache, "empty_layer", scarce)
     parts = ask_all(engine)
 
     ended = [pair for pair in zip(parts, usual, strict=True) if not pair[0].error]
@@ -296,11 +298,11 @@ def test_keys_that_find_no_memory_to_be_kept_are_given_up(
     _, engine = start_engine(start, "bloom", prefix_cache=True)
     prompt = list(range(5, 65))
 
-    def none_left(*_: object) -> None:
+    def none_left(*_: object, **__: object) -> None:
         raise gpu_memory()
 
     with monkeypatch.context() as scarce:
-        scarce.setattr(PaddedBlocks, "_layers", none_left)
+        scarce.setattr(PaddedCache, "layers_of", none_left)
         assert engine.ask(prompt).finish is FinishReason.LENGTH
         assert engine.engine.stats().kv_tokens_cached == 0
     assert engine.ask(prompt).finish is FinishReason.LENGTH
@@ -335,10 +337,6 @@ def test_a_lost_device_ends_the_engine_rather_than_every_request_one_by_one(
     lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
     with engine.held():
         engine.submit("runs", [5], max_tokens=50)
-        handle = base.register_forward_pre_hook(
-            Faulty(lambda _: True, lost)._begin, with_kwargs=True
-        )
-        handle.remove()
     with Faulty(lambda _: True, lost).of(base):
         engine.wait()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.engine import EngineDead, FinishReason
-from server.engine.constraints.grammars import MaskMaker
+from server.engine.constraints import grammars
 from server.engine.native.scheduling.scheduler import Scheduler
 from server.engine.native.sequences import sequence
 from server.engine.native.sequences.detokenizer import Detokenizer
@@ -98,7 +98,7 @@ def test_a_panic_in_the_making_of_masks_ends_no_other_request(
 ) -> None:
     engine = start()
     grammar = engine.engine.grammars.compile("choice", ["a" * 40], "choice")
-    monkeypatch.setattr(MaskMaker, "_advance", lambda *_: panic())
+    monkeypatch.setattr(grammars, "fill_next_token_bitmask_par", lambda *_: panic())
     with engine.held():
         engine.submit("held", [5], grammar=grammar, max_tokens=30)
         engine.submit("free", [5], max_tokens=30)

@@ -15,7 +15,7 @@ from server.engine.native.forward import trace_cache, tracing
 from server.engine.native.forward.execution import processor_of
 from server.engine.native.forward.trace_cache import find_or_trace, key_of, sources
 from server.engine.native.forward.tracing import NotTraced
-from server.engine.native.kernels.product import Pack
+from server.engine.native.kernels.linear import Pack
 from tests.engine.test_tracing import FLAT, assert_equal, prepared
 from tests.factories import tiny_model
 
@@ -88,7 +88,7 @@ def test_what_is_damaged_or_of_another_model_is_made_anew(
         found = find_or_trace(ia3, context, modules, tmp_path / "llama")
 
     assert_equal(context, found, modules)
-    assert "made anew" in caplog.text
+    assert "is traced again" in caplog.text
     assert file.read_bytes() == whole
 
 

@@ -1,10 +1,13 @@
 """A traced forward gives, to the bit, what the model's modules give; or there is none."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import standalone_compile
 from transformers import PreTrainedModel
 
 from adapters.checkpoint.checkpoint import AdapterVectors
@@ -13,13 +16,15 @@ from adapters.model.bank import Segment
 from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Probe, StepContext, install, run_probe
 from server.engine.native.cache.kv_cache import StripCache
+from server.engine.native.forward import compiling
 from server.engine.native.forward.compiling import compile_forward
 from server.engine.native.forward.runner import Modules
 from server.engine.native.forward.tracing import Forward, NotTraced, trace
+from server.engine.native.kernels.linear import Pack
 from server.engine.native.kernels.operators import load_operators
-from server.engine.native.kernels.product import Pack
 from server.engine.native.model.norms import fuse_norms
 from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
+from tests.every_family import tiny_of
 from tests.factories import run_by_modules, tiny_model
 
 FLAT = ["llama", "gpt2", "gpt_neox", "qwen3", "gemma2", "phi", "opt", "cohere"]
@@ -111,14 +116,27 @@ def test_adapters_that_come_after_the_trace_count(
 def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
     kernel: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what comes behind a gate that is in a product, and what the kernels cannot rescale."""
+    """Also behind a gate that a kernel computes, and where the kernels cannot rescale."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     load_operators(tmp_path)
     ia3, context, modules = prepared(tiny_model("llama"), pack=True, kernel=kernel)
-    cache = StripCache(list(run_probe(ia3.base, context).values()), 128, 64)
+    cache = StripCache(list(run_probe(ia3.base, context).values()), total_tokens=128, max_tokens=64)
     traced = trace(ia3, context, modules)
+    breaking = threading.Event()
+
+    def breakable(*given: Any, **settings: Any) -> Callable[..., Any]:
+        run = standalone_compile(*given, **settings)
+
+        def run_or_break(*inputs: torch.Tensor) -> Any:
+            if breaking.is_set():
+                raise RuntimeError("API call failed")
+            return run(*inputs)
+
+        return run_or_break
+
+    monkeypatch.setattr(compiling, "standalone_compile", breakable)
     compiled = compile_forward(ia3, context, modules, traced, cache, tmp_path)
-    assert any(product.gates for product, _ in compiled._kernels)
+    assert compiled.has_gates
     ia3.bank.reserve_rows(2)
     for endings in (
         {"k_proj": Side.OUTPUT, "v_proj": Side.OUTPUT, "down_proj": Side.INPUT},
@@ -136,7 +154,7 @@ def test_compiled_it_gives_nearly_the_same_whatever_adapters_rescale(
             found, wanted = (run(each, context, tokens, [0, 1]) for each in (compiled, modules))
             assert torch.allclose(found, wanted, atol=1e-5), endings
 
-    monkeypatch.setattr(compiled, "_run", Mock(side_effect=RuntimeError("API call failed")))
+    breaking.set()
     found, wanted = (run(each, context, 2, [0, 1]) for each in (compiled, modules))
     assert torch.equal(found, wanted)
 
@@ -161,6 +179,15 @@ def test_a_model_that_depends_on_the_number_of_tokens_is_not_traced() -> None:
 
     with pytest.raises(NotTraced, match="depends on"):
         trace(ia3, context, forward)
+
+
+def test_a_model_whose_shapes_depend_on_its_tokens_is_not_traced() -> None:
+    model = tiny_of("mixtral")
+    model.set_experts_implementation("eager")
+    ia3, context, modules = prepared(model, pack=False)
+
+    with pytest.raises(NotTraced, match="its shapes depend on what tokens come"):
+        trace(ia3, context, modules)
 
 
 def test_a_model_with_hooks_runs_by_its_modules() -> None:

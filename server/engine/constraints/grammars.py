@@ -1,16 +1,15 @@
-"""Constrained answers: the tokens that a row's grammar allows next, through llguidance.
+"""Constrained answers: compiles grammars by llguidance and masks the tokens that they forbid.
 
-A grammar is compiled once for all who ask for it meanwhile, never on the model thread, and in turns
-among tenants. Each sequence walks it with a matcher of its own; a batch's next masks are made on a
-thread of their own, while the model computes the next logits.
+A grammar is compiled once for all requests that ask for it at that time, not on the model thread,
+and in turns among tenants. Each sequence follows it with a matcher of its own. A batch's next masks
+are made on another thread while the model computes the next logits.
 """
 
 import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Rows
+from collections import abc
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -34,40 +33,44 @@ from server.engine.errors import BadConstraint, ConstraintsUnavailable
 from server.engine.fair_turns import FairTurns
 
 MAX_CHARACTERS = 1 << 16
-"""Characters of a grammar's source, at most. More take seconds to compile, and a model has no use
-for them."""
+"""The most characters of a grammar's source. More take seconds to compile."""
 MAX_CACHED = 64
+"""The most grammars that are kept."""
 MAX_REFUSALS = 1024
+"""The most refusals that are kept."""
 MAX_WAITING = 32
-"""Grammars of one tenant that wait to be compiled."""
+"""The most grammars of one tenant that wait to be compiled."""
 _AT_ONCE = 2
-"""Compilations, of different tenants: more would take too many processors from the model."""
+"""How many grammars, of different tenants, are compiled at once. More would take too many
+processors from the model."""
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
+    """The tokens that the grammars of some rows allow next."""
+
     allowed: torch.Tensor
     """`[rows, vocab]` bool, on the CPU."""
     errors: list[str]
-    """For each row: empty, or why its grammar cannot go on."""
+    """For each row, why its grammar cannot continue; empty if it can."""
 
 
 class Grammar:
-    """A compiled constraint. Immutable: every sequence walks a copy."""
+    """A compiled constraint. It is immutable: every sequence follows a copy."""
 
     def __init__(self, matcher: LLMatcher, lexicon: LLTokenizer) -> None:
         self._matcher = matcher
         self.lexicon = lexicon
         self.first: Future[Masks] = Future()
-        """One row: what an answer may begin with."""
+        """The mask of an answer's first token, as one row."""
         self.first.set_result(_masks([matcher.deep_copy()], lexicon, LLExecutor(1)))
 
     def copy(self) -> LLMatcher:
         return self._matcher.deep_copy()
 
     def after(self, text: str) -> "Grammar | None":
-        """The grammar of what follows this text; None where no answer begins so."""
+        """The grammar of the rest after this text. None: no answer begins with it."""
         tokens = self.lexicon.greedy_tokenize(text)
         if not tokens:
             return self
@@ -79,14 +82,14 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a source is no grammar here. It is the same for all who send it."""
+    """Why a source was refused. It is the same for all requests with this source."""
 
     problem: str
     fix: str
 
 
 class GrammarMissing(Exception):
-    """A grammar that is not compiled yet. Let `RequestGrammars` do it, and ask again."""
+    """A grammar must be compiled first, by `RequestGrammars.compile`. Then ask again."""
 
     def __init__(self, kind: GrammarKind, text: str) -> None:
         self.kind: GrammarKind = kind
@@ -94,7 +97,7 @@ class GrammarMissing(Exception):
 
 
 class _Job:
-    """A compilation, and how many wait for it."""
+    """A running compilation, and how many requests wait for it."""
 
     def __init__(self, task: "asyncio.Task[Grammar | Refusal]") -> None:
         self.task = task
@@ -102,8 +105,10 @@ class _Job:
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer, and keeps the latest. `make` is for one event loop,
-    the rest for any thread but the model's."""
+    """Compiles constraints for one tokenizer, and keeps the latest.
+
+    `make` is for one event loop, all other methods for any thread except the model's.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, vocab: int, eos_token_ids: frozenset[int]
@@ -116,14 +121,14 @@ class Grammars:
         self._jobs: dict[Key, _Job] = {}
         self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
         self._unavailable = ""
-        """Why the tokenizer cannot be constrained, once that is known."""
+        """Why the tokenizer cannot be constrained. Empty: it can, or that is not known yet."""
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
         """The grammar of a JSON schema, a regular expression, a list of texts, or Lark or GBNF.
 
         An answer matches it as a whole. `where` names the source in errors. Raises BadConstraint,
-        and ConstraintsUnavailable where the tokenizer cannot be constrained. Does not wait within
-        `RequestGrammars.asked`: raises GrammarMissing there where it must be compiled first.
+        and ConstraintsUnavailable if the tokenizer cannot be constrained. Within
+        `RequestGrammars.asked` it does not wait, but raises GrammarMissing.
         """
         text = _text_of(kind, source, where)
         request = _REQUEST.get()
@@ -137,15 +142,18 @@ class Grammars:
         return result
 
     def find(self, scope: str, kind: GrammarKind, text: str) -> "Grammar | Refusal | None":
-        """What is known of this source; None: nothing yet."""
+        """The kept grammar or refusal of this source. None: there is none."""
         key = _key(scope, kind, text)
         return self._grammars.get(key) or self._refusals.get(key)
 
     async def make(
         self, tenant: str, scope: str, kind: GrammarKind, text: str
     ) -> "Grammar | Refusal":
-        """Compile a grammar when it is the tenant's turn, once for all who ask meanwhile. It stops
-        when all of them were cancelled. Raises ConstraintsUnavailable, QueueFull."""
+        """Compile a grammar when it is the tenant's turn, once for all requests that wait for it.
+
+        The compilation stops when all of these were cancelled. Raises ConstraintsUnavailable and
+        QueueFull.
+        """
         key = _key(scope, kind, text)
         if key not in self._jobs:
             self._jobs[key] = _Job(asyncio.create_task(self._make(tenant, key, text)))
@@ -166,9 +174,9 @@ class Grammars:
         async with self._turns.turn(tenant):
             problem = await _vet(key.kind, text)
             if problem == _TOO_BUSY:
-                # A matter of the machine, and perhaps of this moment alone.
+                # Not kept: the machine may be busy only now.
                 return Refusal(problem, "mend or simplify it")
-            result = await _to_its_end(partial(self._compile, key.kind, text, problem))
+            result = await _run_to_the_end(partial(self._compile, key.kind, text, problem))
         if isinstance(result, Grammar):
             self._grammars.put(key, result)
         else:
@@ -177,7 +185,7 @@ class Grammars:
 
     @cached_property
     def _lexicon(self) -> LLTokenizer:
-        """Made when first asked for: it takes a second, and most servers never need it."""
+        """llguidance's tokenizer, made on first use: it takes a second, and few servers need it."""
         try:
             return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
         except ValueError as error:
@@ -185,7 +193,7 @@ class Grammars:
             raise ConstraintsUnavailable(self._unavailable) from error
 
     def _compile(self, kind: GrammarKind, text: str, problem: str) -> "Grammar | Refusal":
-        """`problem`: what vetting has found. Blocking."""
+        """Compile a source, or explain the `problem` that vetting has found. Blocks."""
         lexicon = self._lexicon
         if problem:
             return _explained(kind, text, problem)
@@ -202,18 +210,19 @@ class Grammars:
 
 
 class RequestGrammars:
-    """The grammars of one request, which finds again what was compiled for it."""
+    """The grammars of one request. It keeps what was compiled for the request."""
 
     def __init__(self, grammars: Grammars, tenant: str, scope: str) -> None:
-        """`scope`: whose cache it shares."""
+        """`scope`: requests of one scope share kept grammars."""
         self._grammars = grammars
         self._tenant = tenant
         self._scope = scope
         self._given: dict[tuple[GrammarKind, str], Grammar | Refusal] = {}
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Within, and on threads that are begun within: `Grammars.compile` is for this request."""
+    def asked(self) -> abc.Iterator[None]:
+        """Make `Grammars.compile` find this request's grammars, in this context and in threads that
+        are started in it."""
         token = _REQUEST.set(self)
         try:
             yield
@@ -221,7 +230,7 @@ class RequestGrammars:
             _REQUEST.reset(token)
 
     def find(self, kind: GrammarKind, text: str) -> Grammar | Refusal:
-        """Raises GrammarMissing."""
+        """The kept grammar or refusal of this source. Raises GrammarMissing."""
         known = self._given.get((kind, text)) or self._grammars.find(self._scope, kind, text)
         if known is None:
             raise GrammarMissing(kind, text)
@@ -229,7 +238,7 @@ class RequestGrammars:
         return known
 
     async def compile(self, missing: GrammarMissing) -> None:
-        """Raises ConstraintsUnavailable, QueueFull."""
+        """Compile a missing grammar for this request. Raises ConstraintsUnavailable, QueueFull."""
         kind, text = missing.kind, missing.text
         self._given[kind, text] = await self._grammars.make(self._tenant, self._scope, kind, text)
 
@@ -256,8 +265,10 @@ _TOO_BUSY = "takes too long to compile"
 
 
 async def _vet(kind: GrammarKind, text: str) -> str:
-    """Why this grammar is not to be compiled here; empty where it is harmless. The process that
-    tries it ends with whoever waits for it."""
+    """Compile a grammar in another process, and return why it is refused. Empty: it is accepted.
+
+    The process is killed if the caller is cancelled.
+    """
     command = (sys.executable, "-I", vetting.__file__)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -277,8 +288,8 @@ async def _vet(kind: GrammarKind, text: str) -> str:
     return str(json.loads(said))
 
 
-async def _to_its_end(work: Callable[[], _T]) -> _T:
-    """What `work` returns, on a thread. It cannot be stopped: who is cancelled waits for it too."""
+async def _run_to_the_end(work: abc.Callable[[], _T]) -> _T:
+    """Run `work` on a thread. It cannot be stopped, so a cancelled caller waits for it too."""
     thread = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(thread)
@@ -288,7 +299,7 @@ async def _to_its_end(work: Callable[[], _T]) -> _T:
 
 
 class Constraint:
-    """How far one sequence has come in its grammar. Belongs to the model thread."""
+    """The state of one sequence in its grammar. Belongs to the model thread."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
@@ -297,7 +308,7 @@ class Constraint:
 
     @cached_property
     def matcher(self) -> LLMatcher:
-        """Belongs to the mask maker's thread."""
+        """The sequence's matcher. Belongs to the mask maker's thread."""
         return self._grammar.copy()
 
     @property
@@ -306,12 +317,12 @@ class Constraint:
 
     @property
     def allowed(self) -> torch.Tensor:
-        """`[vocab]` bool: the tokens that may come next. Waits until that is known."""
+        """`[vocab]` bool: the tokens that may come next. Waits until the mask is made."""
         return self._masks.result().allowed[self._row]
 
     @property
     def error(self) -> str:
-        """Why the grammar cannot go on; empty where it can. Waits as `allowed` does."""
+        """Why the grammar cannot continue; empty if it can. Waits as `allowed` does."""
         return self._masks.result().errors[self._row]
 
     def allows_others_than(self, tokens: frozenset[int]) -> bool:
@@ -319,18 +330,19 @@ class Constraint:
         return int(allowed.sum()) > int(allowed[list(tokens)].sum())
 
     def follow(self, masks: Future[Masks], row: int) -> None:
+        """Take the next mask from this row of `masks`."""
         self._masks, self._row = masks, row
 
 
 class MaskMaker:
-    """Makes the next masks of a batch while the model runs, on threads without the GIL."""
+    """Makes the next masks of a batch while the model runs, on a thread that releases the GIL."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        """One, so that a sequence's tokens are taken in order."""
+        """A single thread, so that matchers consume a sequence's tokens in order."""
 
-    def advance(self, taken: Rows[tuple[Constraint, int]]) -> None:
-        """Each of these sequences took this token. Returns at once."""
+    def advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> None:
+        """Start to make the masks after each sequence has taken this token. Returns at once."""
         masks = self._thread.submit(self._advance, taken)
         for row, (constraint, _) in enumerate(taken):
             constraint.follow(masks, row)
@@ -342,14 +354,14 @@ class MaskMaker:
     def _executor(self) -> LLExecutor:
         return LLExecutor()
 
-    def _advance(self, taken: Rows[tuple[Constraint, int]]) -> Masks:
+    def _advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> Masks:
         matchers = [constraint.matcher for constraint, _ in taken]
         tokens = [token for _, token in taken]
         self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
         return _masks(matchers, taken[0][0].lexicon, self._executor)
 
 
-def _masks(matchers: Rows[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
+def _masks(matchers: abc.Sequence[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
     vocab = lexicon.vocab_size
     packed = allocate_token_bitmask(len(matchers), vocab)
     fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)
@@ -358,7 +370,7 @@ def _masks(matchers: Rows[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor
 
 
 def _explained(kind: GrammarKind, text: str, reason: str) -> Refusal:
-    """What is wrong, from llguidance's own words, and in a schema also where."""
+    """A refusal with llguidance's reason and, for a JSON schema, the path of the fault."""
     if kind != "json":
         return Refusal(reason, "mend or simplify it")
     unsupported = reason.removeprefix("Unimplemented keys: ")
@@ -376,8 +388,8 @@ def _explained(kind: GrammarKind, text: str, reason: str) -> Refusal:
     return Refusal(reason, "mend or simplify it")
 
 
-def _places(schema: object, key: str, at: str) -> Iterator[str]:
-    """Where in a schema `key` stands, as JSON paths."""
+def _places(schema: object, key: str, at: str) -> abc.Iterator[str]:
+    """The JSON paths of all occurrences of `key` in a schema."""
     if isinstance(schema, list):
         for index, each in enumerate(schema):
             yield from _places(each, key, f"{at}[{index}]")

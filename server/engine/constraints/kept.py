@@ -1,4 +1,4 @@
-"""What compilations have brought, kept for those who ask for the same: bounded, and fair."""
+"""A cache of compiled grammars and refusals, bounded and fair among scopes."""
 
 import threading
 from collections import Counter
@@ -12,21 +12,23 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Key:
+    """What a result is cached by."""
+
     scope: str
-    """Only requests of one scope share: the time that a hit saves tells what others have asked."""
+    """Only requests of one scope share results: the time of a hit would reveal others' sources."""
     kind: GrammarKind
     digest: bytes
 
 
 class Latest(Generic[_T]):
-    """The latest results, a bounded number: of the scope that has most, the one unused longest
-    goes. Thread-safe."""
+    """Keeps a bounded number of results. When full, it drops the least recently used result of the
+    scope that has the most. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
         self._results: dict[Key, _T] = {}
-        """The one used last stands last."""
+        """In order of their last use."""
 
     def get(self, key: Key) -> _T | None:
         with self._lock:

@@ -1,7 +1,7 @@
-"""Whether a grammar compiles within bounds, tried in a process of its own that can be stopped.
+"""Vets a grammar: compiles it within limits of time and memory, in a process that can be killed.
 
-llguidance counts most of its work and gives up, but not all: a large `multipleOf`, or an
-intersection of patterns, can take minutes. Run as a script, this compiles what it reads.
+llguidance limits most of its work, but not all: a large `multipleOf`, or an intersection of
+patterns, can take minutes. As a script, this module compiles the grammar on its standard input.
 """
 
 import json
@@ -16,29 +16,29 @@ GrammarKind = Literal["json", "regex", "choice", "grammar"]
 
 CPU_SECONDS = 4
 MEMORY_BYTES = 2 << 30
-"""Bytes of addresses: more than is ever touched."""
+"""Bytes of address space, of which only a part is ever used."""
 WALL_SECONDS = 60.0
-"""On a machine too busy for `CPU_SECONDS` of work."""
+"""The limit on a machine that is too busy for `CPU_SECONDS` of work."""
 JSON_OPTIONS = {"whitespace_pattern": " ?"}
-"""Where JSON may have blanks, one at most: a model could go on writing them for ever."""
+"""At most one blank where JSON allows blanks: a model could write blanks for ever."""
 LIMITS = LLParserLimits(
     max_items_in_row=500,
     step_max_items=5_000,
     max_lexer_states=50_000,
     verbose_errors=False,
 )
-"""The first two are llguidance's own by a tenth and less: the masks of a very ambiguous grammar
-take tens of milliseconds then, not seconds."""
+"""The first two are at most a tenth of llguidance's defaults, so that the mask of a very ambiguous
+grammar takes tens of milliseconds, not seconds."""
 
 
 _REAL_SECONDS = "^[^:]*:[0-9]{2}:[0-5]"
-"""llguidance takes second 60 for one of any minute, and validators refuse it."""
+"""Seconds below 60. llguidance allows second 60 in any minute, but validators refuse it."""
 _TOKEN = re.compile(r"<\[\d+\]>")
-"""Lark's name of a token, by its id."""
+"""A token by its id, in llguidance's Lark."""
 _VALUES = {"const", "enum", "default", "examples"}
 """Keywords whose values are no schemas."""
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-"""Keywords that hold schemas by names, which are no keywords."""
+"""Keywords whose values are schemas by name; the names are no keywords."""
 FORMATS = frozenset(
     {
         "date",
@@ -54,11 +54,11 @@ FORMATS = frozenset(
         "uuid",
     }
 )
-"""All that llguidance knows. It refuses others, which JSON Schema says are to be ignored."""
+"""The formats that llguidance supports. It refuses others, which JSON Schema says to ignore."""
 
 
 def compiled(kind: GrammarKind, text: str, lexicon: LLTokenizer) -> LLMatcher:
-    """A matcher, which may be in error. Raises ValueError and RecursionError."""
+    """Compile a source to a matcher, which may be in error. Raises ValueError, RecursionError."""
     if kind == "json":
         try:
             schema = json.dumps(supported_schema(json.loads(text)))
@@ -71,8 +71,8 @@ def compiled(kind: GrammarKind, text: str, lexicon: LLTokenizer) -> LLMatcher:
 
 
 def supported_schema(schema: Any) -> Any:
-    """The schema as llguidance takes it: without formats that it does not know, and with times
-    that have no second 60. May raise RecursionError."""
+    """Adapt a schema to llguidance: drop formats that it does not support, and exclude second 60
+    from times. May raise RecursionError."""
     if isinstance(schema, list):
         return [supported_schema(each) for each in schema]
     if not isinstance(schema, dict):
@@ -94,21 +94,22 @@ def _supported_value(keyword: str, value: Any) -> Any:
 
 
 def error_of(matcher: LLMatcher) -> str:
-    """Why a matcher cannot go on; empty where it can."""
+    """Why a matcher cannot continue; empty if it can."""
     error = matcher.get_error().removesuffix("<non-verbose/>").strip()
     return "comes to a dead end, where nothing matches" if error == "NoExtensionBias" else error
 
 
 def main() -> None:
+    """Read a kind and a source from standard input; print why it is refused, or an empty string."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     kind, text = json.load(sys.stdin)
     if kind == "grammar":
-        # The bytes that it is tried with have no tokens of the tokenizer's.
+        # The byte tokenizer that is used here does not have the model's token ids.
         text = _TOKEN.sub("<[0]>", text)
     try:
-        # What takes long does not depend on the tokenizer.
+        # The time that a grammar takes does not depend on the tokenizer.
         problem = error_of(compiled(kind, text, LLTokenizer("byte")))
     except (ValueError, RecursionError) as error:
         problem = str(error)

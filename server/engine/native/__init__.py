@@ -1,5 +1,7 @@
-"""Our own engine, for CPUs, notebooks and encoder-decoders: `EngineCore` is one synchronous object,
-`Engine` its thread, and each room below is one part of a step."""
+"""Infuse's own engine: continuous batching over one base model with an adapter for each row.
+
+`EngineCore` runs steps and `Engine` gives it a thread. Each folder is a part of a step.
+"""
 
 from server.engine.native.config import EngineConfig
 from server.engine.native.engine import Engine

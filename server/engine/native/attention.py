@@ -1,7 +1,8 @@
-"""Attention on the engine's own keys and values, under the model's unmodified code.
+"""Routes the attention of an unmodified model to the engine's own KV cache.
 
-transformers calls the function registered here for every attention layer; it hands queries, keys
-and values of all rows, flat, to the plan of the running step, which the KV cache made.
+transformers calls the function that is registered here for every attention layer. The function
+passes the queries, keys and values of all rows, flat, to the plan of the running step, which the KV
+cache has made.
 """
 
 from collections.abc import Iterator
@@ -33,24 +34,24 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-"""What models pass to their attention beside, and what changes nothing here: queries and keys are
+"""Arguments that models pass to their attention and that need nothing here: queries and keys are
 rotated already, and the step's plan knows positions and cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer's attention asks for beside queries, keys and values."""
+    """The parameters of one layer's attention."""
 
     layer: int
     scaling: float
     window: int | None = None
-    """A query sees this many keys, itself included; None: all."""
+    """How many keys a query sees, its own included. None: all."""
     softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` to `start + tokens` of a row, computed in one step."""
+    """Consecutive tokens of a row that one step computes: `start` to `start + tokens`."""
 
     row: int
     start: int
@@ -58,14 +59,13 @@ class Chunk:
 
 
 class AttentionPlan(Protocol):
-    """A step's attention: stores the new keys and values, attends to all that a row has."""
+    """The attention of one step: it stores new keys and values and attends to all of a row's."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
-        """`query` `[heads, tokens, head_dim]`, `key` and `value` `[kv_heads, tokens, head_dim]`.
-
-        Returns `[tokens, heads, head_dim]`.
+        """Attend in one layer. `query` is `[heads, tokens, head_dim]`, `key` and `value` are
+        `[kv_heads, tokens, head_dim]`. Returns `[tokens, heads, head_dim]`.
         """
         ...
 
@@ -115,9 +115,9 @@ def _attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `AttentionInterface`: tensors are `[1, heads, tokens, head_dim]`.
+    """Attend, as transformers' `AttentionInterface`. Tensors are `[1, heads, tokens, head_dim]`.
 
-    Raises UnsupportedModel for an argument whose meaning is not known.
+    Raises UnsupportedModel for arguments that are not known.
     """
     name = type(module).__name__
     unknown = [each for each in others.keys() - _HARMLESS if others[each] is not None]
@@ -142,7 +142,7 @@ def _attention(
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Keys and values of one layer, per token."""
+    """The shape of one layer's keys and values per token."""
 
     kv_heads: int
     key_dim: int
@@ -157,10 +157,10 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """All keys and values of one layer, whatever strips they are cut into."""
+    """The memory for all keys and values of one layer, which is cut into strips."""
 
     keys: torch.Tensor
-    """`[total_tokens * kv_heads, key_dim]`, which strips of a length divide into
+    """`[total_tokens * kv_heads, key_dim]`. As strips of one length it is viewed as
     `[strips, kv_heads, length, key_dim]`."""
     values: torch.Tensor
     shape: LayerShape
@@ -180,7 +180,7 @@ class LayerMemory:
 
 
 class Probe:
-    """Attends each token to itself and notes what each layer would keep."""
+    """An attention plan that attends each token to itself and notes the shape of each layer."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
@@ -198,9 +198,9 @@ class Probe:
 
 
 def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
-    """What each layer keeps of a token, learned by running one.
+    """Learn the shape of each layer's keys and values by running one token.
 
-    Raises UnsupportedModel where a layer attends past the interface: its rows would mix.
+    Raises UnsupportedModel if a layer bypasses the AttentionInterface: it would mix rows.
     """
     shapes = run_probe(model, context)
     layers = int(model.config.get_text_config().num_hidden_layers)
@@ -213,7 +213,7 @@ def probe(model: PreTrainedModel, context: StepContext) -> list[LayerShape]:
 
 
 def run_probe(model: PreTrainedModel, context: StepContext) -> dict[int, LayerShape]:
-    """Run one token: what each attention layer would keep of it."""
+    """Run one token and return the shape of each attention layer that it reached."""
     plan = Probe()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with context.step(plan), torch.inference_mode():
@@ -222,7 +222,7 @@ def run_probe(model: PreTrainedModel, context: StepContext) -> dict[int, LayerSh
 
 
 def causal_mask(chunk: Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """`[tokens, start + tokens]`, true where a token sees a key; None for the plain triangle."""
+    """`[tokens, start + tokens]`: whether a token sees a key. None: the plain causal mask."""
     end = chunk.start + chunk.tokens
     if chunk.start == 0 and (window is None or window >= end):
         return None
@@ -241,7 +241,8 @@ def attend_chunk(
     mask: torch.Tensor | None,
     layer: LayerAttention,
 ) -> torch.Tensor:
-    """`[heads, tokens, dim]` over keys `[kv_heads, time, dim]`: `[heads, tokens, value_dim]`."""
+    """Attend with `query` `[heads, tokens, dim]` to `keys` `[kv_heads, time, dim]`. Returns
+    `[heads, tokens, value_dim]`."""
     if layer.softcap is None:
         out: torch.Tensor = F.scaled_dot_product_attention(
             query[None],

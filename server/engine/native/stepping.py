@@ -1,14 +1,13 @@
-"""Runs a step; what cannot run fails alone, and the rest runs without it.
+"""Runs steps so that a sequence which cannot run fails alone, and the others go on.
 
-A step that fails runs again in halves, and these in halves, down to one sequence. Nothing of a
-sequence has changed until its part has run: half-written keys and values are overwritten.
+A step that fails runs again in halves, which are halved again, down to one sequence. A sequence is
+changed only when its part has run. Keys and values that a failed part has written are overwritten.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -23,24 +22,25 @@ from server.engine.request import TokenLogprob
 
 log = logging.getLogger(__name__)
 
-_RECOVERY = 32
-"""Steps after which twice as many tokens are tried again."""
+RECOVERY_STEPS = 32
+"""After this many steps without an error, twice as many tokens are tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A step, or a part of one, and what it brought."""
+    """A step, or a part of one, that has run, and its results."""
 
     step: Step
     seconds: float
     prompts: list[tuple[Sequence, list[TokenLogprob]]]
-    """Scores of the next prompt tokens that had none."""
-    choices: list[tuple[Sequence, Rows[Sampled]]]
+    """For each sequence that scores its prompt, the scores of the next tokens that had none."""
+    choices: list[tuple[Sequence, abc.Sequence[Sampled]]]
+    """For each sequence that is computed to its end, its next tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A sequence that cannot run, not even alone."""
+    """A sequence that failed alone."""
 
     sequence: Sequence
     reason: str
@@ -48,31 +48,37 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Sequences whose keys and values are gone: they have to be computed again."""
+    """Sequences whose keys and values are lost: they must be computed again."""
 
     sequences: list[Sequence]
 
 
 class Stepping:
+    """Runs steps by runner and sampler, and divides those that fail."""
+
     def __init__(self, runner: Runner, sampler: Sampler, cache: KVCache) -> None:
         self._runner = runner
         self._sampler = sampler
         self._cache = cache
         self.retries = 0
         """Forwards that failed and ran again in parts."""
-        self._most = math.inf
-        """Tokens that a forward may have, since more found no memory."""
+        self._most_tokens = math.inf
+        """The most tokens of a forward, after one with more ran out of memory."""
         self._too_many = 0
-        self._good = 0
-        """Steps since then, or since more were tried."""
+        """The most tokens that ran out of memory."""
+        self._good_steps = 0
+        """Steps since the last change of `_most_tokens`."""
 
-    def run(self, step: Step) -> Iterator[Ran | Failed | Lost]:
-        """A step of n rows and chunks takes fewer than 2 n forwards, and one for each time that a
-        chunk is halved. Raises torch.AcceleratorError where the device is lost."""
+    def run(self, step: Step) -> abc.Iterator[Ran | Failed | Lost]:
+        """Run a step, and yield the result of each part.
+
+        A step of n rows and chunks takes fewer than 2 n forwards, and one more each time that a
+        chunk is halved. Raises torch.AcceleratorError if the device is lost.
+        """
         parts = [step]
         while parts:
             part = parts.pop()
-            if part.tokens > self._most and (smaller := self._halve(part, chunks=True)):
+            if part.tokens > self._most_tokens and (smaller := self._halve(part, chunks=True)):
                 parts += reversed(smaller)
                 continue
             fault = None
@@ -110,7 +116,7 @@ class Stepping:
             scored = sequence.tokens[known : known + len(scores)]
             best = sequence.request.params.prompt_logprobs or 0
             prompts.append((sequence, score_tokens(scores, scored, best)))
-        choices: list[tuple[Sequence, Rows[Sampled]]] = []
+        choices: list[tuple[Sequence, abc.Sequence[Sampled]]] = []
         if logits.drafts is not None and step.drafts:
             verified = self._sampler.verify(logits.drafts, step.drafts)
             choices += zip((draft.sequence for draft in step.drafts), verified, strict=True)
@@ -119,8 +125,8 @@ class Stepping:
         return Ran(step, time.perf_counter() - started, prompts, choices)
 
     def _halve(self, step: Step, chunks: bool) -> list[Step]:
-        """Empty where there is nothing to halve. A lone chunk is halved if `chunks`: its rest waits
-        for the next step."""
+        """Divide a step into two parts. With `chunks`, a single chunk is halved, and its second
+        half waits for the next step. Empty: the step cannot be divided."""
         if step.drafts:
             rows = {s.row: s for s in [*step.decode, *(d.sequence for d in step.drafts)]}
             decode = [rows[row] for row in self._cache.order(list(rows))]
@@ -142,16 +148,16 @@ class Stepping:
     def _save_memory(self, step: Step) -> None:
         # Does nothing where no GPU is in use.
         torch.cuda.empty_cache()
-        self._most = max(1, step.tokens // 2)
+        self._most_tokens = max(1, step.tokens // 2)
         self._too_many = max(self._too_many, step.tokens)
-        self._good = 0
+        self._good_steps = 0
 
     def _try_more(self) -> None:
-        if self._most == math.inf:
+        if self._most_tokens == math.inf:
             return
-        self._good += 1
-        if self._good == _RECOVERY:
-            self._good = 0
-            self._most *= 2
-            if self._most >= self._too_many:
-                self._most, self._too_many = math.inf, 0
+        self._good_steps += 1
+        if self._good_steps == RECOVERY_STEPS:
+            self._good_steps = 0
+            self._most_tokens *= 2
+            if self._most_tokens >= self._too_many:
+                self._most_tokens, self._too_many = math.inf, 0

@@ -1,15 +1,16 @@
-"""What the sampled tokens of a sequence bring: text, scores, and perhaps its end."""
+"""Appends sampled tokens to a sequence: their text and scores, and perhaps the sequence's end."""
 
-from collections.abc import Collection
-from collections.abc import Sequence as Rows
+from collections import abc
 
 from server.engine.native.sampling.sampler import Sampled
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.request import FinishReason, Output
 
 
-def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[int]) -> Output:
-    """Append a sequence's next tokens, until one ends it, and say what that brought."""
+def take(
+    sequence: Sequence, choices: abc.Sequence[Sampled], eos_token_ids: abc.Collection[int]
+) -> Output:
+    """Append a sequence's next tokens until one ends it, and return them as an output."""
     params = sequence.request.params
     scores = None
     if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
@@ -26,7 +27,7 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
         if reason is not None:
             break
         if taken:
-            # The token before was drafted, so its keys and values are there.
+            # The token before was an accepted draft, whose keys and values are computed.
             sequence.advance(1)
         taken.append(choice)
         piece, reason = _append(sequence, choice.token, eos_token_ids)
@@ -48,13 +49,13 @@ def take(sequence: Sequence, choices: Rows[Sampled], eos_token_ids: Collection[i
 
 
 def _append(
-    sequence: Sequence, token: int, eos_token_ids: Collection[int]
+    sequence: Sequence, token: int, eos_token_ids: abc.Collection[int]
 ) -> tuple[str, FinishReason | None]:
-    """The text that the token brings, and whether it is the last."""
+    """Append one token. Returns its text, and a reason if it ends the answer."""
     params = sequence.request.params
     sequence.append(token)
-    goes_on = params.ignore_eos and sequence.constraint is None
-    is_end = token in eos_token_ids and not goes_on
+    ignores_eos = params.ignore_eos and sequence.constraint is None
+    is_end = token in eos_token_ids and not ignores_eos
     if is_end or token in params.stop_token_ids:
         shown = sequence.detokenizer.push(token, False)[0] if params.include_stop else ""
         return shown, FinishReason.STOP

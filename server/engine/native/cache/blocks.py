@@ -1,6 +1,7 @@
-"""Keys and values that are kept beyond the rows that computed them, in blocks of tokens.
+"""Blocks: keys and values that the prefix cache keeps after the row that computed them has ended.
 
-A block is a name for what lies in the cache; the prefix cache knows which tokens it belongs to.
+A block is known by a number. The prefix cache knows which tokens it holds; the KV cache knows where
+they lie.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,133 +10,141 @@ from typing import Protocol
 
 import torch
 
-from server.engine.native.cache.slabs import Place, Slabs
+from server.engine.native.cache.slabs import Slabs, Strip
 
 
 class Blocks(Protocol):
+    """A KV cache's blocks. A block is attached to the row that computed it until it is detached."""
+
     @property
     def size(self) -> int | None:
-        """Tokens of a block. None: a block is what an encoder read, whatever its length."""
+        """Tokens of a block. None: a block holds a whole encoder source, whatever its length."""
         ...
 
     @property
     def tokens(self) -> int:
-        """What the blocks take of the budget that no row takes as well."""
+        """Tokens of the budget that only blocks take, and no row."""
         ...
 
     def keep(self, row: int, start: int, tokens: int) -> list[int]:
-        """Blocks of `tokens` computed tokens of a row from `start` on, where a block begins; the
-        last one may be incomplete. Until the row is left they need no room of their own."""
+        """Keep `tokens` computed tokens of a row as blocks, which it returns in order.
+
+        `start` is a multiple of the block size; the last block may be incomplete. The blocks take
+        no room of their own until they are detached from the row.
+        """
         ...
 
-    def leave(self, row: int, /) -> list[int]:
-        """The row is about to be released: give its blocks places of their own. Those for which
-        there is no room, in order."""
+    def detach(self, row: int, /) -> list[int]:
+        """Give a row's blocks room of their own, since the row is about to be released. Returns
+        the blocks for which there was no room, in order."""
         ...
 
     def drop(self, block: int) -> None: ...
 
-    def has_place(self, block: int) -> bool:
-        """Whether it takes room that no row takes as well."""
+    def is_detached(self, block: int) -> bool:
+        """Whether only blocks, and no row, take the room that the block lies in."""
         ...
 
-    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
-        """Which of all the blocks, given least recently used first, make room for rows if they go
-        together; none where rows use them all."""
+    def to_evict(self, blocks: Iterable[int]) -> Sequence[int]:
+        """Choose which blocks to drop together so that rows get room. `blocks` are all blocks,
+        least recently used first. Empty if rows use all of them."""
         ...
 
 
 class StripBlocks:
-    """Blocks in the strips of running rows, and in slabs that no row needs. They are copied there,
-    so that rows stay in neighbouring strips."""
+    """Blocks of `StripCache`: in the strips of running rows, or detached in strips of their own.
+
+    Detached blocks are copied into slabs that hold no row, so that rows lie in neighbouring strips.
+    """
 
     size = 32
 
-    def __init__(self, slabs: Slabs, place_of: Callable[[int], Place]) -> None:
-        """`place_of` says where a row lies."""
+    def __init__(self, slabs: Slabs, strip_of: Callable[[int], Strip]) -> None:
+        """`strip_of` gives a row's strip."""
         self._slabs = slabs
-        self._place_of = place_of
-        self._places: dict[int, Place] = {}
+        self._strip_of = strip_of
+        self._strips: dict[int, Strip] = {}
+        """Detached block -> its strip."""
         self._rows: dict[int, int] = {}
-        """Block -> the row that it is in, where it has no place of its own."""
+        """Attached block -> its row."""
         self._in_row: dict[int, dict[int, int]] = {}
-        """Row -> block -> which of the row's."""
-        self._names = count()
+        """Row -> attached block -> the block's index in the row."""
+        self._numbers = count()
 
     @property
     def tokens(self) -> int:
-        return len(self._places) * self.size
+        return len(self._strips) * self.size
 
     def keep(self, row: int, start: int, tokens: int) -> list[int]:
         first = start // self.size
-        numbers = range(first, first - (-tokens // self.size))
-        blocks = [next(self._names) for _ in numbers]
+        indices = range(first, first - (-tokens // self.size))
+        blocks = [next(self._numbers) for _ in indices]
         self._rows.update(dict.fromkeys(blocks, row))
-        self._in_row.setdefault(row, {}).update(zip(blocks, numbers, strict=True))
+        self._in_row.setdefault(row, {}).update(zip(blocks, indices, strict=True))
         return blocks
 
-    def leave(self, row: int) -> list[int]:
-        staying = self._in_row.get(row, {})
-        if not staying:
-            return []  # A row that never began has no place, either.
-        blocks = sorted(staying, key=staying.__getitem__)
-        places: list[Place] = []
-        while len(places) < len(blocks):
-            place = self._slabs.take(self.size) or self._slabs.open(self.size, last=True)
-            if place is None:
+    def detach(self, row: int) -> list[int]:
+        indices = self._in_row.get(row, {})
+        if not indices:
+            return []  # A row that never began has no strip, either.
+        blocks = sorted(indices, key=indices.__getitem__)
+        strips: list[Strip] = []
+        while len(strips) < len(blocks):
+            strip = self._slabs.take(self.size) or self._slabs.open(self.size, last=True)
+            if strip is None:
                 break
-            places.append(place)
-        placed = list(zip(blocks, places, strict=False))
-        origin = self._place_of(row)
-        numbers = [staying[block] for block, _ in placed]
-        runs = list(_runs(numbers, [place.number for place in places]))
-        for strips, kept in self._slabs.pairs(origin.strip, self.size):
-            parts = _in_blocks(strips[origin.number], self.size)
-            for number, place_number, length in runs:
-                kept[place_number : place_number + length] = parts[number : number + length]
-        for block, place in placed:
+            strips.append(strip)
+        detached = list(zip(blocks, strips, strict=False))
+        origin = self._strip_of(row)
+        sources = [indices[block] for block, _ in detached]
+        runs = list(_runs(sources, [strip.number for strip in strips]))
+        for old, kept in self._slabs.pairs(origin.length, self.size):
+            parts = _in_blocks(old[origin.number], self.size)
+            for source, target, length in runs:
+                kept[target : target + length] = parts[source : source + length]
+        for block, strip in detached:
             self._forget_row(block)
-            self._places[block] = place
-        return blocks[len(placed) :]
+            self._strips[block] = strip
+        return blocks[len(detached) :]
 
     def drop(self, block: int) -> None:
-        if block in self._places:
-            self._slabs.free(self._places.pop(block))
+        if block in self._strips:
+            self._slabs.free(self._strips.pop(block))
         else:
             self._forget_row(block)
 
-    def has_place(self, block: int) -> bool:
-        return block in self._places
+    def is_detached(self, block: int) -> bool:
+        return block in self._strips
 
-    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
-        """Those of the slab that has been of no use for longest."""
+    def to_evict(self, blocks: Iterable[int]) -> Sequence[int]:
+        """Choose all blocks of the least recently used slab."""
         slabs: dict[int, list[int]] = {}
         for block in blocks:
-            if block in self._places:
-                slab = self._slabs.slab_of(self._places[block])
-                # The dictionary's order is that of each slab's last block.
+            if block in self._strips:
+                slab = self._slabs.slab_of(self._strips[block])
+                # The dictionary orders slabs by the last use of any of their blocks.
                 members = slabs.pop(slab, [])
                 members.append(block)
                 slabs[slab] = members
         return next(iter(slabs.values()), [])
 
-    def copy(self, blocks: Sequence[int], place: Place) -> None:
-        """Let a strip begin with these blocks, which are the first of their rows."""
+    def copy(self, blocks: Sequence[int], strip: Strip) -> None:
+        """Copy blocks to the beginning of a strip. They are the first blocks of their rows."""
         first = 0
         for row, group in groupby(blocks, key=self._rows.get):
             part = list(group)
-            numbers = list(range(first, first + len(part)))
+            targets = list(range(first, first + len(part)))
             if row is None:
-                runs = list(_runs([self._places[block].number for block in part], numbers))
-                for kept, mine in self._slabs.pairs(self.size, place.strip):
-                    parts = _in_blocks(mine[place.number], self.size)
-                    for number, at, length in runs:
-                        parts[at : at + length] = kept[number : number + length]
+                runs = list(_runs([self._strips[block].number for block in part], targets))
+                for kept, new in self._slabs.pairs(self.size, strip.length):
+                    parts = _in_blocks(new[strip.number], self.size)
+                    for source, target, length in runs:
+                        parts[target : target + length] = kept[source : source + length]
             else:
-                origin = self._place_of(row)
+                origin = self._strip_of(row)
                 span = slice(first * self.size, (first + len(part)) * self.size)
-                for strips, mine in self._slabs.pairs(origin.strip, place.strip):
-                    mine[place.number, :, span] = strips[origin.number, :, span]
+                for old, new in self._slabs.pairs(origin.length, strip.length):
+                    new[strip.number, :, span] = old[origin.number, :, span]
             first += len(part)
 
     def _forget_row(self, block: int) -> None:
@@ -146,7 +155,8 @@ class StripBlocks:
 
 
 def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Neighbours that go to neighbours: the first one's source and target, and how many."""
+    """Group copies of neighbours to neighbours. Yields each run's first source, first target and
+    length."""
     pairs = list(zip(sources, targets, strict=True))
     begin = 0
     for end in range(1, len(pairs) + 1):
@@ -157,5 +167,5 @@ def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int,
 
 
 def _in_blocks(strip: torch.Tensor, size: int) -> torch.Tensor:
-    """A strip `[kv_heads, strip, dim]` as `[blocks, kv_heads, size, dim]`."""
+    """View a strip `[kv_heads, length, dim]` as `[blocks, kv_heads, size, dim]`."""
     return strip.view(strip.shape[0], -1, size, strip.shape[2]).transpose(0, 1)

@@ -1,10 +1,10 @@
-"""Keys and values of rows that run padded, in the form that transformers' own caches have.
+"""The KV cache of rows that run padded, in the layout of transformers' own caches.
 
 Rows that run together lie in one *group*, for each layer `[rows, heads, columns, dim]`. They are
-aligned at the right: every row's newest token has the same column, and what a row is shorter by is
-empty at its left. That is the one layout in which all model families batch, also those that count
-positions from the end of their cache. A group stays as long as its rows run together; rows that
-come together anew are copied into a group of their own, once for each change of the batch.
+aligned at the right: every row's newest token has the same column, and shorter rows are padded at
+the left. This is the one layout in which all model families batch, also those that count positions
+from the end of their cache. A group stays as long as its rows run together. When the batch changes,
+its rows are copied into a new group, once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,32 +22,37 @@ from server.engine.native.cache.padded_layers import (
     KeysAndValues,
     LayerStates,
     States,
+    empty_layer,
     states_nbytes,
 )
 from server.engine.native.faults import FAULTS, Fault, KeysLost
 
 _COLUMNS = 64
-"""A group's columns are a multiple of this many, so that it seldom grows."""
+"""A group's number of columns is a multiple of this, so that it seldom grows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
+    """The columns of a row that a block stands for."""
+
     row: int
     begin: int
     end: int
 
 
 class PaddedBlocks:
-    """Blocks in the groups of running rows, and copies of their own. Of an encoder-decoder, one
-    block is what its decoder keeps of a whole source."""
+    """Blocks of `PaddedCache`: in the groups of running rows, or detached as copies.
+
+    In an encoder-decoder a block holds the cross-attention's keys and values of a whole source.
+    """
 
     def __init__(self, cache: "PaddedCache", crosses: bool) -> None:
         self._cache = cache
         self.size = None if crosses else _COLUMNS
         self._in_rows: dict[int, _Part] = {}
         self._copies: dict[int, list[KeysAndValues]] = {}
-        """For each layer `[1, heads, tokens, dim]`."""
-        self._names = count()
+        """Detached block -> for each layer `[1, heads, tokens, dim]`."""
+        self._numbers = count()
         self.tokens = 0
 
     def keep(self, row: int, start: int, tokens: int) -> list[int]:
@@ -56,28 +61,28 @@ class PaddedBlocks:
             _Part(row, begin, min(begin + size, start + tokens))
             for begin in range(start, start + tokens, size)
         ]
-        blocks = [next(self._names) for _ in parts]
+        blocks = [next(self._numbers) for _ in parts]
         self._in_rows.update(zip(blocks, parts, strict=True))
         return blocks
 
-    def leave(self, row: int) -> list[int]:
-        mine = sorted((p.begin, block) for block, p in self._in_rows.items() if p.row == row)
-        while mine and self._cache.holds(row):
-            part = self._in_rows[mine[0][1]]
+    def detach(self, row: int) -> list[int]:
+        attached = sorted((p.begin, block) for block, p in self._in_rows.items() if p.row == row)
+        while attached and self._cache.holds(row):
+            part = self._in_rows[attached[0][1]]
             if self._cache.room < _rounded(part.end - part.begin):
                 break
-            block = mine[0][1]
+            block = attached[0][1]
             try:
                 copies = [(keys.clone(), values.clone()) for keys, values in self._layers(block)]
             except FAULTS as error:
                 if not Fault.of(error).no_memory:
                     raise
                 break
-            mine.pop(0)
+            attached.pop(0)
             self._copies[block] = copies
             del self._in_rows[block]
             self.tokens += _taken(self._copies[block])
-        return [block for _, block in mine]
+        return [block for _, block in attached]
 
     def drop(self, block: int) -> None:
         if block in self._copies:
@@ -85,14 +90,14 @@ class PaddedBlocks:
         else:
             del self._in_rows[block]
 
-    def has_place(self, block: int) -> bool:
+    def is_detached(self, block: int) -> bool:
         return block in self._copies
 
-    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
-        return list(islice(filter(self.has_place, blocks), 1))
+    def to_evict(self, blocks: Iterable[int]) -> Sequence[int]:
+        return list(islice(filter(self.is_detached, blocks), 1))
 
     def layers(self, blocks: Sequence[int]) -> list[KeysAndValues]:
-        """For each layer `[1, heads, tokens, dim]`: all of their tokens."""
+        """Join the keys and values of these blocks: for each layer `[1, heads, tokens, dim]`."""
         return [
             (torch.cat([keys for keys, _ in layer], 2), torch.cat([v for _, v in layer], 2))
             for layer in zip(*map(self._layers, blocks), strict=True)
@@ -112,24 +117,26 @@ def _taken(kept: list[KeysAndValues]) -> int:
 
 
 class PaddedCache:
-    """A `KVCache` of groups. Its budget counts padding: rows times the longest of them."""
+    """A KV cache of groups. Its budget counts padding: rows times the longest row."""
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
+        device: torch.device,
+        *,
         total_tokens: int,
         max_tokens: int,
-        device: torch.device,
         crosses: bool = False,
         carried: Sequence[LayerStates] = (),
         max_rows: int = 0,
         make_cache: CacheMaker = Cache,
     ) -> None:
-        """`crosses`: an encoder-decoder, whose layers keep as much of the source as of the answer.
-        `carried`: for each layer, the states that it carries beside keys and values; room for those
-        of `max_rows` rows lies outside of the budget of tokens.
+        """`max_tokens` is the length of the longest row. `crosses`: the model is an
+        encoder-decoder, whose layers keep keys and values of source and answer. `carried`: for each
+        layer, the states that it carries beside keys and values; the states of `max_rows` rows are
+        not part of the budget of tokens.
 
-        Raises DoesNotFit where the longest row does not fit.
+        Raises DoesNotFit if the longest row does not fit.
         """
         if total_tokens < _rounded(max_tokens):
             raise DoesNotFit(
@@ -164,7 +171,7 @@ class PaddedCache:
         self._reserved = wanted
         return True
 
-    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
         assert row not in self._groups, "only a new row begins"
         if not self.reserve(row, tokens):
             return False
@@ -172,20 +179,31 @@ class PaddedCache:
             (keys[:, :, :shared], values[:, :, :shared])
             for keys, values in self.blocks.layers(blocks)
         ]
-        # Its columns are full: the row's first step copies it into a group of its own.
+        # The group has no free column: the row's first step copies it into a new one.
         if self._crosses:
             own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
-            self._groups[row] = Group([row], [0], 0, 0, own, [shared], layers, self._nothing)
+            end, sources, crossed = 0, [shared], layers
         else:
-            self._groups[row] = Group([row], [0], shared, shared, layers, [], [], self._nothing)
+            end, sources, crossed, own = shared, [], [], layers
+        self._groups[row] = Group(
+            rows=[row],
+            starts=[0],
+            end=end,
+            columns=end,
+            layers=own,
+            sources=sources,
+            crossed=crossed,
+            states=self._nothing,
+        )
         return True
 
     def holds(self, row: int) -> bool:
-        """Whether the row's keys and values are there; not so once they were lost."""
+        """Whether the row has keys and values. False once they were lost."""
         return row in self._groups
 
     def layers_of(self, row: int, crossed: bool) -> list[KeysAndValues]:
-        """For each layer `[1, heads, tokens, dim]`: a row's own tokens, or those of its source."""
+        """View the keys and values of a row's own tokens, or (`crossed`) of its source: for each
+        layer `[1, heads, tokens, dim]`."""
         group = self._groups[row]
         index = group.rows.index(row)
         span = slice(0, group.sources[index]) if crossed else slice(group.starts[index], group.end)
@@ -199,17 +217,17 @@ class PaddedCache:
         self._groups.pop(row, None)
 
     def order(self, rows: Sequence[int]) -> list[int]:
-        """By arrival, so that the others keep their order when one leaves."""
+        """Sort by arrival, so that the other rows keep their order when one ends."""
         return sorted(rows)
 
     def gather(
         self, rows: Sequence[int], lengths: Sequence[int], tokens: int, sources: Sequence[int] = ()
     ) -> Group:
-        """The group of exactly these rows, with columns for `tokens` more.
+        """Bring exactly these rows into one group, with free columns for `tokens` more tokens.
 
-        `lengths`: how many tokens of each row count. Where a group's last forward went further, its
-        step failed later on, and what it wrote is undone.
-        `sources`: of an encoder-decoder, the length of each row's source. Raises KeysLost.
+        `lengths`: how many tokens of each row are computed. If a group has more, its last forward
+        was part of a step that failed, and is undone. `sources`: in an encoder-decoder, the length
+        of each row's source. Raises KeysLost.
         """
         for row, length in zip(rows, lengths, strict=True):
             old = self._groups.get(row)
@@ -236,7 +254,7 @@ class PaddedCache:
         starts = [end - lengths.get(row, 0) for row in rows]
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = self._empty(shape, len(rows), columns)
+            keys, values = empty_layer(shape, len(rows), columns, self._device)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 width = max(lengths[row] for row in mine)
@@ -244,15 +262,25 @@ class PaddedCache:
                     new[to, :, end - width : end] = kept[at, :, old.end - width : old.end]
             layers.append((keys, values))
             for old in spent:
-                # Never two copies of all layers at once.
+                # Free the old layer now: two copies of all layers may not fit.
                 old.layers[layer] = (keys[:0], values[:0])
         crossed = self._crossed(rows, parts, sources) if parts and self._crosses else []
         states = self._joined_states(rows, parts) if parts else self._nothing
-        return Group(rows, starts, end, columns, layers, sources, crossed, states, self._make_cache)
+        return Group(
+            rows=rows,
+            starts=starts,
+            end=end,
+            columns=columns,
+            layers=layers,
+            sources=sources,
+            crossed=crossed,
+            states=states,
+            make_cache=self._make_cache,
+        )
 
     @property
     def _nothing(self) -> list[States]:
-        """What new rows carry."""
+        """The states of new rows: none yet."""
         return [[None] * (2 * pairs) for pairs in self._states]
 
     def _joined_states(self, rows: list[int], parts: list[tuple[Group, list[int]]]) -> list[States]:
@@ -281,7 +309,7 @@ class PaddedCache:
         longest = max(sources)
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = self._empty(shape, len(rows), longest)
+            keys, values = empty_layer(shape, len(rows), longest, self._device)
             for old, mine in parts:
                 to, at = self._indices(rows, mine), self._indices(old.rows, mine)
                 for new, kept in zip((keys, values), old.crossed[layer], strict=True):
@@ -290,14 +318,8 @@ class PaddedCache:
             layers.append((keys, values))
         return layers
 
-    def _empty(self, shape: LayerShape, rows: int, columns: int) -> KeysAndValues:
-        """Zeros: what is empty is masked, but NaN times a weight of 0 is NaN."""
-        size = (rows, shape.kv_heads, columns)
-        keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=self._device)
-        return keys, torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=self._device)
-
     def _parts(self, rows: Sequence[int]) -> list[tuple[Group, list[int]]]:
-        """The groups that these rows are in now, with those of them that have something there."""
+        """Find the groups that these rows are in now, and which rows have tokens in each."""
         parts: list[tuple[Group, list[int]]] = []
         for row in rows:
             group = self._groups.get(row)

@@ -1,4 +1,4 @@
-"""Rows that run padded together, and how far each of them is."""
+"""A group: rows that run padded together, and how far each of them is computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from server.engine.native.cache.padded_layers import (
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far a group was before a forward."""
+    """The progress of a group before a forward, to go back to."""
 
     starts: list[int]
     end: int
@@ -29,7 +29,7 @@ class Mark:
     states: list[States]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Group:
     """Rows that run together. Row i's tokens are in the columns `starts[i]:end`."""
 
@@ -38,27 +38,29 @@ class Group:
     end: int
     columns: int
     layers: list[KeysAndValues]
-    """Each `[rows, heads, columns, dim]`; no heads where a layer attends to nothing."""
+    """For each layer `[rows, heads, columns, dim]`; no heads if the layer has no attention."""
     sources: list[int]
-    """In an encoder-decoder: how many tokens of each row's source the decoder attends to."""
+    """In an encoder-decoder: the tokens of each row's source that the decoder attends to."""
     crossed: list[KeysAndValues]
-    """In an encoder-decoder, once the sources are encoded: each `[rows, heads, source, dim]`,
-    aligned at the left."""
+    """In an encoder-decoder, once the sources are encoded: for each layer
+    `[rows, heads, source, dim]`, aligned at the left."""
     states: list[States]
-    """For each layer, what it carries from token to token."""
+    """For each layer, the states that it carries from token to token."""
     make_cache: CacheMaker = Cache
     before: Mark | None = None
-    """How far the group was before its last forward."""
+    """The group's progress before its last forward."""
 
     @contextmanager
     def advancing(self, tokens: Sequence[int]) -> Iterator[Cache]:
-        """Within: a transformers model computes the next `tokens` of each row, reading and writing
-        this `past_key_values`. What it wrote counts once it is through."""
+        """Give a model the `past_key_values` for the next `tokens` of each row.
+
+        The group advances when the context ends without an error.
+        """
         mark = Mark(list(self.starts), self.end, bool(self.crossed), self.states)
         self.before = None
         most = max(tokens)
         if all(start == self.end for start in self.starts):
-            # New rows of unequal length: the shorter ones begin later.
+            # New rows of unequal length: shorter rows start at a later column.
             self.starts = [self.end + most - each for each in tokens]
         cache, own = self._cache()
         try:
@@ -71,12 +73,12 @@ class Group:
         self.before = mark
 
     def undo(self) -> None:
-        """The last forward does not count: another part of its step failed."""
+        """Undo the last forward, because another part of its step failed."""
         assert self.before is not None, "a step is undone once"
         self._go_back(self.before)
 
     def length(self, row: int) -> int:
-        """Tokens of a row that have keys and values."""
+        """How many tokens of a row have keys and values."""
         return self.end - self.starts[self.rows.index(row)]
 
     def _go_back(self, mark: Mark) -> None:
@@ -86,7 +88,7 @@ class Group:
             self.crossed.clear()
 
     def _cache(self) -> tuple[Cache, Cache]:
-        """What the model takes, and that part of it which is for the rows' own tokens."""
+        """Make the cache that the model takes, and name the part of it for the rows' own tokens."""
         own = self.make_cache([self._layer(layer) for layer in range(len(self.layers))])
         if not self.sources:
             return own, own

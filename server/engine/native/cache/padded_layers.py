@@ -1,8 +1,8 @@
-"""What a transformers model reads and writes as the layers of its cache, on a group of rows.
+"""Cache layers in transformers' interface, through which a model reads and writes a group of rows.
 
 A layer keeps keys and values of every token, or carries a state of fixed size from token to token
-(the last inputs of a convolution, what a recurrence has summed up), or both. States are
-transformers' own; the model is given copies of them, so that a forward that fails changes nothing.
+(the last inputs of a convolution, the sum of a recurrence), or both. States are transformers' own
+tensors. The model gets copies of them, so that a forward that fails changes nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,8 +29,10 @@ from server.engine.native.attention import LayerShape
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 CacheMaker = Callable[[list[Any]], Cache]
 States = list[torch.Tensor | None]
-"""The convolution states of a layer, then as many recurrent ones, each `[rows, …]`. None where the
-layer has no such state, or its rows have no tokens yet. Empty where the layer carries none."""
+"""A layer's convolution states, then as many recurrent states, each `[rows, …]`.
+
+None: the layer has no such state, or its rows have no tokens yet. Empty: the layer has no state.
+"""
 
 _KNOWN = {
     DummyLayer,
@@ -44,20 +46,28 @@ _KNOWN = {
 
 @dataclass(frozen=True, slots=True)
 class LayerStates:
-    """What one layer carries of one row."""
+    """The states that one layer carries for one row."""
 
     count: int
-    """Convolution states, and as many recurrent ones."""
+    """How many convolution states, and as many recurrent states."""
     nbytes: int
 
 
 def states_nbytes(carried: Iterable[LayerStates], rows: int) -> int:
-    """Bytes for the states of so many rows: what counts, and what a forward makes of it."""
+    """Bytes for the states of so many rows, twice: before and after a forward."""
     return 2 * rows * sum(each.nbytes for each in carried)
 
 
+def empty_layer(shape: LayerShape, rows: int, columns: int, device: torch.device) -> KeysAndValues:
+    """Allocate a layer's keys and values as zeros: padding is masked, but NaN times a weight of 0
+    is NaN."""
+    size = (rows, shape.kv_heads, columns)
+    keys = torch.zeros(*size, shape.key_dim, dtype=shape.dtype, device=device)
+    return keys, torch.zeros(*size, shape.value_dim, dtype=shape.dtype, device=device)
+
+
 class Written(Protocol):
-    """The group that a layer belongs to."""
+    """What a layer reads and writes of the group that it belongs to."""
 
     layers: list[KeysAndValues]
     crossed: list[KeysAndValues]
@@ -65,7 +75,7 @@ class Written(Protocol):
 
 
 class OwnLayer(CacheLayerMixin):
-    """A layer's keys and values of the rows' own tokens."""
+    """A cache layer with keys and values of the rows' own tokens."""
 
     def __init__(self, group: Written, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,7 +84,7 @@ class OwnLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *_: object) -> None:
-        raise AssertionError("made whole")
+        raise AssertionError("the layer is made initialised")
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
@@ -96,7 +106,8 @@ class OwnLayer(CacheLayerMixin):
 
 
 class CrossLayer(OwnLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values of the sources: written whole by the first forward, then read."""
+    """A cross-attention layer with keys and values of the sources. The first forward writes all of
+    them, later ones read them."""
 
     def __init__(self, group: Written, layer: int) -> None:
         super().__init__(group, layer)
@@ -114,7 +125,7 @@ class CrossLayer(OwnLayer):  # type: ignore[no-untyped-call]
 
 
 class StateLayer(LinearAttentionLayer):
-    """A layer's states, to go on from; empty where its rows have no tokens yet."""
+    """A cache layer with copies of a layer's states; none if its rows have no tokens yet."""
 
     def __init__(self, states: States) -> None:
         count = len(states) // 2
@@ -131,7 +142,7 @@ class StateLayer(LinearAttentionLayer):
 
 
 class AttendingStateLayer(StateLayer, OwnLayer):  # type: ignore[misc, no-untyped-call, override]
-    """A layer with both, side by side or one behind the other."""
+    """A cache layer with both states and keys and values."""
 
     def __init__(self, group: Written, layer: int, states: States) -> None:
         OwnLayer.__init__(self, group, layer)
@@ -139,22 +150,22 @@ class AttendingStateLayer(StateLayer, OwnLayer):  # type: ignore[misc, no-untype
 
 
 def states_of(layer: object) -> States:
-    """What a layer carries after a forward."""
+    """The states that a cache layer carries after a forward."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return []
     return [*layer.conv_states.values(), *layer.recurrent_states.values()]
 
 
 def maker_of(model: PreTrainedModel) -> CacheMaker:
-    """How a cache is made of its layers, for a model that has a cache of its own kind."""
+    """The function that makes a model's cache of its layers: MiniMax has a class of its own."""
     if model.config.model_type == "minimax":
         return _minimax_cache
     return Cache
 
 
 def _minimax_cache(layers: list[Any]) -> Cache:
-    """MiniMax's cache, with its states where other models' caches have them."""
-    # Its module takes a while to import, and few serve it.
+    """Make MiniMax's cache, with its states in the layers as in other models' caches."""
+    # The module takes a while to import, and few serve MiniMax.
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
     class LayeredCache(MiniMaxCache):
@@ -173,8 +184,8 @@ def _minimax_cache(layers: list[Any]) -> Cache:
 
 
 def kinds_of(cache: object, model: PreTrainedModel) -> tuple[list[LayerShape], list[LayerStates]]:
-    """For each layer of a cache that a model made of one row: what it keeps of a token (no heads
-    where nothing), and what it carries of the row. Raises UnsupportedModel."""
+    """Describe each layer of a cache that a model filled with one row: the shape of its keys and
+    values (no heads if it has none) and the states that it carries. Raises UnsupportedModel."""
     name = type(model).__name__
     if not isinstance(cache, Cache):
         raise UnsupportedModel(

@@ -1,7 +1,7 @@
-"""Keys and values in blocks of 256 tokens, for CUDA; a row's block table says which are its own.
+"""The KV cache in pages of 256 tokens, for CUDA. A row's page table lists its pages.
 
-Rows that begin alike have their first whole blocks in common, with what is kept of rows that have
-ended; blocks are counted here alone.
+Rows that begin alike share their first whole pages with each other and with the prefix cache. Only
+this module counts a page's users.
 """
 
 from collections import Counter
@@ -24,45 +24,48 @@ from server.engine.native.attention import (
 )
 
 BLOCK = 256
-"""Tokens; what the paged kernel behind `varlen_attn` is built for."""
-_SCRATCH_BLOCK = 0
-"""Written by the padding of captured batches, read by nobody."""
+"""Tokens of a page, and of a block of the prefix cache. The kernel behind `varlen_attn` requires
+this size."""
+_SCRATCH_PAGE = 0
+"""The page that the padding rows of captured CUDA graphs write to. Nothing reads it."""
 
 
 class PagedCache:
-    """Allocated once, on the device. Runs on any device; the kernel is chosen per layer."""
+    """A KV cache of pages, allocated once. It runs on any device; each layer takes `varlen_attn`
+    or, where that does not fit, torch's other operators."""
 
     shares = True
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
+        device: torch.device,
+        *,
         total_tokens: int,
         max_tokens: int,
-        device: torch.device,
     ) -> None:
-        """`max_tokens` is the longest row. Raises DoesNotFit where one such does not fit."""
-        blocks = total_tokens // BLOCK
+        """`max_tokens` is the length of the longest row. Raises DoesNotFit if it does not fit."""
+        pages = total_tokens // BLOCK
         self.table_width = -(-max_tokens // BLOCK)
-        if blocks < self.table_width:
+        if pages < self.table_width:
             raise DoesNotFit(
                 f"a cache of {total_tokens} tokens is too small for a window of {max_tokens}: "
                 f"set kv-cache-tokens to {self.table_width * BLOCK} or more, or max-model-len lower"
             )
-        self.total_tokens = blocks * BLOCK
+        self.total_tokens = pages * BLOCK
         self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
         self.device = device
         self.keys = [
-            torch.zeros(blocks + 1, BLOCK, s.kv_heads, s.key_dim, dtype=s.dtype, device=device)
+            torch.zeros(pages + 1, BLOCK, s.kv_heads, s.key_dim, dtype=s.dtype, device=device)
             for s in shapes
         ]
         self.values = [
-            torch.zeros(blocks + 1, BLOCK, s.kv_heads, s.value_dim, dtype=s.dtype, device=device)
+            torch.zeros(pages + 1, BLOCK, s.kv_heads, s.value_dim, dtype=s.dtype, device=device)
             for s in shapes
         ]
-        self._free = list(range(blocks, _SCRATCH_BLOCK, -1))
-        self._users = [0] * (blocks + 1)
-        """For each block: how many tables it stands in, and how many times it is kept."""
+        self._free = list(range(pages, _SCRATCH_PAGE, -1))
+        self._users = [0] * (pages + 1)
+        """For each page, how many page tables and blocks use it."""
         self.tables: dict[int, list[int]] = {}
         self.blocks = PagedBlocks(self)
 
@@ -81,11 +84,11 @@ class PagedCache:
             self.count(new, 1)
             index = torch.tensor(new, device=self.device)
             for pool in (*self.keys, *self.values):
-                # What another row left there is masked, but NaN times a weight of 0 is NaN.
+                # Another row's values there are masked, but NaN times a weight of 0 is NaN.
                 pool.index_fill_(0, index, 0.0)
         return True
 
-    def begin(self, row: int, blocks: Sequence[int], shared: int, tokens: int) -> bool:
+    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
         assert row not in self.tables, "only a new row begins"
         origin = self.blocks.pages(blocks)
         whole, rest = divmod(shared, BLOCK)
@@ -95,19 +98,19 @@ class PagedCache:
             return False
         self.count(origin[:whole], 1)
         if rest:
-            begun, copy = origin[whole], self.tables[row][whole]
+            source, target = origin[whole], self.tables[row][whole]
             for pool in (*self.keys, *self.values):
-                pool[copy, :rest] = pool[begun, :rest]
+                pool[target, :rest] = pool[source, :rest]
         return True
 
     def release(self, row: int) -> None:
         self.count(self.tables.pop(row, []), -1)
 
     def count(self, pages: Sequence[int], change: int) -> None:
-        """More or fewer use these blocks; those that nobody uses are free."""
+        """Change the number of users of these pages. A page without users becomes free."""
         for page in pages:
             self._users[page] += change
-            assert self._users[page] >= 0, "a block is released once"
+            assert self._users[page] >= 0, "a page is released once"
             if self._users[page] == 0:
                 self._free.append(page)
 
@@ -126,7 +129,7 @@ class PagedCache:
     def index(self, chunks: Sequence[Chunk]) -> "PagedIndex":
         width = max(len(self.tables[chunk.row]) for chunk in chunks)
         rows = [self.tables[chunk.row] for chunk in chunks]
-        tables = torch.tensor([row + [_SCRATCH_BLOCK] * (width - len(row)) for row in rows])
+        tables = torch.tensor([row + [_SCRATCH_PAGE] * (width - len(row)) for row in rows])
         starts = torch.tensor([chunk.start for chunk in chunks])
         tokens = torch.tensor([chunk.tokens for chunk in chunks])
         cumulative = F.pad(tokens.cumsum(0), (1, 0))
@@ -136,7 +139,7 @@ class PagedCache:
             tables=tables.int().to(self.device),
             lengths=(starts + tokens).int().to(self.device),
             cumulative=cumulative.int().to(self.device),
-            block=tables[row, positions // BLOCK].to(self.device),
+            page=tables[row, positions // BLOCK].to(self.device),
             offset=(positions % BLOCK).to(self.device),
             longest_chunk=max(chunk.tokens for chunk in chunks),
             longest_row=max(chunk.start + chunk.tokens for chunk in chunks),
@@ -144,17 +147,17 @@ class PagedCache:
 
 
 class PagedBlocks:
-    """Blocks of rows themselves, counted: keeping one copies nothing."""
+    """Blocks of `PagedCache`. A block is a page that is counted once more: nothing is copied."""
 
     size = BLOCK
 
     def __init__(self, cache: PagedCache) -> None:
         self._cache = cache
         self._pages: dict[int, int] = {}
-        """Name -> the block in the pools."""
+        """Block -> its page."""
         self._kept: Counter[int] = Counter()
-        """Block in the pools -> how many names it has: two while its row writes on."""
-        self._names = count()
+        """Page -> how many blocks it is: two where its row went on writing after the first."""
+        self._numbers = count()
 
     @property
     def tokens(self) -> int:
@@ -164,14 +167,14 @@ class PagedBlocks:
         pages = self._cache.tables[row][start // BLOCK : -(-(start + tokens) // BLOCK)]
         self._cache.count(pages, 1)
         self._kept.update(pages)
-        names = [next(self._names) for _ in pages]
-        self._pages.update(zip(names, pages, strict=True))
-        return names
+        blocks = [next(self._numbers) for _ in pages]
+        self._pages.update(zip(blocks, pages, strict=True))
+        return blocks
 
-    def leave(self, _row: int, /) -> list[int]:
+    def detach(self, _row: int, /) -> list[int]:
         return []
 
-    def has_place(self, block: int) -> bool:
+    def is_detached(self, block: int) -> bool:
         return self._is_alone(self._pages[block])
 
     def drop(self, block: int) -> None:
@@ -181,7 +184,7 @@ class PagedBlocks:
         if not self._kept[page]:
             del self._kept[page]
 
-    def in_the_way(self, blocks: Iterable[int]) -> Sequence[int]:
+    def to_evict(self, blocks: Iterable[int]) -> Sequence[int]:
         first = next((b for b in blocks if self._is_alone(self._pages[b])), None)
         if first is None:
             return []
@@ -191,29 +194,31 @@ class PagedBlocks:
         return [self._pages[block] for block in blocks]
 
     def _is_alone(self, page: int) -> bool:
-        """Whether no row uses it."""
+        """Whether only blocks, and no row, use a page."""
         return self._cache.users(page) == self._kept[page]
 
 
 @dataclass(frozen=True, slots=True)
 class PagedIndex:
-    """Where a step's `rows` chunks find their keys, on the device."""
+    """Tensors on the device that tell the kernel where a step's chunks have their keys."""
 
     tables: torch.Tensor
-    """`[rows, blocks]`, int32."""
+    """`[rows, pages]`, int32: each row's page table."""
     lengths: torch.Tensor
-    """`[rows]`, int32: keys of each row, this step's included."""
+    """`[rows]`, int32: how many keys each row has, this step's included."""
     cumulative: torch.Tensor
     """`[rows + 1]`, int32: where each row's tokens begin in the flat batch."""
-    block: torch.Tensor
-    """`[tokens]`: the block that each token's key goes to."""
+    page: torch.Tensor
+    """`[tokens]`: the page that each token's key is written to."""
     offset: torch.Tensor
-    """`[tokens]`: and where in it."""
+    """`[tokens]`: the token's index in that page."""
     longest_chunk: int
     longest_row: int
 
 
 class PagedPlan:
+    """The attention of one step over pages."""
+
     def __init__(
         self, cache: PagedCache, index: PagedIndex, chunks: Sequence[Chunk], decoding: int
     ) -> None:
@@ -228,8 +233,8 @@ class PagedPlan:
     ) -> torch.Tensor:
         index = self._index
         keys, values = self._cache.keys[layer.layer], self._cache.values[layer.layer]
-        keys[index.block, index.offset] = key.transpose(0, 1)
-        values[index.block, index.offset] = value.transpose(0, 1)
+        keys[index.page, index.offset] = key.transpose(0, 1)
+        values[index.page, index.offset] = value.transpose(0, 1)
         if _kernel_fits(query, value, layer):
             out = varlen_attn(
                 query.transpose(0, 1).contiguous(),
@@ -252,7 +257,8 @@ class PagedPlan:
     def _gathered(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: LayerAttention
     ) -> torch.Tensor:
-        """For what the kernel does not know (float32, soft-capping): blocks gathered, then SDPA."""
+        """Gather the pages and attend by SDPA: for float32 and soft-capping, which the kernel does
+        not support."""
         out = query.new_empty(query.shape[1], query.shape[0], values.shape[-1])
         if self._decoding:
             out[: self._decoding] = self._decode(query[:, : self._decoding], keys, values, layer)

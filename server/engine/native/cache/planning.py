@@ -1,6 +1,7 @@
-"""How much memory the keys and values get, and how long a row may be."""
+"""Planning: how much memory the KV cache gets, and how long a row may be."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,15 +16,26 @@ from server.engine.native.kernels.attention import Kernels
 
 _CPU_SHARE = 0.25
 _CUDA_SHARE = 0.85
-"""Shares of the memory that is free once weights and bank are in place. Others use the CPU too."""
+"""The KV cache's share of the memory that is free once weights and bank are allocated. On the CPU
+other processes need memory too."""
 _ENCODER_WINDOW = 512
-"""What T5 and mT5 were trained on; their configs need not say so."""
+"""Tokens that T5 and mT5 were trained on. Their configs need not name it."""
 _POSITIONS_BY_LENGTH = {"dynamic", "longrope"}
-"""Rotary kinds that read the longest row of a batch beyond the original window."""
+"""Rotary embeddings that depend on the longest row of a batch beyond the original window."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The largest batch that the engine runs."""
+
+    max_rows: int
+    max_tokens: int
+    """Tokens of the longest row, with those that an encoder reads."""
 
 
 def window_of(model: PreTrainedModel, asked: int | None) -> int:
-    """The longest row in tokens: prompt and answer, or in an encoder-decoder each of them.
+    """The length of the longest row in tokens. It covers prompt and answer together; in an
+    encoder-decoder it covers each of them.
 
     Raises UnsupportedModel and DoesNotFit.
     """
@@ -33,7 +45,7 @@ def window_of(model: PreTrainedModel, asked: int | None) -> int:
     if rope.get("rope_type") in _POSITIONS_BY_LENGTH:
         window = rope.get("original_max_position_embeddings", window)
     if window is None or window < 0:
-        # Relative positions (T5) and ALiBi (Bloom) have no end: these fields are advice.
+        # Relative positions (T5) and ALiBi (Bloom) have no limit: these fields are advice.
         advised = getattr(config, "n_positions", None) or getattr(config, "seq_length", None)
         if asked is None and advised is None and not config.is_encoder_decoder:
             raise UnsupportedModel("the model's config names no window; set max-model-len")
@@ -46,25 +58,25 @@ def window_of(model: PreTrainedModel, asked: int | None) -> int:
 def cache_tokens(
     shapes: Sequence[LayerShape],
     device: torch.device,
-    max_tokens: int,
-    max_rows: int,
+    limits: Limits,
+    *,
     asked: int | None,
     set_aside: int = 0,
     states: int = 0,
 ) -> int:
-    """How many tokens' keys and values to keep: `asked`, or what rows and memory allow.
+    """The KV cache's budget in tokens: `asked`, or (None) what the rows need and memory allows.
 
-    `set_aside`: bytes of a GPU's memory that are not for the cache. `states`: bytes of what all
-    rows carry beside keys and values. Raises DoesNotFit.
+    `set_aside`: bytes of a GPU's memory that are not for the cache. `states`: bytes of the states
+    that all rows carry beside keys and values. Raises DoesNotFit.
     """
-    # Models without attention keep nothing of a token.
+    # Models without attention have no keys and values.
     per_token = max(1, sum(shape.nbytes for shape in shapes))
     free = int(_free_bytes(device))
     if device.type == "cuda":
         free = max(0, free - set_aside)
     if states > free:
         raise DoesNotFit(
-            f"the states of max-rows {max_rows} take {states / 2**30:.1f} GiB, but only "
+            f"the states of max-rows {limits.max_rows} take {states / 2**30:.1f} GiB, but only "
             f"{free / 2**30:.1f} GiB are free; set max-rows lower"
         )
     free -= states
@@ -72,8 +84,8 @@ def cache_tokens(
     if tokens is None:
         share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE
         tokens = int(free * share / per_token)
-        # Strips are a power of two long, and a moving row holds two of them for a moment.
-        tokens = min(tokens, (max_rows + 1) * 2 * max_tokens)
+        # A strip is a power of two long, and a row that moves holds two strips for a moment.
+        tokens = min(tokens, (limits.max_rows + 1) * 2 * limits.max_tokens)
     if tokens * per_token > free:
         raise DoesNotFit(
             f"kv-cache-tokens {tokens} takes {tokens * per_token / 2**30:.1f} GiB, but only "
@@ -85,19 +97,20 @@ def cache_tokens(
 def make_flat_cache(
     shapes: Sequence[LayerShape],
     device: torch.device,
+    *,
+    total_tokens: int,
     max_tokens: int,
-    tokens: int,
     kernels: Kernels,
 ) -> FlatCache:
-    """`kernels` are for the CPU. Raises DoesNotFit where `tokens` are too few for `max_tokens`, the
-    longest row."""
+    """Make a device's KV cache for the flat runner. `max_tokens`: the longest row. `kernels` are
+    for the CPU. Raises DoesNotFit if the longest row does not fit."""
     if device.type == "cuda":
-        return PagedCache(shapes, tokens, max_tokens, device)
-    return StripCache(shapes, tokens, max_tokens, kernels)
+        return PagedCache(shapes, device, total_tokens=total_tokens, max_tokens=max_tokens)
+    return StripCache(shapes, total_tokens=total_tokens, max_tokens=max_tokens, kernels=kernels)
 
 
 def memory_table(parts: Mapping[str, int], device: torch.device) -> str:
-    """What holds how much, and what is free now: the weights are in place, the rest is to come."""
+    """Format a table of planned sizes in bytes, and of what is free on the device now."""
     lines = {**parts, f"free on {device} now": int(_free_bytes(device))}
     return "\n".join(f"{size / 2**20:12,.0f} MiB  {what}" for what, size in lines.items())
 

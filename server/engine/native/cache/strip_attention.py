@@ -1,7 +1,7 @@
-"""Attention on the CPU over keys and values in strips: a step of decoding rows and prompts' chunks.
+"""Attention on the CPU over keys and values in strips: decoding rows and chunks of prompts.
 
-A layer's memory, cut into strips of one length, is one tensor; so decoding rows whose strips lie
-near each other are computed as one batched product, and one operation writes all new keys.
+A layer's memory, cut into strips of one length, is one tensor. So decoding rows whose strips lie
+near each other are one batched matmul, and one operation writes all new keys.
 """
 
 from collections.abc import Sequence
@@ -19,29 +19,28 @@ from server.engine.native.attention import (
     attend_chunk,
     causal_mask,
 )
+from server.engine.native.cache.slabs import Strip
 from server.engine.native.kernels.attention import Kernels
 
 _GAP_TOKENS = 512
-"""Keys of rows that do not decode, which a product computes along rather than be cut in two: about
-what the operations of another product cost."""
+"""Tokens of strips between decoding rows that a matmul computes in vain rather than be cut in two:
+about what one more matmul costs."""
 
 
 class Strips(Protocol):
-    """Where the rows' keys and values lie."""
+    """Says where the rows' keys and values lie."""
 
-    def place(self, row: int) -> tuple[int, int]:
-        """The length of the row's strip, and its number among all strips of that length."""
-        ...
+    def strip_of(self, row: int) -> Strip: ...
 
     @property
     def memory(self) -> Sequence[LayerMemory]:
-        """Each layer's."""
+        """One for each layer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Strips:
-    """The first tokens of neighbouring strips of one length."""
+    """Neighbouring strips of one length, as far as their first `tokens` tokens."""
 
     numbers: slice
     length: int
@@ -52,7 +51,7 @@ class _Strips:
         return int(self.numbers.stop - self.numbers.start)
 
     def of(self, memory: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """`[strips * kv_heads, tokens, dim]`."""
+        """View a layer's keys or values as `[strips * kv_heads, tokens, dim]`."""
         dim = memory.shape[1]
         return memory.as_strided(
             (self.count * kv_heads, self.tokens, dim),
@@ -63,20 +62,21 @@ class _Strips:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Decoding rows in neighbouring strips: tokens `first` to `first + rows` of the batch."""
+    """Decoding rows in neighbouring strips, which are computed together: tokens `first` to
+    `first + rows` of the batch."""
 
     first: int
     rows: int
     strips: _Strips
-    """With as many tokens as the longest row has, the new one included."""
+    """As many tokens of each as the longest row has, the new token included."""
     lengths: list[int]
-    """Keys that each strip's row sees; all of them in a strip between."""
+    """For each strip, how many keys its row sees; for a strip without a decoding row, all."""
     inside: torch.Tensor | None
-    """`[rows]`: which of the strips are the rows'; None: all of them."""
+    """`[rows]`: the indices of the strips that have a decoding row. None: all of them have one."""
 
 
 class StripPlan:
-    """One step's attention. Decoding rows come in the order of their places."""
+    """The attention of one step. Decoding rows come in the order of their strips."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class StripPlan:
         self._kernels = kernels
         self._prefill = prefill
         self._decoding = len(decode)
-        self._chunks = [(chunk, *strips.place(chunk.row)) for chunk in [*decode, *prefill]]
+        self._chunks = [(chunk, *strips.strip_of(chunk.row)) for chunk in [*decode, *prefill]]
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
-        self._given: dict[int, torch.Tensor] = {}
+        self._kernel_chunks: dict[int, torch.Tensor] = {}
 
     @cached_property
     def _runs(self) -> list[_Run]:
-        """For torch's products; a kernel asks for none."""
+        """The groups of decoding rows that torch computes together. Kernels do not need them."""
         return _find_runs(self._chunks[: self._decoding])
 
     def attend(
@@ -129,39 +129,40 @@ class StripPlan:
             start += chunk.tokens
         return out
 
-    def begin(self) -> None:
-        """Tell the kernels what they attend to, for compiled code that calls them."""
+    def bind_kernels(self) -> None:
+        """Give the kernels this step's chunks, since compiled code calls them without the plan."""
         for shape, kernel in self._kernels.items():
-            kernel.begin(self._for_kernel(shape.kv_heads))
+            kernel.bind(self._for_kernel(shape.kv_heads))
 
     def _for_kernel(self, kv_heads: int) -> torch.Tensor:
-        """`[chunks, 5]`, as `AttentionKernel` takes them."""
-        if kv_heads not in self._given:
+        """`[chunks, 5]`: the step's chunks as `AttentionKernel` takes them."""
+        if kv_heads not in self._kernel_chunks:
             firsts = accumulate((chunk.tokens for chunk, _, _ in self._chunks), initial=0)
-            self._given[kv_heads] = torch.tensor(
+            self._kernel_chunks[kv_heads] = torch.tensor(
                 [
                     (number * kv_heads * length, length, chunk.start, chunk.tokens, first)
                     for (chunk, length, number), first in zip(self._chunks, firsts, strict=False)
                 ]
             )
-        return self._given[kv_heads]
+        return self._kernel_chunks[kv_heads]
 
     def _target(self, kv_heads: int) -> torch.Tensor:
-        """`[kv_heads, tokens]`: where in a layer's memory each token's heads go."""
+        """`[kv_heads, tokens]`: the index in a layer's memory that each new key is written to."""
         if kv_heads not in self._targets:
-            places: list[list[int]] = [[] for _ in range(kv_heads)]
+            indices: list[list[int]] = [[] for _ in range(kv_heads)]
             for chunk, length, number in self._chunks:
                 start = number * kv_heads * length + chunk.start
                 for head in range(kv_heads):
-                    places[head] += range(start, start + chunk.tokens)
+                    indices[head] += range(start, start + chunk.tokens)
                     start += length
-            self._targets[kv_heads] = torch.tensor(places)
+            self._targets[kv_heads] = torch.tensor(indices)
         return self._targets[kv_heads]
 
     def _attend_decoding(
         self, query: torch.Tensor, memory: LayerMemory, layer: LayerAttention
     ) -> torch.Tensor:
-        """One token for each decoding row: `[heads, rows, dim]` to `[rows, heads, value_dim]`."""
+        """Attend for one token of each decoding row: `[heads, rows, dim]` to
+        `[rows, heads, value_dim]`."""
         if len(self._runs) == 1:
             return self._decode(self._runs[0], query, memory, layer)
         parts = [
@@ -173,7 +174,7 @@ class StripPlan:
     def _decode(
         self, run: _Run, query: torch.Tensor, memory: LayerMemory, layer: LayerAttention
     ) -> torch.Tensor:
-        """The same for the rows of a run, by torch's batched products."""
+        """Attend likewise for the rows of one run, by torch's batched matmuls."""
         heads, kv_heads = len(query), memory.kv_heads
         query = query.transpose(0, 1)
         if run.inside is not None:
@@ -197,7 +198,7 @@ class StripPlan:
     def _decode_mask(
         self, run: _Run, window: int | None, kv_heads: int, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """`[strips * kv_heads, 1, longest]`, 0 or -inf; None where every row sees every key."""
+        """`[strips * kv_heads, 1, longest]`, 0 or -inf. None: every row sees every key."""
         key = (run.first, window, kv_heads)
         if key not in self._masks:
             self._masks[key] = None
@@ -223,7 +224,7 @@ class StripPlan:
 def _scores(
     query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, layer: LayerAttention
 ) -> torch.Tensor:
-    """`[batch, group, dim]` times `[batch, dim, time]`: `[batch, group, time]`, masked."""
+    """Multiply `[batch, group, dim]` by `[batch, dim, time]` and mask: `[batch, group, time]`."""
     if layer.softcap is None and mask is not None:
         return torch.baddbmm(mask, query * layer.scaling, keys)
     scores = torch.bmm(query * layer.scaling, keys)
@@ -233,7 +234,8 @@ def _scores(
 
 
 def _find_runs(decode: Sequence[tuple[Chunk, int, int]]) -> list[_Run]:
-    """`decode`: each row's one token, the length of its strip and the strip's number."""
+    """Group neighbouring rows. `decode`: for each row its one token, and its strip's length and
+    number."""
     groups: list[list[int]] = []
     for index, (_, length, number) in enumerate(decode):
         if groups:

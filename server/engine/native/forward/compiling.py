@@ -1,8 +1,8 @@
-"""A traced forward as one compiled function, which runs without Python and its lock.
+"""Compiles a traced forward to one function, which runs without Python and so without the GIL.
 
-Inductor fuses what lies between products and attention, and writes the calls of all of it in C++.
-Products and attention are our kernels where there are some, and come back to Python where not.
-Adapters come and go without another compilation.
+Inductor fuses the operators between linear layers and attention, and calls all of them from C++.
+Linear layers and attention run by our kernels, or call back to Python if they have none. Adapters
+come and go without another compilation.
 """
 
 import logging
@@ -28,7 +28,7 @@ from adapters.model.slots import IA3Slots, Version
 from server.engine.native.attention import AttentionPlan, Chunk, StepContext
 from server.engine.native.cache.kv_cache import FlatCache
 from server.engine.native.cache.strip_attention import StripPlan
-from server.engine.native.forward.seams import Product
+from server.engine.native.forward.linear_sites import TracedLinear
 from server.engine.native.forward.tracing import (
     Forward,
     NotTraced,
@@ -39,20 +39,26 @@ from server.engine.native.forward.tracing import (
     traced_example,
 )
 from server.engine.native.kernels.attention import AttentionCall
-from server.engine.native.kernels.operators import ATTEND, ATTENTION, LINEAR, PRODUCT, library
-from server.engine.native.kernels.product import ProductCall
+from server.engine.native.kernels.linear import LinearCall
+from server.engine.native.kernels.operators import (
+    ATTEND,
+    KERNEL_ATTEND,
+    KERNEL_LINEAR,
+    LINEAR,
+    library,
+)
 
 log = logging.getLogger(__name__)
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _ERROR = 1e-4
 _ROUNDINGS = 8
-"""What compiled logits may be off, of the greatest: kernels add up in another order; and what is
-fused is not rounded to the model's dtype on the way."""
+"""How far compiled logits may differ, as a share of the greatest and in roundings of the dtype:
+kernels sum in another order, and fused operators do not round intermediate results."""
 
 
 class CompiledForward:
-    """A compiled forward. A batch that its kernels cannot rescale runs as it was traced."""
+    """A compiled forward. Batches that its kernels cannot rescale run by the traced forward."""
 
     def __init__(
         self, ia3: IA3Slots, context: StepContext, cache: FlatCache, traced: TracedForward
@@ -60,12 +66,12 @@ class CompiledForward:
         self._ia3 = ia3
         self._context = context
         self.traced = traced
-        self._graph = traced.trace.opened()
-        _move_gates(self._graph)
-        _open_hypots(self._graph)
-        self._products: list[Product] = []
-        """The operators without a kernel name these by their numbers."""
-        self._kernels: list[tuple[Product, ProductCall]] = []
+        self._graph = traced.trace.with_linears()
+        _fuse_gates(self._graph)
+        _expand_hypots(self._graph)
+        self._linears: list[TracedLinear] = []
+        """Linear layers without a kernel. Their operators know them by index."""
+        self._kernel_linears: list[tuple[TracedLinear, LinearCall]] = []
         self._attentions: list[AttentionCall] = []
         addresses = self._use_operators(cache)
         calls = torch.tensor(addresses, dtype=torch.int64, device=ia3.base.device)
@@ -76,13 +82,18 @@ class CompiledForward:
 
     @property
     def has_attention(self) -> bool:
-        """Whether kernels attend: in memory that a plan of strips knows."""
+        """Whether kernels compute attention, which they do over strips only."""
         return bool(self._attentions)
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether kernels compute a feed-forward's gate with its linear layers."""
+        return any(linear.gates for linear, _ in self._kernel_linears)
+
     def compile(self, folder: Path) -> None:
-        """What is compiled is kept in `folder`, for the next start. Raises whatever the compiler
-        does."""
-        # Importing the compiler sets the default, so that it cannot be told from a user's wish.
+        """Compile, and keep the result in `folder` for the next start. The compiler may raise any
+        exception."""
+        # Importing the compiler sets the variable, so its default counts as not set by the user.
         if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
             os.environ[_CACHE] = str(folder)
         ours = os.environ[_CACHE] == str(folder)
@@ -93,7 +104,7 @@ class CompiledForward:
         except Exception:
             if not ours:
                 raise
-            # What was kept may be damaged, and is made anew.
+            # A kept file may be damaged: delete all of them and compile again.
             shutil.rmtree(folder, ignore_errors=True)
             self._run = _compile(graph_module, inputs)
 
@@ -108,19 +119,19 @@ class CompiledForward:
             return self.traced(ids, positions, keep)
         plan = self._context.plan
         if self.has_attention:
-            assert isinstance(plan, StripPlan), "kernels attend to what lies in strips"
-            plan.begin()
+            assert isinstance(plan, StripPlan), "kernels attend over strips"
+            plan.bind_kernels()
         try:
             with _running_as(self):
                 logits: torch.Tensor = self._run(*self._constants, ids, positions, keep)
         except RuntimeError as error:
-            # It does not say what failed, want of memory say; as it was traced it does.
+            # The error does not say what failed (memory, for example); the traced forward's does.
             log.warning("A compiled step failed and runs again uncompiled: %s", error)
             return self.traced(ids, positions, keep)
         return logits
 
     def linear(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        return self._products[number].joined(x)
+        return self._linears[number].joined(x)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: int
@@ -130,45 +141,45 @@ class CompiledForward:
 
     def _rescale(self) -> None:
         self._can_rescale = True
-        for product, call in self._kernels:
-            scales = product.scales()
+        for linear, call in self._kernel_linears:
+            scales = linear.scales()
             if scales is None:
                 self._can_rescale = False
                 return
             call.rescale(scales)
 
     def _use_operators(self, cache: FlatCache) -> list[int]:
-        """Calls of operators instead of products and attention; and the addresses that kernels'
-        operators find by their numbers."""
+        """Replace linear layers and attention in the graph by operators. Returns the addresses of
+        the kernels' calls, which the operators know by index."""
         with self._graph.inserting_before(next(iter(self._graph.nodes))):
             calls = self._graph.placeholder("calls")
         addresses: list[int] = []
         for node in list(self._graph.nodes):
-            if isinstance(node.target, Product):
-                self._use_product(node, calls, addresses)
+            if isinstance(node.target, TracedLinear):
+                self._use_linear(node, calls, addresses)
             elif node.target is ATTEND:
                 *tensors, number = node.args
                 call = cache.attention_call(self.traced.trace.layers[number])
                 if call is not None:
-                    node.target, node.args = ATTENTION, (*tensors, calls, len(addresses))
+                    node.target, node.args = KERNEL_ATTEND, (*tensors, calls, len(addresses))
                     self._attentions.append(call)
                     addresses.append(call.address)
         return addresses
 
-    def _use_product(self, node: fx.Node, calls: fx.Node, addresses: list[int]) -> None:
-        product, [x] = node.target, node.args
-        assert isinstance(product, Product)
-        kernel, columns = product.kernel, product.columns
+    def _use_linear(self, node: fx.Node, calls: fx.Node, addresses: list[int]) -> None:
+        linear, [x] = node.target, node.args
+        assert isinstance(linear, TracedLinear)
+        kernel, columns = linear.kernel, linear.columns
         outputs = columns[-1].stop
         if kernel is None:
-            node.target, node.args = LINEAR, (x, len(self._products), outputs, outputs)
-            product.owns_input = False  # What is equal may be computed once for several readers.
-            self._products.append(product)
+            node.target, node.args = LINEAR, (x, len(self._linears), outputs, outputs)
+            linear.owns_input = False  # Inductor may compute equal inputs once.
+            self._linears.append(linear)
         else:
-            call = ProductCall(kernel)
-            node.target = PRODUCT
-            node.args = (x, calls, len(addresses), outputs, product.gates)
-            self._kernels.append((product, call))
+            call = LinearCall(kernel)
+            node.target = KERNEL_LINEAR
+            node.args = (x, calls, len(addresses), outputs, linear.gates)
+            self._kernel_linears.append((linear, call))
             addresses.append(call.address)
         if len(columns) > 1:
             for part in list(node.users):
@@ -185,9 +196,9 @@ def compile_forward(
     cache: FlatCache,
     folder: Path,
 ) -> CompiledForward:
-    """What `traced` was made of, compiled; `folder`: see `compile`.
+    """Compile a traced forward. The result is kept in `folder` for the next start.
 
-    Raises NotTraced where that cannot be, or gives anything else on an example.
+    Raises NotTraced if it cannot be compiled, or gives other logits on an example.
     """
     try:
         compiled = CompiledForward(ia3, context, cache, traced)
@@ -195,14 +206,14 @@ def compile_forward(
         tolerance = max(_ERROR, _ROUNDINGS * torch.finfo(ia3.base.dtype).eps)
         with _planned(cache, compiled.has_attention) as plan:
             check_alike(context, modules, compiled, ia3.base.device, plan, tolerance)
-    except Exception as error:  # Whatever the compiler does.
+    except Exception as error:  # The compiler may raise anything.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return compiled
 
 
 @contextmanager
 def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], AttentionPlan]]:
-    """Plans for a few tokens of a row that lives within."""
+    """Plan the attention of examples: by a probe, or on a temporary row in the cache."""
     if not in_cache:
         yield probing
         return
@@ -216,27 +227,27 @@ def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], Atten
 
 
 def _compile(module: fx.GraphModule, inputs: list[InputType]) -> Callable[..., Any]:
-    """`inputs`: fakes, as `_fakes` makes them."""
+    """Compile a graph for these fake inputs; see `_fakes`."""
     last = inputs[-1]
     assert isinstance(last, FakeTensor)
     options = {
         "cpp_wrapper": last.device.type == "cpu",
-        # The calls are not worth the optimising that the arithmetic is: half of the time.
+        # Compile the calls without the arithmetic's optimisations: that saves half of the time.
         "cpp_wrapper_build_separate": True,
-        # Named, for what is kept holds for so many.
+        # Part of the cache key: compiled code depends on the number of threads.
         "cpp.threads": torch.get_num_threads(),
-        # What is fused is rounded as it is operator by operator.
+        # Round intermediate results in fused code as separate operators do.
         "emulate_precision_casts": True,
-        # 150 MB in a folder of its own, to compile one file.
+        # Precompiled headers take 150 MB, to compile one file.
         "cpp_cache_precompile_headers": False,
     }
-    # Around all of it: what is found in the compiler's cache is loaded by these, too.
+    # The options must also be set while a result is loaded from the compiler's cache.
     with inductor.patch(options), tracing(TracingContext(last.fake_mode)), torch.no_grad():
         return standalone_compile(module, inputs, dynamic_shapes="from_tracing_context", aot=True)
 
 
 def _fakes(constants: Sequence[torch.Tensor], example: Sequence[torch.Tensor]) -> list[InputType]:
-    """Fakes of `constants`, which keep their sizes, and of `example`, whose sizes may be any."""
+    """Fake tensors of `constants`, with static sizes, and of `example`, with dynamic sizes."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return [
         *(mode.from_tensor(each, static_shapes=True) for each in constants),
@@ -244,8 +255,8 @@ def _fakes(constants: Sequence[torch.Tensor], example: Sequence[torch.Tensor]) -
     ]
 
 
-def _open_hypots(graph: fx.Graph) -> None:
-    """Our norms'. Inductor would call the C library's for every few numbers of a row."""
+def _expand_hypots(graph: fx.Graph) -> None:
+    """Replace `hypot` (of our norms) by arithmetic. Inductor would call the C library for it."""
     aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.target is aten.hypot.default:
@@ -257,30 +268,32 @@ def _open_hypots(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _move_gates(graph: fx.Graph) -> None:
-    """Where all that is made of a product is `silu(first) * second`, let it make that; and where a
-    product alone reads it, let it come with that one's vectors."""
-    for product in list(graph.nodes):
-        if not isinstance(product.target, Product) or not product.target.can_gate:
+def _fuse_gates(graph: fx.Graph) -> None:
+    """Let kernels compute `silu(first) * second` where nothing else reads two packed layers.
+
+    If one linear layer alone reads the result, the kernel applies that layer's input scale too.
+    """
+    for linear in list(graph.nodes):
+        if not isinstance(linear.target, TracedLinear) or not linear.target.can_gate:
             continue
-        gate, up = product.users
+        gate, up = linear.users
         if len(gate.users) != 1 or len(up.users) != 1:
             continue
         [activated], [result] = gate.users, up.users
         is_silu = activated.target is torch.ops.aten.silu.default and len(activated.users) == 1
-        is_product = result.target is torch.ops.aten.mul.Tensor
-        if not is_silu or not is_product or set(result.args) != {activated, up}:
+        multiplies = result.target is torch.ops.aten.mul.Tensor
+        if not is_silu or not multiplies or set(result.args) != {activated, up}:
             continue
         readers = [reader.target for reader in result.users]
-        alone = len(readers) == 1 and isinstance(readers[0], Product)
-        product.target.gate(readers[0] if alone else None)
-        result.replace_all_uses_with(product)
+        alone = len(readers) == 1 and isinstance(readers[0], TracedLinear)
+        linear.target.gate(readers[0] if alone else None)
+        result.replace_all_uses_with(linear)
         for node in (result, activated, gate, up):
             graph.erase_node(node)
 
 
 _running: ContextVar[CompiledForward] = ContextVar("running")
-"""The forward whose operators call back."""
+"""The forward that is running, to which its operators call back."""
 
 
 @contextmanager

@@ -1,21 +1,22 @@
 """Decode steps as captured CUDA graphs, one for each size of a ladder of batch sizes."""
 
-from collections.abc import Sequence as Rows
+from collections import abc
 
 import torch
 
 from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Chunk, StepContext
 from server.engine.native.cache.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
+from server.engine.native.cache.planning import Limits
 from server.engine.native.forward.tracing import Forward
 
 
 class DecodeGraphs:
-    """Replays the decode step of up to `max_rows` rows without launching kernels one by one.
+    """Replays captured decode steps, so that kernels are not launched one by one.
 
-    The graph reads static buffers: tokens, positions, block tables, and the bank's row buffers,
-    which hold the batch's vectors. A batch between two sizes is padded with rows that write to
-    the scratch block. A new column in the bank makes the graphs stale; they are captured again.
+    A graph reads static buffers: tokens, positions, page tables, and the bank's row buffers, which
+    hold the batch's vectors. A batch between two sizes is padded with rows that write to the
+    scratch page. A new column in the bank invalidates the graphs, and they are captured again.
     """
 
     def __init__(
@@ -24,14 +25,14 @@ class DecodeGraphs:
         context: StepContext,
         cache: PagedCache,
         forward: Forward,
-        max_rows: int,
-        max_tokens: int,
+        limits: Limits,
     ) -> None:
         self._ia3 = ia3
         self._context = context
         self._cache = cache
         self._forward_flat = forward
-        self._max_tokens = max_tokens
+        max_rows = limits.max_rows
+        self._max_tokens = limits.max_tokens
         self._sizes: list[int] = [
             size for size in (1, 2, 4, 8, *range(16, max_rows, 8)) if size < max_rows
         ]
@@ -47,11 +48,13 @@ class DecodeGraphs:
         self._columns = -1
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def fit(self, decode: Rows[Chunk]) -> bool:
+    def fit(self, decode: abc.Sequence[Chunk]) -> bool:
         return 0 < len(decode) <= self._sizes[-1]
 
-    def run(self, ids: Rows[int], decode: Rows[Chunk], slots: Rows[int]) -> torch.Tensor:
-        """`[rows, vocab]` logits, valid until the next run."""
+    def run(
+        self, ids: abc.Sequence[int], decode: abc.Sequence[Chunk], slots: abc.Sequence[int]
+    ) -> torch.Tensor:
+        """Run a decode step. Returns logits `[rows, vocab]`, which are valid until the next run."""
         rows = len(decode)
         size = next(size for size in self._sizes if size >= rows)
         padding = size - rows
@@ -92,7 +95,7 @@ class DecodeGraphs:
             tables=tables,
             lengths=(positions + 1).int(),
             cumulative=self._cumulative[: size + 1],
-            block=tables.gather(1, (positions // BLOCK)[:, None])[:, 0].long(),
+            page=tables.gather(1, (positions // BLOCK)[:, None])[:, 0].long(),
             offset=positions % BLOCK,
             longest_chunk=1,
             longest_row=self._max_tokens,

@@ -1,39 +1,33 @@
-"""How a base model is run: flat where that is exact, else padded."""
+"""Prepares a base model for the engine: flat if that is exact, else padded."""
 
 import logging
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapters.model.bank import BASE_SLOT
 from adapters.model.slots import IA3Slots
 from server.engine.errors import UnsupportedModel
 from server.engine.native.attention import LayerShape, StepContext, install, probe
 from server.engine.native.cache.kv_cache import FlatCache, KVCache
 from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_layers import (
-    LayerStates,
-    kinds_of,
-    maker_of,
-    states_nbytes,
-)
-from server.engine.native.cache.planning import cache_tokens, make_flat_cache
+from server.engine.native.cache.padded_layers import maker_of, states_nbytes
+from server.engine.native.cache.planning import Limits, cache_tokens, make_flat_cache
 from server.engine.native.forward.compiling import CompiledForward, compile_forward
 from server.engine.native.forward.fidelity import Fidelity, Unfaithful
-from server.engine.native.forward.padded_runner import PaddedRunner, Piece
+from server.engine.native.forward.padded_runner import PaddedRunner
+from server.engine.native.forward.probing import continues_states, probe_padded
 from server.engine.native.forward.runner import FlatRunner, Modules, Runner
 from server.engine.native.forward.trace_cache import find_or_trace, key_of
 from server.engine.native.forward.tracing import Forward, NotTraced, TracedForward
 from server.engine.native.kernels.attention import Kernels, attention_kernels
+from server.engine.native.kernels.linear import Pack, linear_kernels
 from server.engine.native.kernels.operators import load_operators
-from server.engine.native.kernels.product import Pack, product_kernels
 from server.engine.native.model.norms import fuse_norms
 from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
 from server.engine.native.model.time_steps import limit_time_steps
@@ -41,21 +35,19 @@ from server.engine.native.model.time_steps import limit_time_steps
 log = logging.getLogger(__name__)
 
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose attention depends on nothing but the row's own keys."""
-_PROBED = (3, 7)
-"""Tokens of the two rows that a padded batch is tried with."""
+"""Layer types whose attention depends only on the row's own keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """The two parts of the engine that depend on the model."""
+    """The parts of the engine that depend on the model: its KV cache and its runner."""
 
     kind: Literal["flat", "padded"]
     cache: KVCache
     runner: Runner
     compiled: bool = False
     whole_prompts: bool = False
-    """Whether a prompt is computed in one piece."""
+    """Whether a prompt must be computed in one step."""
 
 
 def prepare(
@@ -70,23 +62,28 @@ def prepare(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> Execution:
-    """`trace_cache`: keep a flat model's trace there, and what was compared. `compile_cache`:
-    compile the model, and keep what was made there. None: do not. The bank is made anew.
+    """Prepare a model to run, and compare it with the plain model. The bank is made anew.
 
-    Raises UnsupportedModel where neither way is exact, and DoesNotFit.
+    `trace_cache`: the folder for a flat model's trace and for the result of the comparison; None:
+    keep neither. `compile_cache`: compile the model and keep the result there; None: do not.
+
+    Raises DoesNotFit, and UnsupportedModel if the model is exact neither flat nor padded.
     """
     base = ia3.base
     kept = base.config._attn_implementation
     max_tokens = max_model_len * (1 if decoder_start is None else 2)
-    asked = _Asked(max_rows, max_tokens, kv_cache_tokens, pack, trace_cache, compile_cache)
+    limits = Limits(max_rows=max_rows, max_tokens=max_tokens)
+    asked = _Asked(limits, kv_cache_tokens, pack, trace_cache, compile_cache)
     file = None
     if trace_cache is not None:
         settings = (max_model_len, pack, compile_cache is not None, torch.get_num_threads())
         key = key_of(base, repr(settings), processor_of(base.device))
         file = trace_cache / f"compared-{key}.json"
     try:
-        fidelity = Fidelity(ia3, tokenizer, decoder_start, max_model_len, max_rows, file)
-    except Exception as error:  # Whatever a model's code does.
+        fidelity = Fidelity(
+            ia3, tokenizer, decoder_start, max_model_len=max_model_len, max_rows=max_rows, kept=file
+        )
+    except Exception as error:  # A model's code may raise anything.
         name = type(base).__name__
         raise UnsupportedModel(f"{name} does not run on token ids alone: {error}") from error
     try:
@@ -102,7 +99,7 @@ def prepare(
 
 
 def processor_of(device: torch.device) -> str:
-    """The kind of processor that computes there: another kind may round differently."""
+    """The model of a device's processor. Part of a cache key: others may round differently."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability()
@@ -110,10 +107,9 @@ def processor_of(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What `prepare` was asked for. `max_tokens`: of a row, with those that an encoder reads."""
+    """The settings that `prepare` was called with."""
 
-    max_rows: int
-    max_tokens: int
+    limits: Limits
     kv_cache_tokens: int | None
     pack: bool
     trace_cache: Path | None
@@ -121,7 +117,7 @@ class _Asked:
 
 
 def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution:
-    """Raises UnsupportedModel where a flat batch would be computed wrongly."""
+    """Raises UnsupportedModel if a flat batch would give wrong results."""
     base = ia3.base
     _check_flat(base)
     context = install(base)
@@ -131,17 +127,25 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModel(f"{type(base).__name__} fails on a flat batch: {error}") from error
     kernels = _kernels(base.device, asked.pack, asked.compile_cache, shapes)
-    _lay_out(base, asked.pack, kernels.products, siblings, fidelity.read)
+    _optimise(base, asked.pack, kernels.linears, siblings, fidelity.read)
     _renew_bank(ia3)
-    max_tokens = asked.max_tokens
-    tokens = cache_tokens(
-        shapes, base.device, max_tokens, asked.max_rows, asked.kv_cache_tokens, ia3.saved_capacity
+    cache = make_flat_cache(
+        shapes,
+        base.device,
+        total_tokens=cache_tokens(
+            shapes,
+            base.device,
+            asked.limits,
+            asked=asked.kv_cache_tokens,
+            set_aside=ia3.saved_capacity,
+        ),
+        max_tokens=asked.limits.max_tokens,
+        kernels=kernels.attention,
     )
-    cache = make_flat_cache(shapes, base.device, max_tokens, tokens, kernels.attention)
     modules = Modules(base)
 
     def runner(forward: Forward | None) -> FlatRunner:
-        return FlatRunner(ia3, context, cache, modules, forward, asked.max_rows, max_tokens)
+        return FlatRunner(ia3, context, cache, modules, forward, asked.limits)
 
     try:
         fidelity.compare("by its modules", runner(None), cache)
@@ -149,7 +153,7 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
         raise UnsupportedModel(f"in a flat batch {error}") from error
     _renew_bank(ia3)
     traced = _trace(ia3, context, modules, cache, asked.trace_cache, asked.compile_cache)
-    # What is compiled runs as it was traced now and then, so that both must be right.
+    # A compiled forward runs some batches by the traced forward, so both must be right.
     faithful = None
     for forward in _forwards(traced):
         what = "compiled" if isinstance(forward, CompiledForward) else "as traced"
@@ -161,7 +165,7 @@ def _prepare_flat(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Execution
         faithful = forward
     is_compiled = isinstance(faithful, CompiledForward)
     if faithful is traced and is_compiled == (asked.compile_cache is not None):
-        # Else a later start may run the model in a way that was not compared now.
+        # Else a later start could run the model in a way that was not compared.
         fidelity.keep()
     if base.device.type != "cpu" and faithful is not traced:
         faithful = None
@@ -178,7 +182,7 @@ def _forwards(
 
 
 def _renew_bank(ia3: IA3Slots) -> None:
-    """As it is before any adapter: what was compared has left columns in it."""
+    """Replace the bank by an empty one, since the comparison has made columns in it."""
     ia3.unload()
     width = panel_width_of(ia3.base)
     if width is not None:
@@ -193,7 +197,7 @@ def _trace(
     trace_cache: Path | None,
     compile_cache: Path | None,
 ) -> TracedForward | CompiledForward | None:
-    """The model's forward without its modules, if it has such."""
+    """Trace and compile the model as far as possible. None: the model runs by its modules."""
     if compile_cache is None and ia3.base.device.type != "cpu":
         return None
     try:
@@ -217,9 +221,9 @@ def _trace(
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """None where they cannot or shall not be built."""
+    """Our kernels; empty if they cannot or shall not be compiled."""
 
-    products: Mapping[torch.dtype, Pack] = field(default_factory=dict)
+    linears: Mapping[torch.dtype, Pack] = field(default_factory=dict)
     attention: Kernels = field(default_factory=dict)
 
 
@@ -229,21 +233,21 @@ def _kernels(
     compile_cache: Path | None,
     shapes: Sequence[LayerShape] = (),
 ) -> _Kernels:
-    """`shapes`: the layers whose attention shall have kernels."""
+    """Compile or load our kernels. `shapes`: the layers that need attention kernels."""
     if compile_cache is None or device.type != "cpu":
         return _Kernels()
     cache = compile_cache.with_name("kernels")
     try:
-        products = product_kernels(cache) if pack else {}
+        linears = linear_kernels(cache) if pack else {}
         load_operators(cache)
-        return _Kernels(products, attention_kernels(shapes, cache))
+        return _Kernels(linears, attention_kernels(shapes, cache))
     except (OSError, InvalidCxxCompiler, subprocess.CalledProcessError) as error:
         log.warning("The model runs without kernels of our own: %s", error)
         return _Kernels()
 
 
 def _check_flat(model: PreTrainedModel) -> None:
-    """What the probe's one token cannot show. Raises UnsupportedModel."""
+    """Check what the probe's single token does not show. Raises UnsupportedModel."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} has an encoder")
@@ -263,28 +267,32 @@ def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Executi
         )
     ia3.unload()
     limit_time_steps(base)
-    shapes, carried = _probe_padded(ia3)
-    goes_on = not any(each.count for each in carried) or _goes_on(ia3, shapes, carried)
-    products = _kernels(base.device, asked.pack, asked.compile_cache).products
-    _lay_out(base, asked.pack, products, read=fidelity.read)
+    shapes, carried = probe_padded(ia3)
+    can_continue = not any(each.count for each in carried) or continues_states(ia3, shapes, carried)
+    linears = _kernels(base.device, asked.pack, asked.compile_cache).linears
+    _optimise(base, asked.pack, linears, read=fidelity.read)
     crosses = bool(base.config.is_encoder_decoder)
     both = [*shapes, *shapes] if crosses else shapes
-    rows, max_tokens = asked.max_rows, asked.max_tokens
-    tokens = cache_tokens(
-        both,
-        base.device,
-        max_tokens,
-        rows,
-        asked.kv_cache_tokens,
-        ia3.saved_capacity,
-        states_nbytes(carried, rows),
-    )
     cache = PaddedCache(
-        shapes, tokens, max_tokens, base.device, crosses, carried, rows, maker_of(base)
+        shapes,
+        base.device,
+        total_tokens=cache_tokens(
+            both,
+            base.device,
+            asked.limits,
+            asked=asked.kv_cache_tokens,
+            set_aside=ia3.saved_capacity,
+            states=states_nbytes(carried, asked.limits.max_rows),
+        ),
+        max_tokens=asked.limits.max_tokens,
+        crosses=crosses,
+        carried=carried,
+        max_rows=asked.limits.max_rows,
+        make_cache=maker_of(base),
     )
     if not cache.shares:
         log.info("No prompt is shared: what %s carries cannot be cut.", type(base).__name__)
-    runner = PaddedRunner(ia3, cache, goes_on)
+    runner = PaddedRunner(ia3, cache, can_continue)
     try:
         fidelity.compare("padded", runner, cache)
     except Unfaithful as error:
@@ -292,95 +300,19 @@ def _prepare_padded(ia3: IA3Slots, fidelity: Fidelity, asked: _Asked) -> Executi
         raise UnsupportedModel(f"{name} cannot be run padded: {error}") from error
     fidelity.keep()
     ia3.unload()
-    return Execution("padded", cache, runner, whole_prompts=not goes_on)
+    return Execution("padded", cache, runner, whole_prompts=not can_continue)
 
 
-def _lay_out(
+def _optimise(
     model: PreTrainedModel,
     pack: bool,
-    products: Mapping[torch.dtype, Pack],
+    kernels: Mapping[torch.dtype, Pack],
     siblings: Sequence[Sequence[str]] = (),
     read: Collection[str] = (),
 ) -> None:
-    """Once: what is packed and fused already stays."""
+    """Fuse norms and pack linear layers, in place. Layers that are done already stay."""
     if model.device.type == "cpu":
         fuse_norms(model)
-    if pack and (layers := pack_linears(model, siblings, products, read)):
+    if pack and (layers := pack_linears(model, siblings, kernels, read)):
         which = "oneDNN" if panel_width_of(model) is None else "our kernel"
         log.info("Packed %d linear layers for %s.", layers, which)
-
-
-@torch.inference_mode()
-def _probe_padded(ia3: IA3Slots) -> tuple[list[LayerShape], list[LayerStates]]:
-    """What each layer keeps of a token, and carries of a row; and that two rows of unequal length,
-    padded, come out as each does alone. Raises UnsupportedModel."""
-    base = ia3.base
-    name = type(base).__name__
-    crosses = bool(base.config.is_encoder_decoder)
-    rows = [[token % 50 + 3 for token in range(5 * n, 6 * n)] for n in _PROBED]
-    try:
-        alone = [_alone(base, row, crosses) for row in rows]
-        shapes, carried = _kinds(base, rows[0], crosses)
-        cache = PaddedCache(
-            shapes, 1024, max(_PROBED), base.device, crosses, carried, make_cache=maker_of(base)
-        )
-        runner = PaddedRunner(ia3, cache)
-        for done, until in ((0, -1), (-1, None)):
-            pieces = [
-                Piece(i, len(row[:done]) if done else 0, row[done:until], BASE_SLOT, row * crosses)
-                for i, row in enumerate(rows)
-            ]
-            batches = [pieces] if cache.shares or done else [[piece] for piece in pieces]
-            parts = [runner.forward(batch, every=False)[:, -1] for batch in batches]
-        together = torch.cat(parts)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise UnsupportedModel(f"{name} cannot be run padded: it fails there: {reason}") from error
-    if not _close(together, torch.stack(alone)):
-        raise UnsupportedModel(
-            f"{name} cannot be run padded: its rows do not come out of a batch as they do alone"
-        )
-    return shapes, carried
-
-
-@torch.inference_mode()
-def _goes_on(ia3: IA3Slots, shapes: Sequence[LayerShape], carried: Sequence[LayerStates]) -> bool:
-    """Whether the model goes on from a row's state with more than one token. Mamba's scan does not:
-    it begins anew."""
-    row = [token % 50 + 3 for token in range(35, 42)]
-    cache = PaddedCache(
-        shapes, 1024, len(row), ia3.base.device, carried=carried, make_cache=maker_of(ia3.base)
-    )
-    runner = PaddedRunner(ia3, cache)
-    for start, end in ((0, 4), (4, len(row))):
-        found = runner.forward([Piece(0, start, row[start:end], BASE_SLOT, [])], every=False)[0, -1]
-    return _close(found, _alone(ia3.base, row, crosses=False))
-
-
-def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    tolerance = 64 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
-    return torch.allclose(found.float(), wanted.float(), rtol=0, atol=max(tolerance, 1e-5))
-
-
-def _alone(model: PreTrainedModel, row: list[int], crosses: bool) -> torch.Tensor:
-    """`[vocab]`: the logits after a row, by one plain forward."""
-    ids = torch.tensor([row], device=model.device)
-    given = {"decoder_input_ids": ids} if crosses else {}
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **given).logits
-    return logits[0, -1]
-
-
-def _kinds(
-    model: PreTrainedModel, row: list[int], crosses: bool
-) -> tuple[list[LayerShape], list[LayerStates]]:
-    ids = torch.tensor([row], device=model.device)
-    given: dict[str, Any] = {"decoder_input_ids": ids} if crosses else {}
-    make_cache = maker_of(model)
-    if make_cache is not Cache:
-        given["past_key_values"] = make_cache(DynamicCache(config=model.config).layers)
-    out = model(input_ids=ids, use_cache=True, **given)
-    cache = out.get("past_key_values", out.get("cache_params"))
-    if isinstance(cache, EncoderDecoderCache):
-        # Decoders that could attend to an encoder have one alone, too.
-        cache = cache.self_attention_cache
-    return kinds_of(cache, model)

@@ -1,8 +1,8 @@
-"""Whether the engine computes what the plain model does: compared once, at start-up.
+"""Checks at start-up that the engine computes the same logits as the plain model.
 
-The plain model's logits of a few texts are taken before anything in it is changed. Once everything
-is in place, the same texts run through the runner and the cache that will serve: rows of unequal
-length together, prompts in chunks, decode steps, the base and an adapter side by side.
+The plain model's logits of a few texts are computed before anything in the model is changed. When
+the engine is set up, the same texts run through its runner and KV cache: rows of unequal length
+together, prompts in chunks, decode steps, the base and an adapter side by side.
 """
 
 import inspect
@@ -37,22 +37,22 @@ from server.engine.request import GenerationRequest, SamplingParams
 log = logging.getLogger(__name__)
 
 _LENGTHS = (3, 19, 12)
-"""Tokens of the short prompts. All of their positions are compared."""
+"""Tokens of the short prompts, which are compared at all positions."""
 _LONG = 40
-"""Tokens of the long prompt at least; its last positions are compared."""
+"""The least number of tokens of the long prompt, which is compared at its last positions."""
 _ANSWER = 4
-"""Tokens that follow each prompt, one in a step."""
+"""Tokens that follow each prompt in decode steps."""
 _WORK = {"cpu": 4e11, "cuda": 4e14}
-"""Tokens times parameters that the long prompt may cost: seconds. A window beyond is not reached,
-and the log says so."""
+"""The most that the long prompt may cost, in tokens times parameters: some seconds. A window that
+would need more is not reached, and the log says so."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention_window_size")
-"""A config's fields that say how far attention sees."""
+"""The fields of a config that name an attention window."""
 _PLAIN = (nn.Linear, Conv1D)
 _ADAPTER_SLOT = 1
 _ERROR = 1e-3
 _ROUNDINGS = 16
-"""What logits may be off, of the greatest, in float32 and in roundings of other dtypes: kernels add
-up in another order, and deep models make that larger (decision 33)."""
+"""How far logits may differ, as a share of the greatest (float32) or in roundings of other dtypes:
+kernels sum in another order, and deep models amplify that (decision 33)."""
 
 
 class Unfaithful(Exception):
@@ -61,7 +61,7 @@ class Unfaithful(Exception):
 
 @dataclass(frozen=True)
 class _Text:
-    """A prompt and what follows it; both are given, nothing is chosen."""
+    """A prompt and an answer, both fixed beforehand."""
 
     prompt: list[int]
     answer: list[int]
@@ -69,7 +69,7 @@ class _Text:
     scored: bool
     """Whether the prompt's own positions are compared too."""
     wanted: list[torch.Tensor] = field(default_factory=list)
-    """Once taken, one `[positions, vocab]`: the plain model's logits."""
+    """The plain model's logits `[positions, vocab]`, once they are computed."""
 
     def __str__(self) -> str:
         whose = "an adapter" if self.slot else "the base"
@@ -77,19 +77,20 @@ class _Text:
 
 
 class Fidelity:
-    """The plain model's logits, to compare a runner with. Made before anything is changed."""
+    """Compares runners with the plain model. Made before anything in the model is changed."""
 
     def __init__(
         self,
         ia3: IA3Slots,
         tokenizer: PreTrainedTokenizerFast,
         decoder_start: tuple[int, ...] | None,
+        *,
         max_model_len: int,
         max_rows: int,
         kept: Path | None = None,
     ) -> None:
-        """`kept`: a file that says which ways of running a start of the same kind has found equal.
-        These are not compared again. Raises whatever the model's code does."""
+        """`kept`: a file that says which ways of running an earlier start found to be equal. They
+        are not compared again. The model's code may raise any exception."""
         self._ia3 = ia3
         self._tokenizer = tokenizer
         self._decoder_start = decoder_start
@@ -99,9 +100,9 @@ class Fidelity:
         self.windows = {w for w in windows_of(ia3.base) if w < max_model_len}
         self._kept = kept
         self._equal: list[str] = []
-        """The ways of running that were compared."""
+        """The ways of running that were compared and are equal."""
         self.read: set[str] = set()
-        """The layers whose weights the model reads itself."""
+        """The linear layers whose weights other code of the model reads."""
         self._is_known = self._find()
         if not self._is_known:
             self._texts = self._make_texts(max_model_len)
@@ -109,14 +110,14 @@ class Fidelity:
                 self._take_wanted()
 
     def _random_vectors(self) -> dict[Target, torch.Tensor]:
-        """An adapter on PEFT's default targets; where PEFT names none, on all linear layers."""
+        """Make an adapter on PEFT's default targets or, without any, on all linear layers."""
         modules = self._ia3.modules_of_base
         for config in (IA3Config(), IA3Config(target_modules="all-linear", feedforward_modules=[])):
             try:
                 targets = resolve_targets(config, modules)
             except InvalidAdapter:
                 continue
-            # A linear layer of a kind of its own may give more than one tensor (phimoe's router).
+            # Subclasses of nn.Linear may return more than one tensor (phimoe's router).
             plain = [t for t in targets if type(self._ia3.base.get_submodule(t.module)) in _PLAIN]
             return {
                 target: 0.75 + torch.rand(modules.size(target), generator=self._random) / 2
@@ -141,7 +142,8 @@ class Fidelity:
         return texts
 
     def _tokens(self, count: int) -> list[int]:
-        """Random ones, but none that the config names: padding has no position in some models."""
+        """Choose random tokens. Special tokens that the config names are left out: padding has no
+        position in some models."""
         config = self._ia3.base.config.get_text_config()
         named: set[Any] = {v for k, v in vars(config).items() if k.endswith("_token_id") and v}
         named |= {0} if getattr(config, "pad_token_id", None) == 0 else set()
@@ -159,7 +161,7 @@ class Fidelity:
                 text.wanted.append(self._plain(text).float())
 
     def _plain(self, text: _Text) -> torch.Tensor:
-        """`[positions, vocab]`, by one forward of a text alone, without a cache."""
+        """The logits `[positions, vocab]` of one text, by one forward without a cache."""
         base = self._ia3.base
         device = base.device
         given: dict[str, Any] = {"use_cache": False}
@@ -177,7 +179,7 @@ class Fidelity:
 
     @torch.inference_mode()
     def compare(self, what: str, runner: Runner, cache: KVCache) -> None:
-        """Run the texts and compare; nothing of it stays but columns of the bank.
+        """Run the texts by a runner and compare. Afterwards only new columns are left in the bank.
 
         Raises Unfaithful.
         """
@@ -191,7 +193,7 @@ class Fidelity:
             worst = self._run_all(runner, cache)
         except Unfaithful:
             raise
-        except Exception as error:  # Whatever a model's code does that it did not do alone.
+        except Exception as error:  # A model's code may raise anything in a batch.
             raise Unfaithful(f"it fails: {_first_line(error)}") from error
         finally:
             if self._vectors:
@@ -210,7 +212,7 @@ class Fidelity:
         self._equal.append(what)
 
     def keep(self) -> None:
-        """For later starts, all that was found."""
+        """Write the results to the file for later starts."""
         if self._kept is None or self._is_known:
             return
         found = {"equal": self._equal, "read": sorted(self.read)}
@@ -223,7 +225,7 @@ class Fidelity:
             log.info("The next start compares again: %s", error)
 
     def _find(self) -> bool:
-        """Whether an earlier start has kept what it found."""
+        """Read the results of an earlier start. Returns whether there are any."""
         if self._kept is None:
             return False
         try:
@@ -239,7 +241,7 @@ class Fidelity:
         return True
 
     def _run_all(self, runner: Runner, cache: KVCache) -> float:
-        """All texts, as many together as there is room for: the largest difference."""
+        """Run all texts, as many together as fit. Returns the largest difference."""
         worst = 0.0
         waiting = list(enumerate(self._texts))
         while waiting:
@@ -275,7 +277,7 @@ class Fidelity:
     def _run(
         self, runner: Runner, cache: KVCache, together: list[tuple[_Text, Sequence]]
     ) -> list[list[torch.Tensor]]:
-        """Each text's logits, in parts: prompts in two chunks beside rows that decode already."""
+        """Compute each text's logits, in parts: prompts run in two chunks beside decoding rows."""
         found: dict[int, list[torch.Tensor]] = {sequence.row: [] for _, sequence in together}
         answers = {sequence.row: list(text.answer) for text, sequence in together}
         going = [sequence for _, sequence in together]
@@ -298,7 +300,7 @@ class Fidelity:
 
 
 def windows_of(model: PreTrainedModel) -> set[int]:
-    """The windows that a model's config names, whether its layers use them or not."""
+    """The attention windows that a model's config names, whether its layers use them or not."""
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in _WINDOWS)
     return {window for window in named if isinstance(window, int) and window > 0}
@@ -306,7 +308,7 @@ def windows_of(model: PreTrainedModel) -> set[int]:
 
 @contextmanager
 def _rescaled(model: nn.Module, vectors: dict[Target, torch.Tensor]) -> Iterator[None]:
-    """Within, the plain model's layers are rescaled as an adapter does, by hooks."""
+    """Within this context, hooks apply an adapter's vectors to the plain model."""
     hooks = []
     for (name, side), vector in vectors.items():
         module = model.get_submodule(name)
@@ -331,17 +333,17 @@ def _scale_output(vector: torch.Tensor, _: nn.Module, __: Any, y: torch.Tensor) 
 
 
 def _chunk(sequence: Sequence) -> int:
-    """The next tokens of a prompt: half of it first, but a source as a whole."""
+    """How many tokens of a prompt to compute next: half of it first, but a source as a whole."""
     if sequence.source_tokens or sequence.computed:
         return sequence.uncomputed
     return max(1, sequence.uncomputed // 2)
 
 
 def _difference(text: _Text, found: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest difference of a logit, as a share of the greatest. Raises Unfaithful.
+    """The largest difference of any logit, as a share of the greatest. Raises Unfaithful.
 
-    In half precision a router may choose another expert where its two best are all but equal: half
-    of the positions must be within the tolerance there, in float32 all of them.
+    In float32 all positions must be within the tolerance. In half precision half of them must be: a
+    router may choose another expert if its two best are almost equal.
     """
     [wanted] = text.wanted
     errors = (found - wanted).abs().amax(-1) / wanted.abs().max()

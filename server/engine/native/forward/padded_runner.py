@@ -1,14 +1,13 @@
-"""One step of rows that run padded: `[rows, tokens]` forwards on transformers' own attention.
+"""The padded runner: runs a step as `[rows, tokens]` forwards on transformers' own attention.
 
-For models that a flat batch would compute wrongly: whose attention goes past the interface, reads
-the flat axis, or crosses to an encoder. Decoding rows run together, aligned at the right; prompts
-of like length run together on their first chunk, and alone on the others.
+It is for models that a flat batch would compute wrongly, because their attention bypasses
+transformers' AttentionInterface, depends on the flat axis, or crosses to an encoder. Decoding rows
+run together, aligned at the right. Prompts of similar length run together in their first chunk, and
+alone in later ones.
 """
 
 import inspect
-from collections import defaultdict
-from collections.abc import Iterator
-from collections.abc import Sequence as Rows
+from collections import abc, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,11 +34,11 @@ class Piece:
 
     row: int
     start: int
-    """How many tokens of the row have keys and values; those of a source do not count."""
+    """How many tokens of the row have keys and values, without those of a source."""
     ids: list[int]
     slot: int
     source: list[int]
-    """What the encoder of an encoder-decoder reads."""
+    """The tokens that the encoder of an encoder-decoder reads."""
 
     @classmethod
     def of(cls, sequence: Sequence, tokens: int) -> "Piece":
@@ -53,14 +52,16 @@ class Piece:
             source=sequence.tokens[:source],
         )
 
-    def single_tokens(self) -> Iterator["Piece"]:
+    def single_tokens(self) -> abc.Iterator["Piece"]:
         for number, token in enumerate(self.ids):
             yield replace(self, start=self.start + number, ids=[token])
 
 
 class PaddedRunner:
-    def __init__(self, ia3: IA3Slots, cache: PaddedCache, goes_on: bool = True) -> None:
-        """Not `goes_on`: the model goes on from a row's state one token at a time only."""
+    """Runs steps of rows that share padded batches."""
+
+    def __init__(self, ia3: IA3Slots, cache: PaddedCache, can_continue: bool = True) -> None:
+        """Without `can_continue`, the model continues a row's state by one token at a time only."""
         self._ia3 = ia3
         self._cache = cache
         self._device = ia3.base.device
@@ -68,7 +69,7 @@ class PaddedRunner:
         self._positions = RowPositions(ia3.base)
         self._equal_beyond = _equal_beyond(ia3.base)
         self._carries = not cache.shares
-        self._goes_on = goes_on
+        self._can_continue = can_continue
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -84,15 +85,15 @@ class PaddedRunner:
         for sequence, tokens in step.prefill:
             unscored = sequence.unscored(tokens)
             if unscored:
-                # Those of an encoder's tokens are not there, and nobody asks for them.
+                # The logits end with the row's last token; an encoder's tokens have none.
                 at = slice(unscored.start - tokens, (unscored.stop - tokens) or None)
                 prompts.append((sequence, logits[sequence.row][at]))
         last = [logits[sequence.row][-1] for sequence in taking]
         none = next(iter(logits.values()))[:0]
         return Logits(taking, torch.stack(last) if last else none, prompts)
 
-    def _batches(self, step: Step) -> Iterator[list[tuple[Sequence, int]]]:
-        """What can run together: the same number of tokens, or nothing computed yet."""
+    def _batches(self, step: Step) -> abc.Iterator[list[tuple[Sequence, int]]]:
+        """Group the sequences that can run together: of one length, or with nothing computed."""
         batches: dict[tuple[object, ...], list[tuple[Sequence, int]]] = defaultdict(list)
         prefill = list(step.prefill)
         for sequence in step.decode:
@@ -105,18 +106,19 @@ class PaddedRunner:
             if sequence.computed > sequence.source_tokens or tokens > self._equal_beyond:
                 batches["alone", sequence.row].append((sequence, tokens))
             else:
-                # Up to twice as long as the shortest: at least half of the batch is no padding.
-                # None at all where it would enter the state that a row carries.
+                # No row is twice as long as another, so that less than half of a batch is padding.
+                # Models that carry a state get no padding, which would enter the state.
                 kind = "encoded" if sequence.computed else "first"
                 like = tokens if self._carries else tokens.bit_length()
                 batches[kind, like].append((sequence, tokens))
         yield from batches.values()
 
     @torch.inference_mode()
-    def forward(self, pieces: Rows[Piece], every: bool) -> torch.Tensor:
-        """`[rows, tokens, vocab]`, aligned at the right; not `every`: at least the last token's."""
+    def forward(self, pieces: abc.Sequence[Piece], every: bool) -> torch.Tensor:
+        """Run these pieces as one batch. Returns logits `[rows, tokens, vocab]`, aligned at the
+        right. Without `every`, only the last token's are sure to be there."""
         tokens = max(len(piece.ids) for piece in pieces)
-        if tokens > 1 and not self._goes_on and pieces[0].start > 0:
+        if tokens > 1 and not self._can_continue and pieces[0].start > 0:
             [piece] = pieces
             return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
         sources = [len(piece.source) for piece in pieces if piece.source]
@@ -126,7 +128,7 @@ class PaddedRunner:
             return self._forward(pieces, every, group, cache)
 
     def _forward(
-        self, pieces: Rows[Piece], every: bool, group: Group, cache: Cache
+        self, pieces: abc.Sequence[Piece], every: bool, group: Group, cache: Cache
     ) -> torch.Tensor:
         tokens = max(len(piece.ids) for piece in pieces)
         starts = torch.tensor(group.starts, device=self._device)[:, None]
@@ -141,13 +143,13 @@ class PaddedRunner:
         }
         mask = (columns >= starts).long()
         if "cache_params" in self._accepts:
-            # Without attention: there is nothing to mask, and the cache has another name.
+            # Models without attention have nothing to mask, and another name for the cache.
             arguments["cache_params"] = cache
             arguments["input_ids"] = torch.tensor(ids, device=self._device)
         elif group.sources:
             arguments |= self._source(pieces, group) | {"decoder_attention_mask": mask}
             arguments["decoder_input_ids"] = torch.tensor(ids, device=self._device)
-            # Under their other name they would be the encoder's, which counts by itself.
+            # `position_ids` would be the encoder's positions, which it counts itself.
             arguments["decoder_position_ids"] = arguments.pop("position_ids")
         else:
             arguments["attention_mask"] = mask
@@ -159,14 +161,15 @@ class PaddedRunner:
         logits: torch.Tensor = out.logits
         return logits
 
-    def _source(self, pieces: Rows[Piece], group: Group) -> dict[str, Any]:
-        """Sources, aligned at the left; once they are encoded, only which of them are padding."""
+    def _source(self, pieces: abc.Sequence[Piece], group: Group) -> dict[str, Any]:
+        """The arguments for the encoder: the sources, aligned at the left. Once they are encoded,
+        only their mask."""
         longest = max(group.sources)
         lengths = torch.tensor(group.sources, device=self._device)[:, None]
         mask = (torch.arange(longest, device=self._device) < lengths).long()
         if group.crossed:
-            # The decoder reads keys and values from the cache, and only the shape of this. Models
-            # with experts read the router's logits of it, too, be they none.
+            # The decoder reads keys and values from the cache, and only the shape of this output.
+            # Models with experts also read its router logits, which may be None.
             width = int(self._ia3.base.config.hidden_size)
             encoded = torch.empty(1, 1, 1, dtype=self._ia3.base.dtype, device=self._device)
             states = MoeModelOutputWithPast(encoded.expand(len(pieces), longest, width))
@@ -176,15 +179,15 @@ class PaddedRunner:
 
 
 class RowPositions:
-    """Gives each row its own learned positions in a model that counts them for the whole batch.
+    """Gives each row its own learned positions in models that count them for the whole batch.
 
-    BART's decoder takes the length of the cache for every row's position.
+    BART's decoder is an example: it takes the length of the cache as the position of every row.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises UnsupportedModel where no row can have its own."""
+        """Raises UnsupportedModel if all rows must have the same positions."""
         self._positions: torch.Tensor | None = None
-        decoder: nn.Module = model
+        decoder: PreTrainedModel = model
         if model.config.is_encoder_decoder:
             decoder = model.get_decoder()  # type: ignore[no-untyped-call]
         for module in decoder.modules():
@@ -192,7 +195,8 @@ class RowPositions:
                 inspect.signature(module.forward).parameters
             ):
                 if module.embedding_dim < decoder.config.hidden_size:
-                    # RoFormer's, with no axis of rows; others are added to embeddings of tokens.
+                    # RoFormer's rotary table has no axis of rows. Other models' positions are
+                    # added to the embeddings of tokens.
                     name = type(model).__name__
                     raise UnsupportedModel(
                         f"{name} cannot be run padded: it rotates all rows by the same positions"
@@ -200,8 +204,8 @@ class RowPositions:
                 module.register_forward_hook(self._embed)
 
     @contextmanager
-    def set(self, positions: torch.Tensor) -> Iterator[None]:
-        """Within: `[rows, tokens]` positions."""
+    def set(self, positions: torch.Tensor) -> abc.Iterator[None]:
+        """Within this context, a forward uses these positions `[rows, tokens]`."""
         self._positions = positions
         try:
             yield
@@ -217,10 +221,10 @@ class RowPositions:
 
 
 def _equal_beyond(model: PreTrainedModel) -> int:
-    """From how many tokens on only rows of one length may run together.
+    """The length from which on only rows of equal length may run together.
 
-    Llama 4 scales its queries by a position that it counts for the whole batch; below `floor_scale`
-    that scale is 1 for all.
+    Llama 4 scales its queries by a position that it counts for the whole batch. Below `floor_scale`
+    the scale is 1 for all rows.
     """
     config = model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", False):

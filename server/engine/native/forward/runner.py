@@ -1,7 +1,7 @@
-"""One step on the device: pack the rows' tokens into one flat forward, and return logits."""
+"""The flat runner: packs the tokens of a step into one flat forward and returns logits."""
 
 import inspect
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from adapters.model.slots import IA3Slots
 from server.engine.native.attention import Chunk, StepContext
 from server.engine.native.cache.kv_cache import FlatCache
 from server.engine.native.cache.paged_cache import PagedCache
+from server.engine.native.cache.planning import Limits
 from server.engine.native.forward.cuda_graphs import DecodeGraphs
 from server.engine.native.forward.tracing import Forward
 from server.engine.native.sequences.sequence import Sequence
@@ -21,25 +22,28 @@ from server.engine.native.sequences.step import Step
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a step computed."""
+    """The logits that a step computed."""
 
     sequences: list[Sequence]
-    """Those with all of their tokens computed: each takes its next one."""
+    """The sequences that are computed to their end: each takes its next token."""
     next_token: torch.Tensor
     """`[sequences, vocab]`."""
     prompts: list[tuple[Sequence, torch.Tensor]]
-    """Sequences that score their prompt, and `[tokens, vocab]`: what predicts the next of its
+    """Sequences that score their prompts, with `[tokens, vocab]`: the logits of the next prompt
     tokens that have no score yet."""
     drafts: torch.Tensor | None = None
-    """`[positions, vocab]`: what follows each drafted row's latest token, and each drafted one."""
+    """`[positions, vocab]`: for each drafted row, the logits after its latest token and after each
+    drafted token."""
 
 
 class Runner(Protocol):
+    """Runs a model's forward for a step."""
+
     def run(self, step: Step) -> Logits: ...
 
 
 class FlatRunner:
-    """All rows' tokens as one `[1, tokens]` batch, on the engine's own keys and values."""
+    """Runs all rows' tokens as one `[1, tokens]` batch, on the engine's own KV cache."""
 
     def __init__(
         self,
@@ -48,22 +52,19 @@ class FlatRunner:
         cache: FlatCache,
         modules: "Modules",
         traced: Forward | None,
-        max_rows: int,
-        max_tokens: int,
+        limits: Limits,
     ) -> None:
-        """`traced`: what to run instead of `modules`, wherever no adapter brings modules."""
+        """`traced`: runs instead of `modules` in steps whose adapters have no saved modules."""
         self._ia3 = ia3
         self._context = context
         self._cache = cache
         self._device = ia3.base.device
         self._modules = modules
         self._traced = traced
-        ia3.bank.reserve_rows(max_rows)
+        ia3.bank.reserve_rows(limits.max_rows)
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and isinstance(cache, PagedCache):
-            self._graphs = DecodeGraphs(
-                ia3, context, cache, traced or modules, max_rows, max_tokens
-            )
+            self._graphs = DecodeGraphs(ia3, context, cache, traced or modules, limits)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
@@ -72,7 +73,7 @@ class FlatRunner:
         pieces += [(d.sequence, [d.sequence.tokens[-1], *d.tokens]) for d in step.drafts]
         chunks = [Chunk(s.row, s.computed, len(tokens)) for s, tokens in pieces]
         slots = [slot_of(sequence) for sequence in step.decode]
-        # A captured graph knows the base's modules only, not those that adapters bring.
+        # A captured graph does not run the saved modules of adapters.
         captured = not chunks and not self._ia3.has_copies(slots)
         if self._graphs is not None and captured and self._graphs.fit(decode):
             last = [sequence.tokens[-1] for sequence in step.decode]
@@ -97,14 +98,15 @@ class FlatRunner:
         prompts = [(s, part) for (s, _), part in zip(wanted.scoring, scored, strict=True)]
         return Logits(wanted.taking, logits[:taking], prompts, logits[drafted:])
 
-    def _forward(self, rows: Rows[int], segments: Rows[Segment]) -> Forward:
+    def _forward(self, rows: abc.Sequence[int], segments: abc.Sequence[Segment]) -> Forward:
         if self._traced is None or self._ia3.has_copies([*rows, *(s.slot for s in segments)]):
             return self._modules
         return self._traced
 
 
 class Modules:
-    """The forward by transformers' modules: `[index, vocab]`, logits after the tokens at `keep`."""
+    """The forward by transformers' modules. Returns `[index, vocab]`: the logits after the tokens
+    at the indices `keep`."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
@@ -121,15 +123,15 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The sequences whose logits a step must give, and where they stand in the flat batch."""
+    """The sequences whose logits a step needs, and their indices in the flat batch."""
 
     taking: list[Sequence]
     scoring: list[tuple[Sequence, int]]
     index: list[int]
     kept: list[Segment]
-    """The same as segments behind the decoding rows."""
+    """The entries of `index` after the decoding rows, as segments."""
     drafted: int
-    """The last of them: every token of the drafted rows."""
+    """How many of the last entries of `index` are tokens of drafted rows."""
 
     @classmethod
     def of(cls, step: Step) -> "_Wanted":

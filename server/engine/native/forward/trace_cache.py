@@ -1,4 +1,4 @@
-"""Traced forwards, kept for later starts: tracing takes seconds, reading a trace does not."""
+"""Keeps traced forwards for later starts: tracing takes seconds, reading a trace does not."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ import adapters
 import server.engine
 from adapters.model.slots import IA3Slots
 from server.engine.native.attention import LayerAttention, StepContext
-from server.engine.native.forward.seams import innermost, seams_of, siblings_of, width_of
+from server.engine.native.forward.linear_sites import innermost, linear_sites, siblings_of, width_of
 from server.engine.native.forward.tracing import (
     Forward,
     Trace,
@@ -42,23 +42,23 @@ _Node = tuple[str, Any, Any, Any, str]
 
 @dataclass(frozen=True)
 class _Kept:
-    """A trace without the model's weights: it fits each model of its kind."""
+    """The content of a file: a trace without weights, for any model of the same architecture."""
 
     nodes: Sequence[_Node]
     constants: Sequence[str | torch.Tensor]
-    """Names of parameters and buffers; a number as it is."""
+    """The names of parameters and buffers; scalars themselves."""
     layers: Sequence[LayerAttention]
 
 
 @dataclass(frozen=True, slots=True)
 class _NodeBefore:
-    """An earlier node, among the arguments of another."""
+    """Stands for an earlier node in the arguments of a node."""
 
     number: int
 
 
 class _Pickler(pickle.Pickler):
-    """Knows operators of torch by their names."""
+    """Pickles torch operators as their names."""
 
     def persistent_id(self, value: Any) -> str | None:
         return str(value) if isinstance(value, OpOverload) else None
@@ -72,9 +72,9 @@ class _Unpickler(pickle.Unpickler):
 def find_or_trace(
     ia3: IA3Slots, context: StepContext, forward: Forward, folder: Path | None
 ) -> TracedForward:
-    """`trace`, or what it gave at an earlier start that kept it in `folder`; None: nothing is kept.
+    """Trace a forward, or read the trace that an earlier start kept in `folder`. None: keep none.
 
-    What was kept must give what the modules give, as a new trace must. Raises NotTraced.
+    A trace that was read is compared with the modules as a new one is. Raises NotTraced.
     """
     base = ia3.base
     if folder is None:
@@ -85,28 +85,27 @@ def find_or_trace(
         check_alike(context, forward, traced, base.device)
     except FileNotFoundError:
         pass
-    except Exception as error:  # Whatever a file can say.
-        log.warning("A kept trace is of no use, and is made anew: %s", error)
+    except Exception as error:  # A damaged file may raise anything.
+        log.warning("A kept trace cannot be used; the model is traced again: %s", error)
     else:
         return traced
     traced = trace(ia3, context, forward)
     try:
         _write(folder, traced.trace, base)
-    except Exception as error:  # Whatever a graph may hold; the next start traces again.
-        log.info("The trace is not kept: %s", error)
+    except Exception as error:  # A graph may hold what cannot be pickled.
+        log.info("The trace is not kept; the next start traces again: %s", error)
     return traced
 
 
 def sources() -> list[Path]:
-    """The files of our own that what is kept depends on: those of the engine and of the adapters,
-    kernels included."""
+    """Our source files that kept traces depend on: those of engine and adapters, with kernels."""
     folders = (Path(adapters.__file__).parent, Path(server.engine.__file__).parent)
     files = (file for folder in folders for file in folder.rglob("*"))
     return sorted(file for file in files if file.suffix in (".py", ".cpp", ".h"))
 
 
 def key_of(base: PreTrainedModel, *more: str) -> str:
-    """A name for all that follows from a model's kind, our own code, and `more`."""
+    """A cache key: a hash of the model's architecture, the versions, our own code, and `more`."""
     parts = [
         torch.__version__,
         transformers.__version__,
@@ -120,7 +119,7 @@ def key_of(base: PreTrainedModel, *more: str) -> str:
 
 
 def _file_in(folder: Path, base: PreTrainedModel) -> Path:
-    widths = json.dumps([_widths(seam.layer) for seam in seams_of(base)])
+    widths = json.dumps([_widths(site.layer) for site in linear_sites(base)])
     return folder / f"{key_of(base, widths)}.pickle"
 
 
@@ -139,11 +138,12 @@ def _read(folder: Path, base: PreTrainedModel) -> Trace:
     assert isinstance(kept, _Kept)
     named = dict(_named(base))
     constants = [named[each] if isinstance(each, str) else each for each in kept.constants]
-    return Trace(_graph_of(kept.nodes), constants, list(seams_of(base)), kept.layers)
+    return Trace(_graph_of(kept.nodes), constants, list(linear_sites(base)), kept.layers)
 
 
 def _write(folder: Path, trace: Trace, base: PreTrainedModel) -> None:
-    """Whole or not at all. Raises ValueError where a constant has no name, and OSError."""
+    """Write a trace, as a whole or not at all. Raises OSError, and ValueError if a constant has no
+    name."""
     file = _file_in(folder, base)
     names = {id(tensor): name for name, tensor in _named(base)}
     constants = [names.get(id(each), each) for each in trace.constants]

@@ -1,8 +1,8 @@
-"""The flat forward as straight-line code: torch's operators one after the other, no modules.
+"""Traces the flat forward to straight-line code: torch operators without modules.
 
-At one row a forward through transformers' modules takes a fifth of its time to get from operator
-to operator. So it is traced once, for any number of tokens. Linear layers and attention stay calls
-into our own code: what adapters and the running step do there changes.
+With one row, a forward through transformers' modules spends a fifth of its time between operators.
+So it is traced once, for any number of tokens. Linear layers and attention stay calls into our own
+code, because adapters and the running step change what they compute.
 """
 
 import operator
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from adapters.model.slots import IA3Slots
 from server.engine.native.attention import AttentionPlan, LayerAttention, Probe, StepContext
-from server.engine.native.forward.seams import (
-    Product,
-    Seam,
+from server.engine.native.forward.linear_sites import (
+    LinearSite,
+    TracedLinear,
     innermost,
-    seams_of,
+    linear_sites,
     siblings_of,
     width_of,
 )
@@ -31,48 +32,51 @@ from server.engine.native.kernels.operators import ATTEND, LINEAR
 from server.engine.native.model.packing import Siblings
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Token ids and positions, `[1, tokens]` each, and whose logits are asked for, `[index]`:
-`[index, vocab]`."""
+"""Takes token ids and positions, `[1, tokens]` each, and the indices `[index]` of the tokens whose
+logits are wanted. Returns `[index, vocab]`."""
 
 _TRACED = (7, 5)
-"""Tokens and logits of the trace: unequal, so that they are two symbols."""
+"""Numbers of tokens and of logits in the trace. They differ, so that they become two symbols."""
 _TRIED = ((1, 1), (2, 0), (9, 4))
-"""The same of each example on which a trace must give what the modules give."""
+"""Numbers of tokens and of logits in the examples on which a trace is compared with the modules."""
 
 _FRESH = (torch.ops.aten.mul.Tensor, torch.ops.aten.gelu.default, torch.ops.aten.relu.default)
-"""What comes before a feed-forward's last layer. None of them gives a view."""
+"""Operators before a feed-forward's last layer. Their result is never a view."""
 
 
 class NotTraced(Exception):
-    """The message says why a model runs by its modules."""
+    """The model cannot be traced; the message says why. It runs by its modules instead."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward as a graph. Linear layers and attention are operators of ours, whose numbers say
-    which."""
+    """A forward as a graph of torch operators.
+
+    Linear layers and attention are calls of our own operators, with the layer's number in `sites`
+    or `layers`.
+    """
 
     graph: fx.Graph
-    """Its first arguments are the constants."""
+    """The first arguments are the constants."""
     constants: Sequence[torch.Tensor]
-    seams: Sequence[Seam]
+    sites: Sequence[LinearSite]
     layers: Sequence[LayerAttention]
 
-    def opened(self) -> fx.Graph:
-        """A copy with products for linear layers. Raises NotTraced."""
+    def with_linears(self) -> fx.Graph:
+        """Copy the graph, with `TracedLinear`s for the linear layers. Raises NotTraced."""
         copy = fx.Graph()
         copy.output(copy.graph_copy(self.graph, {}))
-        _open(copy, self.seams)
+        _insert_linears(copy, self.sites)
         return copy
 
 
 class TracedForward:
-    """A forward without modules. It computes what they do, but for modules that adapters bring."""
+    """A forward without modules. It computes what they do, except for saved modules of adapters."""
 
     def __init__(self, ia3: IA3Slots, context: StepContext, trace: Trace) -> None:
         self.trace = trace
         self._ia3 = ia3
-        graph = trace.opened()
+        graph = trace.with_linears()
         for node in graph.nodes:
             if node.target is ATTEND:
                 *tensors, number = node.args
@@ -82,8 +86,8 @@ class TracedForward:
         self._names: dict[str, Any] = dict(code.globals)
         exec(code.src, self._names)
         self._run = self._names["forward"]
-        self._products = {
-            name: value for name, value in self._names.items() if isinstance(value, Product)
+        self._linears = {
+            name: value for name, value in self._names.items() if isinstance(value, TracedLinear)
         }
         self._bound = -1
 
@@ -92,38 +96,40 @@ class TracedForward:
     ) -> torch.Tensor:
         version = self._ia3.version.layers
         if self._bound != version:
-            self._names.update({name: each.bind() for name, each in self._products.items()})
+            self._names.update({name: each.bind() for name, each in self._linears.items()})
             self._bound = version
         logits: torch.Tensor = self._run(None, *self.trace.constants, ids, positions, keep)
         return logits
 
 
 def trace(ia3: IA3Slots, context: StepContext, forward: Forward) -> TracedForward:
-    """`forward`, which runs the model, without its modules.
+    """Trace `forward`, which runs the model by its modules.
 
-    Raises NotTraced where that cannot be, or gives anything else on an example.
+    Raises NotTraced if it cannot be traced, or if the trace gives other logits on an example.
     """
     try:
         check_traceable(ia3.base)
-        seams = list(seams_of(ia3.base))
+        sites = list(linear_sites(ia3.base))
         layers: list[LayerAttention] = []
-        graph_module = _traced(ia3.base, context, forward, seams, layers)
+        graph_module = _traced(ia3.base, context, forward, sites, layers)
         constants = _lift_constants(graph_module)
-        traced = TracedForward(ia3, context, Trace(graph_module.graph, constants, seams, layers))
+        traced = TracedForward(ia3, context, Trace(graph_module.graph, constants, sites, layers))
         check_alike(context, forward, traced, ia3.base.device)
-    except Exception as error:  # Whatever a model's code does that cannot be traced.
+    except GuardOnDataDependentSymNode as error:
+        raise NotTraced("its shapes depend on what tokens come, as those of experts do") from error
+    except Exception as error:  # A model's code may raise anything while it is traced.
         raise NotTraced(str(error).strip().split("\n")[0]) from error
     return traced
 
 
 def check_traceable(base: PreTrainedModel) -> None:
-    """Raises NotTraced where a trace would miss something."""
+    """Raises NotTraced if a trace would leave something out."""
     if any(m._forward_hooks or m._forward_pre_hooks for m in base.modules()):
         raise NotTraced("its modules have hooks")
 
 
 def probing(_tokens: int) -> AttentionPlan:
-    """A plan for a forward whose attention does not matter."""
+    """Plan attention by a probe, for comparing forwards without a cache."""
     return Probe()
 
 
@@ -136,8 +142,10 @@ def check_alike(
     plan: Callable[[int], AttentionPlan] = probing,
     tolerance: float = 0.0,
 ) -> None:
-    """Raises NotTraced where two forwards give unlike logits. `plan`: for so many tokens;
-    `tolerance`: a share of the greatest logit."""
+    """Raises NotTraced if two forwards give different logits on the examples.
+
+    `plan` plans the attention for a number of tokens. `tolerance` is a share of the greatest logit.
+    """
     for tokens, kept in _TRIED:
         example = _example(tokens, kept, device)
         with context.step(plan(tokens)):
@@ -146,11 +154,11 @@ def check_alike(
             logits = found(*example)
         greatest = float(right.abs().max()) if kept else 0.0
         if not torch.allclose(logits, right, rtol=0, atol=tolerance * greatest):
-            raise NotTraced(f"{tokens} tokens give something else")
+            raise NotTraced(f"{tokens} tokens give other logits")
 
 
 class _TracePlan:
-    """Attention's place in a trace."""
+    """An attention plan for tracing: it records each layer as a call of our operator."""
 
     def __init__(self, layers: list[LayerAttention]) -> None:
         self._layers = layers
@@ -164,8 +172,8 @@ class _TracePlan:
 
 
 @contextmanager
-def _opened(seams: Sequence[Seam]) -> Iterator[None]:
-    """Within, each linear layer is an operator with its seam's number."""
+def _as_operators(sites: Sequence[LinearSite]) -> Iterator[None]:
+    """Within this context, each linear layer calls our operator with its number in `sites`."""
 
     def stub(number: int, linear: Any, x: torch.Tensor) -> torch.Tensor:
         outputs = width_of(linear)
@@ -174,9 +182,9 @@ def _opened(seams: Sequence[Seam]) -> Iterator[None]:
         y: torch.Tensor = LINEAR(x, number, outputs, stride)
         return y
 
-    modules = [seam.layer for seam in seams]
+    modules = [site.layer for site in sites]
     if len(set(modules)) < len(modules):
-        raise NotTraced("a linear layer stands in two places")
+        raise NotTraced("a linear layer is used in two modules")
     for number, module in enumerate(modules):
         module.forward = partial(stub, number, innermost(module))
     try:
@@ -190,12 +198,12 @@ def _traced(
     base: PreTrainedModel,
     context: StepContext,
     forward: Forward,
-    seams: Sequence[Seam],
+    sites: Sequence[LinearSite],
     layers: list[LayerAttention],
 ) -> fx.GraphModule:
-    """Raises NotTraced where the trace holds for some numbers of tokens only."""
+    """Raises NotTraced if the trace is valid for some numbers of tokens only."""
     example = traced_example(base.device)
-    with torch.no_grad(), context.step(_TracePlan(layers)), _opened(seams):
+    with torch.no_grad(), context.step(_TracePlan(layers)), _as_operators(sites):
         graph_module: fx.GraphModule = make_fx(
             forward, tracing_mode="symbolic", _allow_non_fake_inputs=True
         )(*example)
@@ -203,12 +211,12 @@ def _traced(
     if guards := ids.fake_mode.shape_env.guards:
         raise NotTraced(f"it depends on {guards[0].expr}")
     for node in graph_module.graph.nodes:
-        node.meta = {}  # The trace's own tensors: nobody else's business.
+        node.meta = {}  # It holds the tensors of the trace, which are not needed.
     return graph_module
 
 
 def traced_example(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a forward is traced with; all sizes that are not one may be others."""
+    """The inputs that a forward is traced with. Sizes other than 1 become symbols."""
     return _example(*_TRACED, device)
 
 
@@ -220,7 +228,7 @@ def _example(
 
 
 def _lift_constants(graph_module: fx.GraphModule) -> list[torch.Tensor]:
-    """Parameters and buffers become the first arguments: local names are found fastest."""
+    """Make parameters and buffers the first arguments, since Python finds local names fastest."""
     graph = graph_module.graph
     found: dict[str, fx.Node] = {}
     first = next(iter(graph.nodes))
@@ -235,34 +243,34 @@ def _lift_constants(graph_module: fx.GraphModule) -> list[torch.Tensor]:
     return [getattr(graph_module, name) for name in found]
 
 
-def _open(graph: fx.Graph, seams: Sequence[Seam]) -> None:
-    """Put products where the trace has operators for linear layers."""
+def _insert_linears(graph: fx.Graph, sites: Sequence[LinearSite]) -> None:
+    """Replace the operators for linear layers by `TracedLinear`s."""
     groups: dict[tuple[fx.Node, Siblings], list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is not LINEAR:
             continue
         x, number = node.args[:2]
-        siblings = siblings_of(seams[number].layer)
+        siblings = siblings_of(sites[number].layer)
         if siblings is None:
-            # What an operator of arithmetic makes is new, and may be rescaled as it is.
+            # The operator's result is a new tensor, which may be rescaled in place.
             owns = len(x.users) == 1 and x.target in _FRESH
-            node.target, node.args = Product([seams[number]], owns_input=owns), (x,)
+            node.target, node.args = TracedLinear([sites[number]], owns_input=owns), (x,)
         else:
             groups.setdefault((x, siblings), []).append(node)
     for (x, siblings), nodes in groups.items():
-        members = [seams[node.args[1]] for node in nodes]  # type: ignore[index]
+        members = [sites[node.args[1]] for node in nodes]  # type: ignore[index]
         if len(nodes) != len(siblings.widths):
             raise NotTraced("layers that are packed as one do not read one input")
         with graph.inserting_before(nodes[0]):
-            product = graph.call_function(Product(members), (x,))
-            parts = [graph.call_function(operator.getitem, (product, n)) for n in range(len(nodes))]
+            linear = graph.call_function(TracedLinear(members), (x,))
+            parts = [graph.call_function(operator.getitem, (linear, n)) for n in range(len(nodes))]
         for node, part in zip(nodes, parts, strict=True):
             node.replace_all_uses_with(part)
             graph.erase_node(node)
 
 
 def attend_in(context: StepContext, layer: LayerAttention) -> Callable[..., torch.Tensor]:
-    """A layer's attention as the step that runs then has planned it."""
+    """A function that computes a layer's attention by the plan of the running step."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert context.plan is not None, "a forward outside of a step"
@@ -272,7 +280,7 @@ def attend_in(context: StepContext, layer: LayerAttention) -> Callable[..., torc
 
 
 def _use_bindings(graph: fx.Graph) -> None:
-    """Call operators as Python code does: `torch.mul` takes two thirds of the time of
+    """Call operators by their Python bindings: `torch.mul` takes two thirds of the time of
     `torch.ops.aten.mul.Tensor`."""
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):

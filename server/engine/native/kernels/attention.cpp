@@ -1,6 +1,6 @@
-// Attention over keys and values in strips: decoding rows and prompts' chunks. Scores and sums are
-// float, and each is of the same numbers in the same order whether its token decodes or is one of a
-// chunk. KEY_DIM and VALUE_DIM are given by the command line.
+// Attention over keys and values in strips, for decoding rows and chunks of prompts. Scores and sums
+// are float. A token's sums have the same order whether it is decoded or computed in a chunk. KEY_DIM
+// and VALUE_DIM are given by the command line.
 
 #include <algorithm>
 #include <cfloat>
@@ -22,23 +22,23 @@ typedef int32_t Places __attribute__((vector_size(LANES * 4)));
 
 namespace {
 
-constexpr int64_t QUERIES = 64;  // Tokens of a chunk at a time,
-constexpr int64_t KEYS = 512;    // over so many keys at a time.
-constexpr int64_t SHARES = 8;    // At least, for each thread; else heads of a row stay together.
+constexpr int64_t QUERIES = 64;  // Tokens of a chunk that are computed at a time.
+constexpr int64_t KEYS = 512;    // Keys that they attend to at a time.
+constexpr int64_t SHARES = 8;    // Least shares of a thread; heads stay together while there are more.
 constexpr int64_t KEY_INPUTS = (KEY_DIM + TOGETHER - 1) / TOGETHER;
 constexpr int64_t VALUE_PANELS = (VALUE_DIM + WIDTH - 1) / WIDTH;
 constexpr int64_t VALUE_WIDTH = VALUE_PANELS * WIDTH;
 
-// Tokens of a row that are computed together.
+// Consecutive tokens of a row, as AttentionKernel describes them.
 struct Chunk {
-  int64_t strip;   // Where the row's begins, in heads of one token.
+  int64_t strip;   // Where the row's strip begins, in heads of one token.
   int64_t length;  // Of the strip, in tokens.
-  int64_t start;   // The first token's place in the row.
+  int64_t start;   // The first token's position in the row.
   int64_t tokens;
-  int64_t first;   // The first token's place in the batch.
+  int64_t first;   // The first token's index in the batch.
 };
 
-// [heads, tokens, dim], each head of one token without gaps.
+// A tensor [heads, tokens, dim] whose last stride is 1.
 struct Heads {
   const Number* first;
   int64_t head_stride, token_stride;
@@ -54,11 +54,11 @@ struct Attention {
   Number* out;                  // [tokens, heads, VALUE_DIM].
   int64_t heads, kv_heads;
   float scaling;
-  int64_t window;  // A token sees so many keys at most; 0: all.
-  float softcap;   // Scores lie between it and its opposite; 0: anywhere.
+  int64_t window;  // The most keys that a token sees; 0: all.
+  float softcap;   // Scores are capped to this and its negative; 0: not at all.
 
   int64_t group() const { return heads / kv_heads; }
-  // The first key that the token at a row's `place` sees.
+  // The first key that the token at position `place` of its row sees.
   int64_t first_seen(int64_t place) const {
     return window > 0 ? std::max<int64_t>(0, place + 1 - window) : 0;
   }
@@ -92,15 +92,15 @@ inline void cover(Lanes& lanes, int64_t left, int64_t right, float value) {
   for (int64_t l = 0; l < LANES; ++l) lanes[l] = l < left || l >= right ? value : lanes[l];
 }
 
-constexpr float LEAST = -87;  // Of what a weight is the exponential of: less takes exp a long time.
+constexpr float LEAST = -87;  // The least argument of exp, which is slow for smaller ones.
 
-// The softmax of a row whose scores come in parts. Its functions are not inlined, for a compiler may
-// make other arithmetic of them in each place.
+// The softmax of a row whose scores come in parts. Its functions are not inlined, because the compiler
+// could change the order of arithmetic at each call.
 struct Softmax {
   float most = -FLT_MAX, sum = 0;
 
-  // Turns a query's products with the keys `left` to `right` into weights, and those beside them,
-  // up to whole Lanes, into zeros. `out`: the weighted sums until now, which follow.
+  // Turns a query's products with the keys `left` to `right` into weights. Products beside them, up
+  // to whole Lanes, become zeros. `out`, the weighted sums so far, are scaled to the new maximum.
   __attribute__((noinline)) void take(const Attention& a, float* products, int64_t left,
                                       int64_t right, float* out) {
     float scaling = a.scaling;
@@ -132,14 +132,14 @@ struct Softmax {
     for (int64_t d = 0; d < VALUE_WIDTH; ++d) out[d] *= factor;
   }
 
-  // What a row gets of the weighted sum.
+  // Divides the weighted sums by the sum of all weights.
   __attribute__((noinline)) void share(const float* sums, Number* out) const {
     const float each = 1 / sum;
     for (int d = 0; d < VALUE_DIM; ++d) out[d] = sums[d] * each;
   }
 };
 
-// A query or a key, filled up with zeros to whole inputs.
+// Copies a query or a key, padded with zeros to whole inputs.
 void take_inputs(const Number* numbers, Input* inputs) {
   inputs[KEY_INPUTS - 1] = 0;
   std::copy_n(numbers, KEY_DIM, (Number*)inputs);
@@ -147,7 +147,8 @@ void take_inputs(const Number* numbers, Input* inputs) {
 
 typedef Vector<Input>::Type Inputs;
 
-// Of two rows, exchanges the second's inputs at places without the bit S and the first's S further.
+// One step of a transposition: exchanges the second row's inputs whose index lacks the bit S with the
+// first row's inputs S further on.
 template <int S, size_t... J>
 inline void exchange(Inputs& first, Inputs& second, std::index_sequence<J...>) {
   const Inputs low = SHUFFLE(first, second, (J & S ? LANES + J - S : J)...);
@@ -163,7 +164,7 @@ inline void transpose(Inputs (&rows)[LANES]) {
   if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-// Up to WIDTH keys as [KEY_INPUTS, WIDTH], filled up with zeros. `soon`: those that come next.
+// Transposes up to WIDTH keys to [KEY_INPUTS, WIDTH], padded with zeros. `soon`: the keys after them.
 void turn_keys(const Number* keys, int64_t count, const Number* soon, Input* panel) {
   typedef Inputs Unaligned __attribute__((aligned(sizeof(Number))));
   constexpr int64_t WHOLE = KEY_DIM / TOGETHER / LANES * LANES;
@@ -190,7 +191,7 @@ void turn_keys(const Number* keys, int64_t count, const Number* soon, Input* pan
   }
 }
 
-// LANES numbers.
+// Converts LANES numbers to float.
 inline Lanes widened(const Number* numbers) {
 #if defined(BFLOAT16)
   typedef uint16_t Bits __attribute__((vector_size(LANES * 2), aligned(2)));
@@ -223,12 +224,12 @@ void weigh(const float* weights, const Number* values, int64_t count, float* out
     for (int v = 0; v < VECTORS; ++v) ((Lanes*)(out + r * VALUE_WIDTH))[v] = sums[r][v];
 }
 
-// By the number of rows; WEIGHED: as many as registers hold sums of.
+// The function for each number of rows. WEIGHED: the most rows whose sums fit in registers.
 constexpr void (*WEIGH[])(const float*, const Number*, int64_t, float*) = {
     nullptr, weigh<1>, weigh<2>, weigh<3>, weigh<4>};
 constexpr int64_t WEIGHED = std::clamp<int64_t>(TALL * 2 / ((VALUE_DIM + LANES - 1) / LANES), 1, 4);
 
-// Products of queries and a panel's keys, [rows, KEYS].
+// Multiplies queries by a panel's keys: [rows, KEYS].
 void score(const Input* queries, int64_t rows, const Input* panel, float* products) {
   const Ahead nothing{(const char*)queries, 0};
   for (; rows > 0; rows -= TALL, queries += TALL * KEY_INPUTS, products += TALL * KEYS)
@@ -236,7 +237,7 @@ void score(const Input* queries, int64_t rows, const Input* panel, float* produc
                                                 KEYS, true, nothing);
 }
 
-// The heads of a chunk's only token that share a key head.
+// Attends with a decoding row's query heads that share one key head.
 void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& scratch) {
   const int64_t strip = chunk.strip + kv_head * chunk.length, end = chunk.start + 1;
   const int64_t first = a.first_seen(chunk.start), group = a.group();
@@ -252,7 +253,7 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
     const int64_t left = std::max<int64_t>(first - block, 0), right = std::min(KEYS, end - block);
     for (int64_t t = left / WIDTH * WIDTH; t < right; t += WIDTH) {
       const Number* keys = a.keys + (strip + block + t) * KEY_DIM;
-      // As a rule the next head is this thread's.
+      // This thread usually computes the next head too.
       const bool more = t + WIDTH < right;
       const Number* soon = more ? keys + WIDTH * KEY_DIM : a.keys + (strip + chunk.length) * KEY_DIM;
       turn_keys(keys, std::min<int64_t>(WIDTH, right - t), soon, panel);
@@ -270,7 +271,7 @@ void decode(const Attention& a, const Chunk& chunk, int64_t kv_head, Scratch& sc
     softmax[h].share(out + h * VALUE_WIDTH, result + h * VALUE_DIM);
 }
 
-// Values as [panel, KEYS, WIDTH numbers], the last panel filled with zeros.
+// Copies values to [panel, KEYS, WIDTH numbers], the last panel padded with zeros.
 void part_values(const Number* values, int64_t count, float* panels) {
   for (int64_t p = 0; p < VALUE_PANELS; ++p) {
     const int64_t some = std::min<int64_t>(WIDTH, VALUE_DIM - p * WIDTH);
@@ -282,7 +283,7 @@ void part_values(const Number* values, int64_t count, float* panels) {
   }
 }
 
-// The heads that share a key head, of a chunk's tokens `from` to `to`: each is a row.
+// The rows of a chunk's tokens `from` to `to`: each query head of one key head and each token is one.
 struct Rows {
   const Attention& a;
   const Chunk& chunk;
@@ -294,7 +295,7 @@ struct Rows {
   int64_t head(int64_t row) const { return kv_head * a.group() + row % a.group(); }
 };
 
-// Rows `begin` to `begin + some` over keys `block` to `block + count`, adding to what they have.
+// Adds the keys `block` to `block + count` to the results of rows `begin` to `begin + some`.
 void attend_block(const Rows& rows, int64_t begin, int some, int64_t block, int64_t count,
                   const Input* keys, const float* values, Softmax* softmax, float* out) {
   const Attention& a = rows.a;
@@ -334,7 +335,7 @@ void prefill(const Rows& rows, Scratch& scratch) {
   float* out = scratch.out.at_least(rows.count() * VALUE_WIDTH);
   std::fill_n(out, rows.count() * VALUE_WIDTH, 0.0f);
   std::vector<Softmax> softmax(rows.count());
-  // Blocks of keys lie where they lie for any chunk.
+  // Blocks of keys begin at the same keys for any chunk.
   int64_t block = a.first_seen(rows.chunk.start + rows.from) / KEYS * KEYS;
   for (; block < end; block += KEYS) {
     const int64_t count = std::min(KEYS, end - block);
@@ -354,7 +355,7 @@ void prefill(const Rows& rows, Scratch& scratch) {
   }
 }
 
-// What one thread computes at a time.
+// The unit of work of a thread.
 struct Work {
   const Chunk* chunk;
   int64_t kv_head, from, to;
@@ -372,8 +373,8 @@ std::vector<Work> divide(const Chunk* chunks, int64_t count, int64_t kv_heads) {
 
 }  // namespace
 
-// Writes the chunks' new keys and values, [kv_heads, tokens, dim], into a layer's memory; then each
-// token attends to what its row has up to itself.
+// Writes the chunks' new keys and values, [kv_heads, tokens, dim], into a layer's memory. Then each
+// token attends to the keys of its row up to its own.
 extern "C" void attend(const Heads* query, const Heads* new_keys, const Heads* new_values,
                        Number* keys, Number* values, const Chunk* chunks, Number* out, int64_t count,
                        int64_t heads, int64_t kv_heads, float scaling, int64_t window,

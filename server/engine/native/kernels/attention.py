@@ -1,7 +1,7 @@
-"""Attention as a kernel in C++, for a server that may compile.
+"""Attention by our own kernel in C++, for servers that may compile.
 
-torch's batched products read keys and values at half of the memory's speed: for one token a row
-they are too small. And they take prompts one by one, at a third of the processor's speed.
+With one token a row, torch's batched matmuls are so small that they read keys and values at half of
+the memory's bandwidth. Prompts they compute one by one, at a third of the processor's speed.
 """
 
 import ctypes
@@ -15,14 +15,16 @@ from server.engine.native.attention import LayerAttention, LayerMemory, LayerSha
 from server.engine.native.kernels.build import NUMBERS, load_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Of glibc's functions for several numbers at once, but with the order of sums as it is written.
+# Use glibc's vectorised functions, but keep the order of sums.
 _MATH = ("-ffast-math", "-fno-associative-math", "-fno-reciprocal-math")
 
 Kernels = Mapping[LayerShape, "AttentionKernel"]
-"""For layers of a shape."""
+"""The kernel for the layers of each shape."""
 
 
 class _Heads(ctypes.Structure):
+    """The struct `Heads` of `attention.cpp`."""
+
     _fields_ = (
         ("first", ctypes.c_void_p),
         ("head_stride", ctypes.c_int64),
@@ -31,16 +33,18 @@ class _Heads(ctypes.Structure):
 
     @classmethod
     def of(cls, heads: torch.Tensor) -> Self:
-        """`[heads, tokens, dim]`, the numbers of a head side by side."""
+        """Describe a tensor `[heads, tokens, dim]` whose last stride is 1."""
         return cls(heads.data_ptr(), heads.stride(0), heads.stride(1))
 
 
 class _Chunks(ctypes.Structure):
+    """The struct `Chunks` of `operators.cpp`."""
+
     _fields_ = (("first", ctypes.c_void_p), ("count", ctypes.c_int64))
 
 
 class _Call(ctypes.Structure):
-    """`operators.cpp` reads it."""
+    """The struct `AttentionCall` of `operators.cpp`."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -55,6 +59,8 @@ class _Call(ctypes.Structure):
 
 
 class AttentionKernel:
+    """The kernel, compiled for the layers of one shape."""
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._chunks = _Chunks()
         self._function = library.attend
@@ -74,15 +80,15 @@ class AttentionKernel:
         chunks: torch.Tensor,
         layer: LayerAttention,
     ) -> torch.Tensor:
-        """As `AttentionPlan.attend`, with keys and values in a layer's memory.
+        """Attend as `AttentionPlan.attend` does, with keys and values in a layer's memory.
 
-        `chunks` is `[chunks, 5]`: where a row's strip begins, counted in heads of one token; how
-        many tokens the strip holds; the chunk's first place in the row; its tokens; and the place
-        of the first of them in the batch.
+        `chunks` is `[chunks, 5]`. For each chunk it has the index in `memory.keys` at which the
+        strip begins, the strip's length in tokens, the position of the chunk's first token, its
+        number of tokens, and the index of the first of them in the batch.
         """
         heads, tokens = query.shape[:2]
         out = query.new_empty(tokens, heads, memory.values.shape[-1])
-        # They must outlive the call.
+        # Copies must stay alive during the call.
         given = [each if each.stride(2) == 1 else each.contiguous() for each in (query, key, value)]
         self._function(
             *map(_Heads.of, given),
@@ -93,6 +99,7 @@ class AttentionKernel:
         return out
 
     def call(self, memory: LayerMemory, layer: LayerAttention) -> "AttentionCall":
+        """Make the kernel callable for one layer from compiled code."""
         function = ctypes.cast(self._function, ctypes.c_void_p)
         keys, values = memory.keys.data_ptr(), memory.values.data_ptr()
         chunks, limits = ctypes.pointer(self._chunks), (layer.window or 0, layer.softcap or 0.0)
@@ -100,13 +107,15 @@ class AttentionKernel:
             _Call(function, keys, values, chunks, memory.kv_heads, layer.scaling, *limits)
         )
 
-    def begin(self, chunks: torch.Tensor) -> None:
-        """What its calls attend to from now on; `chunks` as above, and kept by the caller."""
+    def bind(self, chunks: torch.Tensor) -> None:
+        """Set the chunks that `AttentionCall`s attend for from now on: `chunks` is as above, and
+        the caller keeps it alive."""
         self._chunks.first, self._chunks.count = chunks.data_ptr(), len(chunks)
 
 
 class AttentionCall:
-    """A layer's attention in the running step, for `torch.ops.infuse.attention`."""
+    """One layer's attention, for `torch.ops.infuse.kernel_attend`. `AttentionKernel.bind` sets its
+    chunks."""
 
     def __init__(self, call: _Call) -> None:
         self._call = call
@@ -117,7 +126,7 @@ class AttentionCall:
 
 
 def attention_kernels(shapes: Sequence[LayerShape], cache: Path) -> Kernels:
-    """For all in float32 or bfloat16. Raises what `load_kernel` does."""
+    """Load a kernel for each shape in float32 or bfloat16. Raises what `load_kernel` does."""
     found = dict.fromkeys(shape for shape in shapes if shape.dtype in NUMBERS)
     return {shape: _kernel(shape, cache) for shape in found}
 

@@ -1,6 +1,6 @@
-"""From a kernel's source to a loaded library.
+"""Compiles kernels and loads them as libraries.
 
-A kernel's threads are those that torch and oneDNN use, as it links the same OpenMP runtime.
+A kernel links the OpenMP runtime that torch links, so that both use the same threads.
 """
 
 import ctypes
@@ -14,26 +14,27 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
-# Linked apart: with -ffast-math it would turn subnormal numbers off, for all of the process.
+# Linking is a step of its own: with -ffast-math the linker adds code that turns subnormal numbers
+# off in the whole process.
 _LINK = ("-shared", "-fopenmp")
 
 NUMBERS: dict[torch.dtype, tuple[str, ...]] = {
     torch.float32: (),
-    # Products read two numbers as one.
+    # The kernels read two bfloat16 numbers as one integer.
     torch.bfloat16: ("-DBFLOAT16", "-fno-strict-aliasing"),
 }
-"""Flags that say what a kernel's tensors hold, as `number.h` reads them."""
+"""For each dtype of a kernel's tensors, the compiler flags that `number.h` reads."""
 
 
 def load_kernel(
     source: Path, flags: Sequence[str], cache: Path, libraries: Sequence[str] = ()
 ) -> ctypes.CDLL:
-    """Compiled into `cache`, or found there. `libraries`: flags of the linker.
+    """Load a kernel from the folder `cache`, or compile it into there. `libraries`: linker flags.
 
-    Raises OSError, InvalidCxxCompiler or CalledProcessError where nothing compiles here.
+    Raises OSError, InvalidCxxCompiler or CalledProcessError if it cannot be compiled.
     """
     command = [get_cpp_compiler(), *_FLAGS, *flags, str(source)]
-    # Unlike processors may share a cache: the macros say what is native to this one.
+    # Part of the file's name: processors of other kinds may share the cache.
     macros = [get_cpp_compiler(), "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
     target = subprocess.run(macros, check=True, capture_output=True).stdout
     sources = [source, *sorted(source.parent.glob("*.h"))]
@@ -45,7 +46,7 @@ def load_kernel(
     library = cache / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
     try:
         return ctypes.CDLL(str(library))
-    except OSError:  # It is not there, or damaged.
+    except OSError:  # The file is missing or damaged.
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache) as folder:
             part, linked = f"{folder}/part.o", Path(folder, library.name)

@@ -1,5 +1,5 @@
-// What a kernel's tensors hold: float, or bfloat16 where the command line says -DBFLOAT16. Sums are
-// float in either case.
+// Number is the type of a kernel's tensors: float, or bfloat16 with -DBFLOAT16. Sums are always
+// float.
 
 #pragma once
 
@@ -12,7 +12,7 @@ struct Number {
   uint16_t bits;  // The upper half of a float's.
 
   Number() = default;
-  // To the nearest; of two, to the even one.
+  // Rounds to nearest, ties to even.
   Number(float value) {
     const uint32_t whole = __builtin_bit_cast(uint32_t, value);
     bits = uint16_t((whole + 0x7fff + (whole >> 16 & 1)) >> 16);
@@ -23,7 +23,7 @@ struct Number {
 typedef float Number;
 #endif
 
-// To what a Number can hold.
+// The nearest value that a Number can hold.
 inline float rounded(float value) { return Number(value); }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The kernels as operators of torch, so that a compiled forward calls them without Python.
 //
-// What they need beside their tensors lies in `calls`: addresses of structures that product.py and
+// What they need beside their tensors lies in `calls`: addresses of structures that linear.py and
 // attention.py keep, one for each place in the forward.
 
 #include <torch/csrc/stable/library.h>
@@ -13,13 +13,13 @@ namespace {
 
 using torch::stable::Tensor;
 
-struct ProductCall {
+struct LinearCall {
   void (*function)(const void* weight, const void* x, int64_t tokens, void* y, const void* scales,
                    int gate, int threads);
   const void *weight, *scales;
 };
 
-// [heads, tokens, dim], the numbers of a head side by side.
+// A tensor [heads, tokens, dim] whose last stride is 1.
 struct Heads {
   const void* first;
   int64_t head_stride, token_stride;
@@ -52,7 +52,7 @@ const Call& call_at(const Tensor& calls, int64_t number) {
   return *(const Call*)calls.const_data_ptr<int64_t>()[number];
 }
 
-// Of the same dtype.
+// An empty tensor of the same dtype.
 Tensor empty_like(const Tensor& given, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t n = sizes.size() - 1; n > 0; --n) strides[n - 1] = strides[n] * sizes[n];
@@ -64,8 +64,8 @@ Tensor empty_like(const Tensor& given, const std::vector<int64_t>& sizes) {
   return Tensor(made);
 }
 
-Tensor product(Tensor x, Tensor calls, int64_t number, int64_t outputs, bool gate) {
-  const auto& call = call_at<ProductCall>(calls, number);
+Tensor kernel_linear(Tensor x, Tensor calls, int64_t number, int64_t outputs, bool gate) {
+  const auto& call = call_at<LinearCall>(calls, number);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = outputs;
@@ -75,7 +75,7 @@ Tensor product(Tensor x, Tensor calls, int64_t number, int64_t outputs, bool gat
   return y;
 }
 
-Tensor attention(Tensor query, Tensor key, Tensor value, Tensor calls, int64_t number) {
+Tensor kernel_attend(Tensor query, Tensor key, Tensor value, Tensor calls, int64_t number) {
   const auto& call = call_at<AttentionCall>(calls, number);
   for (Tensor* heads : {&query, &key, &value})
     if (heads->stride(2) != 1) *heads = torch::stable::contiguous(*heads);
@@ -90,6 +90,6 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor calls, int64_t n
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(infuse, CPU, library) {
-  library.impl("product", TORCH_BOX(&product));
-  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("kernel_linear", TORCH_BOX(&kernel_linear));
+  library.impl("kernel_attend", TORCH_BOX(&kernel_attend));
 }

@@ -1,8 +1,8 @@
-"""Linear layers and attention as operators of torch: in a trace, and in what is compiled from it.
+"""Linear layers and attention as torch operators, in traces and in compiled forwards.
 
-`product` and `attention` are the kernels (`operators.cpp`): a compiled forward calls them without
-Python, and so without its lock. Where there is no kernel it calls `linear` and `attend`, which
-`compiling.py` computes.
+`kernel_linear` and `kernel_attend` are our kernels (`operators.cpp`): a compiled forward calls them
+without Python, and so without the GIL. Layers that have no kernel are calls to `linear` and
+`attend`, which `compiling.py` implements in Python.
 """
 
 from pathlib import Path
@@ -12,15 +12,15 @@ import torch
 from server.engine.native.kernels.build import load_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# The torch whose interface the source is written for, as its headers want it.
+# torch's headers require the version of the stable interface that the source uses.
 _FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020d000000000000")
 
 library = torch.library.Library("infuse", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     "linear(Tensor x, int number, int outputs, int stride) -> Tensor",
     "attend(Tensor query, Tensor key, Tensor value, int number) -> Tensor",
-    "product(Tensor x, Tensor calls, int number, int outputs, bool gate) -> Tensor",
-    "attention(Tensor query, Tensor key, Tensor value, Tensor calls, int number) -> Tensor",
+    "kernel_linear(Tensor x, Tensor calls, int number, int outputs, bool gate) -> Tensor",
+    "kernel_attend(Tensor query, Tensor key, Tensor value, Tensor calls, int number) -> Tensor",
 ):
     library.define(_schema)  # type: ignore[no-untyped-call]
 
@@ -30,7 +30,7 @@ def _linear(x: torch.Tensor, _number: int, outputs: int, stride: int) -> torch.T
     return wide[..., :outputs]
 
 
-def _product(
+def _kernel_linear(
     x: torch.Tensor, _calls: torch.Tensor, _number: int, outputs: int, _gate: bool
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
@@ -44,22 +44,20 @@ def _attend(
 
 torch.library.register_fake("infuse::linear", _linear, lib=library)
 torch.library.register_fake("infuse::attend", _attend, lib=library)
-torch.library.register_fake("infuse::product", _product, lib=library)
-torch.library.register_fake("infuse::attention", _attend, lib=library)
+torch.library.register_fake("infuse::kernel_linear", _kernel_linear, lib=library)
+torch.library.register_fake("infuse::kernel_attend", _attend, lib=library)
 
 
 LINEAR = torch.ops.infuse.linear.default
 ATTEND = torch.ops.infuse.attend.default
-PRODUCT = torch.ops.infuse.product.default
-ATTENTION = torch.ops.infuse.attention.default
+KERNEL_LINEAR = torch.ops.infuse.kernel_linear.default
+KERNEL_ATTEND = torch.ops.infuse.kernel_attend.default
 
 
 def load_operators(built: Path) -> None:
-    """The kernels' side of it, once for a process: compiled into `built` or found there.
-
-    Raises what `load_kernel` does.
-    """
-    if torch._C._dispatch_has_kernel_for_dispatch_key("infuse::product", "CPU"):
+    """Register the kernels' operators, once in a process. They are compiled into the folder
+    `built`, or found there. Raises what `load_kernel` does."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("infuse::kernel_linear", "CPU"):
         return
     torch_folder = Path(torch.__file__).parent
     flags = [*_FLAGS, f"-I{torch_folder / 'include'}"]

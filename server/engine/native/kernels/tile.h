@@ -1,4 +1,4 @@
-// A small product that stays in registers, of which the kernels' larger ones are made.
+// A small matmul that stays in registers. The kernels' larger matmuls are made of it.
 
 #pragma once
 
@@ -24,11 +24,11 @@ constexpr int WIDTH = 2 * LANES;
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef float AnyLanes __attribute__((vector_size(LANES * 4), aligned(4)));
 
-// Two inputs in bfloat16, the first in the lower half.
+// Two bfloat16 inputs, the first in the lower half.
 typedef uint32_t Pair;
 typedef Pair PairLanes __attribute__((vector_size(LANES * 4)));
 
-// What a tile reads of a token at a time.
+// The unit in which a tile reads a token.
 #if defined(BFLOAT16)
 typedef Pair Input;
 #else
@@ -59,9 +59,9 @@ inline void add_product(Lanes& sum, Pair x, PairLanes weights) {
 #endif
 }
 
-// What a tile asks memory for meanwhile: `step` bytes from `next` on, for each of its inputs; and
-// some lines that lie anywhere, one for each stretch of inputs. Processors drop much of what is asked
-// for at once.
+// What a tile prefetches while it computes: `step` bytes from `next` on for each of its inputs, and
+// `count` single cache lines, one after each stretch of inputs. Processors drop prefetches that come
+// all at once.
 struct Ahead {
   const char* next;
   int64_t step;
@@ -70,10 +70,10 @@ struct Ahead {
 };
 
 constexpr int64_t STRETCH = 96;
-constexpr int64_t SOON = 24;  // Inputs until a tile's own panel is to be in the nearest cache.
-constexpr int64_t LINE = 16;  // Numbers of a cache's line.
+constexpr int64_t SOON = 24;  // How many inputs ahead a tile's own panel is prefetched.
+constexpr int64_t LINE = 16;  // Floats of a cache line.
 
-// y[ROWS, WIDTH] = x[ROWS, inputs] * panel[inputs, WIDTH], or is added to y where it is not `first`.
+// y[ROWS, WIDTH] = x[ROWS, inputs] * panel[inputs, WIDTH]. If not `first`, it is added to y.
 template <class Each, int ROWS>
 void tile(const Each* x, int64_t x_stride, const Each* panel, int64_t inputs, float* y,
           int64_t y_stride, bool first, const Ahead& ahead) {
@@ -118,7 +118,7 @@ void tile(const Each* x, int64_t x_stride, const Each* panel, int64_t inputs, fl
 template <class Each>
 using Tile = void (*)(const Each*, int64_t, const Each*, int64_t, float*, int64_t, bool,
                       const Ahead&);
-// By the number of rows.
+// The tile for each number of rows.
 template <class Each>
 constexpr Tile<Each> TILES[] = {
     nullptr, tile<Each, 1>, tile<Each, 2>, tile<Each, 3>,

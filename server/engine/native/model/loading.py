@@ -1,4 +1,4 @@
-"""A base model from a hub id, a folder, or the package that ships the default one."""
+"""Loads a base model from a hub id, a folder, or the package that ships the default model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ from server.engine.native.model.packing import speed_of
 from server.engine.native.model.quantization import Quantization, loading_arguments, settle
 
 _WORTH_ROUNDING = 1.2
-"""How much faster than float32 a processor must be in bfloat16 to be used with it."""
+"""How many times as fast as float32 bfloat16 must be on a CPU for it to be the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A base model ready to run, and what belongs to it."""
+    """A base model that is ready to run, with its tokenizer and configuration."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ class LoadedModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The model's own: `generation_config` may name several."""
+        """The ids of the end-of-sequence tokens; `generation_config` may name several."""
         ends = self.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id
@@ -44,8 +44,8 @@ class LoadedModel:
         return frozenset([ends] if isinstance(ends, int) else ends)
 
     def decoder_start(self) -> tuple[int, ...] | None:
-        """What the decoder of an encoder-decoder begins with, as in transformers' `generate`; None
-        for other models. Raises UnsupportedModel."""
+        """The tokens that an encoder-decoder's decoder begins with, as in transformers' `generate`.
+        None for other models. Raises UnsupportedModel."""
         if not self.model.config.is_encoder_decoder:
             return None
         asked = self.generation_config
@@ -66,10 +66,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a hub id, a folder, or (None) the default model.
 
-    `device` "auto" is CUDA where there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA;
-    on the CPU it is float32, but bfloat16 for a checkpoint in bfloat16 where this processor is
-    faster in it. A checkpoint that is quantised already loads as it is with `quantization`
-    "none". Raises ModelNotFound and UnsupportedModel.
+    `device` "auto" is CUDA if there is a GPU. `dtype` "auto" is the checkpoint's own on CUDA. On
+    the CPU it is float32, except for a checkpoint in bfloat16 if this processor is faster in it.
+    `quantization` "none" loads a checkpoint that is quantised already as it is. Raises
+    ModelNotFound and UnsupportedModel.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""RMS norms in four of torch's operators instead of the eight that transformers' modules take."""
+"""Replaces RMS norms by modules of four torch operators; transformers' modules take eight."""
 
 import math
 
@@ -7,7 +7,8 @@ from torch import nn
 
 
 class FusedRMSNorm(nn.Module):
-    """`x * rsqrt(mean(x²) + eps) * weight`, as `x * (weight * √n) / hypot(‖x‖, √(n * eps))`."""
+    """An RMS norm, `x * rsqrt(mean(x²) + eps) * weight`, computed as
+    `x * (weight * √n) / hypot(‖x‖, √(n * eps))`."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -26,10 +27,10 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Replace the float32 RMS norms on the CPU that compute what ours does, in place.
+    """Replace the model's float32 RMS norms on the CPU, in place.
 
-    Each kind is tried on an example: some (Gemma's) add one to their weight, some round on the
-    way in other dtypes. Returns how many were replaced.
+    Each norm is compared with ours on an example first: some (Gemma's) add one to their weight, and
+    some round intermediate results to another dtype. Returns how many were replaced.
     """
     fused = 0
     for name, module in list(model.named_modules()):

@@ -1,7 +1,7 @@
-"""Linear layers packed once, for oneDNN or our own kernel: faster than `F.linear` on CPUs.
+"""Packs linear layers for oneDNN or our own kernel, which are faster than `F.linear` on CPUs.
 
-oneDNN's two operators are torch's own (its Inductor backend uses them) but not public, so each
-dtype is tried on a small example first, and layers of one that fails stay as they are.
+oneDNN's two operators are part of torch (its Inductor backend uses them) but not public. So each
+dtype is tried on a small example first, and the layers of a dtype that fails stay as they are.
 """
 
 import timeit
@@ -17,19 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from server.engine.native.kernels.product import KernelProduct, Pack, Product
+from server.engine.native.kernels.linear import KernelLinear, Linear, Pack
 from server.engine.native.model.quantization import is_quantized
 
 _USUAL_TOKENS = 128
-"""oneDNN chooses the layout for products of so many rows; it serves all numbers, one row too."""
-_MEASURED_ROWS = (1, 32, 512)
-"""One decoding row, many of them, a prompt's chunk."""
+"""oneDNN chooses the layout for this many tokens. The layout serves any number, one token too."""
+_MEASURED_TOKENS = (1, 32, 512)
+"""The tokens of one decoding row, of many, and of a prompt's chunk."""
 _MEASURED_BYTES = 1 << 26
-"""Bytes of weights that are measured: no cache holds them, as none holds a model's."""
+"""Bytes of weights that are measured: too many for the processor's caches, as a model's are."""
 _TURNS = 5
+"""How many times each measurement is repeated."""
 
 
-def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     packed = _pack(weight)
     return lambda x: _packed_linear(x, packed, bias)
 
@@ -38,18 +39,18 @@ _METADATA = frozenset(
     {"__get__", "__repr__", "dim", "element_size", "is_complex", "is_floating_point", "numel"}
     | {"size", "stride"}
 )
-"""What may be asked of a weight without reading its values. All attributes are `__get__`."""
+"""Functions of a weight that do not read its values. Attributes are read by `__get__`."""
 
 
 class WeightIsPacked(RuntimeError):
-    """A model read the values of a packed layer's weight, which lie elsewhere."""
+    """A model read the weight of a packed layer, whose values lie in another layout."""
 
 
 class _Shell(torch.Tensor):
-    """A weight's dtype, shape and device, without its values: torch would compute with a plain
-    meta tensor, and give uninitialised memory.
+    """A weight that has a dtype, a shape and a device, but no values.
 
-    Anything that reads the values raises WeightIsPacked.
+    Reading the values raises WeightIsPacked. With a plain meta tensor torch would compute on, and
+    return uninitialised memory.
     """
 
     @classmethod
@@ -63,7 +64,7 @@ class _Shell(torch.Tensor):
 
 
 class _Packed(nn.Module):
-    """What stands for an `nn.Linear` whose weight lies elsewhere."""
+    """Replaces an `nn.Linear`, whose weight was packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -71,52 +72,55 @@ class _Packed(nn.Module):
         self.out_features = linear.out_features
         self.bias = linear.bias
         self.weight = torch.empty_like(linear.weight, device="meta").as_subclass(_Shell)
-        """Only its dtype and shape: some models ask for them."""
+        """Only dtype and shape, which some models read."""
 
 
 class PackedLinear(_Packed):
-    """`nn.Linear` for inference, packed for any batch size."""
+    """A packed `nn.Linear`, for inference with any batch size."""
 
     def __init__(self, linear: nn.Linear, pack: Pack = pack_for_onednn) -> None:
         super().__init__(linear)
-        self.product = pack(linear.weight.detach(), linear.bias)
+        self.linear = pack(linear.weight.detach(), linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
+        return self.linear(x)
 
 
 class Siblings:
-    """Layers that read the same input, packed as one: a product instead of several small ones."""
+    """Linear layers that read the same input, packed as one layer: one GEMM instead of several."""
 
     def __init__(self, linears: Sequence[nn.Linear], pack: Pack) -> None:
         self.widths = [linear.out_features for linear in linears]
         biases: list[torch.Tensor] = [each.bias for each in linears if each.bias is not None]
-        self.product = pack(
+        self.linear = pack(
             torch.cat([linear.weight.detach() for linear in linears]),
             torch.cat(biases) if biases else None,
         )
-        """Computes all of them, side by side."""
+        """Computes the outputs of all layers, side by side."""
         edges = pairwise(accumulate(self.widths, initial=0))
         self.columns = [slice(start, stop) for start, stop in edges]
         self._input: torch.Tensor | None = None
-        self._product: torch.Tensor | None = None
+        self._outputs: torch.Tensor | None = None
         self._taken: set[int] = set()
 
     def take(self, member: int, x: torch.Tensor) -> torch.Tensor:
-        """A member's columns, which nobody else reads. The first to come computes those of all,
-        and so does one whose input is another (an adapter has rescaled it)."""
-        if self._product is None or x is not self._input or member in self._taken:
+        """Return the columns of one layer; each caller gets its own.
+
+        The first caller computes the columns of all layers. So does a caller with another input,
+        which an adapter has rescaled.
+        """
+        if self._outputs is None or x is not self._input or member in self._taken:
             self._input, self._taken = x, set()
-            self._product = self.product(x)
-        y = self._product[..., self.columns[member]]
+            self._outputs = self.linear(x)
+        y = self._outputs[..., self.columns[member]]
         self._taken.add(member)
         if len(self._taken) == len(self.widths):
-            self._input = self._product = None
+            self._input = self._outputs = None
         return y
 
 
 class PackedSibling(_Packed):
-    """One of several `nn.Linear` that read the same input: a view of what they give together."""
+    """Replaces one of several `nn.Linear` that read the same input and are packed as one."""
 
     def __init__(self, linear: nn.Linear, siblings: Siblings, member: int) -> None:
         super().__init__(linear)
@@ -140,7 +144,7 @@ def _packed_linear(
 
 
 def packing_works(dtype: torch.dtype, pack: Pack = pack_for_onednn) -> bool:
-    """Whether this build and this processor compute a packed layer in `dtype`, rightly."""
+    """Whether a packed layer in `dtype` gives the right result on this processor."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 32, generator=generator).to(dtype)
     x = torch.randn(1, 5, 32, generator=generator).to(dtype)
@@ -154,53 +158,55 @@ def packing_works(dtype: torch.dtype, pack: Pack = pack_for_onednn) -> bool:
 
 
 def speed_of(dtype: torch.dtype) -> float:
-    """How many times as fast as in float32 oneDNN computes 32 rows in `dtype`, by a short
-    measurement; 0 where it does not compute rightly."""
+    """Measure how many times as fast as float32 oneDNN computes 32 tokens in `dtype`. 0: it gives
+    wrong results."""
     if not packing_works(dtype):
         return 0.0
-    usual, other = _costs([(pack_for_onednn, each) for each in (torch.float32, dtype)], [32])
+    usual, other = costs([(pack_for_onednn, each) for each in (torch.float32, dtype)], [32])
     return usual / other
 
 
 def fastest(packs: Sequence[Pack], dtype: torch.dtype) -> Pack | None:
-    """The fastest over small and large batches, by a short measurement, of the packs that compute
-    rightly; None where none does."""
+    """Measure which of `packs` is fastest over small and large batches. Packs with wrong results
+    are left out. None: all are wrong."""
     right = [pack for pack in packs if packing_works(dtype, pack)]
     if len(right) < 2:
         return next(iter(right), None)
-    costs = _costs([(pack, dtype) for pack in right], _MEASURED_ROWS)
-    return right[costs.index(min(costs))]
+    measured = costs([(pack, dtype) for pack in right], _MEASURED_TOKENS)
+    return right[measured.index(min(measured))]
 
 
 @torch.inference_mode()
-def _costs(kinds: Sequence[tuple[Pack, torch.dtype]], rows: Sequence[int]) -> list[float]:
-    """The product, for each kind, of the least seconds that each number of rows takes. All are
-    measured in turns: a busy moment must not decide."""
-    costs = [1.0] * len(kinds)
+def costs(kinds: Sequence[tuple[Pack, torch.dtype]], sizes: Sequence[int]) -> list[float]:
+    """Measure each kind: the least seconds for each number of tokens in `sizes`, multiplied.
+
+    The kinds take turns, so that a moment in which the machine is busy does not decide.
+    """
+    found = [1.0] * len(kinds)
     layers = [
         [pack(weight, None) for _ in range(_MEASURED_BYTES // weight.nbytes)]
         for pack, dtype in kinds
         for weight in [torch.randn(1024, 1024).to(dtype)]
     ]
-    for tokens in rows:
-        # A large product reads its weights many times, so that one layer is enough.
+    for tokens in sizes:
+        # A large matmul reads its weights many times, so that one layer is enough.
         calls = [
             partial(_run, each[: max(1, 512 // tokens)], torch.randn(1, tokens, 1024).to(dtype))
             for each, (_, dtype) in zip(layers, kinds, strict=True)
         ]
         turns = [[timeit.timeit(call, number=1) for call in calls] for _ in range(_TURNS)]
         least = map(min, zip(*turns, strict=True))
-        costs = [cost * seconds for cost, seconds in zip(costs, least, strict=True)]
-    return costs
+        found = [cost * seconds for cost, seconds in zip(found, least, strict=True)]
+    return found
 
 
-def _run(layers: Sequence[Product], x: torch.Tensor) -> None:
+def _run(layers: Sequence[Linear], x: torch.Tensor) -> None:
     for layer in layers:
         layer(x)
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which linear layers' weights are read by anything but the layers themselves."""
+    """Notes the linear layers whose weights are read by other code than the layers' own."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -238,9 +244,11 @@ class _Reads(TorchFunctionMode):
 
 @contextmanager
 def noting_reads(model: nn.Module) -> Iterator[set[str]]:
-    """Within, a forward of the model tells which of its linear layers have a weight that is read
-    past the layer: by a router that converts it, say. A weight that another module owns too stays
-    where it is anyway."""
+    """Collect the names of linear layers whose weights a forward reads outside of the layers.
+
+    A router that converts a weight is an example. Weights that another module owns too are left
+    out, since they are never dropped.
+    """
     reads = _Reads(model)
     try:
         with reads:
@@ -252,8 +260,8 @@ def noting_reads(model: nn.Module) -> Iterator[set[str]]:
 
 @contextmanager
 def noting_siblings(model: nn.Module) -> Iterator[list[list[str]]]:
-    """Within, a forward of the model tells which of a module's linear layers read the same tensor:
-    groups of names, in order, most of them of one."""
+    """Collect which linear layers of a module read the same tensor in a forward: groups of names,
+    in order, most of one name."""
     groups: list[list[str]] = []
     last: list[tuple[torch.Tensor, str]] = []
 
@@ -283,13 +291,12 @@ def pack_linears(
     kernels: Mapping[torch.dtype, Pack] = MappingProxyType({}),
     read: Collection[str] = (),
 ) -> int:
-    """Replace every plain `nn.Linear` on the CPU, in place, and drop its unpacked weight; groups of
-    `siblings`, which read the same tensor, become one product.
+    """Pack every plain `nn.Linear` of the model on the CPU, in place, and drop its weight.
 
-    Layers in `read`, whose weight the model reads itself, stay as they are.
-
-    `kernels`: what else than oneDNN may compute a dtype's products. A weight that another module
-    also uses (a tied LM head's) stays for that module. Returns how many layers were packed.
+    `siblings`: groups of layers that read the same tensor and are packed as one. `kernels`: for
+    each dtype, what may compute its layers beside oneDNN. `read`: layers whose weight other code
+    reads; they stay as they are. A weight that another module also owns (a tied LM head's) stays in
+    that module. Returns how many layers were packed.
     """
     linears = {
         name: module
@@ -315,7 +322,7 @@ def pack_linears(
     for name, linear in alone.items():
         model.set_submodule(name, PackedLinear(linear, packs[linear.weight.dtype]))
     if linears:
-        # A checkpoint's file stays mapped in memory as long as one tensor of it lives.
+        # A checkpoint's file stays mapped as long as any tensor refers to it.
         for tensor in [*model.parameters(), *model.buffers()]:
             if type(tensor) in (nn.Parameter, torch.Tensor) and not tensor.is_meta:
                 tensor.data = tensor.data.clone()
@@ -323,15 +330,15 @@ def pack_linears(
 
 
 def panel_width_of(model: nn.Module) -> int | None:
-    """Columns of the panels that our kernel packed the model's weights in; None: it packed none."""
+    """How many columns the panels of our kernel have. None: it packed no layer of the model."""
     for module in model.modules():
-        if isinstance(module, PackedLinear) and isinstance(module.product, KernelProduct):
-            return module.product.panel_width
+        if isinstance(module, PackedLinear) and isinstance(module.linear, KernelLinear):
+            return module.linear.panel_width
     return None
 
 
 def _fit_together(model: nn.Module, group: Sequence[str]) -> bool:
-    """Whether a group's weights and biases can stand in one matrix."""
+    """Whether a group's weights and biases can be concatenated."""
     modules = [model.get_submodule(name) for name in group]
     kinds = {(m.weight.dtype, m.bias is None) for m in modules if isinstance(m, nn.Linear)}
     return 1 < len(modules) == len(set(group)) and len(kinds) == 1

@@ -1,8 +1,8 @@
-"""Bases in 8 and 4 bits, by the libraries that transformers loads them with.
+"""Loads bases in 8 and 4 bits, by the libraries that transformers uses.
 
 int8 is torchao's: one scale for each output feature. int4 is bitsandbytes' NF4: one for every 64
-weights. Both round weights only, so that no row depends on the rows beside it, and IA3's vectors
-meet activations in the base's own dtype (decision 17).
+weights. Both round weights only. So no row depends on the rows beside it, and IA3's vectors are
+applied to activations in the base's own dtype (decision 17).
 """
 
 from typing import Any, Literal
@@ -24,17 +24,18 @@ from server.engine.errors import UnsupportedModel
 Quantization = Literal["none", "int8", "int4"]
 
 _PACKED_OUTPUTS = 32
-"""bitsandbytes lays 4-bit layers out for AVX512-BF16 in whole groups of so many outputs."""
+"""The layout of bitsandbytes' 4-bit layers for AVX512-BF16 has groups of this many outputs."""
 
-_LIBRARIES = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
+LIBRARIES = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
+"""Each supported library, and whether it is installed."""
 
 
 def loading_arguments(
     source: str, quantization: Quantization, device: str, dtype: str
 ) -> dict[str, Any]:
-    """What `from_pretrained` must be told to load `source` in so many bits, or as it was saved.
+    """The arguments of `from_pretrained` that load `source` quantised, or as it was saved.
 
-    Raises UnsupportedModel: quantised already, by a library that is not known or not installed.
+    Raises UnsupportedModel if it cannot be quantised again, or its library is unknown or missing.
     """
     config = AutoConfig.from_pretrained(source)
     saved = _library_of(config)
@@ -45,12 +46,12 @@ def loading_arguments(
     library = {"none": saved, "int8": "torchao", "int4": "bitsandbytes"}[quantization]
     if library is None:
         return {"device_map": None}
-    if library not in _LIBRARIES:
+    if library not in LIBRARIES:
         raise UnsupportedModel(
             f"'{source}' is quantised by {library}, on which IA3 is not supported: use the "
-            f"original checkpoint, or one by {' or '.join(_LIBRARIES)}"
+            f"original checkpoint, or one by {' or '.join(LIBRARIES)}"
         )
-    missing = [name for name, is_available in _LIBRARIES.items() if not is_available()]
+    missing = [name for name, is_available in LIBRARIES.items() if not is_available()]
     if missing:
         raise UnsupportedModel(
             f"a quantised base needs {' and '.join(missing)}: "
@@ -63,7 +64,7 @@ def loading_arguments(
 
 
 def _library_of(config: PreTrainedConfig) -> str | None:
-    """What a checkpoint was quantised with."""
+    """The library that a checkpoint was quantised with. None: it is not quantised."""
     saved = getattr(config, "quantization_config", None)
     if saved is None:
         return None
@@ -83,14 +84,14 @@ def _recipe(quantization: Quantization, dtype: torch.dtype) -> TorchAoConfig | B
 
 
 def settle(model: PreTrainedModel, device: str) -> None:
-    """Make sure that a quantised model's rows stand alone, and that it runs on `device`.
+    """Make a quantised model run exactly on `device`, or raise UnsupportedModel.
 
-    Raises UnsupportedModel.
+    No row of a batch may depend on the rows beside it.
     """
-    _keep_activations(model)
-    _compute_as_elsewhere(model)
+    _use_weights_only(model)
+    _avoid_avx512_bf16(model)
     kinds = {
-        # torchao says there how a layer rounds its activations, if it does.
+        # torchao's layers that round their activations have these arguments.
         (type(module.weight), str(getattr(module.weight, "act_quant_kwargs", ""))): module
         for module in model.modules()
         if isinstance(module, nn.Linear) and is_quantized(module)
@@ -102,7 +103,7 @@ def settle(model: PreTrainedModel, device: str) -> None:
         )
     for (weight, _), module in kinds.items():
         try:
-            alone = _rows_stand_alone(module, device, model.dtype)
+            alone = rows_are_independent(module, device, model.dtype)
         except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
             raise UnsupportedModel(
                 f"layers of {weight.__name__} do not run on {device}: {error}"
@@ -115,15 +116,15 @@ def settle(model: PreTrainedModel, device: str) -> None:
 
 
 def is_quantized(linear: nn.Linear) -> bool:
-    """Its weight is more than a plain parameter: a tensor subclass, or a packed one."""
+    """Whether the weight is quantised: a tensor subclass, or packed."""
     return type(linear.weight) is not nn.Parameter
 
 
-def _keep_activations(model: PreTrainedModel) -> None:
-    """Let bitsandbytes' 8-bit layers (LLM.int8) use their weights, and leave activations be.
+def _use_weights_only(model: PreTrainedModel) -> None:
+    """Replace bitsandbytes' 8-bit layers (LLM.int8) by torchao's, which do not round activations.
 
-    The weights stay bit for bit; torchao multiplies with them. LLM.int8 itself computes columns
-    that hold an outlier of any row more finely for all rows.
+    The weights stay the same bit for bit. LLM.int8 computes a column that holds an outlier of any
+    row in higher precision for all rows, so that a row would depend on the others.
     """
     if not getattr(model, "is_loaded_in_8bit", False):
         return
@@ -141,9 +142,9 @@ def _keep_activations(model: PreTrainedModel) -> None:
             model.set_submodule(name, linear)
 
 
-def _compute_as_elsewhere(model: PreTrainedModel) -> None:
-    """Where a processor has AVX512-BF16, bitsandbytes computes 4-bit layers of any dtype in it, in
-    a layout that not every width fits."""
+def _avoid_avx512_bf16(model: PreTrainedModel) -> None:
+    """Turn off bitsandbytes' AVX512-BF16 path for 4-bit layers in other dtypes, which it would
+    compute in bfloat16, and for widths that its layout does not fit."""
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
@@ -154,8 +155,8 @@ def _compute_as_elsewhere(model: PreTrainedModel) -> None:
 
 
 @torch.inference_mode()
-def _rows_stand_alone(linear: nn.Linear, device: str, dtype: torch.dtype) -> bool:
-    """Whether a row comes out the same beside another one that is a thousand times as large."""
+def rows_are_independent(linear: nn.Linear, device: str, dtype: torch.dtype) -> bool:
+    """Whether a row gives the same result beside a row of values a thousand times as large."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, linear.in_features, generator=generator).to(device, dtype)
     x[:, 1] *= 1000
@@ -165,7 +166,7 @@ def _rows_stand_alone(linear: nn.Linear, device: str, dtype: torch.dtype) -> boo
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, each once, with the scales of quantised ones."""
+    """Bytes of all parameters, each counted once, with the scales of quantised ones."""
     return sum(_nbytes(parameter) for parameter in model.parameters())
 
 
@@ -174,7 +175,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
         inner, _ = tensor.__tensor_flatten__()
         return sum(int(getattr(tensor, name).nbytes) for name in inner)
     state = getattr(tensor, "quant_state", None)
-    # bitsandbytes can quantise its scales once more: then they have scales of their own.
+    # bitsandbytes can quantise the scales too, which then have scales of their own.
     states = [] if state is None else [state, state.state2 if state.nested else None]
     scales = sum(int(each.absmax.nbytes) for each in states if each is not None)
     return tensor.nbytes + scales

@@ -1,7 +1,7 @@
-"""Mamba 2's time steps, held to their limits for single tokens as well.
+"""Clamps Mamba 2's time steps for single tokens too.
 
 transformers clamps them to `time_step_limit` when it computes several tokens, but not when it
-computes one: what a model generates then drifts away from what its own forward says.
+computes one. So decode steps would drift away from the model's own forward over the whole text.
 """
 
 import math
@@ -15,9 +15,9 @@ from adapters.model.layer import Wrapper
 
 
 class _LimitedSteps(Wrapper):
-    """An input projection whose last columns are time steps, before their bias and softplus.
+    """Wraps an input projection and clamps its last columns: time steps before bias and softplus.
 
-    softplus never falls, so that a limit before it is a limit behind it.
+    softplus is monotonic, so a limit on its input is a limit on its output.
     """
 
     outermost = True
@@ -38,7 +38,7 @@ class _LimitedSteps(Wrapper):
 
 
 def limit_time_steps(model: PreTrainedModel) -> None:
-    """Hold a model's time steps to its limits. Called once, before the layers are packed."""
+    """Clamp a model's time steps. Called once, before the layers are packed."""
     for mixer in list[Any](model.modules()):
         limit = getattr(mixer, "time_step_limit", None)
         if limit is not None and tuple(limit) != (0.0, math.inf):

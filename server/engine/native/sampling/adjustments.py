@@ -1,18 +1,20 @@
-"""What is added to the logits of some rows of a batch, or taken from them, before one is chosen."""
+"""Adjustments of some rows' logits before sampling: biases, allowed tokens and penalties."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections import abc
 
 import torch
 
 from server.engine.native.sequences.sequence import Sequence
 
 
-def column(values: Rows[float], device: torch.device) -> torch.Tensor:
+def column(values: abc.Sequence[float], device: torch.device) -> torch.Tensor:
+    """A tensor `[values, 1]`, which broadcasts over the vocabulary."""
     return torch.tensor([float(value) for value in values], device=device)[:, None]
 
 
 class Bias:
+    """The `logit_bias` of a batch's rows: for each entry a row, a token and a value."""
+
     def __init__(self, entries: list[tuple[int, int, float]], device: torch.device) -> None:
         rows, tokens, values = zip(*entries, strict=True)
         self.index = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
@@ -20,10 +22,10 @@ class Bias:
 
 
 class Allowed:
-    """Rows that take none but the given tokens."""
+    """Restricts some rows to their allowed tokens."""
 
     def __init__(
-        self, allowed: Mapping[int, frozenset[int]], vocab: int, device: torch.device
+        self, allowed: abc.Mapping[int, frozenset[int]], vocab: int, device: torch.device
     ) -> None:
         self._rows = torch.tensor(list(allowed), device=device)
         forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
@@ -32,15 +34,15 @@ class Allowed:
         self._forbidden = forbidden.to(device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[rows of the batch, vocab]`"""
-        held = logits[self._rows].masked_fill(self._forbidden, -torch.inf)
-        return logits.index_copy(0, self._rows, held)
+        """Set the forbidden tokens of `[rows of the batch, vocab]` to minus infinity."""
+        restricted = logits[self._rows].masked_fill(self._forbidden, -torch.inf)
+        return logits.index_copy(0, self._rows, restricted)
 
 
 class Penalties:
-    """Which tokens the penalised rows have, and how often; it stays while other rows change."""
+    """Counts the tokens of the penalised rows. The counts stay valid while other rows change."""
 
-    def __init__(self, sequences: Rows[Sequence], vocab: int, device: torch.device) -> None:
+    def __init__(self, sequences: abc.Sequence[Sequence], vocab: int, device: torch.device) -> None:
         self._sequences = sequences
         self._lengths = [len(sequence.tokens) for sequence in sequences]
         params = [sequence.request.params for sequence in sequences]
@@ -54,8 +56,8 @@ class Penalties:
             self._counts[index] += torch.bincount(answer, minlength=vocab)
             self._seen[index, mine.tokens[mine.source_tokens :]] = True
 
-    def fits(self, sequences: Rows[Sequence], vocab: int) -> bool:
-        """Whether these are the rows, and the tokens that are counted are all that they have."""
+    def fits(self, sequences: abc.Sequence[Sequence], vocab: int) -> bool:
+        """Whether these are the counted sequences, and all of their tokens are counted."""
         if len(sequences) != len(self._sequences) or vocab != self._counts.shape[-1]:
             return False
         if any(a is not b for a, b in zip(sequences, self._sequences, strict=True)):
@@ -63,12 +65,13 @@ class Penalties:
         return [len(sequence.tokens) for sequence in sequences] == self._lengths
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[penalised, vocab]`"""
+        """Penalise the logits `[penalised, vocab]`."""
         repeated = torch.where(rows > 0, rows / self._repetition, rows * self._repetition)
         rows = torch.where(self._seen, repeated, rows)
         return rows - self._frequency * self._counts - self._presence * (self._counts > 0)
 
     def count(self, tokens: torch.Tensor) -> None:
+        """Count the next token of each penalised row, `[penalised]`."""
         index = torch.arange(len(tokens), device=tokens.device)
         self._counts[index, tokens] += 1
         self._seen[index, tokens] = True

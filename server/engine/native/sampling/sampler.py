@@ -1,15 +1,15 @@
-"""The next token of every row, with that row's own parameters, for a whole batch at once.
+"""The sampler: chooses the next token of every row by that row's parameters, for a whole batch.
 
-What only a change of the batch can change (temperatures, biases, token counts) is kept as tensors
-between changes; a step updates the counts by its own tokens. The filters follow transformers'
-logits processors, in their order: penalties, temperature, top-k, top-p, min-p. A grammar's mask
-comes before the temperature: the filters choose among what it allows.
+Tensors that depend on the composition of the batch only (temperatures, biases, token counts) are
+kept until it changes; each step adds its tokens to the counts. The filters follow transformers'
+logits processors, in their order: penalties, temperature, top-k, top-p, min-p. A grammar's mask is
+applied before the temperature, so that the filters choose among the tokens that it allows.
 
-Drafted tokens are verified by drawing: at each place with the random number that the sequence would
-draw that token by in any case. So it takes the same tokens as without drafts, only sooner.
+Drafted tokens are verified by sampling: at each position with the random number that the sequence
+uses for that token in any case. So a sequence gets the same tokens as without drafts.
 """
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +22,24 @@ from server.engine.native.sequences.step import Draft
 from server.engine.request import TokenLogprob
 
 _CANDIDATES = 512
-"""The best tokens, sorted; top-p rows that need more of them are sorted whole."""
+"""How many of the best tokens are sorted. If a row needs more for its top-k or top-p, all are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
+    """A token that was sampled for a row."""
+
     token: int
     logprob: TokenLogprob | None
     finite: bool
-    """False where the model's output held NaN or infinity: the token means nothing."""
+    """False if the row's logits held NaN or infinity, so that the token is meaningless."""
     grammar_error: str = ""
-    """Why the row's grammar cannot go on: the token means nothing then."""
+    """Why the row's grammar cannot continue, so that the token is meaningless. Empty: it can."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A row of the logits: what follows the tokens of a sequence and `ahead` drafted ones."""
+class _Position:
+    """A row of the logits: the position after a sequence's tokens and `ahead` drafted ones."""
 
     sequence: Sequence
     ahead: int = 0
@@ -48,18 +50,20 @@ class _Place:
 
 
 class Sampler:
+    """Samples next tokens and verifies drafts."""
+
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos = eos_token_ids
         self._batch: _Batch | None = None
         self._masks = MaskMaker()
 
-    def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        """`logits` `[rows, vocab]`, a row for each sequence, which it does not change."""
-        places = [_Place(sequence) for sequence in sequences]
-        # Not there until all is computed: where that fails, it is made anew.
+    def sample(self, logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> list[Sampled]:
+        """Sample a token for each sequence from `logits` `[rows, vocab]`, which stay unchanged."""
+        positions = [_Position(sequence) for sequence in sequences]
+        # Dropped until all is computed: if something fails, the next call makes a new batch.
         batch, self._batch = self._batch, None
-        if batch is None or not batch.fits(places, logits.shape[-1]):
-            batch = _Batch(places, logits.shape[-1], logits.device, batch)
+        if batch is None or not batch.fits(positions, logits.shape[-1]):
+            batch = _Batch(positions, logits.shape[-1], logits.device, batch)
         constrained = [(i, s.constraint) for i, s in enumerate(sequences) if s.constraint]
         chosen, finite = self._choose(logits.float(), batch, constrained)
         errors = {row: constraint.error for row, constraint in constrained}
@@ -76,40 +80,46 @@ class Sampler:
             for row, sampled in enumerate(zip(chosen, logprobs, finite, strict=True))
         ]
 
-    def verify(self, logits: torch.Tensor, drafts: Rows[Draft]) -> list[list[Sampled]]:
-        """What each of the drafted rows takes: at least one token, at most one more than drafted.
+    def verify(self, logits: torch.Tensor, drafts: abc.Sequence[Draft]) -> list[list[Sampled]]:
+        """Accept the drafts of each row: returns one token more than are accepted.
 
-        `logits` `[places, vocab]`: what follows each row's tokens, and each drafted one. The rows
-        have neither a grammar nor a penalty.
+        `logits` `[positions, vocab]` are those after each row's tokens and after each drafted
+        token. The rows have neither a grammar nor penalties.
         """
-        places = [_Place(d.sequence, n) for d in drafts for n in range(1 + len(d.tokens))]
-        batch = _Batch(places, logits.shape[-1], logits.device)
+        positions = [_Position(d.sequence, n) for d in drafts for n in range(1 + len(d.tokens))]
+        batch = _Batch(positions, logits.shape[-1], logits.device)
         chosen, finite = self._choose(logits.float(), batch, [])
+        # For each draft, the positions whose tokens the sequence takes.
         taken: list[list[int]] = []
         start = 0
         for draft in drafts:
             own = chosen[start : start + 1 + len(draft.tokens)]
-            true = next((i for i, t in enumerate(draft.tokens) if own[i] != t), len(draft.tokens))
-            taken.append(list(range(start, start + true + 1)))
+            accepted = next(
+                (i for i, t in enumerate(draft.tokens) if own[i] != t), len(draft.tokens)
+            )
+            taken.append(list(range(start, start + accepted + 1)))
             start += len(own)
-        kept = [place for mine in taken for place in mine]
-        tokens = [chosen[place] for place in kept]
-        wanted = [places[place].sequence.request.params.logprobs for place in kept]
+        kept = [index for mine in taken for index in mine]
+        tokens = [chosen[index] for index in kept]
+        wanted = [positions[index].sequence.request.params.logprobs for index in kept]
         logprobs = dict(zip(kept, _logprobs(logits, kept, tokens, wanted), strict=True))
         for draft, mine in zip(drafts, taken, strict=True):
             if draft.sequence.request.params.temperature > 0:
                 draft.sequence.draws.take(len(mine))
         return [
-            [Sampled(chosen[place], logprobs[place], finite[place]) for place in mine]
+            [Sampled(chosen[index], logprobs[index], finite[index]) for index in mine]
             for mine in taken
         ]
 
     def _choose(
-        self, logits: torch.Tensor, batch: "_Batch", constrained: Rows[tuple[int, Constraint]]
+        self,
+        logits: torch.Tensor,
+        batch: "_Batch",
+        constrained: abc.Sequence[tuple[int, Constraint]],
     ) -> tuple[list[int], list[bool]]:
-        """A token for each row of `logits`, and whether the row is finite."""
+        """Choose a token for each row of `logits`, and say whether the row is finite."""
         adjusted = _apply_masks(batch.adjust(logits), constrained)
-        adjusted = self._ban(adjusted, batch.places)
+        adjusted = self._ban(adjusted, batch.positions)
         tokens = _greatest(adjusted)
         finite = torch.isfinite(adjusted.gather(1, tokens[:, None])[:, 0]).tolist()
         for group in batch.random:
@@ -120,15 +130,15 @@ class Sampler:
     def close(self) -> None:
         self._masks.close()
 
-    def _ban(self, logits: torch.Tensor, places: Rows[_Place]) -> torch.Tensor:
-        """Rows below their `min_tokens` may not end, and no row completes a bad word; unless what
-        it is held to leaves nothing else."""
+    def _ban(self, logits: torch.Tensor, positions: abc.Sequence[_Position]) -> torch.Tensor:
+        """Forbid the end to rows below their `min_tokens`, and tokens that complete a bad word.
+        Rows that may take no other token are left as they are."""
         banned: list[tuple[int, int]] = []
-        for row, place in enumerate(places):
-            banned_here = self._banned_ends(place)
-            if place.sequence.request.params.bad_words:
-                banned_here |= _ends_of_bad_words(place.sequence)
-            if banned_here and _allows_others(place.sequence, banned_here):
+        for row, position in enumerate(positions):
+            banned_here = self._banned_ends(position)
+            if position.sequence.request.params.bad_words:
+                banned_here |= _ends_of_bad_words(position.sequence)
+            if banned_here and _allows_others(position.sequence, banned_here):
                 banned += [(row, token) for token in banned_here]
         if banned:
             rows, tokens = zip(*banned, strict=True)
@@ -136,18 +146,18 @@ class Sampler:
             logits[list(rows), list(tokens)] = -torch.inf
         return logits
 
-    def _banned_ends(self, place: _Place) -> frozenset[int]:
-        params = place.sequence.request.params
-        if place.sequence.answer_tokens + place.ahead < params.min_tokens:
-            goes_on = params.ignore_eos and place.sequence.constraint is None
-            return params.stop_token_ids if goes_on else self._eos | params.stop_token_ids
-        if params.ignore_eos and place.sequence.constraint is not None:
+    def _banned_ends(self, position: _Position) -> frozenset[int]:
+        params = position.sequence.request.params
+        if position.sequence.answer_tokens + position.ahead < params.min_tokens:
+            ignores_eos = params.ignore_eos and position.sequence.constraint is None
+            return params.stop_token_ids if ignores_eos else self._eos | params.stop_token_ids
+        if params.ignore_eos and position.sequence.constraint is not None:
             return self._eos
         return frozenset()
 
 
 def _ends_of_bad_words(sequence: Sequence) -> frozenset[int]:
-    """The tokens that would complete a bad word, after what the answer ends with."""
+    """The tokens that would complete a bad word after the answer's last tokens."""
     words = sequence.request.params.bad_words
     longest = max(len(word) for word in words) - 1
     last = sequence.tokens[max(sequence.prompt_tokens, len(sequence.tokens) - longest) :]
@@ -157,7 +167,7 @@ def _ends_of_bad_words(sequence: Sequence) -> frozenset[int]:
 
 
 def _allows_others(sequence: Sequence, tokens: frozenset[int]) -> bool:
-    """Whether the sequence may take another token than these."""
+    """Whether the sequence may take any token except these."""
     if sequence.constraint is not None:
         return sequence.constraint.allows_others_than(tokens)
     allowed = sequence.request.params.allowed_token_ids
@@ -165,16 +175,18 @@ def _allows_others(sequence: Sequence, tokens: frozenset[int]) -> bool:
 
 
 def _greatest(logits: torch.Tensor) -> torch.Tensor:
-    """`[rows]`: the first of each row's greatest, or of its NaN. On a CPU numpy takes a sixth of
-    torch's time."""
+    """`[rows]`: the first of each row's greatest logits, or of its NaN. On the CPU numpy takes a
+    sixth of torch's time."""
     if logits.is_cuda:
         return logits.argmax(dim=-1)
     return torch.from_numpy(logits.numpy().argmax(axis=-1))
 
 
-def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]) -> torch.Tensor:
-    """`logits` with the given rows' forbidden tokens at minus infinity: those that an adapter adds
-    to the base's vocabulary, too."""
+def _apply_masks(
+    logits: torch.Tensor, constrained: abc.Sequence[tuple[int, Constraint]]
+) -> torch.Tensor:
+    """Set the tokens that a row's grammar forbids to minus infinity. Tokens that an adapter adds to
+    the base's vocabulary are forbidden too."""
     if not constrained:
         return logits
     index = torch.tensor([row for row, _ in constrained], device=logits.device)
@@ -186,25 +198,25 @@ def _apply_masks(logits: torch.Tensor, constrained: Rows[tuple[int, Constraint]]
 
 
 class _Batch:
-    """The sampling state of one composition of the batch."""
+    """The parameters and counts of one composition of the batch, as tensors."""
 
     def __init__(
         self,
-        places: Rows[_Place],
+        positions: abc.Sequence[_Position],
         vocab: int,
         device: torch.device,
         previous: "_Batch | None" = None,
     ) -> None:
-        """`previous`: the batch of the step before, whose token counts may go on."""
-        self.places = places
+        """`previous`: the batch of the step before, whose token counts may still be valid."""
+        self.positions = positions
         self._vocab = vocab
-        self._lengths = [place.length for place in places]
-        params = [place.sequence.request.params for place in places]
+        self._lengths = [position.length for position in positions]
+        params = [position.sequence.request.params for position in positions]
         random = [row for row, p in enumerate(params) if p.temperature > 0]
         truncated = [row for row in random if params[row].top_k > 0 or params[row].top_p < 1]
         plain = [row for row in random if row not in truncated]
         self.random = [
-            _RandomRows(rows, places, truncates, device)
+            _RandomRows(rows, positions, truncates, device)
             for rows, truncates in ((plain, False), (truncated, True))
             if rows
         ]
@@ -216,25 +228,27 @@ class _Batch:
         penalised = [row for row, p in enumerate(params) if p.is_penalised]
         if penalised:
             self._penalised = torch.tensor(penalised, device=device)
-            sequences = [places[row].sequence for row in penalised]
+            sequences = [positions[row].sequence for row in penalised]
             known = None if previous is None else previous._penalties
-            goes_on = known is not None and known.fits(sequences, vocab)
-            self._penalties = known if goes_on else Penalties(sequences, vocab, device)
+            is_valid = known is not None and known.fits(sequences, vocab)
+            self._penalties = known if is_valid else Penalties(sequences, vocab, device)
 
-    def fits(self, places: Rows[_Place], vocab: int) -> bool:
-        """Whether these are the rows that this state was made for, one token on."""
-        if len(places) != len(self.places) or vocab != self._vocab:
+    def fits(self, positions: abc.Sequence[_Position], vocab: int) -> bool:
+        """Whether these are the same sequences, each one token longer than before."""
+        if len(positions) != len(self.positions) or vocab != self._vocab:
             return False
-        if any(a.sequence is not b.sequence for a, b in zip(places, self.places, strict=True)):
+        if any(
+            a.sequence is not b.sequence for a, b in zip(positions, self.positions, strict=True)
+        ):
             return False
-        if [place.length for place in places] != [length + 1 for length in self._lengths]:
+        if [position.length for position in positions] != [length + 1 for length in self._lengths]:
             return False
         self._lengths = [length + 1 for length in self._lengths]
         return True
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties (OpenAI's on the answer, repetition on prompt and answer), then biases, then
-        the tokens that are allowed at all."""
+        """Apply penalties (OpenAI's on the answer, repetition on prompt and answer), then biases,
+        then allowed tokens."""
         if self._penalties is not None:
             penalised = self._penalties.apply(logits[self._penalised])
             logits = logits.index_copy(0, self._penalised, penalised)
@@ -245,28 +259,32 @@ class _Batch:
         return logits
 
     def count(self, tokens: torch.Tensor) -> None:
-        """Take note of this step's `[rows]` tokens."""
+        """Count this step's tokens `[rows]`."""
         if self._penalties is not None:
             self._penalties.count(tokens[self._penalised])
 
 
 class _RandomRows:
-    """Rows of a batch that draw at random: either all of them truncate (top-k, top-p), or none."""
+    """Rows of a batch that are sampled at random: all with truncation (top-k, top-p), or none."""
 
     def __init__(
-        self, rows: list[int], places: Rows[_Place], truncates: bool, device: torch.device
+        self,
+        rows: list[int],
+        positions: abc.Sequence[_Position],
+        truncates: bool,
+        device: torch.device,
     ) -> None:
         self.rows = torch.tensor(rows, device=device)
-        self._draws = [(places[row].sequence.draws, places[row].ahead) for row in rows]
+        self._draws = [(positions[row].sequence.draws, positions[row].ahead) for row in rows]
         self._truncates = truncates
-        params = [places[row].sequence.request.params for row in rows]
+        params = [positions[row].sequence.request.params for row in rows]
         self._temperature = column([p.temperature for p in params], device)
         self._top_k = column([p.top_k for p in params], device)
         self._top_p = column([p.top_p for p in params], device)
         self._min_p = column([p.min_p for p in params], device)
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[rows]` tokens for `[rows, vocab]`, by one of the sequence's own numbers each."""
+        """Sample tokens `[rows]` from `[rows, vocab]`, each by a random number of its sequence."""
         drawn = [draws.peek(ahead) for draws, ahead in self._draws]
         uniform = torch.tensor(drawn, dtype=torch.float64, device=logits.device)[:, None]
         scaled = logits / self._temperature
@@ -287,12 +305,12 @@ class _RandomRows:
         return tokens.gather(-1, ranks[:, None])[:, 0]
 
     def take(self) -> None:
-        """Each row is of another sequence, and takes the token that was drawn."""
+        """Consume one random number of each row; every row is a different sequence."""
         for draws, _ in self._draws:
             draws.take(1)
 
     def _needs_more(self, values: torch.Tensor, total: torch.Tensor) -> bool:
-        """Whether some row's choice reaches past the sorted candidates."""
+        """Whether the top-k or top-p of some row reaches beyond the sorted candidates."""
         if values.shape[-1] < _CANDIDATES:
             return False
         mass = (values - total).exp().sum(dim=-1, keepdim=True)
@@ -312,9 +330,12 @@ def _inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, rows: Rows[int], tokens: Rows[int], wanted: Rows[int | None]
+    logits: torch.Tensor,
+    rows: abc.Sequence[int],
+    tokens: abc.Sequence[int],
+    wanted: abc.Sequence[int | None],
 ) -> list[TokenLogprob | None]:
-    """For each token, of that row of the logits: if wanted, its logprob and the `wanted` best."""
+    """Score `tokens[i]` under `logits[rows[i]]`, with the `wanted[i]` best tokens, if not None."""
     asked = [(i, count) for i, count in enumerate(wanted) if count is not None]
     found: list[TokenLogprob | None] = [None] * len(wanted)
     if asked:
@@ -328,8 +349,8 @@ def _logprobs(
     return found
 
 
-def score_tokens(logits: torch.Tensor, tokens: Rows[int], best: int) -> list[TokenLogprob]:
-    """Logprob of `tokens[i]` under `logits[i]` (`[n, vocab]`), and the `best` alternatives."""
+def score_tokens(logits: torch.Tensor, tokens: abc.Sequence[int], best: int) -> list[TokenLogprob]:
+    """Score `tokens[i]` under `logits[i]` (`[n, vocab]`), with the `best` most likely tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     index = torch.tensor(list(tokens), device=logits.device)[:, None]
     chosen = logprobs.gather(-1, index)[:, 0].tolist()

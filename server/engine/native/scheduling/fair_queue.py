@@ -1,8 +1,8 @@
-"""Which request is admitted next: fair among keys and each key's adapters, however many wait.
+"""The waiting queue: it chooses the next request fairly among tenants and each tenant's adapters.
 
-Virtual token counters, after "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024),
-in two levels: the key that has had the least goes next, and within it the adapter that has. Who
-asks for nothing saves up nothing.
+It counts virtual tokens, after "Fairness in Serving Large Language Models" (Sheng et al., OSDI
+2024), on two levels: the tenant that has used the fewest tokens is next, and within it the adapter
+that has used the fewest. An idle tenant saves up no credit. A tenant is an API key.
 """
 
 from bisect import insort
@@ -13,55 +13,60 @@ from typing import Generic, TypeVar
 
 from server.engine.native.sequences.sequence import HEADROOM, Sequence
 
-AGED_TURN = 8
-"""How many better ones of its key may overtake a request before its like has a turn."""
-_FEW = 64
-"""Idle shares that are not worth a sweep."""
+MAX_OVERTAKEN = 8
+"""How many sequences may overtake a tenant's older ones of a worse priority before one starts."""
+_SWEEP_FROM = 64
+"""Number of shares from which on idle ones are removed."""
 _ROW = attrgetter("row")
 _RANK = attrgetter("rank")
 
 Eligible = Callable[[Sequence], bool]
 
 
-def cost(sequence: Sequence) -> int:
-    """Tokens that a running sequence is charged. As many of its answer as room is set aside for
-    count from the start, or all free rows would go to whoever has had least so far."""
-    soon = min(sequence.request.params.max_tokens, HEADROOM)
-    return max(had(sequence), had(sequence) - sequence.answer_tokens + soon)
+def charge_of(sequence: Sequence) -> int:
+    """Tokens that a running sequence is charged.
+
+    The answer tokens that admission reserves room for count from the start. Otherwise the tenant
+    with the smallest charge would get all free rows at once.
+    """
+    reserved = min(sequence.request.params.max_tokens, HEADROOM)
+    used = used_tokens(sequence)
+    return max(used, used - sequence.answer_tokens + reserved)
 
 
-def had(sequence: Sequence) -> int:
-    """Tokens of prompt and answer, but for those that were cached."""
+def used_tokens(sequence: Sequence) -> int:
+    """Tokens of prompt and answer, without those that were cached."""
     return len(sequence.tokens) - (sequence.cached_tokens or 0)
 
 
 @dataclass(eq=False, slots=True)
 class _Share:
-    """What a tenant, or one of its adapters, has used of the model."""
+    """The tokens that a tenant, or one of its adapters, has used."""
 
     ended: int = 0
-    """Tokens of its requests that have ended."""
+    """Tokens of sequences that have ended."""
     started: set[Sequence] = field(default_factory=set)
     """Sequences that were admitted and have not ended."""
     waiting: int = 0
+    """How many sequences wait to be admitted."""
 
     @property
     def used(self) -> int:
-        return self.ended + sum(map(cost, self.started))
+        return self.ended + sum(map(charge_of, self.started))
 
 
 S = TypeVar("S", bound=_Share)
 
 
-class _Sharers(Generic[S]):
-    """Those who share with each other, by name."""
+class _Shares(Generic[S]):
+    """The shares among which the model is divided fairly, by name: tenants, or adapters of one."""
 
     def __init__(self, make: Callable[[], S]) -> None:
         self._make = make
         self._shares: dict[str, S] = {}
         self._clock = 0
-        """What the last one to have its turn had used until then."""
-        self._sweep_at = _FEW
+        """The most that any share had used when one of its sequences started."""
+        self._sweep_at = _SWEEP_FROM
 
     def __getitem__(self, name: str) -> S:
         return self._shares[name]
@@ -70,8 +75,8 @@ class _Sharers(Generic[S]):
         return iter(self._shares.values())
 
     def wait(self, name: str) -> S:
-        """One more of its requests waits. Where none did, its turn is not earlier than that of
-        those who have waited."""
+        """Count one more waiting sequence of this share. If it had none, its used tokens are raised
+        to the clock, so that it does not come before shares that have waited."""
         share = self._shares.get(name)
         if share is None:
             self._sweep()
@@ -90,29 +95,30 @@ class _Sharers(Generic[S]):
     def end(self, name: str, sequence: Sequence) -> None:
         share = self._shares[name]
         share.started.remove(sequence)
-        share.ended += had(sequence)
+        share.ended += used_tokens(sequence)
 
     def _sweep(self) -> None:
-        """Forget those who are idle and owe nothing."""
+        """Remove idle shares that have used no more than the clock says."""
         if len(self._shares) >= self._sweep_at:
             self._shares = {
                 name: share
                 for name, share in self._shares.items()
                 if share.waiting or share.started or share.used > self._clock
             }
-            self._sweep_at = max(_FEW, 2 * len(self._shares))
+            self._sweep_at = max(_SWEEP_FROM, 2 * len(self._shares))
 
 
 class _Tenant(_Share):
-    """A key's requests: by priority, then fair among adapters."""
+    """A tenant's waiting sequences: by priority, then fair among adapters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapters = _Sharers(_Share)
+        self.adapters = _Shares(_Share)
         self._classes: dict[int, dict[str, list[Sequence]]] = {}
-        """Priority -> adapter -> its waiting sequences as they came."""
+        """Priority -> adapter -> its waiting sequences, in order of arrival."""
         self._overtaken = 0
-        """Since the last turn of a worse priority: starts of sequences that came later."""
+        """How many sequences of the best priority started before older ones of a worse priority,
+        since one of a worse priority started."""
 
     def __iter__(self) -> Iterator[Sequence]:
         for adapters in self._classes.values():
@@ -134,7 +140,7 @@ class _Tenant(_Share):
 
     def first(self, eligible: Eligible) -> Sequence | None:
         priorities = sorted(self._classes)
-        if self._overtaken >= AGED_TURN and len(priorities) > 1:
+        if self._overtaken >= MAX_OVERTAKEN and len(priorities) > 1:
             aged = min(priorities[1:], key=self._oldest)
             priorities.remove(aged)
             priorities.insert(0, aged)
@@ -144,8 +150,8 @@ class _Tenant(_Share):
                 return min(heads, key=lambda head: (self.adapters[head.adapter].used, head.row))
         return None
 
-    def turn(self, sequence: Sequence) -> None:
-        """The sequence is about to start."""
+    def count_overtaking(self, sequence: Sequence) -> None:
+        """Note whether a sequence that is about to start overtakes others of a worse priority."""
         best, *worse = sorted(self._classes)
         if not worse or sequence.request.priority > best:
             self._overtaken = 0
@@ -157,36 +163,36 @@ class _Tenant(_Share):
 
 
 class FairQueue:
-    """The waiting sequences, and what those that have started cost their keys and adapters.
+    """The waiting sequences, and the tokens that started ones are charged to tenants and adapters.
 
-    First come those that gave way, in order of rank; then whoever has had least. Within a key a
-    better priority goes first, but now and then a worse one has a turn.
+    Preempted sequences come first, in order of rank, then the tenant that has used the fewest
+    tokens. Within a tenant a better priority goes first, but a worse one is not overtaken for ever.
     """
 
     def __init__(self) -> None:
-        self._tenants = _Sharers(_Tenant)
-        self._returning: list[Sequence] = []
+        self._tenants = _Shares(_Tenant)
+        self._preempted: list[Sequence] = []
 
     def __iter__(self) -> Iterator[Sequence]:
-        yield from self._returning
+        yield from self._preempted
         for tenant in self._tenants:
             yield from tenant
 
     def __len__(self) -> int:
-        return len(self._returning) + sum(tenant.waiting for tenant in self._tenants)
+        return len(self._preempted) + sum(tenant.waiting for tenant in self._tenants)
 
     def add(self, sequence: Sequence) -> None:
         if sequence.has_started:
-            insort(self._returning, sequence, key=_RANK)
+            insort(self._preempted, sequence, key=_RANK)
             return
         tenant = self._tenants.wait(sequence.tenant)
         tenant.adapters.wait(sequence.adapter)
         tenant.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """The sequence no longer waits, and does not start."""
+        """Remove a sequence that will not start, or not yet."""
         if sequence.has_started:
-            self._returning.remove(sequence)
+            self._preempted.remove(sequence)
             return
         tenant = self._tenants[sequence.tenant]
         tenant.remove(sequence)
@@ -194,8 +200,8 @@ class FairQueue:
         tenant.waiting -= 1
 
     def first(self, eligible: Eligible) -> Sequence | None:
-        """The sequence that is to start next, among those that are eligible."""
-        for sequence in self._returning:
+        """The eligible sequence that starts next."""
+        for sequence in self._preempted:
             if eligible(sequence):
                 return sequence
         waiting = [tenant for tenant in self._tenants if tenant.waiting]
@@ -203,18 +209,18 @@ class FairQueue:
         return next((sequence for sequence in found if sequence is not None), None)
 
     def start(self, sequence: Sequence) -> None:
-        """The sequence starts, or starts again; it is charged until it ends."""
+        """Remove a sequence that starts, or starts again. It is charged until it ends."""
         if sequence.has_started:
-            self._returning.remove(sequence)
+            self._preempted.remove(sequence)
             return
         tenant = self._tenants[sequence.tenant]
-        tenant.turn(sequence)
+        tenant.count_overtaking(sequence)
         tenant.remove(sequence)
         self._tenants.start(sequence.tenant, sequence)
         tenant.adapters.start(sequence.adapter, sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence that has started has ended."""
+        """Settle the charge of a sequence that has started and ended."""
         tenant = self._tenants[sequence.tenant]
         tenant.adapters.end(sequence.adapter, sequence)
         self._tenants.end(sequence.tenant, sequence)

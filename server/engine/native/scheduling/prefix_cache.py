@@ -1,13 +1,11 @@
-"""Which tokens the kept blocks of keys and values belong to: a tree of blocks for each content.
+"""The prefix cache: for each content, a tree of the blocks whose keys and values are kept.
 
-A content is what an adapter does to the base; what was computed under one is never found under
-another. Tokens themselves are compared, not hashes of them, so nothing is taken for what it is not.
+A content is the effect of an adapter on the base. Blocks that were computed under one content are
+never found under another. Tokens themselves are compared, not their hashes, so no hit is false.
 """
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from collections.abc import Sequence as Row
+from collections import OrderedDict, abc
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -19,48 +17,51 @@ _TOKENS = attrgetter("tokens")
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """The tokens of one block behind those of its parents."""
+    """One block in the tree: its tokens follow those of its ancestors."""
 
     tokens: tuple[int, ...]
     parent: "Node | None" = None
     block: int | None = None
-    """None at a root, and while a running sequence, `owner`, computes it."""
+    """None at a root, and while the running sequence `owner` computes the tokens."""
     owner: Sequence | None = None
     children: list["Node"] = field(default_factory=list)
-    """In the order of their tokens."""
+    """Sorted by their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """How far a row's tokens are known."""
+    """The result of a look-up: which of a row's first tokens are cached or being computed."""
 
     path: list[Node]
-    """Blocks that are kept."""
+    """The blocks that are cached."""
     tokens: int
-    """Tokens of the row in those blocks."""
+    """How many of the row's tokens are in those blocks."""
     owner: Sequence | None
-    """The sequence that computes what comes next."""
+    """The running sequence that computes the tokens after those."""
     expected: int
-    """Tokens of the row that will be known then."""
+    """How many of the row's tokens will be cached once `owner` has computed its prompt."""
 
 
 class PrefixCache:
-    """Kept until the room is needed, least recently used first, ends before beginnings."""
+    """Finds, keeps and evicts blocks by their tokens.
+
+    Blocks stay until rows need the room. The least recently used go first, children before parents.
+    """
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
-        self._roots: dict[Hashable, Node] = {}
-        self._keys: dict[Node, Hashable] = {}
+        self._roots: dict[abc.Hashable, Node] = {}
+        self._keys: dict[Node, abc.Hashable] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()
-        """All that are kept, least recently used first; a node before its parent."""
+        """All cached nodes, least recently used first; a node comes before its parent."""
         self._nodes: dict[int, Node] = {}
         """Block -> its node."""
 
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, content: Hashable, tokens: Row[int], most: int) -> Found:
-        """The longest beginning of a row that is known, or is being computed, up to `most`."""
+    def find(self, content: abc.Hashable, tokens: abc.Sequence[int], most: int) -> Found:
+        """Find the longest prefix, up to `most` tokens, that is cached or being computed."""
         node = self._roots.get(content)
         path: list[Node] = []
         found = expected = 0
@@ -80,13 +81,13 @@ class PrefixCache:
                 break
         return Found(path, found, owner, expected)
 
-    def touch(self, path: Row[Node]) -> None:
-        """These blocks were of use."""
+    def touch(self, path: abc.Sequence[Node]) -> None:
+        """Mark these blocks as used most recently."""
         for node in reversed(path):
             self._used.move_to_end(node)
 
-    def keep(self, content: Hashable, tokens: Row[int], row: int) -> None:
-        """Keep all that has been computed of a row."""
+    def keep(self, content: abc.Hashable, tokens: abc.Sequence[int], row: int) -> None:
+        """Keep the keys and values of a row's computed tokens as blocks."""
         path = [self._root(content)]
         start = 0
         while start < len(tokens):
@@ -102,22 +103,27 @@ class PrefixCache:
         self.touch(path[1:])
         self._forget_if_empty(path[0])
 
-    def leave(self, row: int) -> None:
-        """The row is about to be released: what is kept of it takes the place of older things."""
-        left = self._blocks.leave(row)
+    def detach(self, row: int) -> None:
+        """Detach a row's blocks before the row is released, and evict older ones to make room."""
+        left = self._blocks.detach(row)
         if left:
-            mine = {self._nodes[block] for block in left}
+            attached = {self._nodes[block] for block in left}
             for _ in left:
-                oldest = next(filter(self._has_place, self._used), None)
-                if oldest is None or any(node in mine for node in _subtree(oldest)):
+                oldest = next(filter(self._is_detached, self._used), None)
+                if oldest is None or any(node in attached for node in _subtree(oldest)):
                     break
                 self._remove(oldest)
-            for block in self._blocks.leave(row):
+            for block in self._blocks.detach(row):
                 if block in self._nodes:
                     self._remove(self._nodes[block])
 
-    def expect(self, content: Hashable, tokens: Row[int], owner: Sequence) -> list[Node]:
-        """Note that a running sequence computes these tokens, so that others can wait for it."""
+    def expect(
+        self, content: abc.Hashable, tokens: abc.Sequence[int], owner: Sequence
+    ) -> list[Node]:
+        """Note that a running sequence is computing these tokens, so that others can wait for it.
+
+        Returns the nodes that were added for `forget_expected`.
+        """
         node = self._root(content)
         expected: list[Node] = []
         start = 0
@@ -131,36 +137,36 @@ class PrefixCache:
             start += len(piece)
         return expected
 
-    def forget_expected(self, expected: Row[Node]) -> None:
+    def forget_expected(self, expected: abc.Sequence[Node]) -> None:
         for node in expected:
             if node.block is None and node.parent is not None:
                 self._remove(node)
 
-    def forget(self, content: Hashable) -> None:
-        """Drop all that is kept under a content."""
+    def forget(self, content: abc.Hashable) -> None:
+        """Drop all blocks of a content."""
         root = self._roots.get(content)
         for node in list(root.children) if root is not None else ():
             self._remove(node)
 
-    def drop(self) -> bool:
-        """Give some room to rows. False: nothing kept would make any."""
+    def evict(self) -> bool:
+        """Drop some blocks so that rows get room. False: no block's room would become free."""
         kept = (node.block for node in self._used if node.block is not None)
-        blocks = self._blocks.in_the_way(kept)
+        blocks = self._blocks.to_evict(kept)
         for block in blocks:
-            # It may have gone with one that it followed.
+            # A block goes with any of its ancestors.
             if block in self._nodes:
                 self._remove(self._nodes[block])
         return bool(blocks)
 
-    def _has_place(self, node: Node) -> bool:
-        return node.block is not None and self._blocks.has_place(node.block)
+    def _is_detached(self, node: Node) -> bool:
+        return node.block is not None and self._blocks.is_detached(node.block)
 
-    def _piece(self, tokens: Row[int], start: int) -> tuple[int, ...]:
+    def _piece(self, tokens: abc.Sequence[int], start: int) -> tuple[int, ...]:
         size = self._blocks.size or len(tokens)
         return tuple(tokens[start : start + size])
 
     def _closest(self, parent: Node, piece: tuple[int, ...]) -> tuple[Node | None, int]:
-        """The child that has most of the piece's tokens in common with it, and how many."""
+        """Find the child that shares most of its first tokens with the piece, and how many."""
         at = bisect_left(parent.children, piece, key=_TOKENS)
         best, most = None, 0
         for child in parent.children[max(0, at - 1) : at + 1]:
@@ -172,7 +178,7 @@ class PrefixCache:
         return best, most
 
     def _holder(self, parent: Node, piece: tuple[int, ...]) -> Node | None:
-        """The kept child that has all of the piece."""
+        """Find the cached child that begins with the whole piece."""
         child, common = self._closest(parent, piece)
         held = child is not None and child.block is not None and common == len(piece)
         return child if held else None
@@ -187,7 +193,7 @@ class PrefixCache:
         at = parent.children.index(node)
         for before in parent.children[max(0, at - 1) : at]:
             if before.block is not None and piece[: len(before.tokens)] == before.tokens:
-                # The end of a row that has gone on.
+                # That was the incomplete last block of a row that has gone on.
                 self._remove(before)
         return node
 
@@ -197,9 +203,9 @@ class PrefixCache:
         return node
 
     def _remove(self, node: Node) -> None:
-        """With all that follows it."""
+        """Remove a node and all its descendants."""
         parent = node.parent
-        assert parent is not None, "roots go by themselves"
+        assert parent is not None, "a root is forgotten, not removed"
         parent.children.remove(node)
         for each in list(_subtree(node)):
             each.parent = None
@@ -209,7 +215,7 @@ class PrefixCache:
         if parent in self._keys:
             self._forget_if_empty(parent)
 
-    def _root(self, content: Hashable) -> Node:
+    def _root(self, content: abc.Hashable) -> Node:
         if content not in self._roots:
             self._roots[content] = Node(())
             self._keys[self._roots[content]] = content
@@ -220,7 +226,7 @@ class PrefixCache:
             del self._roots[self._keys.pop(root)]
 
 
-def _subtree(node: Node) -> Iterator[Node]:
+def _subtree(node: Node) -> abc.Iterator[Node]:
     pending = [node]
     while pending:
         each = pending.pop()

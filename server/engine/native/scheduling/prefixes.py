@@ -1,7 +1,7 @@
-"""What requests have in common is computed once, for those that run together or come later.
+"""Prefix caching for running and later requests: a prefix that they share is computed once.
 
-A new row begins with the keys and values of its longest known beginning. Where a row of higher
-rank is just computing that beginning, it waits for it.
+A new row begins with the keys and values of its longest cached prefix. If a row of higher rank is
+computing that prefix at the moment, the new row waits for it.
 """
 
 from collections import Counter
@@ -12,40 +12,42 @@ from server.engine.native.scheduling.prefix_cache import Node, PrefixCache
 from server.engine.native.sequences.sequence import Sequence
 
 LEAST_SHARED = 32
-"""Tokens. Fewer are not worth a copy, nor a step of waiting."""
+"""Tokens of the shortest prefix that is shared: fewer are not worth a copy or a step of waiting."""
 
 
 class Prefixes:
-    """Rows' way into the cache. Whatever is kept there goes before any row has to."""
+    """Reserves, begins and releases rows in the KV cache, and keeps prefixes in it.
+
+    All cached blocks are evicted before any row is preempted.
+    """
 
     def __init__(self, cache: KVCache, across_orders: bool) -> None:
-        """Not `across_orders`: only requests of one order share, and the last takes it along.
-        Nobody shares in a cache that cannot."""
+        """Without `across_orders`, only the requests of one order share prefixes, which are dropped
+        with the last of them. Nothing is shared if the cache cannot share."""
         self._cache = cache
         self._across_orders = across_orders and cache.shares
         self._known = PrefixCache(cache.blocks)
         self._members: Counter[Hashable] = Counter()
         """Content -> how many of its sequences have not ended."""
         self._computing: dict[Sequence, list[Node]] = {}
-        """Running sequences whose prompt others may wait for."""
+        """Running sequences whose prompts others may wait for -> the nodes that they compute."""
         self._awaited: dict[Sequence, Sequence] = {}
-        """A sequence that waits, or has waited and is about to begin -> the one whose prompt it
-        waits for."""
+        """A sequence that waits for another's prompt, until its own row begins -> that other."""
         self.queried_tokens = 0
         """Tokens of the prompts that were admitted."""
         self.hit_tokens = 0
-        """Those of them that were cached."""
+        """How many of the queried tokens were prefix hits."""
 
     @property
     def kept_tokens(self) -> int:
         return self._cache.blocks.tokens
 
     def add(self, sequence: Sequence) -> None:
-        """The sequence has arrived."""
+        """Count a sequence that has arrived."""
         self._members[self._content(sequence)] += 1
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Whether one of higher rank is computing what this one could begin with."""
+        """Whether a sequence of higher rank is computing a prefix of this one."""
         if self._awaited.get(sequence) in self._computing:
             return True
         if not self._shares(sequence):
@@ -63,18 +65,19 @@ class Prefixes:
         return True
 
     def begin(self, sequence: Sequence, tokens: int) -> bool:
-        """Room for the first `tokens` tokens of a new row, which begins with what is known of it.
-        False: there is none."""
+        """Make room for the first `tokens` tokens of a new row and copy its cached prefix into it.
+        False: there is no room."""
         if sequence in self._awaited:
             sequence.take_scores(self._awaited[sequence])
         while True:
             path, shared = self._find(sequence)
             blocks = [node.block for node in path if node.block is not None]
-            if shared and self._cache.begin(sequence.row, blocks, shared, tokens):
+            row = sequence.row
+            if shared and self._cache.begin(row, blocks, shared=shared, tokens=tokens):
                 break
-            if not shared and self._cache.reserve(sequence.row, tokens):
+            if not shared and self._cache.reserve(row, tokens):
                 break
-            if not self._known.drop():
+            if not self._known.evict():
                 return False
         self._awaited.pop(sequence, None)
         self._known.touch(path)
@@ -88,26 +91,26 @@ class Prefixes:
         return True
 
     def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
-        """Room for all tokens of a row, and so many more. False: there is none."""
+        """Make room for all tokens of a row and `ahead` more. False: there is no room."""
         while not self._cache.reserve(sequence.row, len(sequence.tokens) + ahead):
-            if not self._known.drop():
+            if not self._known.evict():
                 return False
         return True
 
     def settle(self) -> None:
-        """Keep the prompts that have been computed since the last step."""
+        """Keep the prompts that were completed since the last step."""
         for sequence in [s for s in self._computing if s.computed >= s.prompt_tokens]:
             self._keep(sequence)
             self._forget_expected(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """The row goes, and those that waited for it look elsewhere."""
+        """Release a preempted sequence's row. Sequences that waited for it no longer do."""
         self._forget_expected(sequence)
         self._awaited = {s: other for s, other in self._awaited.items() if other is not sequence}
         self._release(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence has ended, whether it ran or not: its row goes, what it computed stays."""
+        """Release the row of a sequence that has ended, if any, and keep what it computed."""
         content = self._content(sequence)
         if self._across_orders or (self._shares(sequence) and self._members[content] > 1):
             self._keep(sequence)
@@ -121,7 +124,8 @@ class Prefixes:
                 self._known.forget(content)
 
     def _content(self, sequence: Sequence) -> Hashable:
-        """What keys and values depend on beside the tokens, and who may see them."""
+        """The key of the prefix tree: keys and values depend on the adapter's effect beside the
+        tokens, and only requests with the same salt (and order) may share them."""
         lease = sequence.request.lease
         digest = "" if lease is None or lease.vectors.is_base else lease.vectors.digest
         order = None if self._across_orders else sequence.request.order
@@ -132,7 +136,7 @@ class Prefixes:
         return self._across_orders or within
 
     def _find(self, sequence: Sequence) -> tuple[list[Node], int]:
-        """Blocks that a new row can begin with, and how many of their tokens."""
+        """Find the cached blocks that a new row can begin with, and how many of their tokens."""
         if not self._shares(sequence):
             return [], 0
         content = self._content(sequence)
@@ -152,7 +156,7 @@ class Prefixes:
             self._known.keep(self._content(sequence), tokens, sequence.row)
 
     def _release(self, sequence: Sequence) -> None:
-        self._known.leave(sequence.row)
+        self._known.detach(sequence.row)
         self._cache.release(sequence.row)
 
     def _forget_expected(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""Which rows run in the next step, and how many of their tokens."""
+"""The scheduler: it decides which rows run in the next step, and how many of their tokens."""
 
 import itertools
 from collections import deque
@@ -17,12 +17,12 @@ from server.engine.native.sequences.sequence import HEADROOM, Sequence
 from server.engine.native.sequences.step import Step
 
 _FIRST_SHARE = 4
-"""The first in rank has at least one in so many of a step's prompt tokens."""
+"""The prompt of the highest rank gets at least a step's prompt tokens divided by this."""
 _RANK = attrgetter("rank")
 
 
 class CannotStart(Exception):
-    """A sequence's adapter could not be brought to the device, or its row not begun."""
+    """A sequence's adapter could not be copied to the device, or its row could not begin."""
 
     def __init__(self, sequence: Sequence, fault: Fault) -> None:
         self.sequence = sequence
@@ -31,7 +31,7 @@ class CannotStart(Exception):
 
 @contextmanager
 def _starting(sequence: Sequence) -> Iterator[None]:
-    """Within, what a device may raise is the sequence's own failure."""
+    """Within this context, errors of the device become CannotStart for this sequence."""
     fault = None
     try:
         yield
@@ -42,14 +42,14 @@ def _starting(sequence: Sequence) -> Iterator[None]:
 
 
 class _Claim:
-    """Gives the next free slot to the first sequence that found all slots in use, in the end.
+    """Prevents starvation of the first sequence that found all slots in use.
 
-    A few other sequences may overtake it. Then no other adapter's sequence starts before it, so
-    that a slot becomes free. Sequences of the base need no slot and always start.
+    A few other sequences may overtake it. After that no sequence of another adapter starts before
+    it, so that a slot becomes free. Sequences of the base need no slot and always start.
     """
 
     def __init__(self, patience: int) -> None:
-        """`patience`: how many sequences may overtake."""
+        """`patience`: how many sequences may overtake the holder."""
         self._patience = patience
         self._holder: Sequence | None = None
         self._overtaken = 0
@@ -68,20 +68,20 @@ class _Claim:
             return True
         return sequence.adapter in ("", self._holder.adapter)
 
-    def see(self, sequence: Sequence) -> None:
-        """A sequence starts."""
+    def note_start(self, sequence: Sequence) -> None:
+        """Count a sequence that starts, or end the claim if it is the holder."""
         self.drop(sequence)
         if self._holder is not None and sequence.adapter:
             self._overtaken += 1
 
 
 class Scheduler:
-    """Admits waiting sequences in the order of a fair queue; who started last gives way first.
+    """Admits waiting sequences in the order of a fair queue, and preempts the last in rank.
 
-    A running sequence holds a row, room in the cache and its adapter's pin; a waiting one holds
-    none of them. Nothing fails for want of room: it waits, or is computed again. A sequence whose
-    beginning another is computing lets others go first, and so does, for a while, one whose adapter
-    finds all slots in use.
+    A running sequence holds a row, room in the KV cache and a pin of its adapter. A waiting one
+    holds none of them. No sequence fails because there is no room: it waits, or is preempted and
+    computed again. A sequence whose prefix another is computing waits for that one. A sequence
+    whose adapter finds no free slot waits too, while a few others overtake it.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Scheduler:
         whole_prompts: bool = False,
         speculation: Speculation | None = None,
     ) -> None:
-        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
-        with `whole_prompts` it bounds only how many are in one step.
-        Without `prefix_cache`, only the requests of one order have anything in common.
-        Without `speculation`, no row is drafted."""
+        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall.
+        With `whole_prompts` a prompt is not divided, and `chunk_tokens` bounds their sum. Without
+        `prefix_cache`, only the requests of one order share prefixes. Without `speculation`, no
+        tokens are drafted."""
         self._cache = cache
         self._residency = residency
         self._max_rows = max_rows
@@ -106,21 +106,21 @@ class Scheduler:
         self._speculation = speculation
         self.prefixes = Prefixes(cache, across_orders=prefix_cache)
         self._queue = FairQueue()
-        self._expecting: list[Sequence] = []
-        """Waiting too, for what others compute."""
+        self._awaiting_prefix: list[Sequence] = []
+        """Waiting sequences whose prefix another sequence is computing."""
         self._turns = itertools.count()
         self._claim = _Claim(max_rows)
         self.running: list[Sequence] = []
-        """In the order of admission."""
+        """The running sequences, in order of admission."""
         self.preemptions = 0
 
     @property
     def waiting(self) -> int:
-        return len(self._queue) + len(self._expecting)
+        return len(self._queue) + len(self._awaiting_prefix)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
-        yield from self._expecting
+        yield from self._awaiting_prefix
         yield from self._queue
 
     def add(self, sequence: Sequence) -> None:
@@ -128,11 +128,11 @@ class Scheduler:
         self._queue.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """The sequence has ended: release what it holds, wherever it is."""
+        """Release all that a sequence that has ended holds, whether it ran or waited."""
         if sequence in self.running:
             self._stop(sequence)
-        elif sequence in self._expecting:
-            self._expecting.remove(sequence)
+        elif sequence in self._awaiting_prefix:
+            self._awaiting_prefix.remove(sequence)
         else:
             self._leave_queue(sequence)
         if sequence.has_started:
@@ -140,6 +140,10 @@ class Scheduler:
         self.prefixes.end(sequence)
 
     def schedule(self) -> Step:
+        """Plan the next step: make room for running rows, admit waiting ones, choose chunks, draft.
+
+        Raises CannotStart.
+        """
         self.prefixes.settle()
         decode = self._grow([s for s in self.running if s.uncomputed == 1])
         self._admit()
@@ -149,7 +153,7 @@ class Scheduler:
         return step if self._speculation is None else self._speculation.draft(step, self.prefixes)
 
     def _prefill(self) -> list[tuple[Sequence, int]]:
-        """The shortest prompts first, but the first in rank always gets on."""
+        """Choose chunks of prompts: the shortest first, but some of the highest in rank always."""
         prompts = [s for s in self.running if s.uncomputed > 1]
         if not prompts:
             return []
@@ -166,13 +170,16 @@ class Scheduler:
         return list(chunks.items())
 
     def _chunk(self, sequence: Sequence, most: int) -> int:
-        """How many of its tokens to compute, `most` at most; 0 where more would be needed, for what
-        is computed whole: an encoder's source, or any prompt of some models."""
+        """How many tokens of a sequence to compute, at most `most`. 0 if it must be computed as a
+        whole and has more: an encoder's source, or any prompt of some models."""
         whole = self._whole_prompts or sequence.computed < sequence.source_tokens
         return 0 if whole and sequence.uncomputed > most else min(most, sequence.uncomputed)
 
     def _grow(self, decode: list[Sequence]) -> list[Sequence]:
-        """Room for one more token each; the last in rank give way where there is none."""
+        """Make room for one more token of each sequence; preempt the last in rank if there is none.
+
+        Returns those that have room.
+        """
         growing = deque(sorted(decode, key=_RANK))
         grown = []
         while growing:
@@ -189,8 +196,8 @@ class Scheduler:
         return grown
 
     def _admit(self) -> None:
-        for follower in [s for s in self._expecting if not self.prefixes.must_wait(s)]:
-            self._expecting.remove(follower)
+        for follower in [s for s in self._awaiting_prefix if not self.prefixes.must_wait(s)]:
+            self._awaiting_prefix.remove(follower)
             self._queue.add(follower)
         slots_left = True
         while len(self.running) < self._max_rows:
@@ -199,7 +206,7 @@ class Scheduler:
                 return
             if self.prefixes.must_wait(sequence):
                 self._leave_queue(sequence)
-                self._expecting.append(sequence)
+                self._awaiting_prefix.append(sequence)
                 continue
             with _starting(sequence):
                 slot = self._pin(sequence)
@@ -217,7 +224,7 @@ class Scheduler:
         return resident and self._claim.admits(sequence)
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Whether there is room for the row; else its pin is given back."""
+        """Begin a sequence's row. If there is no room, unpin its adapter and return False."""
         left = sequence.request.params.max_tokens - sequence.answer_tokens
         room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
         begun = False
@@ -231,7 +238,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, slot: int) -> None:
         self._queue.start(sequence)
-        self._claim.see(sequence)
+        self._claim.note_start(sequence)
         sequence.start(slot, next(self._turns))
         self.running.append(sequence)
 
@@ -240,7 +247,7 @@ class Scheduler:
         self._claim.drop(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's row away: it is computed again later."""
+        """Release a running sequence's row and queue the sequence to be computed again."""
         self._stop(sequence)
         self.prefixes.preempt(sequence)
         sequence.preempt()

@@ -1,8 +1,8 @@
-"""Which rows of a step are drafted, and how far: as much as makes tokens come faster.
+"""Speculation: decides how many tokens to draft for each row, so that tokens come fastest.
 
-A row that is drafted computes its drafted tokens beside its own, and takes as many as it would have
-drawn itself. What that costs is learned from the steps that ran, so that it is done where computing
-more tokens costs little (few rows; a device that waits for memory) and left where it does not pay.
+A drafted row computes its drafted tokens beside its own next token, and accepts those that it would
+have sampled anyway. The cost is learned from the steps that ran. So rows are drafted where more
+tokens cost little (in small batches, on memory-bound devices), and not where it does not pay.
 """
 
 import math
@@ -16,24 +16,24 @@ from server.engine.native.sequences.step import Draft, Step
 from server.engine.request import GenerationRequest
 
 MOST = 16
-"""Tokens that are drafted for one row, at most."""
+"""The most tokens that are drafted for one row in a step."""
 _GAIN = 1.1
-"""Tokens in a second, against those without drafts, that drafts must promise: less is noise."""
+"""How many times as many tokens a second drafts must promise. Less is within the noise."""
 _WEIGHT = 0.1
-"""How much the latest measurement counts among all."""
+"""The weight of the latest measurement in a moving average."""
 _FORGETTING = 0.01
-"""What each step without drafts takes off a surcharge, so that drafts are tried again."""
+"""The share by which each step without drafts reduces the surcharge, so that drafts are retried."""
 
 
 class StepCosts:
-    """How long steps take, by the number of their tokens, as learned from those that ran."""
+    """Learns how long steps take by their number of tokens."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, float]] = {}
-        """Quarter of an octave -> tokens and seconds, averaged."""
+        """Quarter of an octave of tokens -> average tokens and seconds."""
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """What disturbs a step makes it longer, so a shorter one is believed at once."""
+        """Take in a step. Disturbances make steps longer, so a shorter time counts at once."""
         octave = round(4 * math.log2(tokens))
         usual, known = self._known.get(octave, (tokens, seconds))
         usual += _WEIGHT * (tokens - usual)
@@ -41,7 +41,7 @@ class StepCosts:
         self._known = dict(sorted({**self._known, octave: (usual, known)}.items()))
 
     def seconds(self, tokens: int) -> float:
-        """Between two that are known, on the line between them; outside, in proportion."""
+        """Estimate the seconds of a step: interpolate between known steps, or scale the nearest."""
         known = list(self._known.values())
         above = bisect_left([each for each, _ in known], tokens)
         if above == 0 or above == len(known):
@@ -52,20 +52,25 @@ class StepCosts:
 
 
 class Speculation:
+    """Adds drafts to steps where they pay, and learns from the steps what they cost."""
+
     def __init__(self, *, by_default: bool, possible: bool) -> None:
-        """`by_default`: for requests that do not say. `possible`: the runner takes several tokens
-        of a decoding row at once."""
+        """`by_default`: draft for requests that do not say. `possible`: the runner can compute
+        several tokens of a decoding row in a step."""
         self._by_default = by_default
         self._possible = possible
         self.costs = StepCosts()
         self._surcharge = 1.0
-        """How much longer steps with drafts take than others of as many tokens."""
+        """How many times as long steps with drafts take as others with as many tokens."""
         self.drafted_tokens = 0
         self.accepted_tokens = 0
 
     def drafter(self, request: GenerationRequest) -> Drafter | None:
-        """None: the request is never drafted. Penalties, bad words and a grammar depend on the
-        tokens before, drafts included; they are left out rather than computed for each."""
+        """Make a request's drafter. None: no tokens are drafted for it.
+
+        Penalties, bad words and grammars depend on all tokens before, drafted ones too, so requests
+        that have them are not drafted.
+        """
         asked = request.speculation
         wanted = self._by_default or bool(request.prediction) if asked is None else asked
         params = request.params
@@ -75,7 +80,7 @@ class Speculation:
         return Drafter(request.prompt, request.prediction)
 
     def draft(self, step: Step, prefixes: Prefixes) -> Step:
-        """The step, with some of its decoding rows drafted; `prefixes` reserves their room."""
+        """Add drafts to a step's decoding rows; `prefixes` makes room for the drafted tokens."""
         chances: dict[Sequence, list[float]] = {}
         for sequence in step.decode:
             if sequence.drafter is not None:
@@ -95,7 +100,7 @@ class Speculation:
         return replace(step, decode=decode, drafts=drafts)
 
     def _worthwhile(self, step: Step, chances: dict[Sequence, list[float]]) -> dict[Sequence, int]:
-        """How many drafted tokens of each sequence make the step's tokens come fastest."""
+        """Choose how many tokens to draft for each sequence, so that tokens come fastest."""
         likeliest = sorted(
             ((chance, sequence) for sequence, mine in chances.items() for chance in mine),
             key=lambda each: -each[0],
@@ -116,7 +121,7 @@ class Speculation:
         return worthwhile
 
     def learn(self, step: Step, seconds: float, accepted: int) -> None:
-        """A step took this long, and `accepted` of its drafted tokens were taken."""
+        """Take in how long a step took and how many of its drafted tokens were accepted."""
         if step.drafts:
             self.drafted_tokens += sum(len(draft.tokens) for draft in step.drafts)
             self.accepted_tokens += accepted
@@ -128,7 +133,7 @@ class Speculation:
 
 
 def _counts(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, … and `most`: enough to be near the best of all."""
+    """The numbers of drafted tokens that are compared: 1, 2, 3, 4, 6, 8, 12, … and `most`."""
     counts = [1 << power for power in range(most.bit_length())]
     counts += [3 * count // 2 for count in counts if count > 1]
     return [*sorted(count for count in counts if count < most), most]

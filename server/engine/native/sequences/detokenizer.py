@@ -1,4 +1,4 @@
-"""A request's text, as its tokens come: whole characters, and never a stop string."""
+"""The detokenizer: a request's text as its tokens come, in whole characters until a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -10,22 +10,21 @@ from server.engine.byte_tokens import byte_of
 from server.engine.native.faults import is_panic
 
 _CONTEXT_TOKENS = 8
-"""Tokens of the prompt that are decoded too: enough for a decoder that joins a token to the one
-before it."""
+"""Tokens before a new token that are decoded with it: enough for decoders that join tokens."""
 _MOST_TOKENS = 32
-"""Tokens that are decoded together at most. A character takes four at most, so a mark that has
-stood in so many is no half character."""
+"""The most tokens that are decoded together. A character takes at most four, so a replacement
+character that has stayed this long is no incomplete character."""
 _BROKEN = "\ufffd"
-"""What decoders write for bytes that are no text: perhaps the first half of a character."""
+"""The replacement character, which decoders write for invalid bytes and incomplete characters."""
 
 
 class Detokenizer:
-    """Each token's text is what decoding it behind the few tokens before it adds to their text.
+    """Decodes tokens one at a time: each is decoded with a few tokens before it, and adds its text.
 
-    The concatenated pieces are the answer's part of what the tokenizer makes of prompt and answer
-    together, as far as that is valid text. A decoder may change text that is out already (after a
-    half character, byte fallback marks the whole one before it too), or raise: then the token is
-    decoded behind fewer tokens, alone at last, and the text goes on from there.
+    The pieces together are the answer's part of the tokenizer's text of prompt and answer, as far
+    as that is valid. A decoder may change text that was returned already (for an incomplete
+    character, byte fallback also replaces the character before it), or raise. Then the token is
+    decoded with fewer tokens before it, at last alone, and the text continues from there.
     """
 
     def __init__(
@@ -36,39 +35,39 @@ class Detokenizer:
         skip_special_tokens: bool,
         include_stop: bool = False,
     ) -> None:
-        """`include_stop`: a stop string ends the text as its last part, rather than being cut."""
+        """`include_stop`: the text ends with the stop string instead of before it."""
         self._tokenizer = tokenizer.backend_tokenizer
         self._prompt = prompt
         self._skip_special_tokens = skip_special_tokens
         decoder = self._tokenizer.decoder
         self._byte_fallback = decoder is not None and b"ByteFallback" in decoder.__getstate__()
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        """What has come of a character whose bytes are tokens."""
+        """Holds the bytes of an incomplete character whose bytes are tokens."""
         self._bytes_of_prompt = False
-        """Whether all of that is the prompt's."""
+        """Whether all of those bytes belong to the prompt."""
         self._stream: DecodeStream | None = None
-        """Does the same as `_text_of` in a third of the time, as long as every token brings whole
-        characters; None while that is not known."""
+        """Does the same as `_text_of` in a third of the time, as long as every token completes its
+        characters. None: that is not known."""
         self._window: list[int] | None = None
-        """The latest tokens; None before the first."""
+        """The latest tokens. None: there was no token yet."""
         self._whole = 0
-        """How many of these have given all their text."""
+        """How many tokens of the window have given all their text."""
         self._given = ""
-        """The text of the window that is out or belongs to the prompt."""
+        """The part of the window's text that was returned or belongs to the prompt."""
         self._undecided = ""
-        """What stands behind it: a half character, or a whole one that says so."""
+        """The replacement character after that part, which may be an incomplete character."""
         self._stop = [s for s in stop if s]
         self._include_stop = include_stop
         self.stopped_by: str | None = None
-        """The stop string that has come up."""
+        """The stop string that was found."""
         self._held = ""
-        """Text that may be the beginning of a stop string."""
+        """Text that is held back because it may begin a stop string."""
 
     def push(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string has come up.
+        """Add a token. Returns the text that is now certain, and whether a stop string was found.
 
-        Without `may_stop` none can: what comes up then is text like any other, and stays it. Raises
-        RuntimeError where the tokenizer cannot decode the token, not even alone.
+        Without `may_stop`, a stop string is ordinary text, and stays so. Raises RuntimeError if the
+        tokenizer cannot decode the token, not even alone.
         """
         piece = None if self._stream is None else self._next_piece(self._stream, token)
         if piece is None:
@@ -76,12 +75,12 @@ class Detokenizer:
         return self._release(piece, may_stop) if piece and self._stop else (piece, False)
 
     def finish(self, may_stop: bool = True) -> str:
-        """What is left when no more tokens come."""
+        """The rest of the text, when no more tokens come."""
         text, stopped = self._release(self._undecided + self._rest_of_bytes(), may_stop)
         return text if stopped else text + self._held
 
     def _next_piece(self, stream: DecodeStream, token: int) -> str | None:
-        """None: the stream cannot say it, and is of no more use."""
+        """A token's text by the stream. None: the stream cannot decode it, and is dropped."""
         assert self._window is not None
         piece = None
         if not (self._byte_fallback and self._byte_of(token)):
@@ -102,7 +101,7 @@ class Detokenizer:
         return None
 
     def _begin(self) -> None:
-        """Take in the prompt's end: as many tokens as have a text."""
+        """Start with the end of the prompt: as many of its tokens as needed for some text."""
         length = _CONTEXT_TOKENS
         text = self._decode(self._prompt[-length:])
         while not text and length < len(self._prompt):
@@ -131,7 +130,7 @@ class Detokenizer:
                     ids=self._window, skip_special_tokens=self._skip_special_tokens
                 )
             return self._rest_of_bytes() + text
-        # Only what is no byte needs the context again: a space before it may be its own.
+        # The next token that is no byte needs this one as context, for the space between them.
         self._window, self._whole = [token], 1
         self._given = self._decode(self._window) or ""
         text = self._bytes.decode(byte)
@@ -146,13 +145,13 @@ class Detokenizer:
         return byte_of(self._tokenizer.id_to_token(token) or "")
 
     def _rest_of_bytes(self) -> str:
-        """The mark of a character that has not become whole, unless it is the prompt's."""
+        """The replacement character for an incomplete character, unless it is the prompt's."""
         rest = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return "" if self._bytes_of_prompt else rest
 
     def _text_in_context(self, token: int) -> str:
-        """The text that a token adds, without a half character at its end."""
+        """The text that a token adds, without an incomplete character at its end."""
         assert self._window is not None
         start, kept, text = self._find_context(token)
         window = [*self._window[start:], token]
@@ -175,8 +174,10 @@ class Detokenizer:
         return before + new
 
     def _find_context(self, token: int) -> tuple[int, int, str]:
-        """From where in the window a token is decoded without a change of what is out; how many
-        characters are out of the text that this gives; and the text."""
+        """Find the start in the window from which decoding a token keeps the text returned so far.
+
+        Returns the start, how many characters of the decoded text were returned, and that text.
+        """
         assert self._window is not None
         for start in range(len(self._window)):
             context = self._window[start:]
@@ -200,7 +201,7 @@ class Detokenizer:
         return bool(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _decode(self, tokens: Sequence[int]) -> str | None:
-        """None: the tokenizer raises, a bare Exception or a panic."""
+        """Decode tokens. None: the tokenizer raised an Exception or panicked."""
         try:
             return self._tokenizer.decode(
                 list(tokens), skip_special_tokens=self._skip_special_tokens
@@ -213,7 +214,7 @@ class Detokenizer:
     def _release(self, piece: str, may_stop: bool) -> tuple[str, bool]:
         text = self._held + piece
         if may_stop and self._stop:
-            # A stop string ends in what is new: one that was held has been passed already.
+            # A stop string ends in the new piece: held text was searched before.
             fresh = len(self._held) + 1
             found = [(text.find(s, max(0, fresh - len(s))), s) for s in self._stop]
             at, stop = min((each for each in found if each[0] >= 0), default=(-1, ""))
@@ -228,7 +229,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )

@@ -1,58 +1,59 @@
-"""Drafts how a sequence goes on, out of its own text (prompt lookup).
+"""Drafts a sequence's next tokens from its own text (prompt lookup).
 
-What followed the latest tokens where they stood before is drafted to follow them again. A draft
-costs a few look-ups; how often drafts are accepted is learned for each sequence, token by token.
+If the latest tokens occurred before, the tokens that followed them there are drafted. A draft costs
+a few look-ups. Each sequence learns how often its drafts are accepted, token by token.
 """
 
-from collections.abc import Sequence as Rows
+from collections import abc
 from itertools import pairwise
 
 _NONE = -1
-"""Between two texts: no token."""
+"""Separates two texts; no token has this id."""
 _PAIR, _TRIPLE = 2, 3
-"""Tokens whose return makes a place worth expecting more from."""
+"""Lengths of the n-grams that are looked up."""
 _BITS = 32
-"""Bits of a token, where several make one number."""
+"""Bits of a token in a number that holds several."""
 _SURE = 6
-"""Tokens in agreement from which on more of them say nothing new."""
+"""The most matching tokens that are counted. More do not change the acceptance rate."""
 _RATES = (0.05, 0.3, 0.45, 0.5, 0.65, 0.75, 0.9)
-"""How often drafted tokens are accepted at first, by how many tokens before them agree."""
+"""Initial acceptance rates by the number of matching tokens before a drafted token."""
 _WEIGHT = 0.15
-"""How much the latest drafted token counts among all."""
+"""The weight of the latest token in an acceptance rate."""
 _LEAST = 0.05
-"""A drafted token less likely than this is worth its computation on no machine."""
+"""The least chance of acceptance for which a token is drafted: below it pays on no machine."""
 
 
 class Drafter:
-    """Follows one sequence; each of its tokens is read once, at a constant cost.
+    """Drafts for one sequence. It reads each token once, at a constant cost.
 
-    It stands at the place whose text it expects next: where the last three tokens, else the last
-    two, stood latest, and from there on as long as that text agrees. A token that differs is first
-    taken for one exchanged: the place stays, until a better one is found.
+    The drafter keeps a position in the text from which it drafts: after the latest earlier
+    occurrence of the last three tokens, else of the last two. The position moves on with every
+    token. It also stays after a token that differs, since that one may be a replacement, until the
+    last tokens are found elsewhere.
     """
 
-    def __init__(self, prompt: Rows[int], prediction: Rows[int] = ()) -> None:
-        """`prediction`: a text that the answer is expected to follow, from its first token on.
+    def __init__(self, prompt: abc.Sequence[int], prediction: abc.Sequence[int] = ()) -> None:
+        """`prediction`: a text that the answer is expected to repeat, from its first token on.
 
         Nothing is computed before the first `read`.
         """
         self._prompt = prompt
         self._prediction = prediction
         self._text: list[int] = []
-        self._places: dict[int, int] = {}
-        """Two or three tokens, as one number -> where the token after them stands, the latest
-        time. (Tuples would keep the garbage collector busy.)"""
+        self._positions: dict[int, int] = {}
+        """Two or three tokens, as one number -> the position after their latest occurrence. (Tuples
+        would keep the garbage collector busy.)"""
         self._at: int | None = None
-        """Below the text's length."""
+        """The position in the text of the next drafted token. None: nothing is drafted."""
         self._agreeing = 0
-        """Tokens before that place which are those before the text's end."""
+        """How many tokens before that position equal the last tokens of the text."""
         self._rates = list(_RATES)
         self._read = 0
         self.predicted_tokens = 0
-        """Tokens of the answer that were expected from the prediction."""
+        """How many tokens of the answer were drafted rightly from the prediction."""
 
-    def read(self, tokens: Rows[int]) -> None:
-        """Take in what the sequence, prompt and answer, has got since the last call."""
+    def read(self, tokens: abc.Sequence[int]) -> None:
+        """Read the tokens of prompt and answer that were added since the last call."""
         if self._read == 0:
             self._begin()
         for token in tokens[self._read :]:
@@ -70,7 +71,7 @@ class Drafter:
             self._at, self._agreeing = 0, _SURE
 
     def chances(self, most: int) -> list[float]:
-        """How likely the next 1, 2, … drafted tokens, `most` at most, are all accepted."""
+        """The chances that the first 1, 2, … drafted tokens, at most `most`, are all accepted."""
         chances: list[float] = []
         if self._at is None:
             return chances
@@ -84,20 +85,20 @@ class Drafter:
         return chances
 
     def draft(self, count: int) -> tuple[int, ...]:
-        """The next `count` tokens, no more than there are chances for."""
-        assert self._at is not None, "without a place there are no chances"
+        """Draft `count` tokens, at most as many as `chances` gave."""
+        assert self._at is not None, "without a position there are no chances"
         return tuple(self._token_at(self._at + ahead) for ahead in range(count))
 
-    def _token_at(self, place: int) -> int:
-        """The token at a place; past the end, what leads there comes over and over."""
+    def _token_at(self, position: int) -> int:
+        """The token at a position. Past the end the tokens from `_at` to the end are repeated."""
         assert self._at is not None
         end = len(self._text)
-        if place >= end:
-            place = self._at + (place - self._at) % (end - self._at)
-        return self._text[place]
+        if position >= end:
+            position = self._at + (position - self._at) % (end - self._at)
+        return self._text[position]
 
     def _check(self, token: int) -> None:
-        """Whether the answer's next token is the one that was expected."""
+        """Compare a new token with the drafted one, and learn from it."""
         if self._at is None:
             return
         expected = self._text[self._at]
@@ -111,32 +112,33 @@ class Drafter:
         self._at += 1
 
     def _append(self, token: int) -> None:
-        """Note the token, and find the place that agrees in most tokens."""
+        """Add a token to the text, and move to an earlier occurrence of the last tokens."""
         text = self._text
         text.append(token)
         if len(text) >= _PAIR:
             pair = _joined(text[-2], token, 1)
-            self._expect(pair, _PAIR)
+            self._look_up(pair, _PAIR)
         if len(text) >= _TRIPLE:
-            self._expect(_joined(text[-3], pair, 2), _TRIPLE)
+            self._look_up(_joined(text[-3], pair, 2), _TRIPLE)
 
-    def _expect(self, latest: int, length: int) -> None:
-        """Note what the text ends with, and go where it stood before if that agrees in more."""
-        found = self._places.get(latest)
+    def _look_up(self, latest: int, length: int) -> None:
+        """Move to the latest occurrence of the text's last `length` tokens, if more tokens match
+        there, and note the new occurrence."""
+        found = self._positions.get(latest)
         if found is not None and (self._at is None or self._agreeing < length):
             self._at, self._agreeing = found, length
-        self._places[latest] = len(self._text)
+        self._positions[latest] = len(self._text)
 
-    def _store(self, tokens: Rows[int]) -> None:
-        """Note a text at once."""
+    def _store(self, tokens: abc.Sequence[int]) -> None:
+        """Add a whole text and note its n-grams."""
         first, end = len(self._text), len(self._text) + len(tokens) + 1
         self._text += tokens
         pairs = [_joined(a, b, 1) for a, b in pairwise(tokens)]
         triples = [_joined(a, pair, 2) for a, pair in zip(tokens, pairs[1:], strict=False)]
-        self._places.update(zip(pairs, range(first + _PAIR, end), strict=False))
-        self._places.update(zip(triples, range(first + _TRIPLE, end), strict=False))
+        self._positions.update(zip(pairs, range(first + _PAIR, end), strict=False))
+        self._positions.update(zip(triples, range(first + _TRIPLE, end), strict=False))
 
 
 def _joined(token: int, later: int, tokens: int) -> int:
-    """A token before others, `tokens` of them, as one number; fewer tokens never give the same."""
+    """Join a token and `tokens` later ones to one number, which differs for each length."""
     return (token - _NONE + 1) << (_BITS * tokens) | later

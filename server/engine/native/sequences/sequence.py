@@ -1,9 +1,8 @@
-"""A request on its way through the engine."""
+"""A sequence: a request's tokens and state in the engine."""
 
 import math
 import random
-from collections import deque
-from collections.abc import Sequence as Rows
+from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
 
@@ -13,26 +12,26 @@ from server.engine.native.sequences.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
 _MARK = 256
-"""Characters of what begins a grammar, at most."""
+"""The most characters of a match that begins a grammar."""
 HEADROOM = 64
-"""Tokens of the answer that admission sets aside room for, so that a row seldom moves at once."""
+"""Tokens of the answer that admission reserves room for, so that a row seldom moves soon after."""
 
 
 class Draws:
-    """A sequence's own random numbers, uniform in [0, 1): one for each token that it takes."""
+    """A sequence's own random numbers, uniform in [0, 1): one for each token that it samples."""
 
     def __init__(self, seed: int | None) -> None:
         self._generator = random.Random(seed)
         self._next: deque[float] = deque()
 
     def peek(self, ahead: int) -> float:
-        """The number for the next token (0), the one after it (1), …"""
+        """The random number for the next token (`ahead` 0), the token after it (1), …"""
         while len(self._next) <= ahead:
             self._next.append(self._generator.random())
         return self._next[ahead]
 
     def take(self, count: int) -> None:
-        """So many tokens were taken by numbers that `peek` gave."""
+        """Consume the numbers of this many tokens, which were sampled with `peek`."""
         for _ in range(count):
             self._next.popleft()
 
@@ -41,9 +40,9 @@ class Sequence:
     """Owns a request's tokens and how far they are computed.
 
     `tokens` holds prompt and answer; keys and values exist for the first `computed` of them. A
-    preempted sequence goes back to 0 and recomputes; its answer, its random state and its place in
-    a grammar stay. In an encoder-decoder the prompt is the encoder's, and what the decoder begins
-    with stands between prompt and answer.
+    preempted sequence goes back to 0 and is computed again, but keeps its answer, its random state
+    and the state of its grammar. In an encoder-decoder the encoder reads the prompt, and the tokens
+    that the decoder begins with stand between prompt and answer.
     """
 
     def __init__(
@@ -54,14 +53,14 @@ class Sequence:
         decoder_start: tuple[int, ...] | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """`decoder_start`: what the decoder of an encoder-decoder begins with. `drafter`: what
-        drafts its next tokens; None: they are not drafted."""
+        """`row` is the engine's number for the sequence. `decoder_start`: the tokens that the
+        decoder of an encoder-decoder begins with. `drafter`: None if no tokens are drafted."""
         self.request = request
         self.row = row
-        """The engine's own number for this request: names its keys and values in the cache."""
+        """The engine's number for this sequence, which names its keys and values in the cache."""
         start = decoder_start or ()
         self.source_tokens = 0 if decoder_start is None else len(request.prompt)
-        """The first of `tokens`, which an encoder reads, and only as a whole."""
+        """How many of the first `tokens` an encoder reads, always as a whole."""
         self.tokens = [*request.prompt, *start, *request.target]
         self.prompt_tokens = len(self.tokens)
         self.computed = 0
@@ -70,9 +69,9 @@ class Sequence:
         self.slot: int | None = None
         """The adapter's slot while the sequence runs; None while it waits."""
         self.turn: int | None = None
-        """The number of its first start among all starts; None: it has not started."""
+        """The number of the sequence's first start among all starts. None: it has not started."""
         self.preempted = False
-        """Whether it ever was."""
+        """Whether it was ever preempted."""
         self.draws = Draws(request.params.seed)
         self.drafter = drafter
         self.detokenizer = Detokenizer(
@@ -85,13 +84,13 @@ class Sequence:
         grammar = request.params.grammar
         self._awaits_grammar = request.params.grammar_begin is not None
         self._text = ""
-        """The answer's end, while its grammar has not begun: as much as may belong to the mark, and
-        one character before it, so that no pattern takes a later place for the start."""
+        """The end of the answer's text while its grammar has not begun: as much as a match may need
+        and one character before it, so that `^` does not match in the middle of the text."""
         self.constraint = None if grammar is None or self._awaits_grammar else Constraint(grammar)
         self.prompt_logprobs: list[TokenLogprob | None] = [
             None
         ] * request.params.prompt_logprobs_from
-        """Known so far, when they were asked for. Nothing predicts the first token."""
+        """The scores known so far, if the request wants them. The first token never has one."""
 
     @property
     def tenant(self) -> str:
@@ -107,8 +106,11 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[bool, int, float, int]:
-        """The running sequence with the largest is preempted first. One that was preempted comes
-        before all that were not, and the first of those is never preempted again."""
+        """The sequence's rank; the running sequence with the largest is preempted first.
+
+        Sequences that were preempted before rank before all others. So the first of them is never
+        preempted again.
+        """
         turn = math.inf if self.turn is None else self.turn
         return not self.preempted, 0 if self.preempted else self.request.priority, turn, self.row
 
@@ -121,37 +123,37 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     def begin(self, computed: int) -> None:
-        """A row of the cache is the sequence's, which holds its first `computed` tokens already."""
+        """Note that the sequence has a row in the cache that holds its first `computed` tokens."""
         self.computed = computed
         if self.cached_tokens is None:
             self.cached_tokens = computed
 
     def start(self, slot: int, turn: int) -> None:
-        """The sequence runs, for the first time or again, on the adapter in this slot."""
+        """Run, for the first time or again, with the adapter in this slot."""
         self.slot = slot
         if self.turn is None:
             self.turn = turn
 
     def preempt(self) -> None:
-        """Its row is taken away, so that all of it is to be computed again."""
+        """Wait again, without a row: all tokens must be computed again."""
         self.slot = None
         self.computed = 0
         self.preempted = True
 
     def advance(self, tokens: int) -> None:
-        """Keys and values of its next `tokens` tokens have been computed."""
+        """Note that the keys and values of the next `tokens` tokens have been computed."""
         self.computed += tokens
 
     def append(self, token: int) -> None:
-        """This is the answer's next token."""
+        """Append the answer's next token."""
         self.tokens.append(token)
 
-    def score_prompt(self, scores: Rows[TokenLogprob | None]) -> None:
-        """These are the scores of the prompt's next tokens that had none."""
+    def score_prompt(self, scores: abc.Sequence[TokenLogprob | None]) -> None:
+        """Append the scores of the prompt's next tokens that had none."""
         self.prompt_logprobs += scores
 
     def see(self, text: str) -> None:
-        """The answer goes on with this text, in which its grammar may begin."""
+        """Read the answer's next text, in which its grammar may begin."""
         if not self._awaits_grammar or not text:
             return
         params = self.request.params
@@ -164,7 +166,7 @@ class Sequence:
             return
         self._awaits_grammar = False
         rest = params.grammar.after(self._text[found.end() :])
-        # Where the same token went on as the grammar does not, the answer stays free.
+        # If the rest of this token's text does not fit the grammar, the answer stays unconstrained.
         self.constraint = None if rest is None else Constraint(rest)
 
     @property
@@ -174,7 +176,7 @@ class Sequence:
 
     @property
     def stop_reason(self) -> str | int | None:
-        """What ended an answer that was stopped: a stop string, or one of `stop_token_ids`."""
+        """What stopped the answer: a stop string, or one of `stop_token_ids`."""
         last = self.tokens[-1]
         is_stop_token = last in self.request.params.stop_token_ids
         return self.detokenizer.stopped_by or (last if is_stop_token else None)
@@ -185,14 +187,14 @@ class Sequence:
 
     @property
     def predicted_tokens(self) -> int:
-        """How many of the answer's tokens the request's prediction foretold."""
+        """How many of the answer's tokens the request's prediction had right."""
         if not self.request.prediction or self.drafter is None:
             return 0
         self.drafter.read(self.tokens)
         return self.drafter.predicted_tokens
 
     def unscored(self, tokens: int) -> range:
-        """Which of the next `tokens` tokens predict one of the prompt that has no score yet."""
+        """Which of the next `tokens` tokens predict a prompt token that has no score yet."""
         if not self.wants_prompt_logprobs:
             return range(0)
         first = len(self.prompt_logprobs) - 1 - self.computed
@@ -205,24 +207,23 @@ class Sequence:
 
     @property
     def sharable(self) -> list[int]:
-        """What others may begin with as well: all, or of an encoder-decoder its source."""
+        """The tokens whose prefixes may be shared: all, or in an encoder-decoder the source."""
         return self.tokens[: self.source_tokens] if self.source_tokens else self.tokens
 
     @property
     def most_skippable(self) -> int:
-        """How many tokens need not be computed where their keys and values are there already: all
-        but the last one, which says what comes next."""
+        """How many tokens can be prefix hits: all but the last, which predicts the next token."""
         return self.source_tokens or len(self.tokens) - 1
 
     @property
     def skippable(self) -> int:
-        """The same, but for what scores the prompt."""
+        """Likewise, but the tokens that score the prompt must be computed."""
         if self.source_tokens or not self.wants_prompt_logprobs:
             return self.most_skippable
         return len(self.prompt_logprobs) - 1
 
     def can_take_scores(self, other: "Sequence") -> bool:
-        """Whether another scores all that this one wants scored, where their prompts are alike."""
+        """Whether another sequence with the same prompt scores all tokens that this one wants."""
         ours, theirs = self.request.params, other.request.params
         return not self.wants_prompt_logprobs or (
             ours.prompt_logprobs == theirs.prompt_logprobs
@@ -230,7 +231,7 @@ class Sequence:
         )
 
     def take_scores(self, other: "Sequence") -> None:
-        """Where their prompts are alike, the other's scores are this one's as well."""
+        """Copy another sequence's scores as far as the two prompts agree."""
         if not self.wants_prompt_logprobs or not self.can_take_scores(other):
             return
         ours, theirs = self.tokens[: self.prompt_tokens], other.tokens[: other.prompt_tokens]
@@ -238,8 +239,8 @@ class Sequence:
         self.score_prompt(other.prompt_logprobs[len(self.prompt_logprobs) : common])
 
 
-def common_tokens(some: Rows[int], others: Rows[int]) -> int:
-    """How many tokens two rows begin with alike."""
+def common_tokens(some: abc.Sequence[int], others: abc.Sequence[int]) -> int:
+    """The length of the common prefix."""
     if some == others:
         return len(some)
     pairs = enumerate(zip(some, others, strict=False))

@@ -1,4 +1,4 @@
-"""What one forward computes: plain values, made by the scheduler."""
+"""A step: the tokens that one forward computes, as the scheduler has planned them."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from server.engine.native.sequences.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A decoding row, and the tokens that are drafted to follow its latest one."""
+    """A decoding row with the tokens that are drafted to follow its latest token."""
 
     sequence: Sequence
     tokens: tuple[int, ...]
@@ -15,12 +15,12 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward: a token for each decoding row in the cache's order, then the prefill chunks,
-    then the decoding rows that compute drafted tokens too."""
+    """The work of one forward: one token of each decoding row in the cache's order, then the chunks
+    of prompts, then the decoding rows that compute drafted tokens too."""
 
     decode: list[Sequence]
     prefill: list[tuple[Sequence, int]]
-    """A sequence and how many of its next tokens to compute."""
+    """Sequences, each with how many of its next tokens to compute."""
     drafts: list[Draft] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -33,6 +33,6 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """How many the forward computes."""
+        """How many tokens the forward computes."""
         chunks = sum(tokens for _, tokens in self.prefill)
         return len(self.decode) + chunks + sum(1 + len(draft.tokens) for draft in self.drafts)
