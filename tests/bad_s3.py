@@ -9,7 +9,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 KEPT = {"etag", "last-modified", "content-type"}
-"""Headers of an answer."""
+"""The headers of an answer."""
 Fault = Literal["refuses", "is full", "hangs", "loses the request", "loses the answer"]
 
 
@@ -21,9 +21,9 @@ class BadS3:
         self.endpoint = f"http://127.0.0.1:{port}"
         self.fault: Callable[[str], Fault | None] = lambda _: None
         self.requests: list[str] = []
-        """Method and path, each."""
+        """The method and path of each request."""
         self.woken = threading.Event()
-        """What hangs ends when this is set."""
+        """Set to end what hangs."""
 
     def always(self, fault: Fault | None) -> None:
         self.fault = lambda _: fault
@@ -71,7 +71,7 @@ def bad_s3(behind: str) -> Iterator[BadS3]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = BadS3(behind, server.server_address[1])

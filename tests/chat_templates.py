@@ -10,7 +10,7 @@ HERMES = (
     '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": '
     "{{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}{% endfor %}" + _OPEN
 )
-"""As Qwen 2.5 and 3."""
+"""The calls of Qwen 2.5 and 3."""
 
 MISTRAL = (
     "<s>{% for message in messages %}{% if message.role == 'user' %}{% if tools %}"
@@ -24,7 +24,7 @@ MISTRAL = (
     '"id": "{{ call.id }}"}{{ ", " if not loop.last }}{% endfor %}]</s>'
     "{% else %}{{ message.content }}</s>{% endif %}{% endfor %}"
 )
-"""As Mistral 7B v0.3."""
+"""The calls of Mistral 7B v0.3."""
 
 LLAMA = (
     '<s>{% if tools %}<|system|>Respond in the format {"name": function name, "parameters": '
@@ -36,4 +36,4 @@ LLAMA = (
     "{{ message.tool_calls[0].function.arguments | tojson }}}"
     "{% else %}{{ message.content }}{% endif %}{% endfor %}" + _OPEN
 )
-"""As Llama 3.1 and 3.2."""
+"""The calls of Llama 3.1 and 3.2."""

@@ -1,5 +1,4 @@
-"""For all tests: no deadlines (the machines are shared), only the tests that are asked for, and a
-bucket for who asks."""
+"""Configures all tests: no deadlines, only the tests that are asked for, and a bucket."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Servers that adapters are fetched from: a hub, a bucket, and some that mean no good."""
+"""Servers that adapters are fetched from: a hub, a bucket, and some that are hostile."""
 
 import contextlib
 import hashlib

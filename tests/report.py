@@ -1,4 +1,4 @@
-"""`--report FILE`: what was run where, and how it went, for people who did not run it."""
+"""`--report FILE`: which tests ran where, and how they ended, for people who did not run them."""
 
 import importlib.metadata
 import platform

@@ -1,4 +1,4 @@
-"""What the container files promise each other and the server; docker/test_image.sh runs them."""
+"""The container files agree with each other and with the server; docker/test_image.sh runs them."""
 
 import ast
 import json

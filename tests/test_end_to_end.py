@@ -1,4 +1,4 @@
-"""As a new user meets it: the command line, the default model, OpenAI's own client."""
+"""The path of a new user: the command line, the default model, OpenAI's own client."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Merge jobs: what becomes of them when a process ends, a file is damaged, or a merge fails."""
+"""Merge jobs when a process ends, a file is damaged, or a merge fails."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(folder: Path, model: str) -> Iterator[Callable[..., MergeJobs]]:
-    """Open the folder again; whoever had it before is closed."""
+    """Open the folder again, after closing it where it is open."""
     jobs: list[MergeJobs] = []
 
     def open_jobs(base: str = model) -> MergeJobs:

@@ -1,4 +1,4 @@
-"""The HTTP server's own manners: how it ends, and what it bounds, over real sockets."""
+"""The HTTP server over real sockets: how it stops, and what it bounds."""
 
 import asyncio
 import contextlib
@@ -271,7 +271,7 @@ def connection(server: RunningServer, **options: int) -> Iterator[socket.socket]
 
 
 def received(connected: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+    """All bytes that come until the server closes."""
     parts = []
     while part := connected.recv(1 << 16):
         parts.append(part)

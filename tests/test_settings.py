@@ -1,4 +1,4 @@
-"""Settings: one place, three ways to set them, and what is refused."""
+"""Settings: flags, environment variables and defaults, and what is refused."""
 
 from pathlib import Path
 

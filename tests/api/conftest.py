@@ -91,7 +91,7 @@ def serve_adapters(
     adapter_folders: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> ServeAdapters:
-    """A server of the model and its adapters, as long as it is needed."""
+    """Start a server of the model and its adapters, for the time of a `with` block."""
 
     @contextlib.contextmanager
     def serve_adapters(**overrides: Any) -> Iterator[RunningServer]:
@@ -146,7 +146,7 @@ def start_server(
 
 
 class Gate:
-    """Where the merges' worker stands still, at its next tensor, until it is let go."""
+    """Stops the merges' worker at its next tensor, until the gate is opened."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

@@ -1,4 +1,4 @@
-"""Sees that a server answers nothing that its OpenAPI document does not name."""
+"""Checks that a server answers nothing that its OpenAPI document does not name."""
 
 import re
 from typing import Any
@@ -9,13 +9,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.disconnects import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
-"""What no document foresees."""
+"""Statuses that no OpenAPI document names."""
 UNDOCUMENTED = (405, CLIENT_GONE)
 """Of a method that there is not, so of no operation; and what nobody is left to read."""
 
 
 class Documented:
-    """ASGI middleware: which answers were not as documented comes into `strays`."""
+    """ASGI middleware that adds each answer that is not as documented to `strays`."""
 
     def __init__(self, app: ASGIApp, document: dict[str, Any], strays: list[str]) -> None:
         self._app = app

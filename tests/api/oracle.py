@@ -1,4 +1,4 @@
-"""What transformers and PEFT themselves say, for answers that came over HTTP."""
+"""The answers of transformers and PEFT themselves, to compare with those over HTTP."""
 
 from collections.abc import Sequence
 from pathlib import Path

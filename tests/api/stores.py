@@ -49,7 +49,7 @@ class Place:
 
 
 def flipped(data: bytes) -> bytes:
-    """Two bits of two bytes near the end: what a weights file has there are numbers."""
+    """Flip two bits in two bytes near the end, where a weights file has numbers."""
     changed = bytearray(data)
     changed[-2] ^= 1
     changed[-7] ^= 64

@@ -1,4 +1,4 @@
-"""`/v1/adapters` on a real server: adapters come, are listed, looked at, downloaded and go."""
+"""`/v1/adapters` on a real server: add, list, look up, download and delete adapters."""
 
 import json
 import uuid

@@ -138,7 +138,7 @@ def gzipped(header: bytes, zeros: int) -> bytes:
 
 
 def central_directory(entries: int) -> bytes:
-    """A zip that has nothing but names."""
+    """A zip that holds names and no files."""
     name = b"x" * 10
     fields = (0x02014B50, 20, 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0)
     listed = (struct.pack("<IHHHHHHIIIHHHHHII", *fields) + name) * entries
@@ -327,7 +327,7 @@ def saying_that_it_needs(packed: bytes, size: int) -> bytes:
 def test_an_xz_that_asks_for_much_memory_is_refused(
     client: httpx.Client, adapter_folders: dict[str, Path], size: int, status: int
 ) -> None:
-    """`xz -9` asks for 2 to the power of 26; one may ask for all that there is."""
+    """`xz -9` asks for 2 to the power of 26 bytes; a file may ask for all memory."""
     whole = tar_of(read_adapter(adapter_folders["mlp"]), "w:xz")
     packed = saying_that_it_needs(whole, size)
     response = client.post(f"{ADAPTERS}?dry_run=1", files={"archive": packed})

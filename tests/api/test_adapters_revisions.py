@@ -1,4 +1,4 @@
-"""How an adapter changes and goes: revisions, ETags, deletion, and what requests see of it."""
+"""How an adapter is changed and deleted: revisions, ETags, and what requests see of it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Keys: who may do what, decided before a body is read."""
+"""API keys: what each may do, decided before a body is read."""
 
 import json
 import logging
@@ -335,7 +335,7 @@ SECRET = "Our offer to the customer is 4 711 euros, and not a cent less than tha
 
 
 def cached(client: httpx.Client, role: str, path: str, model: str, salt: str | None) -> int:
-    """How many tokens of the secret prompt this key is told that were computed before."""
+    """How many cached tokens of the secret prompt the server reports to this key."""
     body: dict[str, Any] = {"model": model, "max_tokens": 1, "cache_salt": salt}
     if path == "/v1/chat/completions":
         body["messages"] = [{"role": "user", "content": SECRET}]

@@ -17,7 +17,7 @@ from tests.factories import TOKENS, save_tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """A model whose tokenizer has the mark of a call as one token, as Qwen's, and likes it."""
+    """A model that prefers the mark of a call, which is one token of its tokenizer, as Qwen's."""
     root = tmp_path_factory.mktemp("marked")
     model = save_tiny_model(root / "model", HERMES, max_position_embeddings=2048, vocab_size=264)
     tokenizer = tiny_tokenizer(HERMES)
@@ -67,7 +67,7 @@ def test_a_mark_that_is_a_token_of_its_own_is_written_as_one(marked: OpenAI) -> 
 
 
 def test_what_is_said_before_a_call_is_free(marked: OpenAI) -> None:
-    """A bias that wins only now and then: some text first, then perhaps a call."""
+    """A bias that a call wins with only now and then: some text comes first."""
     choices = ask(marked, n=12, seed=1, logit_bias={str(TOKENS): 2}, max_tokens=700).choices
     calling = [choice for choice in choices if choice.finish_reason == "tool_calls"]
 

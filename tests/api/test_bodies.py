@@ -1,4 +1,4 @@
-"""How a body is sent: what its headers say of it, and packed ones."""
+"""Bodies as they are sent: their headers, and gzip."""
 
 import gzip
 import json

@@ -277,7 +277,7 @@ def test_an_echoed_prompt_is_scored_without_generating(
 def test_an_evaluation_harness_gets_the_scores_of_a_continuation(
     client: httpx.Client, base: str, oracle: Oracle
 ) -> None:
-    """As lm-eval's `local-completions` asks: context and continuation echoed, one token more."""
+    """What lm-eval's `local-completions` sends: context and continuation echoed, one token more."""
     context, continuation = oracle.ids("The capital is"), oracle.ids(" Paris")
     ids = context + continuation
 

@@ -147,7 +147,7 @@ def test_an_unforeseen_failure_tells_the_log_and_not_the_client(
 
 
 class Panic(BaseException):
-    """As a library in Rust raises one: no Exception."""
+    """Raise what is no Exception, as a library in Rust does."""
 
 
 @pytest.mark.parametrize(

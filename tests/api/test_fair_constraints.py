@@ -1,4 +1,4 @@
-"""One key's constraints hold up nobody else, nor its own that are compiled already."""
+"""A key's slow constraints delay no other key, and no constraint that is compiled already."""
 
 import asyncio
 from asyncio.subprocess import Process
@@ -48,7 +48,7 @@ def guarded(
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
-    """Those in which grammars are tried, as they begin."""
+    """The processes in which grammars are tried, in the order of their starts."""
     begun: list[Process] = []
     begin = asyncio.create_subprocess_exec
 

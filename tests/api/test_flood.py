@@ -1,4 +1,4 @@
-"""Far more requests at once than the queue has places for."""
+"""Far more requests at once than the queue takes."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,7 @@ from tests.api.conftest import ServeAdapters
 from tests.api.test_streaming import COMPLETIONS, at_rest, eventually
 
 CONNECTIONS = 200
-"""Of the flood at any time: more than places, fewer than files that a process may open."""
+"""Requests of the flood at any time: more than places, fewer than files that a process may open."""
 BODY = {"prompt": "The order arrived", "temperature": 0, "max_tokens": 4, "ignore_eos": True}
 
 

@@ -39,7 +39,7 @@ VLLM_OF_BOTH = """
     stream_interval guided_json guided_regex guided_choice guided_grammar guided_json_object
     guided_decoding_backend guided_whitespace_pattern logits_processors best_of early_stopping
 """
-"""Of its request classes in November 2026, and of the years before."""
+"""Fields of its request classes in November 2026, and of the years before."""
 VLLM = {
     COMPLETIONS: "prompt echo suffix prompt_embeds",
     CHAT: """

@@ -42,7 +42,7 @@ from tests.api.test_auth import KEYS, bearer, keys_file
 from tests.api.test_openapi import STATUSES
 
 SECONDS = 30
-"""What takes longer hangs."""
+"""A request that takes more seconds hangs."""
 VARIATIONS = 7
 """Ordinary requests with something of one that is made up, if that has a body."""
 FEW = 4
@@ -58,7 +58,7 @@ CHECKS = [
 ]
 WITH_BODIES = [each for each in STATUSES if each[0] in ("post", "put", "patch")]
 CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "stranger"]
-"""Whose key goes with a request: a name of KEYS, no key, or one that the server does not know."""
+"""The key of a request: a name of KEYS, no key, or one that the server does not know."""
 NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new", "org/new"]
 """The base, the adapters, and some that come and go."""
 PLAIN: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ class Fuzzed:
             self.client.patch(f"/v1/adapters/{name}", json=as_new).raise_for_status()
 
     def send(self, case: Case, caller: str, *checks: Any) -> requests.Response:
-        """Raises what is wrong with the answer."""
+        """Check an answer. Raises what is wrong with it."""
         case.headers.pop("Authorization", None)
         if caller != "nobody":
             case.headers.update(bearer(caller))
@@ -120,7 +120,7 @@ class Fuzzed:
         return answer
 
     def check(self) -> None:
-        """Raises where what was sent has left something behind: what is held, or a changed base."""
+        """Check that nothing is left behind: no lease is held, and the base is unchanged."""
         deadline = time.monotonic() + SECONDS
         while not self._is_idle():
             assert time.monotonic() < deadline, "something is held though nothing runs"
@@ -325,7 +325,7 @@ def test_what_one_answer_names_the_next_request_may_use(fuzzed: Fuzzed, chains: 
             return fuzzed.send(case, "everything")
 
         def validate_response(self, *_: Any, **__: Any) -> None:
-            """`send` has."""
+            """`send` has checked the answer already."""
 
     settings = hypothesis.settings(
         max_examples=chains,

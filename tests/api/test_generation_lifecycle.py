@@ -1,4 +1,4 @@
-"""What becomes of running requests when adapters change, the queue fills, or the server stops."""
+"""Running requests when adapters change, the queue fills, or the server stops."""
 
 import json
 import shutil

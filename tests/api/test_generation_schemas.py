@@ -1,4 +1,4 @@
-"""What the OpenAPI page says about the generation endpoints."""
+"""The generation endpoints in the OpenAPI document."""
 
 import pytest
 from pydantic import BaseModel

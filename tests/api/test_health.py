@@ -1,4 +1,4 @@
-"""What orchestrators ask: is the process alive, and may requests come?"""
+"""Probes of orchestrators: is the process alive, and is it ready for requests?"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ def test_a_stream_says_that_the_model_thread_has_ended(
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What hangs hangs until this is set."""
+    """Set to end what hangs."""
     gate = threading.Event()
     yield gate
     gate.set()

@@ -1,4 +1,4 @@
-"""What is too large, and a disk that is full."""
+"""Bodies and uploads that are too large, and a disk that is full."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ COMPLETIONS = "/v1/completions"
 def small(
     model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Services]]:
-    """A server that takes little."""
+    """A server with small limits."""
     settings = Settings(
         model=str(model_folder),
         served_model_name="tiny",
@@ -43,7 +43,7 @@ def small(
 
 @pytest.fixture
 def client(small: tuple[str, Services]) -> Iterator[httpx.Client]:
-    """Of the small server; takes along what a test has added."""
+    """A client of the small server; it deletes what a test has added."""
     with httpx.Client(base_url=small[0], timeout=60) as client:
         yield client
         for adapter in client.get(ADAPTERS).json()["data"]:
@@ -80,7 +80,7 @@ BODIES = {
 
 
 def in_pieces(body: bytes) -> Iterator[bytes]:
-    """For a request that does not say its length beforehand."""
+    """A body that is sent without its length."""
     for start in range(0, len(body), 500):
         yield body[start : start + 500]
 

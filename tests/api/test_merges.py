@@ -1,4 +1,4 @@
-"""Merges over HTTP: what they yield, and what they refuse."""
+"""Merges over HTTP: their results, and what is refused."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def no_merge_stays(client: httpx.Client) -> Iterator[None]:
 
 
 def delete_all(client: httpx.Client) -> bool:
-    """A running one is cancelled by the first call, and gone by another."""
+    """Delete every merge: one call cancels a running merge, another removes it."""
     for job in client.get(MERGES).json()["data"]:
         client.delete(f"{MERGES}/{job['id']}")
     return client.get(MERGES).json()["data"] == []

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a real server's requests."""
+"""The metrics of a real server's requests, as Prometheus scrapes them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ IN_USE = (
     "kv_tokens_used",
 )
 Sample = tuple[str, frozenset[tuple[str, str]]]
-"""A series: its name and labels."""
+"""A series, by its name and labels."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The OpenAPI page: complete, and true."""
+"""The OpenAPI document is complete and true."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_type_hints

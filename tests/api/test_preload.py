@@ -1,4 +1,4 @@
-"""Adapters that are offered at start, and names that would mean two things."""
+"""Adapters that are added at start, and names that would mean two things."""
 
 import shutil
 from pathlib import Path

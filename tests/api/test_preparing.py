@@ -1,4 +1,4 @@
-"""How requests are prepared: on threads, so many at once."""
+"""Requests are prepared on threads, a few at once."""
 
 import threading
 from collections.abc import Iterator

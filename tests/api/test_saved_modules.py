@@ -28,7 +28,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "skip_special_
 
 @pytest.fixture(scope="module")
 def grown(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tokens more, with their embeddings, and a template that writes them."""
+    """An adapter with three tokens more, their embeddings, and a template that writes them."""
     folder = tmp_path_factory.mktemp("grown") / "grown"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.add_tokens(NEW_TOKENS, special_tokens=False)

@@ -33,7 +33,7 @@ class Changing:
         self._folders = folders
         self._done = threading.Event()
         self.kind_of: dict[str, str] = {}
-        """`moving@3` -> which of the folders that was."""
+        """`moving@3` -> the folder that it was uploaded from."""
         self.changes = 0
 
     def run(self) -> None:

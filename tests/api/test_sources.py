@@ -296,11 +296,11 @@ def test_a_source_that_hangs_is_given_up(
 def test_requests_are_answered_while_sources_hang(
     client: httpx.Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no more than four are fetched at once."""
+    """Four sources are fetched at once, and no more."""
     four, free = threading.Semaphore(0), threading.Event()
     lock = threading.Lock()
     running: list[int] = [0, 0]
-    """Now, and at most."""
+    """How many are fetched now, and how many were at most."""
 
     def hold(connection: Any) -> None:
         with lock:

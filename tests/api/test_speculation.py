@@ -56,7 +56,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 def test_a_prediction_that_comes_true_is_accepted(
     client: httpx.Client, base: str, parts: bool
 ) -> None:
-    """A bias lets the tiny model say what can be foretold."""
+    """A bias lets the tiny model repeat itself, so that drafts are accepted."""
     body = {"ignore_eos": True, "max_tokens": 12, "logit_bias": {"70": 100}}
     plain = chat(client, base, **body)
     text = plain["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""How long the staging folder of an upload is there."""
+"""The staging folder of an upload is removed when the upload ends."""
 
 import asyncio
 from io import BytesIO

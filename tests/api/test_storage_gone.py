@@ -1,4 +1,4 @@
-"""The folder of the adapters, or of the merges, is taken away under the server."""
+"""The folder of the adapters, or of the merges, is removed while the server runs."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What an adapter brings is its own requests' trouble: never the server's, never the base's."""
+"""A harmful tokenizer or chat template harms its adapter's requests only."""
 
 import json
 import os

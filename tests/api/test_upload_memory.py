@@ -1,4 +1,4 @@
-"""What uploads take of memory, by a server in a process of its own; and their budget together."""
+"""The memory that uploads take, in a server of its own process; and the budget of all uploads."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def process(
 
 
 def header_of(**tensors: list[int]) -> bytes:
-    """Of a safetensors file with float32 tensors of these shapes."""
+    """The header of a safetensors file with float32 tensors of these shapes."""
     header, start = {}, 0
     for name, shape in tensors.items():
         end = start + 4 * shape[0] * shape[1]

@@ -1,4 +1,4 @@
-"""What is wrong with an upload is said, leaves nothing behind, and disturbs nobody."""
+"""A faulty upload is answered with its faults, leaves nothing behind, and disturbs no request."""
 
 import io
 import json
