@@ -94,7 +94,9 @@ class Simulation:
         self.cache = StripCache(
             [], total_tokens=cache_tokens or (rows + 1) * window, max_tokens=window
         )
-        self.scheduler = Scheduler(self.cache, self.residency, rows, chunk, prefix_cache=False)
+        self.scheduler = Scheduler(
+            self.cache, self.residency, max_rows=rows, chunk_tokens=chunk, prefix_cache=False
+        )
         self.now = 0.0
         self.steps = 0
         self.journeys: list[Journey] = []

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Sequence as Rows
+from collections import abc
 from contextlib import suppress
 
 from adapters.model.slots import IA3Slots
@@ -75,11 +75,11 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._cache,
             residency,
-            config.max_rows,
-            self.chunk_tokens,
-            config.prefix_cache,
-            execution.whole_prompts,
-            self._speculation,
+            max_rows=config.max_rows,
+            chunk_tokens=self.chunk_tokens,
+            prefix_cache=config.prefix_cache,
+            whole_prompts=execution.whole_prompts,
+            speculation=self._speculation,
         )
         self._sampler = Sampler(self.model.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
@@ -228,7 +228,7 @@ class EngineCore:
             self._prompt_tokens += min(tokens, max(0, sequence.prompt_tokens - sequence.computed))
             sequence.advance(tokens)
 
-    def _append(self, sequence: Sequence, choices: Rows[Sampled]) -> None:
+    def _append(self, sequence: Sequence, choices: abc.Sequence[Sampled]) -> None:
         """Whatever a tokenizer or a stop string raises is the request's own failure."""
         try:
             output = take(sequence, choices, self.model.eos_token_ids)

@@ -85,7 +85,13 @@ class Machine:
         self.registry = registry
         shapes = [LayerShape(1, 1, 1, torch.float32)]
         self.cache = StripCache(shapes, total_tokens=windows * WINDOW, max_tokens=WINDOW)
-        self.scheduler = Scheduler(self.cache, registry.residency, rows, CHUNK, prefix_cache)
+        self.scheduler = Scheduler(
+            self.cache,
+            registry.residency,
+            max_rows=rows,
+            chunk_tokens=CHUNK,
+            prefix_cache=prefix_cache,
+        )
         self.finished: list[int] = []
         self.computed = 0
         self.row = 0

@@ -88,6 +88,7 @@ class Scheduler:
         self,
         cache: KVCache,
         residency: Residency,
+        *,
         max_rows: int,
         chunk_tokens: int,
         prefix_cache: bool = True,
