@@ -88,7 +88,7 @@ def measure(folder: Path, dtype: str) -> tuple[dict[str, float], float]:
             prefix_cache=False,
             compile=True,
         )
-    )(streams=None)
+    )
     core = services.engine.core
     _ask(core, services.registry, names)
     untimed = [_seconds(core) for _ in range(STEPS)]

@@ -57,12 +57,10 @@ _PRELOADED = Origin(source="preload")
 def create_app(settings: Settings) -> FastAPI:
     """Loads the model, which takes a while. Raises BadKeysFile, EngineError and AdapterError."""
     keys: list[Key] = [] if settings.keys_file is None else read_keys(settings.keys_file)
-    make_services = load_services(settings)
+    services = load_services(settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = make_services(streams=Streams(asyncio.get_running_loop()))
-        app.state.services = services
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.engine.start(services.streams.deliver)
         log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
         try:
@@ -81,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="One base model, thousands of IA3 adapters, one batch.",
         lifespan=lifespan,
     )
+    app.state.services = services
     install_error_handlers(app)
     for module in (completions, chat, rank, models, adapters, merges):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
@@ -94,12 +93,12 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def load_services(settings: Settings) -> "partial[Services]":
-    """Make the services but for the streams: they need an event loop, which does not run yet."""
+def load_services(settings: Settings) -> Services:
+    """Load the model and make the services, on a thread that ends."""
     return on_passing_thread(partial(_load_services, settings))
 
 
-def _load_services(settings: Settings) -> "partial[Services]":
+def _load_services(settings: Settings) -> Services:
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
         loaded = _load_model(settings)
@@ -124,8 +123,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
         store.close()
         raise
     each = _turns_of_a_key(settings)
-    return partial(
-        Services,
+    return Services(
         settings=settings,
         engine=engine,
         registry=registry,
@@ -135,6 +133,7 @@ def _load_services(settings: Settings) -> "partial[Services]":
             settings.max_upload_bytes,
             settings.source_timeout,
         ),
+        streams=Streams(),
         uploads=UploadBudget(settings.uploads_bytes),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,

@@ -146,7 +146,7 @@ class Server(uvicorn.Server):
     """Serves an application of `create_app`'s."""
 
     def __init__(self, app: ASGIApp, settings: Settings, state: State) -> None:
-        """`state`: the application's, which has its services once it has started."""
+        """`state`: the application's, which has its services."""
         config = uvicorn.Config(
             app,
             log_level=settings.log_level,

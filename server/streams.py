@@ -77,19 +77,23 @@ class Streams:
     """Knows the receiver of each request's outputs. Belongs to one event loop: only `deliver` may
     be called by another thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The loop that runs the receivers; None before the first."""
         self._receivers: dict[str, Receiver] = {}
 
     def open(self, request_ids: Iterable[str], receiver: Receiver) -> None:
         """Give the outputs of these requests to `receiver`, until each has ended. Call this before
         the requests are submitted."""
+        self._loop = asyncio.get_running_loop()
         for request_id in request_ids:
             assert request_id not in self._receivers, f"{request_id} has a receiver already"
             self._receivers[request_id] = receiver
 
     def deliver(self, outputs: list[Output]) -> None:
         """Hand one step's outputs over; wakes the loop once. Called on the engine's thread."""
+        if self._loop is None:
+            return
         # A closed loop has no receivers left.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._dispatch, outputs)

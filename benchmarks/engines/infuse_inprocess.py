@@ -3,7 +3,6 @@
 What HTTP costs is less than what processes of one kind differ by: this one answers either way.
 """
 
-import asyncio
 import socket
 import sys
 import threading
@@ -23,7 +22,7 @@ from server.streams import Streams
 
 
 def make(**settings: Any) -> Run:
-    # The application makes its streams itself, once its event loop runs.
+    # The application makes its streams itself.
     application.Streams = _TappedStreams
     app = application.create_app(Settings(**settings))
     _serve(app)
@@ -62,8 +61,8 @@ def _serve(app: FastAPI) -> None:
 class _TappedStreams(Streams):
     """What the model's thread delivers goes to the round that runs, if one does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self) -> None:
+        super().__init__()
         self.rounds = _Rounds(super().deliver)
 
     def deliver(self, outputs: list[Output]) -> None:

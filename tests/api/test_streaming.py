@@ -219,7 +219,7 @@ async def all_of(opened: Stream) -> list[Output]:
 
 def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
     async def scene() -> list[str]:
-        streams = Streams(asyncio.get_running_loop())
+        streams = Streams()
         opened = opened_stream(streams, "a", "b")
 
         def model_thread() -> None:
@@ -239,7 +239,7 @@ def test_the_bridge_carries_a_threads_outputs_in_order() -> None:
 
 def test_a_waiting_reader_wakes_when_all_have_ended() -> None:
     async def scene() -> None:
-        streams = Streams(asyncio.get_running_loop())
+        streams = Streams()
         opened = opened_stream(streams, "a", "b")
         waiting = asyncio.create_task(opened.wait_for_all())
         streams.deliver([output("a", "1"), output("a", "2", FinishReason.STOP)])
@@ -254,7 +254,7 @@ def test_a_waiting_reader_wakes_when_all_have_ended() -> None:
 
 def test_a_closed_stream_takes_nothing_more() -> None:
     async def scene() -> None:
-        streams = Streams(asyncio.get_running_loop())
+        streams = Streams()
         opened = opened_stream(streams, "a")
         streams.close(["a"])
         opened.end()
@@ -266,8 +266,11 @@ def test_a_closed_stream_takes_nothing_more() -> None:
 
 
 def test_outputs_after_the_loop_has_ended_are_dropped() -> None:
-    loop = asyncio.new_event_loop()
-    streams = Streams(loop)
-    loop.close()
+    streams = Streams()
+
+    async def open_one() -> None:
+        opened_stream(streams, "a")
+
+    asyncio.run(open_one())
 
     streams.deliver([output("a", "1")])
