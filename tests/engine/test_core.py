@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
+from adapters.residency import Lease
 from adapters.storage.store import AdapterStore
 from server.engine import FinishReason, GenerationRequest, Output, SamplingParams
 from server.engine.native import EngineConfig, LoadedModel
@@ -145,3 +146,19 @@ def test_what_an_abandoned_core_has_not_said_yet_is_said_at_last(
     assert reasons(outputs) == {"cancelled": FinishReason.CANCELLED, "runs": FinishReason.ERROR}
     assert outputs[-1].error == "broken"
     assert cores.registry.stats().leases == 0
+
+
+def test_a_lease_that_cannot_be_given_back_costs_no_request_its_one_last_output(
+    cores: Cores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores.core.add(cores.request("a", 5, adapter=True))
+    cores.core.add(cores.request("b", 6, adapter=True))
+    cores.core.step()
+    monkeypatch.setattr(Scheduler, "schedule", lambda _: panic())
+    monkeypatch.setattr(Lease, "release", lambda _: {}["broken"])
+    with pytest.raises(BaseException, match="out of bounds"):
+        cores.core.step()
+
+    assert reasons(cores.core.abandon(FinishReason.ERROR, "broken")) == dict.fromkeys(
+        ("a", "b"), FinishReason.ERROR
+    )

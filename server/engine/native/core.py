@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections import abc
-from contextlib import suppress
 
 from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
@@ -153,23 +152,26 @@ class EngineCore:
         self._unsettled = problem
 
     def abandon(self, reason: FinishReason, error: str) -> list[Output]:
-        """End every request, whatever state a failure has left. Nothing may follow this."""
+        """End every request, whatever state a failure has left. Only `close` may follow this."""
         for sequence in list(self._sequences.values()):
             try:
                 self._end(sequence, reason, error)
             except BaseException:
                 log.exception("A request's row could not be given back.")
-                self._sequences.pop(sequence.request.id, None)
-                with suppress(AssertionError):  # Its adapter is still pinned.
-                    self._fail(sequence.request, error)
-        self._sampler.close()
+                if self._sequences.pop(sequence.request.id, None) is not None:
+                    self._outputs.append(_failed(sequence.request, error))
+                    release_anyway(sequence.request)
         return self._take_outputs()
+
+    def close(self) -> None:
+        """End the thread that makes masks. Nothing may follow this."""
+        self._sampler.close()
 
     def stats(self) -> EngineStats:
         prefixes = self._scheduler.prefixes
         return EngineStats(
             running=self.running,
-            waiting=self._scheduler.waiting,
+            waiting=max(0, len(self._sequences) - self.running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
             kv_tokens_cached=prefixes.kept_tokens,
@@ -261,8 +263,7 @@ class EngineCore:
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
         """End a request that has no row."""
-        reason = FinishReason.ERROR
-        self._answer(request, Output(request_id=request.id, finish_reason=reason, error=error))
+        self._answer(request, _failed(request, error))
 
     def _answer(self, request: GenerationRequest, last: Output) -> None:
         self._outputs.append(last)
@@ -272,3 +273,16 @@ class EngineCore:
     def _take_outputs(self) -> list[Output]:
         outputs, self._outputs = self._outputs, []
         return outputs
+
+
+def _failed(request: GenerationRequest, error: str) -> Output:
+    return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=error)
+
+
+def release_anyway(request: GenerationRequest) -> None:
+    """Give the lease of an abandoned request back, whatever state a failure has left."""
+    if request.lease is not None:
+        try:
+            request.lease.release()
+        except Exception:
+            log.exception("A lease could not be given back.")

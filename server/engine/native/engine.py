@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from enum import Enum, auto
 
@@ -13,7 +12,7 @@ from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.native.admission import Admission
 from server.engine.native.config import EngineConfig
-from server.engine.native.core import EngineCore
+from server.engine.native.core import EngineCore, release_anyway
 from server.engine.native.inbox import Inbox
 from server.engine.native.model.loading import LoadedModel
 from server.engine.request import FinishReason, GenerationRequest, Output
@@ -134,8 +133,9 @@ class Engine:
                 self._state = _State.DEAD
         cancelled = self._state is _State.STOPPING
         reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-        self._send(self.core.abandon(reason, str(EngineDead())))
-        self._send(self._left_over(reason))
+        outputs = self.core.abandon(reason, str(EngineDead()))
+        self._send(outputs + self._left_over(outputs, reason))
+        self.core.close()
 
     def _take_in(self) -> bool:
         """Hand the core what has been asked; wait while there is nothing to do. False: stop."""
@@ -147,7 +147,7 @@ class Engine:
                 self.core.settle()
             if not self.core:
                 self._inbox.gather()
-            requests = self._inbox.take_all()
+            requests = list(self._inbox.take_all())
             cancelled, self._cancelled = self._cancelled, set()
             going = self._state in _STEPS
         for request in requests:
@@ -156,14 +156,14 @@ class Engine:
             self.core.cancel(request_id)
         return going
 
-    def _left_over(self, reason: FinishReason) -> list[Output]:
-        """The last outputs of requests that the core never had, or lost."""
+    def _left_over(self, outputs: list[Output], reason: FinishReason) -> list[Output]:
+        """The last outputs of requests that the core never had, or lost: all that are in flight but
+        those that end with `outputs`."""
+        ending = {each.request_id for each in outputs if each.finish_reason is not None}
         with self._changed:
-            requests = list(self._in_flight.values())
+            requests = [each for id_, each in self._in_flight.items() if id_ not in ending]
         for request in requests:
-            if request.lease is not None:
-                with suppress(AssertionError):  # Its adapter is still pinned.
-                    request.lease.release()
+            release_anyway(request)
         error = "" if reason is FinishReason.CANCELLED else str(EngineDead())
         return [Output(request_id=each.id, finish_reason=reason, error=error) for each in requests]
 
@@ -171,7 +171,10 @@ class Engine:
         if not outputs:
             return
         last = [each.request_id for each in outputs if each.finish_reason is not None]
-        ended = [self._in_flight.pop(request_id) for request_id in last]
+        ended: list[GenerationRequest] = []
+        if last:
+            with self._changed:
+                ended = [self._in_flight.pop(request_id) for request_id in last]
         self._deliver(outputs)
         if ended:
             with self._changed:
