@@ -95,9 +95,11 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """End the processes that read adapters' own tokenizers and templates; close the store."""
-        if self._vocabularies is not None:
-            self._vocabularies.close()
-        self._store.close()
+        try:
+            if self._vocabularies is not None:
+                self._vocabularies.close()
+        finally:
+            self._store.close()
 
     @property
     def stored(self) -> StoredAdapters:

@@ -272,8 +272,9 @@ def cli_page() -> str:
         "# Command line",
         _WRITTEN,
         "What went wrong is said on the standard error output. The exit status is 2 where the "
-        "arguments, the settings or the model cannot be used, and 1 where the server refuses or "
-        "cannot be reached, or a merge fails.",
+        "arguments, or the settings or the model of `infuse serve` and `infuse warm`, cannot be "
+        "used; 1 where the server refuses or cannot be reached, a merge fails, or a model does not "
+        "compile.",
         *parts,
     )
 

@@ -92,7 +92,7 @@ class Authorize:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         path = str(scope["path"])
-        if path.startswith(_OPEN):
+        if path in _OPEN or path.startswith(tuple(f"{each}/" for each in _OPEN)):
             return None
         header = Headers(scope=scope).get("authorization", "")
         scheme, _, given = header.partition(" ")

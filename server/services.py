@@ -51,6 +51,9 @@ class Services:
     """The staging folders of uploads that the drain cancelled. A thread may still use them, so the
     next start removes them."""
 
+    scraping: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    """The threads that read the metrics: requests that hang may hold all others."""
+
     def cache_scope(self, caller: str | None) -> str:
         """The caches that a key's requests use: the key's own, unless keys share theirs."""
         return "" if caller is None or self.settings.keys_share_caches else caller

@@ -15,9 +15,9 @@ import re
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -96,9 +96,11 @@ class BucketStorage:
     def check(self) -> None:
         """Do nothing: each change asks the bucket, and a cache that was removed is made again."""
 
-    def staging(self) -> AbstractContextManager[Path]:
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
         self._cache.make()
-        return self._cache.staging()
+        with self._cache.staging() as folder:
+            yield folder
 
     def keep(self, staged: Path, digest: str) -> bool:
         """Keep staged files. Content that the bucket has already is fetched and compared, so that

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated, Literal
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
@@ -60,6 +60,5 @@ async def ready(services: ServicesDep) -> Health:
 )
 async def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
-    # Requests that hang may hold all threads of the default limiter.
-    text = await to_thread.run_sync(services.metrics.expose, limiter=CapacityLimiter(1))
+    text = await to_thread.run_sync(services.metrics.expose, limiter=services.scraping)
     return Response(text, media_type="text/plain; version=0.0.4")

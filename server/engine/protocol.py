@@ -34,7 +34,11 @@ class ServedModel:
 
 
 class Engine(Protocol):
-    """Answers generation requests over one base model. Every method may be called by any thread."""
+    """Answers generation requests over one base model. Every method may be called by any thread.
+
+    Each submitted request has one last output. Requests that a dead engine leaves behind end with
+    ERROR and the text of EngineDead.
+    """
 
     model: ServedModel
     grammars: Grammars

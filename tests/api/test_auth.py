@@ -104,6 +104,11 @@ def test_nothing_is_done_without_a_key(
     assert response.headers["www-authenticate"] == "Bearer"
 
 
+def test_a_path_that_only_begins_like_an_open_one_is_not_open(client: httpx.Client) -> None:
+    for path in ("/healthy", "/docs-of-mine", "/openapi.json5"):
+        assert client.get(path, headers={"Authorization": ""}).status_code == 401
+
+
 @pytest.mark.parametrize("path", OPEN)
 def test_health_and_the_documentation_are_open(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 200

@@ -68,7 +68,8 @@ BASE = Effect({})
 
 
 def mix(effects: Sequence[Effect], recipe: Recipe) -> Effect:
-    """DESIGN.md's formulas; for TIES and DARE ours, which are held to PEFT's elsewhere.
+    """The formulas of docs/guide/combine-and-merge.md; for TIES and DARE our own code, which is held
+    to PEFT's elsewhere.
 
     Raises CombinedNotFinite.
     """
