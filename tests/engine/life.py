@@ -68,8 +68,8 @@ BASE = Effect({})
 
 
 def mix(effects: Sequence[Effect], recipe: Recipe) -> Effect:
-    """The formulas of docs/guide/combine-and-merge.md; for TIES and DARE our own code, which is held
-    to PEFT's elsewhere.
+    """The formulas of docs/guide/combine-and-merge.md; for TIES and DARE our own code, which is
+    held to PEFT's elsewhere.
 
     Raises CombinedNotFinite.
     """
