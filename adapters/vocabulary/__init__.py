@@ -1,4 +1,4 @@
-"""The tokenizers and chat templates that adapters bring, each read in a limited process.
+"""Reads the tokenizers and chat templates that adapters bring, in processes with limits.
 
-`vocabulary` is what others call; the sandbox runs what strangers wrote.
+`vocabulary` is the interface; it runs what strangers wrote through `sandbox`.
 """

@@ -1,8 +1,8 @@
-"""Limited processes for what strangers bring: their tokenizers and their chat templates.
+"""Runs uploaded tokenizers and chat templates in processes with limits of time and memory.
 
-None of it runs in the process that serves. `sandboxed` runs as a process that holds the base's
-tokenizer, begun when the first adapter needs it, and forks a worker for each tokenizer, and for
-each chat template one that is kept for its next conversation.
+Strangers wrote them, so none of them runs in the server's process. The first job starts one process
+(`sandboxed`), which holds the base's tokenizer and forks a worker for each tokenizer and each chat
+template. A template's worker is kept for the next conversation.
 """
 
 import hashlib
@@ -33,35 +33,36 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Forking wants one thread."""
+"""One thread for each library: only a process with a single thread forks safely."""
 _PASSED_ON = ("LD_LIBRARY_PATH", "TZ")
 START_SECONDS = 120.0
 _END_SECONDS = 0.2
-"""A worker that ends with its process does so a moment before."""
-_MOST_ANSWER = 64 << 20
+"""How long to wait for a process to end after its worker: one that ends with it may be first."""
+_MOST_ANSWER_BYTES = 64 << 20
 _KEPT = 8
-"""Workers that wait for their template's next conversation."""
+"""How many idle workers are kept, each for its template's next conversation."""
 _RENDERING = 4
-"""Workers that compute for requests."""
+"""How many workers render conversations of requests at once."""
 _READING = 2
-"""Workers that read what adapters bring, most of it at uploads: these hold up no conversation."""
-_SMALL: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "Hello"},)
-"""The conversation that a template is tried on."""
+"""How many workers read what adapters bring at once. They are counted apart, so that uploads delay
+no conversation."""
+_TRIAL: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "Hello"},)
+"""The conversation that a new template is tried on."""
 _may_wait: ContextVar[bool] = ContextVar("may_wait", default=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one job may take."""
+    """The most that one job may use."""
 
     cpu_seconds: float
     wall_seconds: float
-    """On a machine too busy for `cpu_seconds` of work."""
+    """Ends a job that a busy machine gives too little processor time."""
     memory: int
-    """Bytes of addresses, beyond those of the process that it is forked from."""
+    """Bytes of address space, beyond those of the process that the worker is forked from."""
 
     def __str__(self) -> str:
-        seconds = f"{self.cpu_seconds:g} seconds of computing, {self.wall_seconds:g} seconds in all"
+        seconds = f"{self.cpu_seconds:g} seconds of CPU time, {self.wall_seconds:g} seconds in all"
         return f"{seconds}, or {self.memory >> 20} MiB of memory"
 
 
@@ -70,11 +71,12 @@ TEMPLATE = Limits(cpu_seconds=2, wall_seconds=10, memory=512 << 20)
 
 
 class Exceeded(Exception):
-    """A job went beyond its limits; says which, for the sentence 'takes more than …'."""
+    """A job went beyond a limit. The message names it and completes 'takes more than …'."""
 
 
 class WouldWait(Exception):
-    """A limited process would have to be waited for; `key` names what for."""
+    """A job was not begun, since it would wait for a limited process. `key` names its tokenizer or
+    its template."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -83,7 +85,7 @@ class WouldWait(Exception):
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Within, on this thread: what would wait for a limited process raises WouldWait instead."""
+    """Within this context, jobs that this thread gives to a sandbox raise WouldWait at once."""
     token = _may_wait.set(False)
     try:
         yield
@@ -92,13 +94,14 @@ def without_waiting() -> Iterator[None]:
 
 
 class Sandbox:
-    """Thread-safe. Starts no process before the first job.
+    """Runs jobs on uploaded tokenizers and chat templates in limited processes. Thread-safe.
 
-    Jobs raise Exceeded, SandboxUnavailable where no process can be had, and WouldWait.
+    The first job starts the process. Jobs raise Exceeded, WouldWait, and SandboxUnavailable if no
+    process can be started or the machine is too busy.
     """
 
     def __init__(self, base: Callable[[], str]) -> None:
-        """`base`: the base's tokenizer as JSON."""
+        """`base` returns the base's tokenizer as JSON. It is called when the process starts."""
         self._base = base
         self._mutex = threading.Lock()
         self._rendering = threading.BoundedSemaphore(_RENDERING)
@@ -109,15 +112,15 @@ class Sandbox:
         """Template -> a worker that has compiled it, least recently used first."""
 
     def compare(self, tokenizer: bytes, key: str) -> dict[str, Any]:
-        """See `sandboxed.compare`. `key`: of these bytes, for WouldWait."""
-        self._check_patience(key)
+        """Compare a tokenizer with the base's: see `sandboxed.compare`. WouldWait names `key`."""
+        self._check_may_wait(key)
         with self._reading, closing(self._worker()) as worker:
             return self._ask(worker, {"kind": "tokenizer"}, TOKENIZER, tokenizer)
 
     def try_template(self, template: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """As `render`, of a small conversation, and beside `compare`."""
+        """Render a small conversation. It counts as reading an upload, so it delays no request."""
         how = {"add_generation_prompt": True, "continue_final_message": False}
-        job = {"messages": _SMALL, "tools": None, "variables": variables, **how}
+        job = {"messages": _TRIAL, "tools": None, "variables": variables, **how}
         return self._render(self._reading, template, job)
 
     def render(
@@ -130,7 +133,7 @@ class Sandbox:
         add_generation_prompt: bool,
         continue_final_message: bool,
     ) -> dict[str, Any]:
-        """See `sandboxed.render`."""
+        """Render a conversation with a chat template, as `sandboxed.render` does."""
         job = {
             "messages": messages,
             "tools": tools,
@@ -141,12 +144,12 @@ class Sandbox:
         return self._render(self._rendering, template, job)
 
     def _render(
-        self, places: threading.BoundedSemaphore, template: str, job: dict[str, Any]
+        self, semaphore: threading.BoundedSemaphore, template: str, job: dict[str, Any]
     ) -> dict[str, Any]:
         job |= {"kind": "template", "template": template}
         key = hashlib.sha256(template.encode(errors="surrogatepass")).hexdigest()
-        self._check_patience(key)
-        with places:
+        self._check_may_wait(key)
+        with semaphore:
             worker = self._kept_worker(key) or self._worker()
             try:
                 answer = self._ask(worker, job, TEMPLATE)
@@ -157,7 +160,7 @@ class Sandbox:
         return answer
 
     def close(self) -> None:
-        """End the processes; none starts any more."""
+        """End all processes. Later jobs raise SandboxUnavailable."""
         with self._mutex:
             self._closed = True
             if self._process is not None:
@@ -169,16 +172,16 @@ class Sandbox:
         while self._kept:
             self._kept.popitem()[1].close()
 
-    def _check_patience(self, key: str) -> None:
+    def _check_may_wait(self, key: str) -> None:
         if not _may_wait.get():
             raise WouldWait(key)
 
     def _kept_worker(self, key: str) -> "_Worker | None":
         with self._mutex:
             worker = self._kept.pop(key, None)
-        if worker is None or worker.waits:
+        if worker is None or worker.is_idle:
             return worker
-        # Something else than a job ended it: memory that ran out, or the end of its process.
+        # It ended while it was idle: the machine ran out of memory, or its process ended.
         worker.close()
         return None
 
@@ -205,18 +208,18 @@ class Sandbox:
             "memory": limits.memory,
         }
         link, began = worker.link, time.monotonic()
-        # The worker's own clock ends it; this one is for a worker that has none any more.
+        # The worker's own timer ends it before; this one is for a worker whose timer does not fire.
         link.settimeout(limits.wall_seconds + 5)
         try:
             sandboxed.send(link, json.dumps(job).encode())
             if data is not None:
                 sandboxed.send(link, data)
-            answer = sandboxed.receive(link, _MOST_ANSWER)
+            answer = sandboxed.receive(link, _MOST_ANSWER_BYTES)
         except OSError:
             answer = b""
         if not answer:
             if time.monotonic() - began >= limits.wall_seconds:
-                # Computing alone would have ended sooner: what was brought is not to blame.
+                # A runaway would have met its limit of CPU time before: the job is not to blame.
                 raise SandboxUnavailable("the machine is too busy")
             if worker.process.ends(_END_SECONDS):
                 raise SandboxUnavailable("its process has ended")
@@ -236,8 +239,8 @@ class Sandbox:
 
 
 class _Process:
-    """The process that workers are forked from. It ends when its socket here is closed, by this
-    process or by its end."""
+    """The process that workers are forked from. It ends when the server closes its socket, or ends
+    itself."""
 
     def __init__(self, base: str) -> None:
         """Raises SandboxUnavailable."""
@@ -258,7 +261,7 @@ class _Process:
                 failed.callback(process.kill)
                 ours.settimeout(START_SECONDS)
                 sandboxed.send(ours, base.encode())
-                if sandboxed.receive(ours, _MOST_ANSWER) != b"ready":
+                if sandboxed.receive(ours, _MOST_ANSWER_BYTES) != b"ready":
                     raise SandboxUnavailable("its process does not start")
             except OSError as error:
                 raise SandboxUnavailable(str(error)) from error
@@ -271,13 +274,13 @@ class _Process:
         return self._process.poll() is None
 
     def ends(self, seconds: float) -> bool:
-        """Whether it has ended, or does within these seconds."""
+        """Whether it has ended, or ends within this time."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return not self.runs
 
     def fork(self) -> socket.socket:
-        """The socket of a new worker. Raises OSError."""
+        """Fork a worker, and return the socket that leads to it. Raises OSError."""
         ours, its = socket.socketpair()
         try:
             with its:
@@ -298,12 +301,12 @@ class _Process:
 @dataclass(frozen=True, slots=True)
 class _Worker:
     process: _Process
-    """That it was forked from, and ends with."""
+    """The process that the worker was forked from. The worker ends with it."""
     link: socket.socket
 
     @property
-    def waits(self) -> bool:
-        """Whether it is there for a further job."""
+    def is_idle(self) -> bool:
+        """Whether it still runs and can take another job. Call it between jobs only."""
         try:
             self.link.setblocking(False)
             self.link.recv(1, socket.MSG_PEEK)
@@ -311,7 +314,7 @@ class _Worker:
             return self.process.runs
         except OSError:
             return False
-        # It says nothing unasked: this is its end.
+        # A worker sends nothing unasked, so this is the end of its socket: it has ended.
         return False
 
     def close(self) -> None:

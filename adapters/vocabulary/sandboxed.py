@@ -1,9 +1,9 @@
-"""The process in which strangers' tokenizers and chat templates do what they do.
+"""The script that runs strangers' tokenizers and chat templates in processes with limits.
 
-`sandbox` runs this as a script, without the server's environment, and writes the base's tokenizer
-to it. For each socket that it is sent then, it forks a worker, which answers there until
-its own limits end it: seconds of computing, seconds of waiting, bytes of memory, and no file or
-socket that it has not already. All of them end with the process that began it.
+`sandbox` starts it without the server's environment and sends it the base's tokenizer. For each
+socket that it is sent then, it forks a worker, which answers jobs on that socket. A worker is ended
+by its limits of CPU time, wall-clock time and memory, and can open no file or socket. All of these
+processes end with the server.
 """
 
 import ctypes
@@ -25,19 +25,19 @@ from transformers.utils.chat_template_utils import (
 )
 
 Plain = dict[str, Any]
-"""What JSON can say."""
+"""A JSON object."""
 
 _MEBIBYTE = 1 << 20
 _HEAD = struct.Struct("<Q")
 _DIES_WITH_PARENT = 1
 _MOST_CHARACTERS = 4 << 20
-"""That a template may write."""
+"""The longest text that a template may render."""
 _MOST_TOKENS = 1 << 16
 _MOST_TOKEN_CHARACTERS = _MEBIBYTE
-"""Of all added tokens together, which become one automaton."""
+"""The length of all added tokens together, since the library builds one automaton of them."""
 _LONGEST_TOKEN = 1024
 _MOST_AROUND = 8
-"""Tokens that a tokenizer may put before a text, and after it."""
+"""How many tokens a tokenizer may put before each text, and how many after it."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _TEXTS = (
     "The quick brown fox, jumps over: the lazy dog. It's 3.14 or 2,718, isn't it? don't!",
@@ -50,11 +50,12 @@ _TEXTS = (
     " ",
     "\n",
 )
-"""Of many kinds: what a tokenizer does otherwise than another shows in one of them, most likely."""
+"""Texts of many kinds. Two tokenizers that differ most likely differ on one of them."""
 
 
 def receive(link: socket.socket, most: int | None = None) -> bytes:
-    """A message; empty where nobody is left who writes, or it has more than `most` bytes."""
+    """Receive a message. Empty: the other side has closed, or the message is longer than `most`
+    bytes."""
     head = _receive(link, _HEAD.size)
     length = _HEAD.unpack(head)[0] if head else 0
     return b"" if most is not None and length > most else _receive(link, length)
@@ -76,7 +77,10 @@ def send(link: socket.socket, message: bytes) -> None:
 
 
 def render(job: Plain) -> Plain:
-    """What a chat template writes, as `apply_chat_template` of transformers does it."""
+    """Render a conversation with a chat template, as `apply_chat_template` of transformers does.
+
+    The answer holds `text`; or `malformed`, `refused` or `exceeded` with the reason.
+    """
     messages = [{k: v for k, v in each.items() if v is not None} for each in job["messages"]]
     if job["continue_final_message"] and job["add_generation_prompt"]:
         return {"refused": "a message cannot be continued and another begun"}
@@ -108,9 +112,9 @@ def render(job: Plain) -> Plain:
 
 
 def compare(base: Tokenizer, data: bytes) -> Plain:
-    """What a tokenizer adds to the base's: tokens, and what stands around a text.
+    """Find what a tokenizer adds to the base's: `tokens`, and `around`, the ids around each text.
 
-    `fault` says instead why it is not the base's with tokens added.
+    The answer holds `fault` instead if it is not the base's tokenizer with tokens added.
     """
     try:
         theirs = Tokenizer.from_buffer(data)
@@ -120,7 +124,7 @@ def compare(base: Tokenizer, data: bytes) -> Plain:
     except MemoryError:
         return {"exceeded": ""}
     except BaseException as error:
-        # The library raises bare Exceptions, and panics, which are none.
+        # The library raises bare Exceptions, and panics, which are not Exceptions.
         return {"fault": f"is no tokenizer: {str(error)[:200]}"}
 
 
@@ -141,7 +145,7 @@ def _compared(base: Tokenizer, theirs: Tokenizer) -> Plain:
     fresh = [token for number, token in sorted(added.items()) if before.get(number) != token]
     base.add_tokens(fresh)
     if base.get_added_tokens_decoder() != added:
-        return {"fault": "numbers its added tokens otherwise than add_tokens does, or lacks some"}
+        return {"fault": "gives its added tokens other ids than add_tokens does, or lacks some"}
     around = _around(theirs)
     if around is not None and around == _around(base):
         around = None
@@ -152,7 +156,7 @@ def _compared(base: Tokenizer, theirs: Tokenizer) -> Plain:
     sample = contents[:: max(1, len(contents) // 64)]
     difference = _in_texts(base, theirs, sample, literals)
     if different and not difference:
-        # Written otherwise, it may still do the same.
+        # A part that is written differently may still behave the same.
         difference = _in_tokens(base, theirs)
     if difference:
         return {"fault": f"{difference} otherwise than the base's with tokens added"}
@@ -170,12 +174,13 @@ def _vocabulary_fault(base: Tokenizer, theirs: Tokenizer, added: list[str]) -> s
         problem = f"lacks {len(moved)} of the base's tokens, or gives them other ids: "
         return problem + f"{token[:100]!r} is {number} in the base"
     if strange := own.keys() - ours.keys() - set(added):
-        return f"has {len(strange)} tokens, {min(strange)[:100]!r} for one, that are no added ones"
+        known = "that are neither the base's nor added ones"
+        return f"has {len(strange)} tokens {known}, such as {min(strange)[:100]!r}"
     return ""
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The ids that it puts before and after a text; None where that is not all it does."""
+    """The ids that a tokenizer puts before and after each text. None: it does something else."""
     plain = tokenizer.encode("a b", add_special_tokens=False).ids
     whole = tokenizer.encode("a b").ids
     for first in range(len(whole) - len(plain) + 1):
@@ -197,7 +202,7 @@ def surround(tokenizer: Tokenizer, before: list[int], after: list[int]) -> None:
 
 
 def _different(ours: Plain, own: Plain) -> list[Any]:
-    """The parts of a tokenizer that are written otherwise than the base's."""
+    """The parts of a tokenizer whose JSON differs from the base's."""
     steps = ("normalizer", "pre_tokenizer", "decoder")
     parts = [own[step] for step in steps if own[step] != ours[step]]
     for key, value in own["model"].items():
@@ -214,7 +219,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _in_texts(base: Tokenizer, theirs: Tokenizer, added: list[str], literals: list[str]) -> str:
-    """The first text that the two read or write otherwise; empty where none is found."""
+    """Describe the first text that the two encode or decode differently. Empty: none was found."""
     texts = [*_TEXTS, *literals, *(f"{text} {text}{text}" for text in literals)]
     texts += [f"a{token}b {token} {token}{token}\n{token}" for token in added]
     for text in texts:
@@ -228,7 +233,8 @@ def _in_texts(base: Tokenizer, theirs: Tokenizer, added: list[str], literals: li
 
 
 def _in_tokens(base: Tokenizer, theirs: Tokenizer) -> str:
-    """The first token, or run of a few, that the two write otherwise."""
+    """Describe the first token, or run of tokens, that the two decode differently. Empty: none was
+    found."""
     size = base.get_vocab_size()
     step = max(1, size // 50_000)
     for token in range(0, size, step):
@@ -250,7 +256,7 @@ def _decoded(base: Tokenizer, theirs: Tokenizer, ids: list[int]) -> str:
 
 
 def _limit(cpu_seconds: float, wall_seconds: float) -> None:
-    """What the next job may take; the kernel ends the process beyond it."""
+    """Limit the next job. The kernel ends a process that goes beyond."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     most = math.ceil(used.ru_utime + used.ru_stime + cpu_seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
@@ -258,7 +264,8 @@ def _limit(cpu_seconds: float, wall_seconds: float) -> None:
 
 
 def _close_in(memory: int, parent: int) -> None:
-    """Take away what a job needs not. `memory`: bytes beyond what is mapped already."""
+    """Take from a worker whatever a job does not need. `memory`: bytes beyond those that are mapped
+    already."""
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -273,7 +280,7 @@ def _close_in(memory: int, parent: int) -> None:
 
 
 def _work(link: socket.socket, base: Tokenizer, parent: int) -> None:
-    """Answer jobs until nobody asks. Each one's limits come with it."""
+    """Answer jobs until the server closes the socket. Each job brings its own limits."""
     closed_in = False
     while message := receive(link):
         job = json.loads(message)
@@ -291,7 +298,7 @@ def _work(link: socket.socket, base: Tokenizer, parent: int) -> None:
 
 
 def _warm_up() -> None:
-    """Have all imported that rendering imports: a worker opens no file."""
+    """Import all that rendering imports, since a worker cannot open a file."""
     job: Plain = {"messages": [{"role": "user", "content": "x"}], "tools": None, "variables": {}}
     job |= {"continue_final_message": False, "add_generation_prompt": True}
     for template in ("{{ messages | tojson }}{{ strftime_now('%d') }}", "{% for %}", "{{ a.b }}"):
@@ -311,7 +318,7 @@ def main() -> None:
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
-            # Whoever began it has gone, however; the workers go with this process.
+            # The server has closed the socket or has ended; the workers end with this process.
             os.killpg(0, signal.SIGTERM)
             with suppress(ChildProcessError):
                 os.wait()

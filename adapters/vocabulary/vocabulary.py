@@ -1,4 +1,4 @@
-"""An adapter's own tokenizer and chat template, where its files hold them."""
+"""Reads the tokenizer and the chat template that an adapter's files may hold."""
 
 import hashlib
 import json
@@ -39,12 +39,12 @@ _FIELDS = (
     "add_eos_token",
     "clean_up_tokenization_spaces",
 )
-"""All that is read of a tokenizer's config: it could name files and classes too."""
+"""The only fields of a tokenizer's config that are read: others may name files and classes."""
 MOST_KEPT = 64
-"""Vocabularies in memory; most tokenizers take some megabytes."""
+"""How many vocabularies stay in memory; most tokenizers take some megabytes."""
 _KEPT_DIGESTS = 4096
 _MOST_SPECIAL_TOKENS = 1000
-"""Constructing a tokenizer takes their number squared."""
+"""Building a tokenizer takes time proportional to the square of their number."""
 _SAVE_AGAIN = "save it with tokenizer.save_pretrained"
 _ADD = (
     "add tokens to the base's tokenizer with add_tokens and save it with save_pretrained, or leave "
@@ -54,7 +54,7 @@ _ADD = (
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A stranger's chat template. It runs in a limited process only."""
+    """A chat template that an adapter brings. It runs in limited processes only."""
 
     text: str
     sandbox: Sandbox
@@ -68,7 +68,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
     ) -> str:
-        """Raises TemplateRefused, SandboxUnavailable, WouldWait."""
+        """Render a conversation. Raises TemplateRefused, SandboxUnavailable, WouldWait."""
         try:
             answer = self.sandbox.render(
                 self.text,
@@ -87,14 +87,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """How texts and conversations become tokens, and back."""
+    """The tokenizer and the chat template for requests that use an adapter."""
 
     tokenizer: PreTrainedTokenizerFast
-    """The base's, or made of the base's: nothing of a stranger's runs in it."""
+    """The base's, or the base's with tokens added. An adapter's own tokenizer never runs here."""
     size: int
-    """The model reads and writes token ids below this."""
+    """All token ids that the model reads and writes are below this."""
     template: ChatTemplate | None = None
-    """An adapter's own; None: the tokenizer's, which is the base's."""
+    """The adapter's own; None: that of `tokenizer`, which is the base's."""
 
     @property
     def has_template(self) -> bool:
@@ -109,9 +109,9 @@ class Vocabulary:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> str:
-        """A conversation as the chat template writes it. `variables`: what else it reads.
+        """Render a conversation with the chat template, which may also read `variables`.
 
-        Raises TemplateRefused; SandboxUnavailable and WouldWait where the template is an adapter's.
+        Raises TemplateRefused; and SandboxUnavailable and WouldWait for an adapter's own template.
         """
         if self.template is not None:
             return self.template.render(
@@ -131,28 +131,28 @@ class Vocabulary:
                 **variables,
             )
         except Exception as error:
-            # A template may compute whatever it likes with what a request brings.
+            # A template may raise anything, depending on the request.
             raise TemplateRefused(str(error)) from error
         return str(rendered)
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What an adapter's files were found to say."""
+    """The result of reading an adapter's files."""
 
     vocabulary: Vocabulary | None = None
-    """None where they say nothing that the base's do not."""
+    """None: the files add nothing to the base's."""
     faults: Sequence[Fault] = ()
 
     def outcome(self) -> Vocabulary | None:
-        """Raises InvalidAdapter."""
+        """Return the vocabulary. Raises InvalidAdapter if the files have faults."""
         if self.faults:
             raise InvalidAdapter(self.faults)
         return self.vocabulary
 
 
 class Vocabularies:
-    """Reads adapters' vocabularies, and keeps them. Thread-safe; blocking."""
+    """Reads adapters' vocabularies, and keeps those used last. Thread-safe; blocking."""
 
     def __init__(self, base: PreTrainedTokenizerFast, modules: BaseModules) -> None:
         self._base = base
@@ -160,7 +160,7 @@ class Vocabularies:
         self._sandbox = Sandbox(base.backend_tokenizer.to_str)
         self._mutex = threading.Lock()
         self._read: OrderedDict[str, _Read] = OrderedDict()
-        """By content, least recently used first."""
+        """Content -> result, least recently used first."""
         self._contents: OrderedDict[str, str] = OrderedDict()
         """Digest -> content, least recently used first."""
 
@@ -168,12 +168,12 @@ class Vocabularies:
         self._sandbox.close()
 
     def knows(self, digest: str) -> bool:
-        """Whether `find` reads no file for this digest."""
+        """Whether `find` knows the result for this digest without reading a file."""
         with self._mutex:
             return self._contents.get(digest) in self._read
 
     def find(self, digest: str, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
-        """As `read`, for files with this digest."""
+        """Do as `read` for files with this digest, without reading if the result is kept."""
         with self._mutex:
             known = self._use(self._contents.get(digest, ""))
             if known is not None:
@@ -181,7 +181,7 @@ class Vocabularies:
                 return known.outcome()
         files, size = read_files(folder), self._size(saved)
         content = _content(files, size)
-        # A folder that has gone meanwhile may have seemed to lack files.
+        # A folder that is deleted meanwhile may have seemed to lack files.
         if folder.is_dir():
             with self._mutex:
                 self._contents[digest] = content
@@ -190,7 +190,7 @@ class Vocabularies:
         return self._load(files, size, content)
 
     def read(self, folder: Path, saved: Mapping[str, State]) -> Vocabulary | None:
-        """What the files in a folder say; None where they say nothing that the base's does not.
+        """Read the vocabulary of the files in a folder. None: they add nothing to the base's.
 
         Raises InvalidAdapter: the files are damaged, change the ids of the base's tokens, or do
         not fit the embeddings.
@@ -199,7 +199,7 @@ class Vocabularies:
         return self._load(files, size, _content(files, size))
 
     def _size(self, saved: Mapping[str, State]) -> int | None:
-        """How many tokens there are embeddings for; None: it is not known of this base."""
+        """How many token embeddings there are. None: this base does not say."""
         embeddings = self._modules.input_embedding
         return None if embeddings is None else rows_of(embeddings, saved, self._modules)
 
@@ -218,7 +218,7 @@ class Vocabularies:
             try:
                 read = _Read(self._make(files, size, content))
             except InvalidAdapter as refusal:
-                # What takes long to refuse is not tried again at each request.
+                # A refusal is kept too, since finding it may take long.
                 read = _Read(faults=refusal.faults)
             with self._mutex:
                 self._read[content] = read
@@ -237,7 +237,7 @@ class Vocabularies:
             return None if own is None else Vocabulary(own, len(own), template)
         if size != base_size and TOKENIZER_FILE not in files:
             problem = f"is missing: the adapter has {size} embeddings, and the base {base_size}"
-            fix = "put the tokenizer that it was trained with beside it, in the archive"
+            fix = "add the tokenizer that it was trained with to the archive"
             raise InvalidAdapter([Fault(TOKENIZER_FILE, problem, fix)])
         if own is None and size == base_size:
             return None
@@ -251,7 +251,7 @@ class Vocabularies:
     def _parts(
         self, files: Mapping[str, bytes], content: str
     ) -> tuple[PreTrainedTokenizerFast | None, str | None]:
-        """The tokenizer and the chat template of an adapter's files, where they are its own."""
+        """Read an adapter's tokenizer and chat template. None for one that equals the base's."""
         faults: list[Fault] = []
         config = _object(files, SPECIAL_TOKENS_FILE, faults)
         config |= _object(files, TOKENIZER_CONFIG_FILE, faults)
@@ -268,7 +268,7 @@ class Vocabularies:
         return tokenizer, template
 
     def _template_fault(self, template: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
-        """What is wrong with a template. One that refuses a small conversation may take others."""
+        """Say what is wrong with a template. Empty: nothing, even if it refuses the trial."""
         try:
             variables = (tokenizer or self._base).special_tokens_map
             answer = self._sandbox.try_template(template, variables)
@@ -280,8 +280,8 @@ class Vocabularies:
     def _rebuild(
         self, data: bytes, config: Mapping[str, Any], content: str, faults: list[Fault]
     ) -> PreTrainedTokenizerFast | None:
-        """The base's tokenizer with the tokens that another adds; None where it adds none, or where
-        it does something else, as `faults` say then."""
+        """Rebuild a tokenizer as the base's with tokens added. None: it adds none, or it does
+        something else, which is then appended to `faults`."""
         try:
             answer = self._sandbox.compare(data, content)
         except Exceeded as error:
@@ -307,7 +307,7 @@ class Vocabularies:
 
 
 def _content(files: Mapping[str, bytes], size: int | None) -> str:
-    """A name for all that a vocabulary is made of. `size`: how many embeddings there are."""
+    """The digest of all that a vocabulary is made of. `size`: how many embeddings there are."""
     sha = hashlib.sha256(f"{size}\0".encode())
     for name in sorted(files):
         sha.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
@@ -315,7 +315,7 @@ def _content(files: Mapping[str, bytes], size: int | None) -> str:
 
 
 def _additions(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
-    """What makes two tokenizers that are made of one the same."""
+    """All that can differ between two tokenizers that add tokens to the same base."""
     backend = tokenizer.backend_tokenizer
     added = {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}
     around = repr(backend.encode("a").ids)
@@ -323,7 +323,7 @@ def _additions(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer files of a folder, by name. Raises InvalidAdapter where one is too large."""
+    """Read the tokenizer files of a folder, by name. Raises InvalidAdapter if one is too large."""
     files, faults = {}, []
     for name in TEXT_FILES:
         path = folder / name
@@ -353,7 +353,7 @@ def _object(files: Mapping[str, bytes], name: str, faults: list[Fault]) -> dict[
 def _template(
     files: Mapping[str, bytes], config: Mapping[str, Any], faults: list[Fault]
 ) -> tuple[str, str | None]:
-    """The file that holds a chat template, and the template, if there is one."""
+    """The name of the file that holds the chat template, and the template. None: there is none."""
     name, template = TOKENIZER_CONFIG_FILE, config.get("chat_template")
     if CHAT_TEMPLATE_FILE in files:
         name, template = CHAT_TEMPLATE_FILE, files[CHAT_TEMPLATE_FILE].decode(errors="replace")
@@ -364,16 +364,16 @@ def _template(
 
 
 def _settings(config: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
-    """What of a tokenizer's config is read, with all its unnamed special tokens as one list.
+    """Read the fields of a tokenizer's config, with all unnamed special tokens as one list.
 
-    Raises ValueError where it names too many special tokens, or one that `backend` has no id for;
-    KeyError and TypeError where one is written as none can be.
+    Raises ValueError if it names too many special tokens, or one that `backend` has no id for;
+    KeyError or TypeError if one is malformed.
     """
     written = {name: config[name] for name in _FIELDS if config.get(name) not in (None, "")}
     extra = []
     for name in ("extra_special_tokens", "additional_special_tokens"):
         tokens = written.pop(name, [])
-        # transformers 4.46 to 4.57 gave each a name of its own.
+        # transformers 4.46 to 4.57 wrote an object with a name for each.
         tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
         if not isinstance(tokens, list):
             raise TypeError(f"{name} is no list of tokens")
@@ -390,7 +390,7 @@ def _settings(config: Mapping[str, Any], backend: Tokenizer) -> dict[str, Any]:
 
 
 def _token(value: Any) -> Any:
-    """A token is written as its text, or with how it takes blanks."""
+    """Read a special token, or a list of them. Each is a text, or an object with flags."""
     if isinstance(value, list):
         return [_token(each) for each in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which vocabularies of adapters stay in memory."""
+"""The vocabularies of adapters used last stay in memory."""
 
 import gc
 import weakref

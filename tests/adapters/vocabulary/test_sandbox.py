@@ -1,4 +1,4 @@
-"""Uploaded tokenizers and templates run in limited processes, and end at their limits."""
+"""Uploaded tokenizers and templates run in processes that end at their limits."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def render(box: Sandbox, template: str, **changes: Any) -> dict[str, Any]:
 def processes(pid: int | None = None) -> list[psutil.Process]:
     found = []
     for each in psutil.Process(pid).children(recursive=True):
-        # One that has ended meanwhile has no command line.
+        # A process that has ended meanwhile has no command line.
         with suppress(psutil.Error):
             if any("sandboxed" in part for part in each.cmdline()):
                 found.append(each)
@@ -121,7 +121,7 @@ def test_conversations_are_rendered_while_many_uploads_are_read(
     render(box, CHAT_TEMPLATE)
     [parent] = [each for each in set(processes()) - before if each.ppid() == os.getpid()]
     with closing(box), ThreadPoolExecutor(6) as uploads:
-        # It forks no worker meanwhile; one that is there already goes on.
+        # A suspended process forks no worker; a worker that it has forked goes on.
         parent.suspend()
         try:
             read = box.try_template if kind == "template" else box.compare

@@ -34,7 +34,7 @@ def base(kind: str) -> PreTrainedTokenizerFast:
 def test_special_tokens_that_have_names_of_their_own_are_read(
     vocabularies: Vocabularies, base: PreTrainedTokenizerFast, tmp_path: Path, named: Plain
 ) -> None:
-    """As transformers 4.46 to 4.57 wrote them, beside those without."""
+    """transformers 4.46 to 4.57 wrote such names, beside tokens without any."""
     base.add_tokens(["<image>", "<audio>", "<|a|>"], special_tokens=True)
     base.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"

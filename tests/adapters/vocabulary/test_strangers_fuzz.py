@@ -146,7 +146,7 @@ def try_all(
 
 
 def _try(vocabularies: Vocabularies, folder: Path) -> str:
-    """Mutated files are refused, or work on texts and conversations."""
+    """Read mutated files, and use those that are accepted on a text and a conversation."""
     try:
         found = vocabularies.read(folder, {})
     except InvalidAdapter:

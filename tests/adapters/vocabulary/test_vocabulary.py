@@ -25,7 +25,7 @@ BASES = {"byte-level": tiny_tokenizer, "byte-fallback": byte_fallback_tokenizer}
 
 
 class NoEmbeddings(BaseModules):
-    """For tokenizers alone: none of their tokens needs a row."""
+    """A base without embeddings, so that added tokens need no rows."""
 
     input_embedding = None
 
@@ -100,7 +100,7 @@ def reserialised(folder: Path) -> None:
 
 
 def written_by_an_older_library(folder: Path) -> None:
-    """Merges as one text each, no field of newer versions, and what is empty left out or null."""
+    """Write merges as single texts, no field of newer versions, and an empty text for null."""
     path = folder / "tokenizer.json"
     text = json.loads(path.read_text())
     model = text["model"]
@@ -113,7 +113,7 @@ def written_by_an_older_library(folder: Path) -> None:
 
 
 def with_old_names(folder: Path) -> None:
-    """Special tokens in a file of their own, as transformers 4 wrote them."""
+    """Move the special tokens to a file of their own, as transformers 4 wrote them."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     specials = {key: config.pop(key) for key in list(config) if key.endswith("_token")}
@@ -295,8 +295,8 @@ REFUSED = [
     (catastrophic, "is no tokenizer|otherwise|takes more than"),
     (multiplies, "is no tokenizer|otherwise|takes more than"),
     (lowers, "encodes 'The quick brown"),
-    (merges, "tokens, 'ab' for one, that are no added ones"),
-    (strange_token, "'strange' for one"),
+    (merges, "tokens that are neither the base's nor added ones, such as 'ab'"),
+    (strange_token, "such as 'strange'"),
     (endless_token, "adds a token of 2000 characters"),
     (countless_tokens, "adds more than 65536 tokens"),
     (long_around, "encodes"),
