@@ -1,6 +1,6 @@
-"""The engine's protocol, and the values that it speaks: requests, outputs, stats and errors.
+"""The engine's protocol, and its values: requests, outputs, stats and errors.
 
-`native` is our own engine. The API knows this package and `constraints`, and no engine's inside.
+`native` is our own engine. The API imports this package and `constraints`, but never `native`.
 """
 
 from server.engine.errors import (

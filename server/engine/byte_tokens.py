@@ -1,4 +1,4 @@
-"""Tokens that stand for a byte, as tokenizers with byte fallback name them."""
+"""Recognises the tokens of tokenizers with byte fallback that stand for one byte, as `<0x41>`."""
 
 import re
 
@@ -6,7 +6,6 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_of(name: str) -> bytes | None:
-    """The byte that a token of this name stands for, as byte fallback names them; None: it stands
-    for text."""
+    """The byte that a token with this name stands for. None: it stands for text."""
     found = _BYTE.fullmatch(name)
     return None if found is None else bytes.fromhex(found[1])

@@ -1,11 +1,11 @@
-"""What the engine refuses.
+"""The errors that the engine raises.
 
 EngineError
-├── ModelNotFound      there is no model where the settings point
-├── UnsupportedModel   no way to run this model exactly; the reason says which part
+├── ModelNotFound      the model that the settings name was not found
+├── UnsupportedModel   this model cannot be run exactly; the message says which part
 ├── DoesNotFit         a setting asks for more memory than there is, or too little to work with
-├── QueueFull          too many requests wait already; carries when to come back
-├── EngineStopping     the server drains
+├── QueueFull          too many requests wait already; the message says when to try again
+├── EngineStopping     the server is shutting down
 ├── BadConstraint      a grammar that is malformed, unsupported or too large; says where
 ├── ConstraintsUnavailable  the model's tokenizer cannot be constrained
 └── EngineDead         the model thread has ended on an error
@@ -15,7 +15,7 @@ import math
 
 
 class EngineError(Exception):
-    """Root of everything that the engine raises on purpose."""
+    """The base class of all errors that the engine raises on purpose."""
 
 
 class ModelNotFound(EngineError):
@@ -33,7 +33,7 @@ class DoesNotFit(EngineError):
 class QueueFull(EngineError):
     def __init__(self, waiting: int, retry_after: float) -> None:
         self.retry_after = max(1, math.ceil(retry_after))
-        """Whole seconds until a place is likely to be free."""
+        """Whole seconds until a request is likely to be admitted."""
         super().__init__(
             f"{waiting} requests are waiting already; try again in {self.retry_after} s."
         )

@@ -1,4 +1,4 @@
-"""Work that takes processors, in turns among tenants: one tenant's long line delays no other's."""
+"""Limits CPU-bound work, in turns among tenants, so that no tenant's queue delays another's."""
 
 import asyncio
 import math
@@ -10,28 +10,28 @@ from contextlib import asynccontextmanager
 from server.engine.errors import QueueFull
 
 _WEIGHT = 0.2
-"""How much the latest turn counts in what a turn is expected to take."""
+"""The weight of the latest turn in the moving average of their seconds."""
 
 
 class FairTurns:
-    """Only so many work at once, and only so many of one tenant; the others wait, and tenants are
-    served in turns. Belongs to one event loop at a time."""
+    """Limits how many turns are held at once, by all tenants and by each. When some wait, tenants
+    get turns one after the other. Belongs to one event loop at a time."""
 
     def __init__(self, at_once: int, each: int, waiting: int | None = None) -> None:
-        """`each`: of `at_once`, what one tenant may take. `waiting`: how many of one tenant may
-        wait; None: any number."""
+        """`at_once`: how many turns all tenants may hold; `each`: how many of them one tenant may.
+        `waiting`: how many callers of one tenant may wait; None: any number."""
         self._at_once = at_once
         self._each = each
         self._most_waiting = waiting
         self._working: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        """Tenant -> those that wait. The tenant whose turn comes next stands first."""
+        """Tenant -> its callers that wait. The tenant that gets the next turn comes first."""
         self._seconds = 1.0
-        """What a turn takes."""
+        """How long a turn takes, as a moving average."""
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Within: it is this tenant's turn. Raises QueueFull where too many of it wait already."""
+        """Wait for a turn of this tenant and hold it. Raises QueueFull if too many wait already."""
         await self._begin(tenant)
         started = time.monotonic()
         try:
@@ -42,7 +42,7 @@ class FairTurns:
 
     async def _begin(self, tenant: str) -> None:
         if self._working.total() < self._at_once and self._working[tenant] < self._each:
-            # Whoever waits has as many turns as one tenant may have.
+            # Tenants that wait hold as many turns as they may, so this overtakes nobody.
             self._working[tenant] += 1
             return
         line = self._waiting.setdefault(tenant, deque())
@@ -70,7 +70,7 @@ class FairTurns:
                 line = self._waiting.pop(each)
                 turn = None
                 while line and turn is None:
-                    # One that is cancelled may not have noticed yet.
+                    # A cancelled caller may not have run since, and still stands in the line.
                     first = line.popleft()
                     turn = None if first.cancelled() else first
                 if line:
@@ -80,7 +80,7 @@ class FairTurns:
                     turn.set_result(None)
 
     def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        """A cancelled one goes, unless its line has passed it over already."""
+        """Take a cancelled caller out of its line, unless `_end` has done so already."""
         line = self._waiting.get(tenant)
         if line is not None and turn in line:
             line.remove(turn)
@@ -88,6 +88,6 @@ class FairTurns:
                 del self._waiting[tenant]
 
     def _seconds_until_room(self) -> float:
-        """Until the first of a tenant that waits has had its turn."""
+        """Estimate the seconds until the first waiting caller of a tenant has had its turn."""
         others = math.ceil(len(self._waiting) / self._at_once)
         return self._seconds * max(1, others)

@@ -1,4 +1,4 @@
-"""Where the files of a base model lie, and where what is made of them is kept."""
+"""Finds the files of a base model, and converts the default model to a transformers folder."""
 
 import contextlib
 import importlib.util
@@ -20,8 +20,10 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_folder(model: str | None) -> Path:
-    """The folder with a model's files: of a hub id, a folder, or (None) the default model. Raises
-    ModelNotFound."""
+    """Find the folder of a model: a hub id, a folder itself, or None for the default model.
+
+    Raises ModelNotFound.
+    """
     if model is None:
         return default_model_folder()
     if Path(model).is_dir():
@@ -34,13 +36,13 @@ def model_folder(model: str | None) -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder for converted models: `$INFUSE_CACHE_DIR`, or Infuse's in the user's cache."""
+    """The folder for converted models: `$INFUSE_CACHE_DIR`, or `~/.cache/infuse`."""
     root = os.environ.get("INFUSE_CACHE_DIR") or Path.home() / ".cache" / "infuse"
     return Path(root)
 
 
 def default_model_folder() -> Path:
-    """The default model as a transformers folder, which is made on first use.
+    """Find the default model's transformers folder, which is made on first use.
 
     The package ships 4-bit weights (GGUF Q4_1). They are converted to float32 once. The server
     computes with exactly those values, and the example adapters were trained on them.
@@ -69,7 +71,7 @@ def default_model_folder() -> Path:
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write what the package in `source` ships as a plain transformers folder, in float32."""
+    """Convert the GGUF weights of the package in `source` to a transformers folder in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     del model.config.quantization_config
     plain = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
@@ -80,5 +82,5 @@ def convert_gguf(source: Path, target: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What a library said, without its long explanation."""
+    """The first line of a library's error message, without the long explanation below it."""
     return str(error).strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""What the API expects of an engine, whichever it is."""
+"""The protocol between the API and any engine."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,10 +23,10 @@ class ServedModel:
     max_model_len: int
     """How many tokens prompt and answer may have together; in an encoder-decoder, each of them."""
     decoder_start: tuple[int, ...] | None
-    """What the decoder of an encoder-decoder begins with; None for other models."""
+    """The tokens that the decoder of an encoder-decoder begins with. None for other models."""
 
     def room_after(self, prompt_tokens: int) -> int:
-        """How many tokens may follow a prompt; below 0: by how many it is too long itself."""
+        """How many tokens may follow a prompt. Negative: the prompt is too long by as many."""
         room = self.max_model_len - prompt_tokens
         if self.decoder_start is None or room < 0:
             return room
@@ -36,8 +36,8 @@ class ServedModel:
 class Engine(Protocol):
     """Answers generation requests over one base model. Every method may be called by any thread.
 
-    Each submitted request has one last output. Requests that a dead engine leaves behind end with
-    ERROR and the text of EngineDead.
+    Each submitted request gets one last output. When the engine dies, its requests end with ERROR
+    and the text of EngineDead.
     """
 
     model: ServedModel
@@ -45,26 +45,27 @@ class Engine(Protocol):
     """Compiles the constraints of requests."""
 
     def start(self, deliver: Callable[[list[Output]], None]) -> None:
-        """Begin to work. `deliver` is called with what each step brought; it must not block."""
+        """Start. `deliver` is called with the outputs of each step; it must not block."""
 
     def submit(self, *requests: GenerationRequest) -> None:
-        """Queue requests, all of them or none; never blocks. Until this returns, their leases are
-        the caller's.
+        """Queue requests, all of them or none; never blocks. The engine owns their leases once this
+        has returned. If this raises, the caller keeps them.
 
         Raises QueueFull, EngineStopping, EngineDead.
         """
 
     def cancel(self, request_id: str) -> None:
-        """The request still ends with one output, CANCELLED, unless it has ended already."""
+        """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
 
     def expecting(self) -> AbstractContextManager[None]:
-        """Within: a request is made ready that will be submitted right after, unless this raises.
+        """Announce a request. The context prepares it; it is submitted right after, unless the
+        context raises.
 
         An idle engine waits a moment for it, so that requests that come together start together.
         """
 
     def wake(self) -> None:
-        """Something beside requests may have changed: which adapters are kept on the device."""
+        """Wake an idle engine, since adapters may have been pinned or unpinned."""
 
     def stats(self) -> EngineStats: ...
 

@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers: plain values, no tensors, no HTTP."""
+"""The engine's requests and outputs: plain values, no tensors, no HTTP."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from server.engine.constraints.grammars import Grammar
 
 class FinishReason(StrEnum):
     STOP = "stop"
-    """An end token, a stop token or a stop string."""
+    """An end token, a stop token or a stop string ended the answer."""
     LENGTH = "length"
-    """`max_tokens`, or the end of the model's window."""
+    """The answer has `max_tokens` tokens, which the model's context length bounds."""
     CANCELLED = "cancelled"
     CONSTRAINT = "constraint"
-    """The grammar became too complex on the way; `error` says how."""
+    """The grammar became too complex while the answer was generated; `error` says how."""
     ERROR = "error"
 
 
@@ -44,34 +44,34 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
-    """Further tokens that end the text, beside the model's own end tokens."""
+    """Further tokens that end the answer, beside the model's own end tokens."""
     include_stop: bool = False
-    """What ended the text, a stop string or the text of a token, stands at its end."""
+    """Keep the stop string, or the text of the token, that ended the answer at its end."""
     ignore_eos: bool = False
     """Go on past the model's end tokens (not past `stop_token_ids`)."""
     allowed_token_ids: frozenset[int] | None = None
-    """No others come; None: all may."""
+    """The only tokens that may be sampled. None: all may."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Rows of tokens that the answer never holds, unless its grammar leaves nothing else."""
+    """Token sequences that the answer never holds, unless its grammar leaves nothing else."""
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
     grammar: Grammar | None = None
-    """What the answer must match as a whole. The end token comes exactly where it may end."""
+    """The whole answer must match it. An end token is allowed exactly where a match may end."""
     grammar_begin: "regex.Pattern[str] | None" = None
-    """Where in the answer's text the grammar begins: behind the first match. None: at its start."""
+    """The grammar begins after the first match of this in the answer's text. None: at its start."""
 
     @property
     def is_penalised(self) -> bool:
-        """Whether a token's chance depends on how often it has come."""
+        """Whether a token's logit depends on how often it has occurred."""
         additive = self.presence_penalty != 0 or self.frequency_penalty != 0
         return additive or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability under the model's unfiltered distribution, and the best."""
+    """A token's log-probability under the model's unfiltered distribution, and the best tokens'."""
 
     token_id: int
     logprob: float
@@ -88,38 +88,38 @@ class GenerationRequest:
     id: str
     prompt: tuple[int, ...]
     target: tuple[int, ...] = ()
-    """For an encoder-decoder: tokens that its answer begins with."""
+    """Tokens that the answer of an encoder-decoder begins with."""
     params: SamplingParams
     lease: Lease | None = None
     tenant: str = ""
-    """The one whose fair share of the model it uses. Tenants have equal shares, as have a tenant's
-    adapters."""
+    """The tenant whose fair share of the model it uses. Tenants have equal shares, and so have the
+    adapters of a tenant."""
     priority: int = 0
-    """A tenant's requests with a lower one are served earlier."""
+    """Among a tenant's requests, those with a lower value start earlier."""
     order: str | None = None
-    """Requests of one order share what they have in common, with or without a prefix cache."""
+    """The API call that the request belongs to. Requests of one call share their common prefix even
+    without a prefix cache."""
     cache_salt: str = ""
-    """Only requests with the same salt share."""
+    """Only requests with the same salt share prefixes."""
     speculation: bool | None = None
-    """Whether tokens may be drafted, which changes when they come and not which; None: the engine's
-    setting decides."""
+    """Whether tokens may be drafted. This changes how fast the answer comes, not its tokens. None:
+    the engine's setting decides."""
     prediction: tuple[int, ...] = ()
-    """What the answer is expected to be: drafts are taken from it."""
+    """The tokens of a text that the answer is expected to repeat; drafts are taken from it."""
 
     @property
     def adapter(self) -> str:
-        """What its lease is called; "" for the base."""
+        """The label of its lease; "" for the base."""
         return "" if self.lease is None else self.lease.label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What one step brought for one request.
+    """The result of one step for one request.
 
     The texts of a request's outputs, joined, are its answer: a stop string never appears in them.
     `token_ids` may be ahead of `text`, while a character or a possible stop string is incomplete.
-    The last output carries `finish_reason`; with ERROR and CONSTRAINT,
-    `error` says why.
+    The last output carries `finish_reason`; with ERROR and CONSTRAINT, `error` says why.
     """
 
     request_id: str
@@ -127,13 +127,12 @@ class Output:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    """One per prompt token (None before the first that is scored); on the first output only, when
-    asked for."""
+    """On the first output, if asked for: one per prompt token; None before the first scored one."""
     cached_tokens: int = 0
-    """How many tokens of the prompt were cached. On the last output."""
+    """On the last output: how many tokens of the prompt were cached."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the one of `stop_token_ids`, that ended the answer, if one did."""
     error: str = ""
     predicted_tokens: int = 0
-    """On the last output: how many of the answer's tokens its request's prediction foretold."""
+    """On the last output: how many of the answer's tokens `prediction` predicted correctly."""

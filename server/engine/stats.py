@@ -1,38 +1,48 @@
-"""What an engine says about itself, for probes and metrics."""
+"""The engine's state and counters, for probes and metrics."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
+    """A snapshot of an engine. Counters count since its start."""
+
     alive: bool = True
     """False: the model thread has ended on an error, and only a restart helps."""
     ready: bool = True
+    """Whether new requests are taken: the engine has started and is not shutting down."""
     running: int
+    """Sequences in the running batch."""
     waiting: int
+    """Requests in the queue."""
     kv_tokens_used: int
+    """Tokens of the KV cache that are reserved for running sequences."""
     kv_tokens_total: int
+    """The size of the KV cache in tokens."""
     kv_tokens_cached: int
-    """Tokens kept for requests to come, as long as no row needs the room."""
+    """Tokens in cached blocks, which are evicted when a sequence needs the room."""
     prefix_queried_tokens: int
     """Tokens of the prompts that were admitted."""
     prefix_hit_tokens: int
-    """Those of them that were cached."""
+    """How many of the queried tokens were prefix hits."""
     weights_bytes: int
     """Bytes of the base model, each parameter once."""
     kv_cache_bytes: int
-    """The planned budget."""
+    """Bytes that were planned for the KV cache."""
     compiled: bool
-    """Whether the model is."""
+    """Whether the model is compiled."""
     bank_bytes: int
-    """Bytes of the columns that adapters have used so far, for all slots."""
+    """Bytes of the bank, which grows for all slots when an adapter needs further columns."""
     preemptions: int
     steps: int
+    """Steps of the running batch."""
     step_retries: int
-    """Forwards that failed and ran again in parts."""
+    """Forwards that failed and were run again in parts."""
     prompt_tokens: int
+    """Prompt tokens that were computed; those of a preempted sequence count again."""
     generated_tokens: int
+    """Tokens of answers."""
     drafted_tokens: int
-    """Tokens that were computed as drafts, beside the rows' own."""
+    """Drafted tokens that were verified."""
     accepted_tokens: int
-    """Those of them that were accepted."""
+    """Drafted tokens that were accepted."""

@@ -1,8 +1,8 @@
-"""The model's thread is the only one that computes on several cores for long.
+"""Runs parallel work beside the model's thread, without leaving threads that slow down its steps.
 
-libgomp keeps a team of workers for each thread that has computed on several cores, for as long as
-that thread lives. Once there are more workers than cores, all of them sleep at every barrier rather
-than wait for it, and a step takes 1.5 times as long.
+libgomp (OpenMP) keeps a team of workers for each thread that has computed on several cores, as long
+as that thread lives. Once there are more workers than cores, all of them sleep at every barrier
+instead of spinning, and a step takes 1.5 times as long.
 """
 
 import threading
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_passing_thread(work: Callable[[], T]) -> T:
-    """What `work` returns. Its team of workers ends with its thread."""
+    """Run `work` on a thread of its own, whose team of workers ends with it. Return the result."""
     name = threading.current_thread().name
     with ThreadPoolExecutor(1, thread_name_prefix=name) as thread:
         return thread.submit(work).result()

@@ -1,4 +1,4 @@
-"""Which requests are admitted when many are in flight, and when a refused one should come back.
+"""Decides which requests are admitted, and when a refused one should be sent again.
 
 A tenant that floods the queue is refused itself; other tenants are still admitted.
 """
@@ -10,22 +10,23 @@ from collections.abc import Callable, Sequence
 from server.engine.request import GenerationRequest
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
-"""How soon and how late a refused request is asked to come back."""
+"""The bounds of the time after which a refused request should be sent again."""
 _REMEMBERED = 64
-"""How many ends of requests the pace is measured over."""
+"""How many of the latest ended requests the pace is measured over."""
 
 
 class _Pace:
-    """How fast requests end, in the seconds in which there are any."""
+    """Measures how fast requests end, without the time when none is in flight."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._busy = 0.0
-        """Seconds with a request in flight, before those that run now."""
+        """Seconds with a request in flight, up to the end of the last busy period."""
         self._since: float | None = None
-        """When the first of those that run now came."""
+        """When the present busy period began. None: no request is in flight."""
         self._ends = deque([0.0], maxlen=_REMEMBERED + 1)
-        """The busy seconds at which the latest ended, and where the count begins."""
+        """The busy seconds at which the latest requests ended, after the time that they are counted
+        from."""
 
     @property
     def _clock(self) -> float:
@@ -39,11 +40,12 @@ class _Pace:
         self._ends.append(self._clock)
 
     def rest(self) -> None:
-        """Nothing is in flight."""
+        """End a busy period: no request is in flight any more."""
         self._busy, self._since = self._clock, None
 
     def seconds_until(self, ends: int) -> float:
-        """Until so many more have ended. Before the first has: as long as it has not come."""
+        """Estimate the seconds until this many more requests have ended. Before any has ended, the
+        estimate is the busy seconds so far."""
         ended = len(self._ends) - 1
         passed = self._clock - self._ends[0]
         return passed / ended * ends if ended else passed
@@ -66,7 +68,7 @@ class Admission:
         self._now = now
         self._pace = _Pace(now)
         self._promised: dict[str, deque[float]] = {}
-        """Tenant -> when each of its refused requests was asked to come back."""
+        """Tenant -> the times at which its refused requests were told to come back."""
 
     def admit(self, requests: Sequence[GenerationRequest]) -> bool:
         """Admit all of these requests, or none."""
@@ -81,7 +83,7 @@ class Admission:
         return True
 
     def leave(self, request: GenerationRequest) -> None:
-        """A request has ended."""
+        """Note that a request has ended."""
         self._pace.end()
         self._discount(request)
         if not self.admitted:
@@ -97,7 +99,7 @@ class Admission:
             del self._of[request.tenant]
 
     def _limit_for(self, request: GenerationRequest) -> int:
-        """With how many requests in flight one like this is no longer admitted."""
+        """The number of requests in flight from which on such a request is refused."""
         adapters = self._of.get(request.tenant, Counter())
         mine = adapters.total()
         if mine < self._capacity // len(self._of.keys() | {request.tenant}):
@@ -107,10 +109,10 @@ class Admission:
         return self._capacity
 
     def seconds_until_free(self, requests: Sequence[GenerationRequest]) -> float:
-        """When these refused requests should come back: as many requests will have ended by then as
-        make room for them, and for those that were asked to come back before them.
+        """Estimate the seconds until these refused requests can be admitted.
 
-        Tenants whose requests were refused share the room equally.
+        By then so many requests must have ended that there is room for them, and for those that
+        were told to come back before. Tenants with refused requests share the room equally.
         """
         tenant = requests[0].tenant
         promised = self._outstanding(tenant)
@@ -122,7 +124,7 @@ class Admission:
         return min(max(seconds, LEAST_SECONDS), MOST_SECONDS)
 
     def _outstanding(self, tenant: str) -> deque[float]:
-        """When a tenant's refused requests should come back, without the times that are past."""
+        """Forget the times that are past, and return those of a tenant that are not."""
         self._promised.setdefault(tenant, deque())
         for each, times in list(self._promised.items()):
             while times and times[0] <= self._now():

@@ -1,4 +1,4 @@
-"""How our own engine is set up."""
+"""The settings of our own engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,21 +6,21 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """None: planned from the model and the machine."""
+    """An engine's settings. Sizes that are None are planned from the model and the machine."""
 
     max_rows: int = 32
-    """Requests in one batch."""
+    """The most requests in one batch."""
     max_queue: int = 256
-    """Requests that may wait beside those that run."""
+    """The queue capacity: how many requests may wait beside those that run."""
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     prefill_chunk_tokens: int | None = None
     prefix_cache: bool = True
-    """Keep what ended requests have computed, for later ones that begin alike."""
+    """Keep keys and values of ended requests for later ones with the same prefix."""
     pack_linears: bool = True
     speculation: bool = False
-    """Draft tokens where it pays, for requests that do not say."""
+    """Draft tokens where it pays, for requests that do not choose."""
     trace_cache: Path | None = None
-    """Where the traced forward is kept for later starts; None: each start traces it."""
+    """The folder that keeps the traced forward for later starts. None: each start traces it."""
     compile_cache: Path | None = None
-    """Compile what can be, and keep it there; None: run the model as it is."""
+    """The folder that keeps the compiled model. None: the model is not compiled."""

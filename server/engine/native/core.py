@@ -1,4 +1,4 @@
-"""The running batch and all that belongs to it, as one synchronous object without locks."""
+"""The engine's state and its steps, as one synchronous object without threads or locks."""
 
 import itertools
 import logging
@@ -25,16 +25,16 @@ from server.engine.stats import EngineStats
 log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Prompt tokens in a step: what decoding rows wait for at most, by device."""
+"""The most prompt tokens of a step, by device. They bound how long decoding rows wait."""
 
 
 class EngineCore:
-    """Batches any number of requests over one model. Made before any adapter is resident.
+    """Batches any number of requests over one model. It is made before any adapter is resident.
 
-    One thread calls it; `stats` alone may be called by any. Every request that was added gets one
-    last output, which carries a finish reason; its lease is released just before.
+    Only one thread may call it, but any may call `stats`. Every request that was added gets one
+    last output, which has a finish reason; its lease is released before `step` returns that.
 
-    Raises UnsupportedModel where the model cannot be run exactly, and DoesNotFit.
+    Raises UnsupportedModel if the model cannot be run exactly, and DoesNotFit.
     """
 
     def __init__(
@@ -84,24 +84,24 @@ class EngineCore:
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
         self._rows = itertools.count()
         self._sequences: dict[str, Sequence] = {}
-        """Request id -> its sequence, until it has ended."""
+        """Request id -> its sequence, until the request ends."""
         self._outputs: list[Output] = []
-        """Those that no step has returned yet."""
+        """Outputs that `step` has not returned yet."""
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._unsettled = ""
-        """Why the adapters that are kept are not all on the device."""
+        """Why `settle` could not bring all pinned adapters to the device. Empty: it could."""
 
     def __bool__(self) -> bool:
-        """Whether there is something to do or to say."""
+        """Whether there are sequences to compute or outputs to return."""
         return bool(self._sequences or self._outputs)
 
     @property
     def running(self) -> int:
-        """How many rows the batch has."""
+        """The size of the running batch in rows."""
         return len(self._scheduler.running)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request. One that cannot even be queued ends with the next step."""
+        """Queue a request. If that fails, the request ends with the next step."""
         own = None if request.lease is None else request.lease.vocabulary
         tokenizer = self.model.tokenizer if own is None else own.tokenizer
         try:
@@ -116,14 +116,14 @@ class EngineCore:
         self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """The request ends with the next step, unless it has ended already."""
+        """End a request with the next step, unless it has ended already."""
         if request_id in self._sequences:
             self._end(self._sequences[request_id], FinishReason.CANCELLED)
 
     def step(self) -> list[Output]:
-        """Compute the next token of every row that runs, or a part of its prompt.
+        """Compute the next tokens of the running rows, or parts of their prompts.
 
-        A failure that is not one request's own is raised; nothing but `abandon` may follow it.
+        An error that no single request causes is raised. After it only `abandon` may be called.
         """
         try:
             step = self._scheduler.schedule()
@@ -141,7 +141,7 @@ class EngineCore:
         return self._take_outputs()
 
     def settle(self) -> None:
-        """Bring kept adapters to the device; those that find no memory are tried again."""
+        """Bring pinned adapters to the device. If there is no memory, the next call tries again."""
         problem = ""
         try:
             self._residency.settle()
@@ -152,19 +152,19 @@ class EngineCore:
         self._unsettled = problem
 
     def abandon(self, reason: FinishReason, error: str) -> list[Output]:
-        """End every request, whatever state a failure has left. Only `close` may follow this."""
+        """End every request, even in a state that an error left. Only `close` may follow."""
         for sequence in list(self._sequences.values()):
             try:
                 self._end(sequence, reason, error)
             except BaseException:
-                log.exception("A request's row could not be given back.")
+                log.exception("A request's row could not be released.")
                 if self._sequences.pop(sequence.request.id, None) is not None:
                     self._outputs.append(_failed(sequence.request, error))
                     release_anyway(sequence.request)
         return self._take_outputs()
 
     def close(self) -> None:
-        """End the thread that makes masks. Nothing may follow this."""
+        """End the sampler's thread, which computes grammar masks. No call may follow."""
         self._sampler.close()
 
     def stats(self) -> EngineStats:
@@ -219,7 +219,7 @@ class EngineCore:
                     self._scheduler.preempt(sequence)
 
     def _count(self, ran: Ran) -> None:
-        """The step's tokens have keys and values now; prompts that asked for it are scored."""
+        """Note what a step computed: keys and values, scores of prompts, and the cost of drafts."""
         step = ran.step
         accepted = sum(len(choices) - 1 for _, choices in ran.choices)
         self._speculation.learn(step, ran.seconds, accepted)
@@ -231,11 +231,11 @@ class EngineCore:
             sequence.advance(tokens)
 
     def _append(self, sequence: Sequence, choices: abc.Sequence[Sampled]) -> None:
-        """Whatever a tokenizer or a stop string raises is the request's own failure."""
+        """Append sampled tokens. If decoding their text raises, only this request ends."""
         try:
             output = take(sequence, choices, self.model.eos_token_ids)
         except BaseException as error:
-            log.exception("A token could not be taken; its request ends.")
+            log.exception("A token could not be appended; its request ends.")
             self._end(sequence, FinishReason.ERROR, Fault.of(error).reason)
             return
         self._generated_tokens += len(output.token_ids)
@@ -245,7 +245,7 @@ class EngineCore:
             self._close(sequence, output)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
-        """End a request whose latest step brought nothing."""
+        """End a request with an output that has no further tokens."""
         last = Output(
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
@@ -256,13 +256,13 @@ class EngineCore:
         self._close(sequence, last)
 
     def _close(self, sequence: Sequence, last: Output) -> None:
-        """The one place where a request ends: its row, its cache, its pin and its lease go."""
+        """Release all that a sequence holds: its row, its cache, its pin and its lease."""
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
         self._answer(sequence.request, last)
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
-        """End a request that has no row."""
+        """End a request that has no sequence."""
         self._answer(request, _failed(request, error))
 
     def _answer(self, request: GenerationRequest, last: Output) -> None:
@@ -280,9 +280,9 @@ def _failed(request: GenerationRequest, error: str) -> Output:
 
 
 def release_anyway(request: GenerationRequest) -> None:
-    """Give the lease of an abandoned request back, whatever state a failure has left."""
+    """Release an abandoned request's lease, even in a state that an error left."""
     if request.lease is not None:
         try:
             request.lease.release()
         except Exception:
-            log.exception("A lease could not be given back.")
+            log.exception("A lease could not be released.")

@@ -1,4 +1,4 @@
-"""The engine's thread takes requests in, lets the core step, and delivers what a step brought."""
+"""Runs the core on the model thread: queues requests, steps, and delivers outputs."""
 
 import logging
 import threading
@@ -25,59 +25,60 @@ class _State(Enum):
     NEW = auto()
     RUNNING = auto()
     DRAINING = auto()
-    """Requests end, and no others are admitted."""
+    """No requests are taken; those in flight run on."""
     STOPPING = auto()
-    """What runs is cancelled."""
+    """The requests in flight are cancelled."""
     DEAD = auto()
     """The thread ended on an error."""
 
 
 _STEPS = (_State.RUNNING, _State.DRAINING)
+"""The states in which the thread computes steps."""
 
 
 class Engine:
     """Runs an `EngineCore` on a thread of its own. Every method may be called from any thread.
 
-    Raises UnsupportedModel where the model cannot be run exactly, and DoesNotFit.
+    Raises UnsupportedModel if the model cannot be run exactly, and DoesNotFit.
     """
 
     def __init__(
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         self.core = EngineCore(loaded, ia3, residency, config)
-        """Belongs to the thread once that has started."""
+        """Belongs to the thread once that has started. Others only read `stats` and `running`."""
         self.model = self.core.model
         self.grammars = Grammars(
             self.model.tokenizer, self.model.vocab_size, self.model.eos_token_ids
         )
         self._changed = threading.Condition()
-        """Guards all that follows."""
+        """Guards all attributes below, and wakes threads that wait for one of them to change."""
         self._state = _State.NEW
         self._admission = Admission(config.max_rows + config.max_queue)
         self._inbox = Inbox(self._changed, config.max_rows, self.core.chunk_tokens)
         self.expecting = self._inbox.expecting
         self._cancelled: set[str] = set()
         self._in_flight: dict[str, GenerationRequest] = {}
-        """Request id -> a request that has not got its last output."""
+        """Request id -> a request whose last output has not been delivered."""
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
 
     def start(self, deliver: Callable[[list[Output]], None]) -> None:
-        """Start the thread. It calls `deliver` after each step; that must not block."""
+        """Start the thread. It calls `deliver` with each step's outputs; that must not block."""
         self._deliver = deliver
         self._state = _State.RUNNING
         self._thread.start()
 
     def submit(self, *requests: GenerationRequest) -> None:
-        """Queue requests, all of them or none; never blocks. Until this returns, their leases are
-        the caller's.
+        """Queue requests, all of them or none; never blocks. The engine owns their leases once this
+        has returned. If this raises, the caller keeps them.
 
         Raises QueueFull, EngineStopping, EngineDead.
         """
         for request in requests:
             tokens = len(request.prompt)
             assert tokens > 0, "the API refuses empty prompts"
-            assert request.params.max_tokens <= self.model.room_after(tokens), "and too long ones"
+            assert request.params.max_tokens <= self.model.room_after(tokens), "the API bounds it"
         with self._changed:
             if self._state is _State.DEAD:
                 raise EngineDead
@@ -90,13 +91,13 @@ class Engine:
             self._inbox.put(requests)
 
     def cancel(self, request_id: str) -> None:
-        """The request still ends with one output, CANCELLED, unless it has ended already."""
+        """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
         with self._changed:
             self._cancelled.add(request_id)
             self._changed.notify()
 
     def wake(self) -> None:
-        """Something beside requests may have changed: which adapters are kept on the device."""
+        """Wake an idle engine, since adapters may have been pinned or unpinned."""
         with self._changed:
             self._changed.notify()
 
@@ -127,7 +128,7 @@ class Engine:
             while self._take_in():
                 self._send(self.core.step())
         except BaseException:
-            # A panic in a library's Rust code is no Exception.
+            # A panic in a library's Rust code is not an Exception.
             log.exception("The model thread ends.")
             with self._changed:
                 self._state = _State.DEAD
@@ -138,7 +139,10 @@ class Engine:
         self.core.close()
 
     def _take_in(self) -> bool:
-        """Hand the core what has been asked; wait while there is nothing to do. False: stop."""
+        """Pass new and cancelled requests to the core, and wait while there is nothing to do.
+
+        False: the thread must stop.
+        """
         with self._changed:
             self.core.settle()
             while not (self.core or self._inbox) and self._state in _STEPS:
@@ -157,8 +161,8 @@ class Engine:
         return going
 
     def _left_over(self, outputs: list[Output], reason: FinishReason) -> list[Output]:
-        """The last outputs of requests that the core never had, or lost: all that are in flight but
-        those that end with `outputs`."""
+        """Make the last outputs of requests that the core never got, or has lost: all that are in
+        flight and do not end with `outputs`."""
         ending = {each.request_id for each in outputs if each.finish_reason is not None}
         with self._changed:
             requests = [each for id_, each in self._in_flight.items() if id_ not in ending]

@@ -1,4 +1,4 @@
-"""What may go wrong with a model, and whether it is a matter of memory."""
+"""Tells errors of a model or a library, above all a lack of memory, from bugs of our own."""
 
 import re
 import traceback
@@ -8,31 +8,33 @@ from typing import Self
 import torch
 
 FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
-"""What a model, or a request in it, may raise. Anything else is a fault of ours, but for what
-`is_foreign` knows."""
+"""The errors that a model may raise, for all rows or for one. Others are bugs of ours, except for
+those that `is_foreign` knows."""
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|bad_alloc|ALLOC_FAILED"
 )
 
 
 class KeysLost(RuntimeError):
-    """There was no memory for rows that come together anew: their keys and values are gone."""
+    """Memory ran out while rows were moved in the cache: their keys and values are lost."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library's Rust code (tokenizers, llguidance, safetensors) has panicked: that is no
-    Exception, and each library has a type of its own that cannot be imported."""
+    """Whether a library's Rust code (tokenizers, llguidance, safetensors) has panicked.
+
+    A panic is not an Exception, and each library has its own type, which cannot be imported.
+    """
     return type(error).__name__ == "PanicException"
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether a library has failed, and not an invariant of ours. Some raise bare Exceptions."""
+    """Whether a library failed, not an invariant of ours. Some libraries raise bare Exceptions."""
     return isinstance(error, FAULTS) or type(error) is Exception or is_panic(error)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is left of an exception: itself, it would hold on to the memory of its frames."""
+    """The facts of an exception. The exception itself would keep its frames' tensors alive."""
 
     message: str
     trace: str
@@ -41,7 +43,7 @@ class Fault:
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
-        """Raises the error again where it says that the device is lost: nothing runs on it then."""
+        """Read an exception. If the device is lost, raise it again: nothing more runs on it."""
         keys_lost = isinstance(error, KeysLost)
         origin = error.__cause__ or error if keys_lost else error
         known = isinstance(origin, torch.OutOfMemoryError | MemoryError)
@@ -53,7 +55,7 @@ class Fault:
 
     @property
     def reason(self) -> str:
-        """For the client of a request that failed alone."""
+        """The error message for the client whose request failed alone."""
         if self.no_memory:
             return "There is not enough memory for this request, not even alone; shorten it."
         return f"The model failed: {self.message}"

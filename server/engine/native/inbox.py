@@ -1,4 +1,4 @@
-"""Requests on their way into the engine, and those that are about to come."""
+"""Holds submitted requests until the engine takes them, and counts those being prepared."""
 
 import threading
 from collections import deque
@@ -8,21 +8,24 @@ from contextlib import contextmanager
 from server.engine.request import GenerationRequest
 
 GATHERING_SECONDS = 0.2
-"""What an idle engine waits at most for requests that are being made ready: 32 with cold adapters
-take half of it."""
+"""The longest that an idle engine waits for requests that are being prepared. Preparing 32 requests
+with cold adapters takes half of it."""
 
 
 class Inbox:
-    """Whoever calls it holds `changed`, but for `expecting`, which takes it."""
+    """The queue between the threads that submit requests and the engine's.
+
+    Callers hold the condition `changed`, except for `expecting`, which acquires it.
+    """
 
     def __init__(self, changed: threading.Condition, rows: int, tokens: int) -> None:
-        """`rows`, `tokens`: of a step's prompts, at most."""
+        """`rows` and `tokens`: how many prompts, and tokens of them, a step takes at most."""
         self._changed = changed
         self._rows = rows
         self._tokens = tokens
         self._requests: deque[GenerationRequest] = deque()
         self._expected = 0
-        """Requests that are being made ready."""
+        """How many requests are being prepared."""
 
     def __bool__(self) -> bool:
         return bool(self._requests)
@@ -37,10 +40,11 @@ class Inbox:
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """Within: a request is made ready that will be put in right after, unless this raises.
+        """Announce a request. The context prepares it; it is put in right after, unless the
+        context raises.
 
-        A step with two of 32 prompts takes a quarter of one with all: an idle engine waits for
-        those that are about to come, a moment at most.
+        An idle engine waits a moment for announced requests: a step with two prompts takes a
+        quarter of the time of a step with 32.
         """
         with self._changed:
             self._expected += 1
@@ -55,7 +59,7 @@ class Inbox:
                     self._changed.notify_all()
 
     def gather(self) -> None:
-        """Wait until no more is on its way, or a step could not take it."""
+        """Wait until no request is being prepared, or there are enough for a step."""
         self._changed.wait_for(self._is_worth_a_step, GATHERING_SECONDS)
 
     def _is_worth_a_step(self) -> bool:

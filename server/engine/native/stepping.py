@@ -1,7 +1,7 @@
-"""Runs steps so that a sequence which cannot run fails alone, and the others go on.
+"""Runs steps. When one fails, finds the sequence that cannot run, so that the others go on.
 
-A step that fails runs again in halves, which are halved again, down to one sequence. A sequence is
-changed only when its part has run. Keys and values that a failed part has written are overwritten.
+A step that fails is run again in halves, which are halved again, down to one sequence. A sequence
+changes only when its part has run. Keys and values that a failed part has written are overwritten.
 """
 
 import logging
@@ -23,7 +23,7 @@ from server.engine.request import TokenLogprob
 log = logging.getLogger(__name__)
 
 RECOVERY_STEPS = 32
-"""After this many steps without an error, twice as many tokens are tried again."""
+"""After this many steps without an error, the limit of tokens is doubled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Ran:
     prompts: list[tuple[Sequence, list[TokenLogprob]]]
     """For each sequence that scores its prompt, the scores of the next tokens that had none."""
     choices: list[tuple[Sequence, abc.Sequence[Sampled]]]
-    """For each sequence that is computed to its end, its next tokens."""
+    """For each sequence whose tokens are all computed, its next tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +54,18 @@ class Lost:
 
 
 class Stepping:
-    """Runs steps by runner and sampler, and divides those that fail."""
+    """Runs steps with the runner and the sampler, and divides those that fail."""
 
     def __init__(self, runner: Runner, sampler: Sampler, cache: KVCache) -> None:
         self._runner = runner
         self._sampler = sampler
         self._cache = cache
         self.retries = 0
-        """Forwards that failed and ran again in parts."""
+        """Forwards that failed and were run again in parts."""
         self._most_tokens = math.inf
-        """The most tokens of a forward, after one with more ran out of memory."""
+        """The limit of a forward's tokens, since one with more ran out of memory."""
         self._too_many = 0
-        """The most tokens that ran out of memory."""
+        """The most tokens of a forward that ran out of memory."""
         self._good_steps = 0
         """Steps since the last change of `_most_tokens`."""
 

@@ -1,4 +1,4 @@
-"""Appends sampled tokens to a sequence: their text and scores, and perhaps the sequence's end."""
+"""Appends sampled tokens to a sequence, decodes their text, and finds whether they end it."""
 
 from collections import abc
 
@@ -27,7 +27,7 @@ def take(
         if reason is not None:
             break
         if taken:
-            # The token before was an accepted draft, whose keys and values are computed.
+            # The previous token was an accepted draft, whose keys and values are computed.
             sequence.advance(1)
         taken.append(choice)
         piece, reason = _append(sequence, choice.token, eos_token_ids)
@@ -51,7 +51,7 @@ def take(
 def _append(
     sequence: Sequence, token: int, eos_token_ids: abc.Collection[int]
 ) -> tuple[str, FinishReason | None]:
-    """Append one token. Returns its text, and a reason if it ends the answer."""
+    """Append one token. Returns its text, and the finish reason if it ends the answer."""
     params = sequence.request.params
     sequence.append(token)
     ignores_eos = params.ignore_eos and sequence.constraint is None
