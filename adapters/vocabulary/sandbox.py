@@ -109,7 +109,7 @@ class Sandbox:
         self._closed = False
         self._process: _Process | None = None
         self._kept: OrderedDict[str, _Worker] = OrderedDict()
-        """Template -> a worker that has compiled it, least recently used first."""
+        """Digest of a template -> a worker that has compiled it, least recently used first."""
 
     def compare(self, tokenizer: bytes, key: str) -> dict[str, Any]:
         """Compare a tokenizer with the base's: see `sandboxed.compare`. WouldWait names `key`."""
@@ -243,7 +243,7 @@ class _Process:
     itself."""
 
     def __init__(self, base: str) -> None:
-        """Raises SandboxUnavailable."""
+        """Start the process. `base` is the base's tokenizer as JSON. Raises SandboxUnavailable."""
         ours, its = socket.socketpair()
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         with ExitStack() as failed:
