@@ -1,8 +1,9 @@
 """This commit's speed over another one's: with 32 adapters, with the base alone, and over HTTP.
 
 `git worktree add ../before COMMIT`, then `python -m benchmarks.commits ../before`. Both commits'
-engines answer the same prompts in turns. Processes of one kind differ by up to 3% in speed for as
-long as they live, so both are started several times; what two gave in one turn is a pair.
+engines answer the same prompts in turns. Processes of one kind differ by up to 5% in speed for as
+long as they live, and the one that was started first is often the slower one: so both are started
+several times, and each is the first as often as the other. What two gave in one turn is a pair.
 """
 
 import json
@@ -26,7 +27,7 @@ MEASURES = ("32 adapters", "base", "HTTP, streaming, 32 adapters")
 
 def main(
     before: Annotated[Path, typer.Argument(help="A checkout of the other commit.")],
-    starts: Annotated[int, typer.Option(min=1, help="Of both engines.")] = 5,
+    starts: Annotated[int, typer.Option(min=2, help="Of both engines; an even number.")] = 6,
     turns: Annotated[int, typer.Option(min=1, help="With each start.")] = 6,
     output: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS,
 ) -> None:
@@ -34,7 +35,7 @@ def main(
     with Bench.session(FULL) as bench:
         for start in range(starts):
             typer.echo(f"start {start + 1}/{starts}")
-            for measure, found in _turns(bench, before.resolve(), turns).items():
+            for measure, found in _turns(bench, before.resolve(), turns, start % 2 == 0).items():
                 pairs[measure].append(found)
             bench.keep_only()
     report = {
@@ -53,8 +54,9 @@ def main(
         typer.echo(f"{measure}: {ratio['median']:.3f} ({ratio['lower_95_bound_of_median']})")
 
 
-def _turns(bench: Bench, before: Path, turns: int) -> dict[str, list[float]]:
-    """By measure: this commit's speed over the other's, in each turn."""
+def _turns(bench: Bench, before: Path, turns: int, is_first: bool) -> dict[str, list[float]]:
+    """By measure: this commit's speed over the other's, in each turn. `is_first`: this commit's
+    engine is started first."""
     tokens = bench.plan.round_tokens
     asks: dict[str, Any] = {
         MEASURES[0]: lambda each: each.run(bench.requests(bench.names[:ROWS], tokens)),
@@ -70,10 +72,11 @@ def _turns(bench: Bench, before: Path, turns: int) -> dict[str, list[float]]:
     def then() -> EitherWay:
         return bench.inprocess(tree=before)
 
+    engines = [("now", now), ("before", then)]
     sides = [
         Side(f"{measure}, {name}", engine, ask, ROWS * tokens)
         for measure, ask in asks.items()
-        for name, engine in (("now", now), ("before", then))
+        for name, engine in (engines if is_first else reversed(engines))
     ]
     taken = take_turns(sides, turns)
     return {
