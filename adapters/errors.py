@@ -126,7 +126,7 @@ class CannotCombine(AdapterError, ValueError):
         )
 
 
-class CombinedNotFinite(AdapterError):
+class CombinedNotFinite(AdapterError, ValueError):
     def __init__(self, module: str) -> None:
         super().__init__(f"The combined vector of {module} is not finite; take smaller weights.")
 

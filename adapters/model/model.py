@@ -383,7 +383,8 @@ class IA3Model(nn.Module):
         """Attach the sum of adapters' vectors times their weights; a missing vector counts as 0.
 
         It is not active. For a taken name PEFT silently does nothing, and it cuts the longer list:
-        this raises AdapterExists and WrongCall; also UnknownAdapter, CannotCombine.
+        this raises AdapterExists and WrongCall; also UnknownAdapter, CannotCombine, and
+        CombinedNotFinite where PEFT's sum is not finite.
         """
         self._check_new(adapter_name)
         if not adapters or len(adapters) != len(weights):

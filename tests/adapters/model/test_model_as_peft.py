@@ -361,3 +361,14 @@ def test_files_name_what_peft_s_name(folders: list[Path], tmp_path: Path) -> Non
     IA3Model.from_pretrained(tiny_llama(), folders[0]).save_pretrained(tmp_path)
     theirs = json.loads((folders[0] / CONFIG_FILE).read_text())
     assert json.loads((tmp_path / CONFIG_FILE).read_text()).keys() == theirs.keys()
+
+
+def test_a_sum_that_is_not_finite_is_refused_as_peft_refuses_values(model: IA3Model) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("layers.1.self_attn.k_proj.ia3_l.a"):
+            parameter.data[0] = torch.inf
+    before = model.peft_config.keys()
+
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj is not finite"):
+        model.add_weighted_adapter(["a"], [0.0], "sum")
+    assert model.peft_config.keys() == before
