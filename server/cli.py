@@ -113,12 +113,13 @@ def serve(context: typer.Context) -> None:
     from server.app import create_app
     from server.auth import BadKeysFile
     from server.engine import EngineError
-    from server.listener import Server
+    from server.listener import Server, freeze_heap
 
     try:
         application = create_app(settings)
     except (BadKeysFile, EngineError, AdapterError, OSError) as error:
         _refuse(str(error))
+    freeze_heap()
     Server(application, settings, application.state).run(sockets=[listening])
     _leave_threads()
 

@@ -2,6 +2,7 @@
 request."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -31,6 +32,13 @@ ANSWERING_SECONDS = 5.0
 """Seconds that requests have, after the drain, to answer that they were ended."""
 WRITING_SECONDS = 1.0
 """Seconds that clients have, after that, to read the answer."""
+
+
+def freeze_heap() -> None:
+    """Exempt all objects that exist now from garbage collection. A collection that looks through
+    the million that a start makes takes 0.3 s, in which nothing is answered."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import signal
@@ -393,3 +394,12 @@ def test_compose_gives_a_container_longer_than_the_drain_takes() -> None:
 
     assert grace is not None
     assert int(grace[1]) > drain + listener.ANSWERING_SECONDS + listener.WRITING_SECONDS
+
+
+def test_what_the_start_made_is_never_looked_through_for_garbage() -> None:
+    try:
+        listener.freeze_heap()
+        assert gc.get_freeze_count() > 0
+        assert len(gc.get_objects()) < gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

@@ -17,6 +17,7 @@ from benchmarks.engines import Answer, Request, Round
 from benchmarks.engines.lines import Run, serve
 from server import app as application
 from server.engine import GenerationRequest, Output, SamplingParams
+from server.listener import freeze_heap
 from server.settings import Settings
 from server.streams import Streams
 
@@ -25,6 +26,7 @@ def make(**settings: Any) -> Run:
     # The application makes its streams itself.
     application.Streams = _TappedStreams
     app = application.create_app(Settings(**settings))
+    freeze_heap()
     _serve(app)
     services = app.state.services
     rounds = services.streams.rounds
