@@ -322,6 +322,7 @@ class AdapterRegistry:
         return RegistryStats(
             registered=len(self._store),
             damaged=self._store.damaged,
+            capacity=residency.capacity,
             resident=residency.resident,
             pinned=residency.pinned,
             leases=residency.leases,

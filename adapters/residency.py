@@ -94,6 +94,8 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
+    capacity: int
+    """Slots for adapters on the device."""
     resident: int
     pinned: int
     """Slots that a running sequence uses."""
@@ -247,6 +249,7 @@ class Residency:
     def stats(self) -> ResidencyStats:
         with self._mutex:
             return ResidencyStats(
+                capacity=self.capacity,
                 resident=len(self._resident),
                 pinned=sum(self._contents[digest].pins > 0 for digest in self._resident),
                 leases=self._leases,

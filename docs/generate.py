@@ -7,7 +7,7 @@ import ast
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -250,8 +250,9 @@ dashboard of these."""
 
 def _families() -> Iterator[Metric]:
     """What a server exposes once a request has ended; values mean nothing."""
-    engine = EngineStats(**{field.name: 0 for field in fields(EngineStats)})
-    registry = RegistryStats(**{field.name: 0 for field in fields(RegistryStats)})
+    required = [field.name for field in fields(EngineStats) if field.default is MISSING]
+    engine = EngineStats(**dict.fromkeys(required, 1))
+    registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
     metrics = Metrics(lambda: engine, lambda: registry)
     request = metrics.request_started("base")
     request.token(1)

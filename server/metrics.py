@@ -177,3 +177,44 @@ class _Gauges(Collector):
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)
+        yield from _read_by_gateways(engine, registry)
+
+
+def _read_by_gateways(engine: EngineStats, registry: RegistryStats) -> Iterator[Metric]:
+    """The gauges that inference gateways choose a server by, under vLLM's names: see Kubernetes'
+    gateway-api-inference-extension, proposal 003, "Model Server Protocol"."""
+    gauges = {
+        "vllm:num_requests_running": ("As infuse_requests_running.", engine.running),
+        "vllm:num_requests_waiting": ("As infuse_requests_waiting.", engine.waiting),
+        "vllm:kv_cache_usage_perc": (
+            "Share of the KV cache that running sequences reserve, from 0 to 1.",
+            engine.kv_tokens_used / engine.kv_tokens_total,
+        ),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(name, text, value=value)
+    adapters = {
+        "max_lora": str(registry.capacity),
+        "running_lora_adapters": ",".join(sorted(engine.running_adapters)),
+        "waiting_lora_adapters": ",".join(sorted(engine.waiting_adapters)),
+    }
+    yield _labelled(
+        "vllm:lora_requests_info",
+        "Adapters that run and wait, as requests name them; the value is the time of the scrape.",
+        adapters,
+        time.time(),
+    )
+    if engine.kv_block_tokens is not None:
+        blocks = {
+            "block_size": str(engine.kv_block_tokens),
+            "num_gpu_blocks": str(engine.kv_tokens_total // engine.kv_block_tokens),
+        }
+        text = "Tokens of a block of the prefix cache, and blocks of the KV cache."
+        yield _labelled("vllm:cache_config_info", text, blocks, 1)
+
+
+def _labelled(name: str, text: str, labels: dict[str, str], value: float) -> Metric:
+    """A gauge with one series."""
+    family = GaugeMetricFamily(name, text, labels=tuple(labels))
+    family.add_metric(tuple(labels.values()), value)
+    return family

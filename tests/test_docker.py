@@ -7,7 +7,7 @@ import re
 import runpy
 import stat
 from collections import Counter
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ def mounts(service: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def metric_names() -> set[str]:
     """Every sample that the server exposes once a request has ended."""
-    engine = EngineStats(**{field.name: 0 for field in fields(EngineStats)})
-    registry = RegistryStats(**{field.name: 0 for field in fields(RegistryStats)})
+    required = [field.name for field in fields(EngineStats) if field.default is MISSING]
+    engine = EngineStats(**dict.fromkeys(required, 1))
+    registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
     metrics = Metrics(lambda: engine, lambda: registry)
     request = metrics.request_started("sentiment")
     request.token(1)

@@ -95,6 +95,7 @@ def place_order(
                 target=prompt.target,
                 params=params_of_choice(prompt.params, number % choices),
                 lease=None if lease is None else undo.enter_context(lease.again()),
+                adapter_name="" if body.model == services.model_name else body.model,
                 tenant=caller or "",
                 priority=body.priority or 0,
                 speculation=speculation,

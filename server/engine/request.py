@@ -1,6 +1,6 @@
 """The engine's requests and outputs: plain values, no tensors, no HTTP."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -102,6 +102,9 @@ class GenerationRequest:
     """Tokens that the answer of an encoder-decoder begins with."""
     params: SamplingParams
     lease: Lease | None = None
+    adapter_name: str = ""
+    """The adapter as the API call named it, `name` or `name@revision`; "" for the base and for
+    mixtures."""
     tenant: str = ""
     """The tenant whose fair share of the model it uses. Tenants have equal shares, and so have the
     adapters of a tenant."""
@@ -122,6 +125,11 @@ class GenerationRequest:
     def adapter(self) -> str:
         """The label of its lease; "" for the base."""
         return "" if self.lease is None else self.lease.label
+
+
+def adapter_names(requests: Iterable[GenerationRequest]) -> frozenset[str]:
+    """The adapters that the requests name; not the base, and no mixtures."""
+    return frozenset(request.adapter_name for request in requests) - {""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,18 @@ class EngineStats:
     """Whether new requests are taken: the engine has started and is not shutting down."""
     running: int
     """Sequences in the running batch."""
+    running_adapters: frozenset[str] = frozenset()
+    """The adapters of the running batch, as requests name them."""
     waiting: int = 0
     """Requests in the queue."""
+    waiting_adapters: frozenset[str] = frozenset()
+    """The adapters of the requests in the queue, as these name them."""
     kv_tokens_used: int
     """Tokens of the KV cache that are reserved for running sequences."""
     kv_tokens_total: int
     """The size of the KV cache in tokens."""
+    kv_block_tokens: int | None
+    """Tokens of a block of the prefix cache. None: its blocks differ in size."""
     kv_tokens_cached: int
     """Tokens in cached blocks, which are evicted when a sequence needs the room."""
     prefix_queried_tokens: int

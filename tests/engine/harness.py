@@ -127,6 +127,7 @@ class Harness:
             prompt=tuple(prompt),
             params=sampling,
             lease=lease,
+            adapter_name=adapters[0] if len(adapters) == 1 and isinstance(adapters[0], str) else "",
             tenant=tenant,
             priority=priority,
             speculation=speculation,

@@ -38,12 +38,13 @@ class Cores:
         loaded = LoadedModel(ia3.base, tiny_tokenizer(), "tiny", GenerationConfig(eos_token_id=2))
         self.core = EngineCore(loaded, ia3, self.registry.residency, EngineConfig(max_rows=2))
 
-    def request(self, name: str, *prompt: int, adapter: bool = False) -> GenerationRequest:
+    def request(self, name: str, *prompt: int, adapter: str = "") -> GenerationRequest:
         return GenerationRequest(
             id=name,
             prompt=prompt,
             params=SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
-            lease=self.registry.lease("mine") if adapter else None,
+            lease=self.registry.lease(adapter) if adapter else None,
+            adapter_name=adapter,
         )
 
     def run(self) -> list[Output]:
@@ -74,7 +75,7 @@ def test_requests_are_answered_as_peft_does_by_steps_alone(
     cores: Cores, adapters: dict[str, Path]
 ) -> None:
     cores.core.add(cores.request("base", 5, 6))
-    cores.core.add(cores.request("adapter", 5, 6, adapter=True))
+    cores.core.add(cores.request("adapter", 5, 6, adapter="mine"))
     cores.core.add(cores.request("waits", 7, 8))
     outputs = cores.run()
 
@@ -96,9 +97,25 @@ def test_a_step_brings_a_token_of_each_row_that_runs(cores: Cores) -> None:
     assert [(each.request_id, len(each.token_ids)) for each in first] == [("a", 1), ("b", 1)]
 
 
+def test_the_stats_name_adapters_as_requests_do_while_they_run_and_wait(cores: Cores) -> None:
+    cores.core.add(cores.request("base", 5))
+    cores.core.add(cores.request("runs", 5, adapter="mine"))
+    cores.core.add(cores.request("waits", 5, adapter="mine@1"))
+
+    queued = cores.core.stats()
+    cores.core.step()
+    running = cores.core.stats()
+    cores.run()
+    idle = cores.core.stats()
+
+    assert (queued.running_adapters, queued.waiting_adapters) == (set(), {"mine", "mine@1"})
+    assert (running.running_adapters, running.waiting_adapters) == ({"mine"}, {"mine@1"})
+    assert (idle.running_adapters, idle.waiting_adapters) == (set(), set())
+
+
 def test_a_cancelled_request_ends_with_the_next_step_wherever_it_is(cores: Cores) -> None:
     for name in ("runs", "runs on", "waits"):
-        cores.core.add(cores.request(name, 5, adapter=True))
+        cores.core.add(cores.request(name, 5, adapter="mine"))
     cores.core.step()
     cores.core.cancel("runs")
     cores.core.cancel("waits")
@@ -115,7 +132,7 @@ def test_a_step_passes_the_files_that_the_architecture_page_lists_and_returns_to
     cores: Cores,
 ) -> None:
     listed = re.findall(r"^\| `native/([\w/]+\.py)` \|", PAGE.read_text(), re.MULTILINE)
-    cores.core.add(cores.request("a", 5, 6, adapter=True))
+    cores.core.add(cores.request("a", 5, 6, adapter="mine"))
     cores.core.add(cores.request("b", 5))
     cores.core.step()
     way = Way(ROOT / "server" / "engine" / "native", "core.py")
@@ -134,8 +151,8 @@ def test_an_idle_core_has_nothing_to_do_and_says_nothing(cores: Cores) -> None:
 def test_what_an_abandoned_core_has_not_said_yet_is_said_at_last(
     cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores.core.add(cores.request("cancelled", 5, adapter=True))
-    cores.core.add(cores.request("runs", 5, adapter=True))
+    cores.core.add(cores.request("cancelled", 5, adapter="mine"))
+    cores.core.add(cores.request("runs", 5, adapter="mine"))
     cores.core.step()
     cores.core.cancel("cancelled")
     monkeypatch.setattr(Scheduler, "schedule", lambda _: panic())
@@ -153,8 +170,8 @@ def test_what_an_abandoned_core_has_not_said_yet_is_said_at_last(
 def test_a_lease_that_cannot_be_given_back_costs_no_request_its_one_last_output(
     cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores.core.add(cores.request("a", 5, adapter=True))
-    cores.core.add(cores.request("b", 6, adapter=True))
+    cores.core.add(cores.request("a", 5, adapter="mine"))
+    cores.core.add(cores.request("b", 6, adapter="mine"))
     cores.core.step()
     monkeypatch.setattr(Scheduler, "schedule", lambda _: panic())
     monkeypatch.setattr(Lease, "release", lambda _: {}["broken"])

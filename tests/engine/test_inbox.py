@@ -104,3 +104,14 @@ def test_they_wait_on_where_more_than_one_is_made_ready(
     engine.submit("comes", [7, 8])
     engine.wait()
     engine.assert_idle()
+
+
+def test_an_adapter_waits_from_the_moment_that_its_request_is_submitted(
+    start: Callable[..., Harness],
+) -> None:
+    engine = start()
+    with engine.held():
+        engine.submit("first", [5, 6], "default")
+        assert engine.engine.stats().waiting_adapters == {"default"}
+    engine.wait()
+    engine.assert_idle()

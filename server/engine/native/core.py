@@ -19,7 +19,7 @@ from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.stepping import Failed, Lost, Ran, Stepping
 from server.engine.native.taking import take
 from server.engine.protocol import ServedModel
-from server.engine.request import FinishReason, GenerationRequest, Output
+from server.engine.request import FinishReason, GenerationRequest, Output, adapter_names
 from server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
@@ -171,10 +171,16 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """What the core knows. `alive`, `ready` and `waiting` are for the engine to say."""
         prefixes = self._scheduler.prefixes
+        # Copies, as the thread that calls `step` changes both.
+        running = set(self._scheduler.running.copy())
+        waiting = set(self._sequences.copy().values()) - running
         return EngineStats(
-            running=self.running,
+            running=len(running),
+            running_adapters=adapter_names(sequence.request for sequence in running),
+            waiting_adapters=adapter_names(sequence.request for sequence in waiting),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
+            kv_block_tokens=self._cache.blocks.size,
             kv_tokens_cached=prefixes.kept_tokens,
             prefix_queried_tokens=prefixes.queried_tokens,
             prefix_hit_tokens=prefixes.hit_tokens,

@@ -104,8 +104,13 @@ class Engine:
     def stats(self) -> EngineStats:
         stats = self.core.stats()
         waiting = max(0, self._admission.admitted - stats.running)
-        alive, ready = self._state is not _State.DEAD, self._state is _State.RUNNING
-        return replace(stats, alive=alive, ready=ready, waiting=waiting)
+        return replace(
+            stats,
+            alive=self._state is not _State.DEAD,
+            ready=self._state is _State.RUNNING,
+            waiting=waiting,
+            waiting_adapters=stats.waiting_adapters | self._inbox.adapters,
+        )
 
     def stop(self, timeout: float) -> None:
         """Refuse new requests, let the running ones end for up to `timeout` seconds, cancel the

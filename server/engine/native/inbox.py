@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from server.engine.request import GenerationRequest
+from server.engine.request import GenerationRequest, adapter_names
 
 GATHERING_SECONDS = 0.2
 """The longest that an idle engine waits for requests that are being prepared. Preparing 32 requests
@@ -29,6 +29,11 @@ class Inbox:
 
     def __bool__(self) -> bool:
         return bool(self._requests)
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The adapters that the queued requests name. Needs no condition: it reads a copy."""
+        return adapter_names(self._requests.copy())
 
     def put(self, requests: Iterable[GenerationRequest]) -> None:
         self._requests.extend(requests)
