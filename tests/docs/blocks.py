@@ -29,7 +29,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 class Block:
     language: str
     """`bash` and `python` are run. `console` is not: its lines begin with `$`. `text` is what the
-    block before it prints."""
+    block before it prints. `yaml` is a file of values for the Helm chart."""
     text: str
     line: int
 
