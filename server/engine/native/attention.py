@@ -19,6 +19,8 @@ from server.engine.errors import UnsupportedModel
 
 IMPLEMENTATION = "infuse"
 _CONTEXT = "infuse_step_context"
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
+"""The method of transformers' models that looks for padding, of which a flat batch has none."""
 _HARMLESS = frozenset(
     {
         "cache_position",
@@ -99,6 +101,9 @@ def install(model: PreTrainedModel) -> StepContext:
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, _CONTEXT, context)
+        if isinstance(module, PreTrainedModel):
+            # It would read tokens back from the GPU, which a captured step cannot do.
+            setattr(module, _PADDING_WARNING, lambda *_: None)
     return context
 
 
