@@ -41,6 +41,8 @@ class EngineCore:
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         base = loaded.model
+        if base.device.type == "cuda":
+            log.warning("This engine has never run on a GPU. --engine vllm is made for GPUs.")
         self._residency = residency
         self._weights_bytes = weights_bytes(base)
         self.model = ServedModel(

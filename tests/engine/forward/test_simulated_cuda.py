@@ -202,6 +202,17 @@ def test_a_mixed_batch_in_chunks_and_captured_steps(
     assert gpu.ran["replay"] > 10
 
 
+def test_the_log_says_that_the_engine_has_never_run_on_a_gpu(
+    compare: Callable[..., Answered], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, on the GPU and not on the CPU."""
+    compare(lambda: tiny_model("llama"), {}, {"one": Asked([5])})
+
+    [warned] = [record for record in caplog.records if "GPU" in record.message]
+    assert warned.levelname == "WARNING"
+    assert "--engine vllm" in warned.message
+
+
 def test_rows_with_every_sampling_parameter(compare: Callable[..., Answered]) -> None:
     grammars = Grammars(tiny_tokenizer(), TOKENS, frozenset({2}))
     grammar = grammars.compile("json", SCHEMA, "the grammar")
