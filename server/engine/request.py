@@ -20,6 +20,9 @@ class FinishReason(StrEnum):
     CONSTRAINT = "constraint"
     """The grammar became too complex while the answer was generated; `error` says how."""
     ERROR = "error"
+    """This request failed; `error` says why."""
+    ENGINE_DEAD = "engine_dead"
+    """The engine died before the request had ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

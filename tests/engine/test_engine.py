@@ -129,7 +129,7 @@ def test_a_dead_model_thread_fails_every_request_and_says_so(
         base.register_forward_pre_hook(_impossible)
     engine.wait()
 
-    assert engine.answers["fails"].finish is FinishReason.ERROR
+    assert engine.answers["fails"].finish is FinishReason.ENGINE_DEAD
     assert not engine.engine.stats().ready
     with pytest.raises(EngineDead):
         engine.submit("late", [5])

@@ -151,15 +151,16 @@ class EngineCore:
                 log.error("An adapter cannot be kept on the device for now: %s", problem)
         self._unsettled = problem
 
-    def abandon(self, reason: FinishReason, error: str) -> list[Output]:
+    def abandon(self, reason: FinishReason) -> list[Output]:
         """End every request, even in a state that an error left. Only `close` may follow."""
         for sequence in list(self._sequences.values()):
             try:
-                self._end(sequence, reason, error)
+                self._end(sequence, reason)
             except BaseException:
                 log.exception("A request's row could not be released.")
                 if self._sequences.pop(sequence.request.id, None) is not None:
-                    self._outputs.append(_failed(sequence.request, error))
+                    last = Output(request_id=sequence.request.id, finish_reason=reason)
+                    self._outputs.append(last)
                     release_anyway(sequence.request)
         return self._take_outputs()
 
@@ -250,7 +251,7 @@ class EngineCore:
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
-            error="" if reason is FinishReason.CANCELLED else error,
+            error=error,
             predicted_tokens=sequence.predicted_tokens,
         )
         self._close(sequence, last)
@@ -263,7 +264,8 @@ class EngineCore:
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
         """End a request that has no sequence."""
-        self._answer(request, _failed(request, error))
+        last = Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=error)
+        self._answer(request, last)
 
     def _answer(self, request: GenerationRequest, last: Output) -> None:
         self._outputs.append(last)
@@ -273,10 +275,6 @@ class EngineCore:
     def _take_outputs(self) -> list[Output]:
         outputs, self._outputs = self._outputs, []
         return outputs
-
-
-def _failed(request: GenerationRequest, error: str) -> Output:
-    return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def release_anyway(request: GenerationRequest) -> None:
