@@ -51,9 +51,9 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of a row that one step computes: `start` to `start + tokens`."""
+    """Consecutive tokens of a sequence that one step computes: `start` to `start + tokens`."""
 
-    row: int
+    seq_id: int
     start: int
     tokens: int
 

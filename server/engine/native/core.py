@@ -82,7 +82,7 @@ class EngineCore:
         )
         self._sampler = Sampler(self.model.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
-        self._rows = itertools.count()
+        self._seq_ids = itertools.count()
         self._sequences: dict[str, Sequence] = {}
         """Request id -> its sequence, until the request ends."""
         self._outputs: list[Output] = []
@@ -106,8 +106,8 @@ class EngineCore:
         tokenizer = self.model.tokenizer if own is None else own.tokenizer
         try:
             drafter = self._speculation.drafter(request)
-            row = next(self._rows)
-            sequence = Sequence(request, row, tokenizer, self.model.decoder_start, drafter)
+            seq_id = next(self._seq_ids)
+            sequence = Sequence(request, seq_id, tokenizer, self.model.decoder_start, drafter)
         except BaseException as error:
             log.exception("A request cannot begin; it ends.")
             self._fail(request, f"The request cannot begin: {error}")

@@ -241,7 +241,7 @@ def test_rows_take_their_keys_and_values_into_another_group() -> None:
     first, second = cache.gather([0, 1], [0, 0], 5), cache.gather([2], [0], 3)
     written = torch.arange(2 * 2 * 5 * 8, dtype=torch.float32).view(2, 2, 5, 8) + 1
     for group, states in ((first, written), (second, written[:1, :, :3] + 1000)):
-        with group.advancing([states.shape[2]] * len(group.rows)) as taken:
+        with group.advancing([states.shape[2]] * len(group.seq_ids)) as taken:
             taken.update(states, -states, 0)
 
     joined = cache.gather([1, 2], [5, 3], 1)
