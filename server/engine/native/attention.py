@@ -49,7 +49,7 @@ class LayerAttention:
     softcap: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Consecutive tokens of a sequence that one step computes: `start` to `start + tokens`."""
 

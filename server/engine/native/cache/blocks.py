@@ -26,7 +26,7 @@ class Blocks(Protocol):
         """Tokens of the budget that only blocks take, and no sequence."""
         ...
 
-    def keep(self, seq_id: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         """Keep `tokens` computed tokens of a sequence as blocks, which it returns in order.
 
         `start` is a multiple of the block size; the last block may be incomplete. The blocks take
@@ -76,7 +76,7 @@ class StripBlocks:
     def tokens(self) -> int:
         return len(self._strips) * self.size
 
-    def keep(self, seq_id: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         first = start // self.size
         indices = range(first, first - (-tokens // self.size))
         blocks = [next(self._numbers) for _ in indices]

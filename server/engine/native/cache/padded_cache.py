@@ -31,7 +31,7 @@ _COLUMNS = 64
 """A group's number of columns is a multiple of this, so that it seldom grows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """The columns of a sequence that a block stands for."""
 
@@ -55,10 +55,10 @@ class PaddedBlocks:
         self._numbers = count()
         self.tokens = 0
 
-    def keep(self, seq_id: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         size = self.size or tokens
         parts = [
-            _Part(seq_id, begin, min(begin + size, start + tokens))
+            _Part(seq_id=seq_id, begin=begin, end=min(begin + size, start + tokens))
             for begin in range(start, start + tokens, size)
         ]
         blocks = [next(self._numbers) for _ in parts]

@@ -165,7 +165,7 @@ class PagedBlocks:
     def tokens(self) -> int:
         return sum(self._is_alone(page) for page in list(self._kept)) * BLOCK
 
-    def keep(self, seq_id: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         pages = self._cache.tables[seq_id][start // BLOCK : -(-(start + tokens) // BLOCK)]
         self._cache.count(pages, 1)
         self._kept.update(pages)

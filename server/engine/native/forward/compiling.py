@@ -221,7 +221,7 @@ def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], Atten
     has_room = cache.reserve(seq_id, 16)
     assert has_room, "the cache is new"
     try:
-        yield lambda tokens: cache.plan([], [Chunk(seq_id, 0, tokens)])
+        yield lambda tokens: cache.plan([], [Chunk(seq_id=seq_id, start=0, tokens=tokens)])
     finally:
         cache.release(seq_id)
 

@@ -28,7 +28,7 @@ from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """The next tokens of one sequence."""
 

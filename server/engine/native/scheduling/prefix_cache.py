@@ -98,7 +98,7 @@ class PrefixCache:
             path.append(child)
             start += len(child.tokens)
         if start < len(tokens):
-            for block in self._blocks.keep(seq_id, start, len(tokens) - start):
+            for block in self._blocks.keep(seq_id, start=start, tokens=len(tokens) - start):
                 path.append(self._add(path[-1], self._piece(tokens, start), block))
                 start += len(path[-1].tokens)
         self.touch(path[1:])
