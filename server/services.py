@@ -36,7 +36,7 @@ class Services:
     started: datetime
     preparing: FairTurns
     """Bounds how many requests are prepared at once, each on a thread."""
-    strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+    own_files: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )
     """Key of an adapter's own tokenizer or chat template -> the threads on which requests wait
