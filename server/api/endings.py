@@ -6,7 +6,7 @@ from server.api.answer_schemas import FinishedBecause, StopReason
 from server.api.schemas import GenerationBody
 from server.engine.errors import EngineDead
 from server.engine.request import FinishReason, Output
-from server.errors import ApiError, from_engine_error
+from server.errors import RETRY_SOON, ApiError, from_engine_error
 
 
 def join(outputs: Sequence[Output]) -> Output:
@@ -56,5 +56,5 @@ def raise_if_failed(output: Output) -> None:
             503,
             "The server is shutting down and could not finish this answer; send it again.",
             code="stopping",
-            headers={"Retry-After": "5"},
+            headers=RETRY_SOON,
         )
