@@ -45,7 +45,7 @@ class Services:
     """The one thread on which probes check the storage."""
     staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     """The threads on which uploads are unpacked and checked, which an adapter's own tokenizer can
-    make slow."""
+    make slow, and on which adapters are combined."""
 
     abandoned: list[AbstractContextManager[Path]] = field(default_factory=list)
     """The staging folders of uploads that the drain cancelled. A thread may still use them, so the

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import httpx
@@ -17,7 +18,7 @@ from server.api.forms import Form
 from server.api.staging import staged_upload
 from server.services import Services
 from tests.api.oracle import upload
-from tests.api.test_health import StartServer
+from tests.api.test_health import MANY, StartServer
 from tests.api.test_health import gate as gate
 from tests.api.test_streaming import eventually
 
@@ -86,3 +87,39 @@ def test_a_source_that_is_not_allowed_is_refused_while_uploads_hang(
     body = {"name": "new", "source": "hf://other/name"}
 
     assert while_uploads_hang.post(ADAPTERS, json=body).status_code == 403
+
+
+def test_an_adapter_is_rolled_back_while_uploads_hang(while_uploads_hang: httpx.Client) -> None:
+    answer = while_uploads_hang.post(f"{ADAPTERS}/there/rollback", json={"revision": 1})
+
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [("GET", "", None), ("POST", "/there/rollback", {"revision": 1}), ("DELETE", "/there", None)],
+)
+def test_other_routes_answer_while_many_combinations_hang(
+    start_server: StartServer,
+    adapter_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    gate: threading.Event,
+    method: str,
+    path: str,
+    body: Any,
+) -> None:
+    url, services = start_server()
+    hanging = Mock(side_effect=hangs_until(gate))
+    monkeypatch.setattr(services.registry, "combine", hanging)
+    combination = {"name": "new", "adapters": [{"name": "there"}], "method": "linear"}
+
+    with httpx.Client(base_url=url, timeout=10) as client, ThreadPoolExecutor(MANY) as others:
+        upload(client, "there", adapter_folders["default"])
+        for _ in range(MANY):
+            others.submit(httpx.post, f"{url}{ADAPTERS}/combine", json=combination, timeout=60)
+        waiting = services.staging.statistics
+        assert eventually(lambda: hanging.call_count + waiting().tasks_waiting == MANY)
+        answer = client.request(method, f"{ADAPTERS}{path}", json=body)
+        gate.set()
+
+    assert answer.is_success
