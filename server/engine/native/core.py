@@ -169,10 +169,10 @@ class EngineCore:
         self._sampler.close()
 
     def stats(self) -> EngineStats:
+        """What the core knows. `alive`, `ready` and `waiting` are for the engine to say."""
         prefixes = self._scheduler.prefixes
         return EngineStats(
             running=self.running,
-            waiting=max(0, len(self._sequences) - self.running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
             kv_tokens_cached=prefixes.kept_tokens,

@@ -85,11 +85,6 @@ class CompiledForward:
         """Whether kernels compute attention, which they do over strips only."""
         return bool(self._attentions)
 
-    @property
-    def has_gates(self) -> bool:
-        """Whether kernels compute a feed-forward's gate with its linear layers."""
-        return any(linear.gates for linear, _ in self._kernel_linears)
-
     def compile(self, folder: Path) -> None:
         """Compile, and keep the result in `folder` for the next start. The compiler may raise any
         exception."""
