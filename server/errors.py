@@ -57,7 +57,9 @@ from server.engine.errors import (
 
 log = logging.getLogger(__name__)
 
-_DRAIN_RETRY_AFTER = "5"
+RETRY_SOON = {"Retry-After": "5"}
+"""The headers of errors that pass within seconds, as another replica answers or other requests end;
+nobody knows how many seconds."""
 """Seconds in which another replica, or this one restarted, should answer."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
@@ -198,7 +200,7 @@ class AnswerAll:
 def _cut_short(method: str) -> ApiError:
     doubt = "" if method == "GET" else " Look first whether it was done."
     message = f"The server is shutting down and could not finish this; send it again.{doubt}"
-    headers = {"Retry-After": _DRAIN_RETRY_AFTER, "Connection": "close"}
+    headers = RETRY_SOON | {"Connection": "close"}
     return ApiError(503, message, code="stopping", headers=headers)
 
 
@@ -265,11 +267,9 @@ def from_adapter_error(error: AdapterError) -> ApiError:
                 param="messages",
             )
         case SandboxUnavailable():
-            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
-            return ApiError(503, str(error), code="sandbox_unavailable", headers=headers)
+            return ApiError(503, str(error), code="sandbox_unavailable", headers=RETRY_SOON)
         case StoreUnreachable() | StoreLocked():
-            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
-            return ApiError(503, str(error), code="storage_unavailable", headers=headers)
+            return ApiError(503, str(error), code="storage_unavailable", headers=RETRY_SOON)
         case StoreDamaged():
             return ApiError(500, str(error), code="storage_damaged")
         case _:
@@ -292,11 +292,9 @@ def from_engine_error(error: EngineError) -> ApiError:
         case ConstraintsUnavailable():
             return ApiError(400, str(error), code="constraints_unavailable")
         case EngineStopping():
-            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
-            return ApiError(503, str(error), code="stopping", headers=headers)
+            return ApiError(503, str(error), code="stopping", headers=RETRY_SOON)
         case EngineDead():
-            headers = {"Retry-After": _DRAIN_RETRY_AFTER}
-            return ApiError(503, str(error), code="engine_dead", headers=headers)
+            return ApiError(503, str(error), code="engine_dead", headers=RETRY_SOON)
         case _:
             log.error("An engine error without a status of its own: %r", error)
             return ApiError(500, str(error))

@@ -101,7 +101,7 @@ class RequestMetrics:
             self._metrics.first_token.observe(self._first - self._started)
 
     def finished(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """`outcome`: stop, length, cancelled or error."""
+        """`outcome`: stop, length, cancelled, constraint or error."""
         metrics = self._metrics
         metrics.requests.labels(self._label, outcome).inc()
         metrics.prompt_tokens.labels(self._label).inc(prompt_tokens)

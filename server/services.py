@@ -36,7 +36,7 @@ class Services:
     started: datetime
     preparing: FairTurns
     """Bounds how many requests are prepared at once, each on a thread."""
-    strangers: WeakValueDictionary[str, CapacityLimiter] = field(
+    own_files: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )
     """Key of an adapter's own tokenizer or chat template -> the threads on which requests wait
@@ -45,7 +45,7 @@ class Services:
     """The one thread on which probes check the storage."""
     staging: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
     """The threads on which uploads are unpacked and checked, which an adapter's own tokenizer can
-    make slow."""
+    make slow, and on which adapters are combined."""
 
     abandoned: list[AbstractContextManager[Path]] = field(default_factory=list)
     """The staging folders of uploads that the drain cancelled. A thread may still use them, so the

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, cast
 from adapters.checkpoint.adapter_files import adapter_folder, missing_files
 from adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from adapters.errors import Fault, InvalidAdapter
-from server.errors import ApiError
+from server.errors import RETRY_SOON, ApiError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -28,8 +28,6 @@ _MAX_READ = 1 << 20
 """The most bytes that are read at once. Parsers would read as many as a header names."""
 _TAR_ROOM = 4 << 20
 """Bytes of headers and padding around a tar's files."""
-_RETRY_AFTER = "5"
-"""Seconds in which most uploads are done."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
 _XZ_MEMORY = 70 << 20
 """Bytes that unpacking xz may take: an archive says itself how many, and `xz -9` needs 65 MiB."""
@@ -116,7 +114,7 @@ class UploadBudget:
                         503,
                         "Other uploads in progress leave no room for this one; send it again.",
                         code="too_many_uploads",
-                        headers={"Retry-After": _RETRY_AFTER},
+                        headers=RETRY_SOON,
                     )
                 self._left -= count
                 taken += count

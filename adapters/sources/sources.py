@@ -77,6 +77,13 @@ class Sources:
         self._timeout = timeout
         self._turns = anyio.CapacityLimiter(_AT_ONCE)
 
+    def check(self, url: str) -> Source:
+        """Parse the URL of an adapter that may be fetched. Raises BadSource, SourceNotAllowed."""
+        source = parse_source(url)
+        if not any(prefix.holds(source) for prefix in self._prefixes):
+            raise SourceNotAllowed
+        return source
+
     async def fetch(
         self, url: str, folder: Path, take: Callable[[int], object] = lambda _: None
     ) -> str:
@@ -87,9 +94,7 @@ class Sources:
         are not checked here: the registry checks them like any upload. `take` is called with a
         number of bytes before they are written; what it raises ends the fetch.
         """
-        source = parse_source(url)
-        if not any(prefix.holds(source) for prefix in self._prefixes):
-            raise SourceNotAllowed
+        source = self.check(url)
         try:
             with anyio.fail_after(self._timeout):
                 async with self._turns, self._place(source) as place:

@@ -1,4 +1,4 @@
 """Reads the tokenizers and chat templates that adapters bring, in processes with limits.
 
-`vocabulary` is the interface; it runs what strangers wrote through `sandbox`.
+`vocabulary` is the interface; it reads them through `sandbox`.
 """

@@ -1,6 +1,6 @@
 """Runs uploaded tokenizers and chat templates in processes with limits of time and memory.
 
-Strangers wrote them, so none of them runs in the server's process. The first job starts one process
+They are not trusted, so none of them runs in the server's process. The first job starts one process
 (`sandboxed`), which holds the base's tokenizer and forks a worker for each tokenizer and each chat
 template. A template's worker is kept for the next conversation.
 """

@@ -1,4 +1,4 @@
-"""The script that runs strangers' tokenizers and chat templates in processes with limits.
+"""The script that runs adapters' own tokenizers and chat templates in processes with limits.
 
 `sandbox` starts it without the server's environment and sends it the base's tokenizer. For each
 socket that it is sent then, it forks a worker, which answers jobs on that socket. A worker is ended

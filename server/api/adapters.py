@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Literal
 
 from anyio import to_thread
@@ -130,9 +131,12 @@ async def _check(services: Services, upload: Form | Published, take: Take) -> Ch
 
 
 @router.post("/combine", status_code=201, responses=errors(404, 409, *READS) | {201: _CREATED})
-def combine(body: CombineBody, response: Response, services: ServicesDep, by: Caller) -> Adapter:
+async def combine(
+    body: CombineBody, response: Response, services: ServicesDep, by: Caller
+) -> Adapter:
     """Make a new adapter out of others. It records how it was made."""
-    revision, warnings = services.registry.combine(
+    made = partial(
+        services.registry.combine,
         body.name,
         [Part(part.name, part.weight) for part in body.adapters],
         body.method,
@@ -141,6 +145,8 @@ def combine(body: CombineBody, response: Response, services: ServicesDep, by: Ca
         seed=body.seed,
         by=by,
     )
+    # It writes and checks files as an upload does.
+    revision, warnings = await to_thread.run_sync(made, limiter=services.staging)
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{body.name}"
     return adapter_of(services, revision, warnings)
@@ -262,6 +268,7 @@ def roll_back(
     if_match: IfMatch = None,
 ) -> Adapter:
     """A new revision with an old one's content."""
+    # On a thread of the routes': no slow upload delays the way back to what worked.
     revision, is_new = services.registry.roll_back(name, body.revision, if_match, by)
     services.engine.wake()
     response.headers["ETag"] = revision.etag

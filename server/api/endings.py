@@ -6,10 +6,7 @@ from server.api.answer_schemas import FinishedBecause, StopReason
 from server.api.schemas import GenerationBody
 from server.engine.errors import EngineDead
 from server.engine.request import FinishReason, Output
-from server.errors import ApiError, from_engine_error
-
-_DEAD = str(EngineDead())
-"""The error of a request that the engine left behind when its thread ended."""
+from server.errors import RETRY_SOON, ApiError, from_engine_error
 
 
 def join(outputs: Sequence[Output]) -> Output:
@@ -44,9 +41,9 @@ def stopped_by(body: GenerationBody, output: Output) -> StopReason:
 
 def raise_if_failed(output: Output) -> None:
     """Raises ApiError where the answer ended in any other way than a stop or its length."""
+    if output.finish_reason is FinishReason.ENGINE_DEAD:
+        raise from_engine_error(EngineDead())
     if output.finish_reason is FinishReason.ERROR:
-        if output.error == _DEAD:
-            raise from_engine_error(EngineDead())
         raise ApiError(500, output.error or "The engine failed; the server's log says why.")
     if output.finish_reason is FinishReason.CONSTRAINT:
         raise ApiError(
@@ -59,5 +56,5 @@ def raise_if_failed(output: Output) -> None:
             503,
             "The server is shutting down and could not finish this answer; send it again.",
             code="stopping",
-            headers={"Retry-After": "5"},
+            headers=RETRY_SOON,
         )

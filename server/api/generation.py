@@ -25,8 +25,11 @@ class _Running:
         self.metrics = metrics
         self.tokens = 0
 
-    def end(self, outcome: str) -> None:
-        self.metrics.finished(outcome, len(self.request.prompt), self.tokens)
+    def end(self, reason: FinishReason) -> None:
+        # Metrics count a dead engine as an error like any other.
+        dead = reason is FinishReason.ENGINE_DEAD
+        outcome = FinishReason.ERROR if dead else reason
+        self.metrics.finished(outcome.value, len(self.request.prompt), self.tokens)
 
 
 class Generation:
@@ -87,7 +90,7 @@ class Generation:
             self._completion_tokens += len(output.token_ids)
         self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:
-            running.end(output.finish_reason.value)
+            running.end(output.finish_reason)
             if self._numbers[output.request_id] % self.order.choices == 0:
                 self._cached_tokens += output.cached_tokens
             del self._running[output.request_id]
@@ -141,5 +144,5 @@ class Generation:
         self._streams.close(self._running)
         for request_id, running in self._running.items():
             self._engine.cancel(request_id)
-            running.end(FinishReason.CANCELLED.value)
+            running.end(FinishReason.CANCELLED)
         self._running.clear()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from adapters.errors import StoreUnreachable
 from server.engine.errors import EngineDead
-from server.errors import ApiError
+from server.errors import RETRY_SOON, ApiError
 from server.openapi import errors
 from server.services import Services, get_services
 
@@ -40,7 +40,7 @@ async def ready(services: ServicesDep) -> Health:
     """Requests are welcome, and changes of adapters would last."""
     if not services.engine.stats().ready:
         raise ApiError(
-            503, "The server takes no requests now.", code="not_ready", headers={"Retry-After": "5"}
+            503, "The server takes no requests now.", code="not_ready", headers=RETRY_SOON
         )
     try:
         # All probes share one thread: a disk that hangs holds no more, and not the server.

@@ -29,12 +29,12 @@ async def prepared(
     """
     tenant = caller or ""
     grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
-    adapters_own: CapacityLimiter | None = None
+    own_files: CapacityLimiter | None = None
     while True:
         try:
             with grammars.asked():
-                if adapters_own is not None:
-                    return await to_thread.run_sync(prepare, limiter=adapters_own)
+                if own_files is not None:
+                    return await to_thread.run_sync(prepare, limiter=own_files)
                 async with services.preparing.turn(tenant):
                     # Inside its turn: an idle engine waits for no request that waits for another.
                     with services.engine.expecting():
@@ -42,7 +42,7 @@ async def prepared(
                         own = CapacityLimiter(1)
                         return await to_thread.run_sync(_without_waiting, prepare, limiter=own)
         except WouldWait as wait:
-            adapters_own = services.strangers.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
+            own_files = services.own_files.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
         except GrammarMissing as missing:
             await unless_client_leaves(request, grammars.compile(missing))
 

@@ -11,7 +11,7 @@ from server.api.constraining import FREE, Held
 from server.api.prompts import shown
 from server.api.schemas import GenerationBody
 from server.engine import ServedModel
-from server.engine.request import SamplingParams
+from server.engine.request import SamplingParams, token_mask
 from server.errors import ApiError
 
 GREEDY_BELOW = 1e-5
@@ -78,7 +78,7 @@ def sampling_params(
         stop_token_ids=_stop_token_ids(model, vocabulary, body),
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
-        allowed_token_ids=_allowed_token_ids(vocabulary, body, _never(model, body, bad_words)),
+        allowed_tokens=_allowed_tokens(vocabulary, body, _never(model, body, bad_words)),
         bad_words=bad_words,
         skip_special_tokens=_chosen(body.skip_special_tokens, True),
         logprobs=logprobs,
@@ -131,9 +131,9 @@ def _never(
     return frozenset(never)
 
 
-def _allowed_token_ids(
+def _allowed_tokens(
     vocabulary: Vocabulary, body: GenerationBody, never: frozenset[int]
-) -> frozenset[int] | None:
+) -> bytes | None:
     if body.allowed_token_ids is None:
         return None
     if len(body.allowed_token_ids) > vocabulary.size:
@@ -159,7 +159,7 @@ def _allowed_token_ids(
             "holds back; allow more.",
             param="allowed_token_ids",
         )
-    return frozenset(body.allowed_token_ids)
+    return token_mask(body.allowed_token_ids)
 
 
 def _bad_words(vocabulary: Vocabulary, body: GenerationBody) -> tuple[tuple[int, ...], ...]:

@@ -27,6 +27,9 @@ async def staged_upload(
 ) -> AsyncIterator[StagedUpload]:
     """Within: the upload's files, which were written on a thread or fetched. `take` is told of each
     piece before it is written."""
+    if isinstance(upload, Published):
+        # Before it waits for a thread.
+        services.sources.check(upload.source)
     async with _staging_folder(services) as folder:
         if isinstance(upload, Published):
             source = await services.sources.fetch(upload.source, folder, take)

@@ -36,8 +36,8 @@ class ServedModel:
 class Engine(Protocol):
     """Answers generation requests over one base model. Every method may be called by any thread.
 
-    Each submitted request gets one last output. When the engine dies, its requests end with ERROR
-    and the text of EngineDead.
+    Each submitted request gets one last output. When the engine dies, its requests end with
+    ENGINE_DEAD.
     """
 
     model: ServedModel

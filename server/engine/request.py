@@ -1,6 +1,6 @@
 """The engine's requests and outputs: plain values, no tensors, no HTTP."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -20,6 +20,9 @@ class FinishReason(StrEnum):
     CONSTRAINT = "constraint"
     """The grammar became too complex while the answer was generated; `error` says how."""
     ERROR = "error"
+    """This request failed; `error` says why."""
+    ENGINE_DEAD = "engine_dead"
+    """The engine died before the request had ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,8 @@ class SamplingParams:
     """Keep the stop string, or the text of the token, that ended the answer at its end."""
     ignore_eos: bool = False
     """Go on past the model's end tokens (not past `stop_token_ids`)."""
-    allowed_token_ids: frozenset[int] | None = None
-    """The only tokens that may be sampled. None: all may."""
+    allowed_tokens: bytes | None = None
+    """A `token_mask` of the only tokens that may be sampled. None: all may."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the answer never holds, unless its grammar leaves nothing else."""
     skip_special_tokens: bool = True
@@ -67,6 +70,14 @@ class SamplingParams:
         """Whether a token's logit depends on how often it has occurred."""
         additive = self.presence_penalty != 0 or self.frequency_penalty != 0
         return additive or self.repetition_penalty != 1
+
+
+def token_mask(token_ids: Collection[int]) -> bytes:
+    """For each token id, up to the greatest of these, a byte: 1 where it is one of them."""
+    mask = bytearray(max(token_ids) + 1)
+    for token in token_ids:
+        mask[token] = 1
+    return bytes(mask)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ class EngineStats:
     """Whether new requests are taken: the engine has started and is not shutting down."""
     running: int
     """Sequences in the running batch."""
-    waiting: int
+    waiting: int = 0
     """Requests in the queue."""
     kv_tokens_used: int
     """Tokens of the KV cache that are reserved for running sequences."""

@@ -57,7 +57,7 @@ CHECKS = [
     unsupported_method,
 ]
 WITH_BODIES = [each for each in STATUSES if each[0] in ("post", "put", "patch")]
-CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "stranger"]
+CALLERS = ["everything"] * 8 + ["generate", "admin", "metrics", "nobody", "unknown"]
 """The key of a request: a name of KEYS, no key, or one that the server does not know."""
 NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new", "org/new"]
 """The base, the adapters, and some that come and go."""
@@ -116,7 +116,7 @@ class Fuzzed:
         answer = case.call(session=self._session, timeout=SECONDS)
         assert time.monotonic() - begun < SECONDS, case.as_curl_command()
         case.validate_response(answer, [*CHECKS, *checks])
-        assert (answer.status_code == 401) == is_stranger(case.path, caller)
+        assert (answer.status_code == 401) == lacks_key(case.path, caller)
         return answer
 
     def check(self) -> None:
@@ -140,7 +140,7 @@ class Fuzzed:
         return str(answer.json()["choices"][0]["text"])
 
 
-def is_stranger(path: str, caller: str) -> bool:
+def lacks_key(path: str, caller: str) -> bool:
     return caller not in KEYS and not path.startswith("/health")
 
 

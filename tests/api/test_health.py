@@ -57,6 +57,8 @@ def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
         assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
     refused = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    counted = 'infuse_requests_total{adapter="tiny",outcome="error"} 1.0'
+    assert counted in httpx.get(f"{url}/metrics").text.splitlines()
 
 
 def test_a_stream_says_that_the_model_thread_has_ended(

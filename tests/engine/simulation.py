@@ -103,22 +103,22 @@ class Simulation:
         self.served: dict[tuple[str, str], int] = {}
         """Tokens computed for each key and adapter; what was computed again counts once."""
         self._vectors: dict[str, AdapterVectors] = {}
-        self._by_row: dict[int, Journey] = {}
-        self._rows = itertools.count()
+        self._by_id: dict[int, Journey] = {}
+        self._seq_ids = itertools.count()
         self._leaving: list[tuple[float, int]] = []
 
     def run(self, arrivals: abc.Iterable[Arrival], until: float = float("inf")) -> list[Journey]:
         """Everything that arrives before `until`; without it, to the end of the last."""
         coming = sorted(arrivals, key=lambda arrival: arrival.at)
         coming.reverse()
-        while (coming or self._by_row) and self.now < until:
-            if not self._by_row and coming:
+        while (coming or self._by_id) and self.now < until:
+            if not self._by_id and coming:
                 self.now = max(self.now, coming[-1].at)
             while coming and coming[-1].at <= self.now:
                 self.arrive(coming.pop())
             while self._leaving and self._leaving[0][0] <= self.now:
                 self._cancel(heapq.heappop(self._leaving)[1])
-            if self._by_row:
+            if self._by_id:
                 self.step()
         if until == float("inf"):
             self.check_idle()
@@ -132,21 +132,21 @@ class Simulation:
                 AdapterVectors({Target("m", "output"): torch.tensor([len(self._vectors) + 1.0])}),
             )
             lease = self.residency.lease(arrival.adapter, arrival.adapter, vectors)
-        row = next(self._rows)
+        seq_id = next(self._seq_ids)
         request = GenerationRequest(
-            id=str(row),
+            id=str(seq_id),
             prompt=(5,) * arrival.prompt,
             params=SamplingParams(max_tokens=arrival.answer),
             lease=lease,
             tenant=arrival.tenant,
             priority=arrival.priority,
         )
-        journey = Journey(arrival, Sequence(request, row, _TOKENIZER))
+        journey = Journey(arrival, Sequence(request, seq_id, _TOKENIZER))
         self.journeys.append(journey)
-        self._by_row[row] = journey
+        self._by_id[seq_id] = journey
         self.scheduler.add(journey.sequence)
         if arrival.patience is not None:
-            heapq.heappush(self._leaving, (arrival.at + arrival.patience, row))
+            heapq.heappush(self._leaving, (arrival.at + arrival.patience, seq_id))
         return journey
 
     def step(self) -> Step:
@@ -154,7 +154,7 @@ class Simulation:
         self._check(step)
         work = [*((s, 1) for s in step.decode), *step.prefill]
         for sequence, _ in work:
-            journey = self._by_row[sequence.row]
+            journey = self._by_id[sequence.seq_id]
             if journey.started is None:
                 journey.started = self.now
         self.now += self.step_seconds + self.token_seconds * sum(tokens for _, tokens in work)
@@ -167,7 +167,7 @@ class Simulation:
         sequence.advance(tokens)
         if sequence.uncomputed:
             return
-        journey = self._by_row[sequence.row]
+        journey = self._by_id[sequence.seq_id]
         flow = sequence.tenant, sequence.adapter
         fresh = 1
         if journey.first_token is None:
@@ -178,8 +178,8 @@ class Simulation:
         if sequence.answer_tokens == sequence.request.params.max_tokens:
             self._end(journey)
 
-    def _cancel(self, row: int) -> None:
-        journey = self._by_row.get(row)
+    def _cancel(self, seq_id: int) -> None:
+        journey = self._by_id.get(seq_id)
         if journey is not None:
             journey.cancelled = True
             self._end(journey)
@@ -191,7 +191,7 @@ class Simulation:
         self.scheduler.remove(sequence)
         if sequence.request.lease is not None:
             sequence.request.lease.release()
-        del self._by_row[sequence.row]
+        del self._by_id[sequence.seq_id]
 
     def _check(self, step: Step) -> None:
         """What holds at every step."""
@@ -200,7 +200,7 @@ class Simulation:
         assert len(running) <= self.rows
         assert sum(tokens for _, tokens in step.prefill) <= self.chunk
         assert self.cache.used_tokens <= self.cache.total_tokens
-        assert len(running) + self.scheduler.waiting == len(self._by_row)
+        assert len(running) + self.scheduler.waiting == len(self._by_id)
         assert len(step.decode) == sum(s.uncomputed == 1 for s in running), "who can decode does"
         pinned = {s.adapter for s in running if s.adapter}
         assert self.residency.stats().pinned == len(pinned) <= self.slots.capacity

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, get_peft_model
 
 from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull
+from server.engine.request import token_mask
 from tests.engine.harness import Harness, Oracle
 from tests.factories import TOKENS, run_by_modules, tiny_model
 
@@ -129,7 +130,7 @@ def test_a_dead_model_thread_fails_every_request_and_says_so(
         base.register_forward_pre_hook(_impossible)
     engine.wait()
 
-    assert engine.answers["fails"].finish is FinishReason.ERROR
+    assert engine.answers["fails"].finish is FinishReason.ENGINE_DEAD
     assert not engine.engine.stats().ready
     with pytest.raises(EngineDead):
         engine.submit("late", [5])
@@ -288,8 +289,8 @@ def test_only_allowed_tokens_come(start: Callable[..., Harness], temperature: fl
     engine = start()
     with engine.held():
         for name, allowed in (("two", {70, 71}), ("one", {72}), ("all", None)):
-            tokens = None if allowed is None else frozenset(allowed)
-            params = {"temperature": temperature, "seed": 1, "allowed_token_ids": tokens}
+            mask = None if allowed is None else token_mask(allowed)
+            params = {"temperature": temperature, "seed": 1, "allowed_tokens": mask}
             engine.submit(name, [5], max_tokens=24, **params)
     engine.wait()
 
@@ -312,7 +313,7 @@ def test_bad_words_never_come(start: Callable[..., Harness]) -> None:
     assert ask((70, 70, 70), (70, 70, 71), (70, 70, 72))[:2] == [70, 70]
     assert ask((70,), (71, 71)) == [71, 72] * 6
     # Where nothing else is allowed, they come after all.
-    assert ask((70,), allowed_token_ids=frozenset({70})) == [70] * 12
+    assert ask((70,), allowed_tokens=token_mask({70})) == [70] * 12
 
 
 def test_bad_words_hold_beside_drafts(start: Callable[..., Harness]) -> None:
@@ -320,5 +321,5 @@ def test_bad_words_hold_beside_drafts(start: Callable[..., Harness]) -> None:
     params = {"logit_bias": {70: 60.0, 71: 59.0}, "max_tokens": 40}
 
     assert engine.ask([70, 71] * 9, **params, bad_words=((70, 70),)).tokens == [70, 71] * 20
-    allowed = engine.ask([70, 71] * 9, max_tokens=40, allowed_token_ids=frozenset({71})).tokens
+    allowed = engine.ask([70, 71] * 9, max_tokens=40, allowed_tokens=token_mask({71})).tokens
     assert allowed == [71] * 40

@@ -1,6 +1,6 @@
 """Families that carry a state from token to token answer as PEFT does, whatever the batch does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,16 +39,6 @@ def save_adapters(family: str, folder: Path) -> dict[str, Path]:
         "first": save_adapter(base, folder / "first", seed=1, **known.default_config),
         "second": save_adapter(base, folder / "second", seed=2, **known.regex_config),
     }
-
-
-def assert_equal_to_peft(
-    engine: Harness, family: str, folder: Path, asked: Mapping[str, list[int]], count: int
-) -> None:
-    oracle = FamilyOracle(tiny_hybrid(family), [folder])
-    for name, prompt in asked.items():
-        answer = engine.answers[name].tokens
-        assert len(answer) == count
-        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist(), prompt
 
 
 @pytest.fixture(params=FEW)
@@ -110,7 +100,7 @@ def test_rows_that_outgrow_the_cache_or_are_cancelled_leave_the_others_as_they_a
 
     assert engine.answers["gone"].finish is FinishReason.CANCELLED
     assert engine.engine.stats().preemptions > 0
-    assert_equal_to_peft(engine, family, folder, asked, 70)
+    FamilyOracle(tiny_hybrid(family), [folder]).assert_answered(engine, asked)
     engine.assert_idle()
 
 
@@ -126,7 +116,8 @@ def test_choices_of_one_prompt_compute_it_each_and_answer_the_same(
     assert engine.engine.stats().prompt_tokens == 3 * len(prompt)
     again = engine.ask(prompt, "a")
 
-    assert_equal_to_peft(engine, family, folder, dict.fromkeys(ids, prompt), 8)
+    oracle = FamilyOracle(tiny_hybrid(family), [folder])
+    oracle.assert_answered(engine, dict.fromkeys(ids, prompt))
     assert again.tokens == engine.answers[ids[0]].tokens
     engine.assert_idle()
 
@@ -140,13 +131,7 @@ def test_a_prompt_is_scored_as_peft_scores_it(
 
     scored = engine.ask(prompt, "a", max_tokens=0, prompt_logprobs=0).prompt_logprobs
 
-    assert scored is not None
-    assert scored[0] is None
-    wanted = FamilyOracle(tiny_hybrid(family), [folder]).logprobs(prompt[:1], prompt[1:])
-    for position, token in enumerate(scored[1:]):
-        assert token is not None
-        expected = wanted[position, prompt[position + 1]].item()
-        assert token.logprob == pytest.approx(expected, abs=1e-4)
+    FamilyOracle(tiny_hybrid(family), [folder]).assert_scored(prompt, scored)
 
 
 @pytest.mark.parametrize(

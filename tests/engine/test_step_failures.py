@@ -340,7 +340,7 @@ def test_a_lost_device_ends_the_engine_rather_than_every_request_one_by_one(
     with Faulty(lambda _: True, lost).of(base):
         engine.wait()
 
-    assert engine.answers["runs"].finish is FinishReason.ERROR
+    assert engine.answers["runs"].finish is FinishReason.ENGINE_DEAD
     assert not engine.engine.stats().ready
     engine.assert_idle()
 

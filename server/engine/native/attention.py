@@ -49,11 +49,11 @@ class LayerAttention:
     softcap: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Consecutive tokens of a row that one step computes: `start` to `start + tokens`."""
+    """Consecutive tokens of a sequence that one step computes: `start` to `start + tokens`."""
 
-    row: int
+    seq_id: int
     start: int
     tokens: int
 

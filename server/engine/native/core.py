@@ -82,7 +82,7 @@ class EngineCore:
         )
         self._sampler = Sampler(self.model.eos_token_ids)
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
-        self._rows = itertools.count()
+        self._seq_ids = itertools.count()
         self._sequences: dict[str, Sequence] = {}
         """Request id -> its sequence, until the request ends."""
         self._outputs: list[Output] = []
@@ -106,8 +106,8 @@ class EngineCore:
         tokenizer = self.model.tokenizer if own is None else own.tokenizer
         try:
             drafter = self._speculation.drafter(request)
-            row = next(self._rows)
-            sequence = Sequence(request, row, tokenizer, self.model.decoder_start, drafter)
+            seq_id = next(self._seq_ids)
+            sequence = Sequence(request, seq_id, tokenizer, self.model.decoder_start, drafter)
         except BaseException as error:
             log.exception("A request cannot begin; it ends.")
             self._fail(request, f"The request cannot begin: {error}")
@@ -151,15 +151,16 @@ class EngineCore:
                 log.error("An adapter cannot be kept on the device for now: %s", problem)
         self._unsettled = problem
 
-    def abandon(self, reason: FinishReason, error: str) -> list[Output]:
+    def abandon(self, reason: FinishReason) -> list[Output]:
         """End every request, even in a state that an error left. Only `close` may follow."""
         for sequence in list(self._sequences.values()):
             try:
-                self._end(sequence, reason, error)
+                self._end(sequence, reason)
             except BaseException:
                 log.exception("A request's row could not be released.")
                 if self._sequences.pop(sequence.request.id, None) is not None:
-                    self._outputs.append(_failed(sequence.request, error))
+                    last = Output(request_id=sequence.request.id, finish_reason=reason)
+                    self._outputs.append(last)
                     release_anyway(sequence.request)
         return self._take_outputs()
 
@@ -168,10 +169,10 @@ class EngineCore:
         self._sampler.close()
 
     def stats(self) -> EngineStats:
+        """What the core knows. `alive`, `ready` and `waiting` are for the engine to say."""
         prefixes = self._scheduler.prefixes
         return EngineStats(
             running=self.running,
-            waiting=max(0, len(self._sequences) - self.running),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
             kv_tokens_cached=prefixes.kept_tokens,
@@ -250,7 +251,7 @@ class EngineCore:
             request_id=sequence.request.id,
             cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
-            error="" if reason is FinishReason.CANCELLED else error,
+            error=error,
             predicted_tokens=sequence.predicted_tokens,
         )
         self._close(sequence, last)
@@ -263,7 +264,8 @@ class EngineCore:
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
         """End a request that has no sequence."""
-        self._answer(request, _failed(request, error))
+        last = Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=error)
+        self._answer(request, last)
 
     def _answer(self, request: GenerationRequest, last: Output) -> None:
         self._outputs.append(last)
@@ -273,10 +275,6 @@ class EngineCore:
     def _take_outputs(self) -> list[Output]:
         outputs, self._outputs = self._outputs, []
         return outputs
-
-
-def _failed(request: GenerationRequest, error: str) -> Output:
-    return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def release_anyway(request: GenerationRequest) -> None:

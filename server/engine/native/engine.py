@@ -133,8 +133,8 @@ class Engine:
             with self._changed:
                 self._state = _State.DEAD
         cancelled = self._state is _State.STOPPING
-        reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-        outputs = self.core.abandon(reason, str(EngineDead()))
+        reason = FinishReason.CANCELLED if cancelled else FinishReason.ENGINE_DEAD
+        outputs = self.core.abandon(reason)
         self._send(outputs + self._left_over(outputs, reason))
         self.core.close()
 
@@ -168,8 +168,7 @@ class Engine:
             requests = [each for id_, each in self._in_flight.items() if id_ not in ending]
         for request in requests:
             release_anyway(request)
-        error = "" if reason is FinishReason.CANCELLED else str(EngineDead())
-        return [Output(request_id=each.id, finish_reason=reason, error=error) for each in requests]
+        return [Output(request_id=each.id, finish_reason=reason) for each in requests]
 
     def _send(self, outputs: list[Output]) -> None:
         if not outputs:

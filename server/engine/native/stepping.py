@@ -128,8 +128,8 @@ class Stepping:
         """Divide a step into two parts. With `chunks`, a single chunk is halved, and its second
         half waits for the next step. Empty: the step cannot be divided."""
         if step.drafts:
-            rows = {s.row: s for s in [*step.decode, *(d.sequence for d in step.drafts)]}
-            decode = [rows[row] for row in self._cache.order(list(rows))]
+            by_id = {s.seq_id: s for s in [*step.decode, *(d.sequence for d in step.drafts)]}
+            decode = [by_id[seq_id] for seq_id in self._cache.order(list(by_id))]
             return [Step(decode, step.prefill)]
         half = len(step.sequences) // 2
         if half > 0:

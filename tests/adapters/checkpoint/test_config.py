@@ -75,7 +75,7 @@ JSON_VALUES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    # json reads a lone half of a surrogate pair, so a stranger's file may hold one.
+    # json reads a lone half of a surrogate pair, so an adapter's file may hold one.
     | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,

@@ -85,7 +85,7 @@ def run_step(
     by_number = {row.number: row for row in decode}
     ordered = [by_number[number] for number in cache.order(list(by_number))]
     batch = [*((row, 1) for row in ordered), *prefill]
-    chunks = [Chunk(row.number, row.length, tokens) for row, tokens in batch]
+    chunks = [Chunk(seq_id=row.number, start=row.length, tokens=n) for row, n in batch]
     plan = cache.plan(chunks[: len(decode)], chunks[len(decode) :])
     total = sum(tokens for _, tokens in batch)
     query = torch.randn(HEADS, total, DIM)
@@ -156,7 +156,7 @@ def test_a_fork_attends_as_if_it_had_computed_everything_itself(
     source, fork, late = Row(0), Row(1), Row(2)
     assert cache.reserve(0, computed + more + 1)
     run_step(cache, [], [(source, computed)], layer)
-    blocks = cache.blocks.keep(0, 0, computed)
+    blocks = cache.blocks.keep(0, start=0, tokens=computed)
     assert cache.blocks.tokens == 0
     shared = max(1, int(share * computed))
     first = blocks[: -(-shared // (cache.blocks.size or 1))]
@@ -190,7 +190,7 @@ def test_a_fork_that_finds_no_room_takes_none(make: Callable[[int], FlatCache]) 
     assert cache.reserve(0, LONGEST)
     assert cache.reserve(1, LONGEST - BLOCK)
     used = cache.used_tokens
-    blocks = cache.blocks.keep(0, 0, BLOCK // 2)
+    blocks = cache.blocks.keep(0, start=0, tokens=BLOCK // 2)
 
     assert not cache.begin(2, blocks, shared=BLOCK // 2, tokens=LONGEST)
     assert cache.used_tokens == used
@@ -203,7 +203,7 @@ def test_what_a_row_leaves_behind_never_reaches_the_next(make: Callable[[], Flat
     cache = make()
     cache.reserve(0, 60)
     poison = torch.full((KV_HEADS, 60, DIM), torch.nan)
-    cache.plan([], [Chunk(0, 0, 60)]).attend(
+    cache.plan([], [Chunk(seq_id=0, start=0, tokens=60)]).attend(
         torch.randn(HEADS, 60, DIM), poison, poison, LAYERS["plain"]
     )
     cache.release(0)
@@ -265,7 +265,7 @@ def test_a_table_grows_by_whole_blocks() -> None:
 def test_rows_that_begin_alike_have_whole_blocks_in_common() -> None:
     cache = blocks()
     cache.reserve(0, 2 * BLOCK)
-    kept = cache.blocks.keep(0, 0, BLOCK + 10)
+    kept = cache.blocks.keep(0, start=0, tokens=BLOCK + 10)
     assert cache.begin(1, kept, shared=BLOCK + 10, tokens=2 * BLOCK)
     assert cache.used_tokens == 3 * BLOCK
     cache.release(0)
@@ -284,7 +284,7 @@ def test_a_slabs_blocks_go_together_before_a_row_wastes_a_longer_strip() -> None
     cache = strips(2 * LONGEST)
     size = cache.blocks.size or 0
     cache.reserve(0, LONGEST)
-    kept = cache.blocks.keep(0, 0, LONGEST)
+    kept = cache.blocks.keep(0, start=0, tokens=LONGEST)
     cache.release(7)
     assert cache.blocks.detach(0) == []
     cache.release(0)
@@ -313,7 +313,7 @@ def test_blocks_of_a_row_that_goes_stay_as_far_as_there_is_room() -> None:
     cache = strips(2 * LONGEST)
     cache.reserve(0, LONGEST)
     cache.reserve(1, LONGEST // 2)
-    kept = cache.blocks.keep(0, 0, LONGEST)
+    kept = cache.blocks.keep(0, start=0, tokens=LONGEST)
 
     assert cache.blocks.detach(0) == kept
     cache.release(1)

@@ -28,18 +28,11 @@ def adapter(base: PreTrainedModel, family: str, folder: Path) -> Path:
     return save_adapter(base, folder, **FAMILIES[family].default_config)
 
 
-def prompts(count: int) -> list[list[int]]:
-    return [[5 + (11 * k + 3 * n) % 250 for n in range(1 + 5 * k % 23)] for k in range(count)]
-
-
-def assert_equal_to_peft(
-    engine: Harness, family: str, folder: Path, asked: list[list[int]], count: int
-) -> None:
-    oracle = FamilyOracle(tiny(family), [folder])
-    for number, prompt in enumerate(asked):
-        answer = engine.answers[str(number)].tokens
-        assert len(answer) == count
-        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist(), prompt
+def prompts(count: int) -> dict[str, list[int]]:
+    """By request id."""
+    return {
+        str(k): [5 + (11 * k + 3 * n) % 250 for n in range(1 + 5 * k % 23)] for k in range(count)
+    }
 
 
 def test_rows_that_come_and_go_leave_the_others_as_they_are(
@@ -51,14 +44,11 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(
     engine = start(base, {"a": folder}, max_rows=4)
     asked = prompts(9)
     with engine.held():
-        for number, prompt in enumerate(asked):
-            engine.submit(str(number), prompt, "a", max_tokens=1 + 3 * number % 24)
+        for name, prompt in asked.items():
+            engine.submit(name, prompt, "a", max_tokens=1 + 3 * int(name) % 24)
     engine.wait()
 
-    oracle = FamilyOracle(tiny(family), [folder])
-    for number, prompt in enumerate(asked):
-        answer = engine.answers[str(number)].tokens
-        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist()
+    FamilyOracle(tiny(family), [folder]).assert_answered(engine, asked)
     engine.assert_idle()
 
 
@@ -68,14 +58,14 @@ def test_rows_that_outgrow_the_cache_are_preempted_and_end_the_same(
     base = tiny(family)
     folder = adapter(base, family, tmp_path / "a")
     engine = start(base, {"a": folder}, kv_cache_tokens=512, max_model_len=130)
-    asked = [[5 + number] for number in range(8)]
+    asked = {str(number): [5 + number] for number in range(8)}
     with engine.held():
-        for number, prompt in enumerate(asked):
-            engine.submit(str(number), prompt, "a", max_tokens=128)
+        for name, prompt in asked.items():
+            engine.submit(name, prompt, "a", max_tokens=128)
     engine.wait()
 
     assert engine.engine.stats().preemptions > 0
-    assert_equal_to_peft(engine, family, folder, asked, 128)
+    FamilyOracle(tiny(family), [folder]).assert_answered(engine, asked)
     engine.assert_idle()
 
 
@@ -87,11 +77,11 @@ def test_a_long_answer_beyond_a_groups_columns_is_exact(
     engine = start(base, {"a": folder})
     asked = prompts(2)
     with engine.held():
-        for number, prompt in enumerate(asked):
-            engine.submit(str(number), prompt, "a", max_tokens=150)
+        for name, prompt in asked.items():
+            engine.submit(name, prompt, "a", max_tokens=150)
     engine.wait()
 
-    assert_equal_to_peft(engine, family, folder, asked, 150)
+    FamilyOracle(tiny(family), [folder]).assert_answered(engine, asked)
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj"])
@@ -105,14 +95,7 @@ def test_a_prompt_is_scored_as_peft_scores_it(
 
     scored = engine.ask(prompt, "a", max_tokens=0, prompt_logprobs=0).prompt_logprobs
 
-    assert scored is not None
-    assert scored[0] is None
-    wanted = FamilyOracle(tiny(family), [folder]).logprobs(prompt[:1], prompt[1:])
-    for position, token in enumerate(scored[1:]):
-        assert token is not None
-        assert token.logprob == pytest.approx(
-            wanted[position, prompt[position + 1]].item(), abs=1e-4
-        )
+    FamilyOracle(tiny(family), [folder]).assert_scored(prompt, scored)
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neo"])
@@ -128,9 +111,7 @@ def test_requests_that_begin_alike_are_computed_once_and_end_as_alone(
     engine.wait()
 
     oracle = FamilyOracle(tiny(family), [folder])
-    for each, prompt in zip(ids, asked, strict=True):
-        answer = engine.answers[each].tokens
-        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist()
+    oracle.assert_answered(engine, dict(zip(ids, asked, strict=True)))
     assert engine.engine.stats().prompt_tokens < 2 * len(common)
     engine.assert_idle()
 
@@ -181,16 +162,15 @@ def test_rows_take_their_adapters_own_modules_and_others_the_bases(
         "plain": save_adapter(base, tmp_path / "plain", seed=2, **config),
     }
     engine = start(base, folders)
-    asked = list(zip(["own", None, "plain", "own"], prompts(4), strict=True))
+    asked, names = prompts(4), dict(zip("0123", ["own", None, "plain", "own"], strict=True))
     with engine.held():
-        for number, (name, prompt) in enumerate(asked):
-            engine.submit(str(number), prompt, name, max_tokens=8)
+        for request_id, prompt in asked.items():
+            engine.submit(request_id, prompt, names[request_id], max_tokens=8)
     engine.wait()
 
-    for number, (name, prompt) in enumerate(asked):
+    for request_id, name in names.items():
         oracle = FamilyOracle(tiny(family), [] if name is None else [folders[name]])
-        answer = engine.answers[str(number)].tokens
-        assert answer == oracle.logprobs(prompt, answer).argmax(-1).tolist(), name
+        oracle.assert_answered(engine, {request_id: asked[request_id]})
     engine.assert_idle()
 
 
@@ -241,7 +221,7 @@ def test_rows_take_their_keys_and_values_into_another_group() -> None:
     first, second = cache.gather([0, 1], [0, 0], 5), cache.gather([2], [0], 3)
     written = torch.arange(2 * 2 * 5 * 8, dtype=torch.float32).view(2, 2, 5, 8) + 1
     for group, states in ((first, written), (second, written[:1, :, :3] + 1000)):
-        with group.advancing([states.shape[2]] * len(group.rows)) as taken:
+        with group.advancing([states.shape[2]] * len(group.seq_ids)) as taken:
             taken.update(states, -states, 0)
 
     joined = cache.gather([1, 2], [5, 3], 1)

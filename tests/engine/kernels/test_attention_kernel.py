@@ -58,27 +58,30 @@ def test_it_gives_what_torch_does(
     softcap: float | None,
 ) -> None:
     torch.manual_seed(0)
-    chunks = [(start, 1) for start in starts] + prompts
-    if not chunks:
+    spans = [(start, 1) for start in starts] + prompts
+    if not spans:
         return
+    chunks = [
+        Chunk(seq_id=seq_id, start=start, tokens=tokens)
+        for seq_id, (start, tokens) in enumerate(spans)
+    ]
     shape = SHAPES[number]
     layer = LayerAttention(number, 0.2, window, softcap)
-    past = [Chunk(row, 0, start) for row, (start, _) in enumerate(chunks) if start]
+    past = [replace(chunk, start=0, tokens=chunk.start) for chunk in chunks if chunk.start]
     found = []
     for each, dtype in zip(caches, (shape.dtype, torch.float32), strict=True):
-        for row, (start, tokens) in enumerate(chunks):
-            assert each.reserve(row, start + tokens)
+        for chunk in chunks:
+            assert each.reserve(chunk.seq_id, chunk.start + chunk.tokens)
         order = each.order(list(range(len(starts))))
-        decode = [Chunk(row, *chunks[row]) for row in order]
-        prefill = [Chunk(row, *chunks[row]) for row in range(len(starts), len(chunks))]
+        decode, prefill = [chunks[seq_id] for seq_id in order], chunks[len(starts) :]
         generator = torch.Generator().manual_seed(1)
         for step in ((), past), (decode, prefill):
             tokens = sum(chunk.tokens for part in step for chunk in part)
             heads = [each.to(dtype) for each in random_heads(shape, tokens, generator)]
             if tokens:
                 found.append(each.plan(*step).attend(*heads, layer))
-        for row in range(len(chunks)):
-            each.release(row)
+        for chunk in chunks:
+            each.release(chunk.seq_id)
     by_kernel, by_torch = found[: len(found) // 2], found[len(found) // 2 :]
     for mine, wanted in zip(by_kernel, by_torch, strict=True):
         error = max(1e-4, torch.finfo(shape.dtype).eps)
@@ -106,13 +109,13 @@ def test_a_token_gets_the_same_to_the_bit_in_any_chunk(
     edges = sorted({0, 1200, *cuts, *(cut + 1 for cut in cuts)})
     heads = random_heads(shape, edges[-1], generator)
     assert cache.reserve(0, edges[-1])
-    whole = cache.plan([], [Chunk(0, 0, edges[-1])]).attend(*heads, layer)
+    whole = cache.plan([], [Chunk(seq_id=0, start=0, tokens=edges[-1])]).attend(*heads, layer)
     cache.release(0)
     assert cache.reserve(0, edges[-1])
     parts = []
     for start, end in pairwise(edges):
-        chunk = [Chunk(0, start, end - start)]
-        plan = cache.plan(chunk, []) if end - start == 1 else cache.plan([], chunk)
+        part = [Chunk(seq_id=0, start=start, tokens=end - start)]
+        plan = cache.plan(part, []) if end - start == 1 else cache.plan([], part)
         parts.append(plan.attend(*(each[:, start:end] for each in heads), layer))
     cache.release(0)
     assert torch.equal(torch.cat(parts), whole)

@@ -35,21 +35,18 @@ QUANTIZED = [("llama", "int8"), ("llama", "int4"), ("opt", "int8"), ("gpt2", "in
 def folder(tmp_path: Path) -> Callable[[str], Path]:
     """A saved tiny model of a family."""
 
-    def save(family: str) -> Path:
-        path = tmp_path / family
-        tiny_model(family).save_pretrained(path)
-        tiny_tokenizer().save_pretrained(path)
-        return path
+    return lambda family: save(tiny_model(family), tmp_path / family)
 
-    return save
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_quantized(source: Path, target: Path, config: Any) -> Path:
     """What transformers writes of a quantised model."""
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
-    model.save_pretrained(target)
-    tiny_tokenizer().save_pretrained(target)
-    return target
+    return save(AutoModelForCausalLM.from_pretrained(source, quantization_config=config), target)
 
 
 def offered(family: str, adapters: dict[str, Path], root: Path) -> dict[str, Path]:
@@ -66,6 +63,21 @@ def quantized_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     ]
 
 
+def assert_a_mixed_batch_equals_peft(
+    engine: Harness, theirs: PreTrainedModel, adapters: dict[str, Path]
+) -> None:
+    """`theirs`: the same base for PEFT."""
+    names = ([None, *adapters] * 5)[:10]
+    oracles = {name: Oracle(theirs, adapters.get(name or "")) for name in set(names)}
+    with engine.held():
+        for row, prompt in enumerate(PROMPTS):
+            engine.submit(str(row), prompt, names[row], max_tokens=10)
+    engine.wait()
+
+    for row, prompt in enumerate(PROMPTS):
+        assert engine.answers[str(row)].tokens == oracles[names[row]].greedy(prompt, 10)
+
+
 @pytest.mark.parametrize(("family", "bits"), QUANTIZED)
 def test_a_mixed_batch_equals_peft_on_the_same_quantised_base(
     start: Callable[..., Harness],
@@ -77,16 +89,10 @@ def test_a_mixed_batch_equals_peft_on_the_same_quantised_base(
 ) -> None:
     base = load_model(str(folder(family)), "cpu", quantization=bits).model
     mine = offered(family, adapters, tmp_path)
-    names = ([None, *mine] * 5)[:10]
-    oracles = {name: Oracle(base, mine.get(name or "")) for name in set(names)}
+    theirs = copy.deepcopy(base)
     engine = start(base, mine, prefill_chunk_tokens=9)
-    with engine.held():
-        for row, prompt in enumerate(PROMPTS):
-            engine.submit(str(row), prompt, names[row], max_tokens=10)
-    engine.wait()
 
-    for row, prompt in enumerate(PROMPTS):
-        assert engine.answers[str(row)].tokens == oracles[names[row]].greedy(prompt, 10)
+    assert_a_mixed_batch_equals_peft(engine, theirs, mine)
     engine.assert_idle()
 
 
@@ -105,6 +111,11 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
         linear.bias = module.bias
         plain.set_submodule(name, linear)
     return plain.double()
+
+
+def exact_logprobs(base: PreTrainedModel, adapter: Path, prompt: list[int]) -> torch.Tensor:
+    """`[tokens, vocab]`, by PEFT in float64."""
+    return Oracle(in_float64(base), adapter, torch.float64).logits(prompt).log_softmax(-1)
 
 
 def hooked(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -133,10 +144,7 @@ def test_logits_err_at_most_twice_as_much_as_pefts_do(
 ) -> None:
     base = load_model(str(folder("llama")), "cpu", quantization=bits).model
     asked = list(zip(adapters, PROMPTS, strict=False))
-    exact = {
-        name: Oracle(in_float64(base), adapters[name], torch.float64).logits(prompt).log_softmax(-1)
-        for name, prompt in asked
-    }
+    exact = {name: exact_logprobs(base, adapters[name], prompt) for name, prompt in asked}
     theirs = max(
         (Oracle(base, adapters[name]).logits(prompt).log_softmax(-1) - exact[name]).abs().max()
         for name, prompt in asked
@@ -162,7 +170,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_hooks_in_the_same_dtype(
     """PEFT's bitsandbytes layers answer in float32 here, and attention then refuses to mix."""
     base = load_model(str(folder("llama")), "cpu", dtype, bits).model
     adapter, prompt = adapters["default"], PROMPTS[-1]
-    exact = Oracle(in_float64(base), adapter, torch.float64).logits(prompt).log_softmax(-1)
+    exact = exact_logprobs(base, adapter, prompt)
     plain = Oracle(hooked(base, adapter), None, base.dtype).logits(prompt).double()
     theirs = (plain.log_softmax(-1) - exact).abs().max().item()
     engine = start(base)
@@ -200,9 +208,7 @@ def test_a_checkpoint_that_is_quantised_loads_as_it_is(
     folder: Callable[[str], Path], tmp_path: Path, bits: Any
 ) -> None:
     fresh = load_model(str(folder("llama")), "cpu", quantization=bits).model
-    fresh.save_pretrained(tmp_path / "saved")
-    tiny_tokenizer().save_pretrained(tmp_path / "saved")
-    again = load_model(str(tmp_path / "saved"), "cpu").model
+    again = load_model(str(save(fresh, tmp_path / "saved")), "cpu").model
     ids = torch.tensor([PROMPTS[5]])
 
     assert len(quantized_linears(again)) == 2 * 7
@@ -226,7 +232,7 @@ def test_an_llm_int8_checkpoint_keeps_its_weights_and_rounds_no_activations(
         weight = theirs.get_submodule(name).weight.float()
         torch.testing.assert_close(module.weight.dequantize(), weight, rtol=1e-3, atol=1e-6)
     adapter = save_adapter(tiny_model("gpt2"), tmp_path / "a")
-    exact = Oracle(in_float64(base), adapter, torch.float64).logits(PROMPTS[3]).log_softmax(-1)
+    exact = exact_logprobs(base, adapter, PROMPTS[3])
     engine = start(base, {"a": adapter})
     answer = engine.ask(PROMPTS[3], "a", max_tokens=1, prompt_logprobs=TOKENS)
     assert worst_error(answer, exact) < 1e-4
@@ -320,17 +326,10 @@ def test_a_mixed_batch_on_a_gpu_equals_peft_on_the_same_quantised_base(
     bits: Any,
 ) -> None:
     path = str(folder("llama"))
-    names = [None, *adapters]
     theirs = load_model(path, "cuda", "float32", bits).model
     engine = start(load_model(path, "cuda", "float32", bits).model)
-    with engine.held():
-        for row, prompt in enumerate(PROMPTS):
-            engine.submit(str(row), prompt, names[row], max_tokens=10)
-    engine.wait()
 
-    for row, prompt in enumerate(PROMPTS):
-        oracle = Oracle(theirs, adapters.get(names[row] or ""))
-        assert engine.answers[str(row)].tokens == oracle.greedy(prompt, 10)
+    assert_a_mixed_batch_equals_peft(engine, theirs, adapters)
 
 
 @pytest.mark.gpu

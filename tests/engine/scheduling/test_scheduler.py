@@ -94,14 +94,14 @@ class Machine:
         )
         self.finished: list[int] = []
         self.computed = 0
-        self.row = 0
+        self.seq_id = 0
 
     def add(self, ask: Ask) -> list[Sequence]:
         added = []
-        order = str(self.row)
+        order = str(self.seq_id)
         for number, choice in enumerate(ask.choices):
             request = GenerationRequest(
-                id=str(self.row),
+                id=str(self.seq_id),
                 prompt=(*((5,) * ask.prompt), *((6 + number,) * choice)),
                 params=SamplingParams(max_tokens=ask.answer),
                 lease=None if ask.adapter is None else self.registry.lease(ask.adapter),
@@ -109,9 +109,9 @@ class Machine:
                 priority=ask.priority,
                 order=order,
             )
-            added.append(Sequence(request, self.row, TOKENIZER))
+            added.append(Sequence(request, self.seq_id, TOKENIZER))
             self.scheduler.add(added[-1])
-            self.row += 1
+            self.seq_id += 1
         return added
 
     def step(self) -> Step:
@@ -123,7 +123,7 @@ class Machine:
             self.computed += tokens
             if sequence.uncomputed == 0:
                 if sequence.request.params.max_tokens > 0:
-                    sequence.append(20 + sequence.row)
+                    sequence.append(20 + sequence.seq_id)
                 if sequence.answer_tokens == sequence.request.params.max_tokens:
                     self.finish(sequence)
         return step
@@ -134,7 +134,7 @@ class Machine:
         return [1000 * adapter + token for token in sequence.tokens]
 
     def keys(self, sequence: Sequence) -> torch.Tensor:
-        length, index = self.cache.strip_of(sequence.row)
+        length, index = self.cache.strip_of(sequence.seq_id)
         return self.cache.keys(0, length)[index, 0, :, 0]
 
     def run(self) -> None:
@@ -151,13 +151,13 @@ class Machine:
         self.scheduler.remove(sequence)
         if sequence.request.lease is not None:
             sequence.request.lease.release()
-        self.finished.append(sequence.row)
+        self.finished.append(sequence.seq_id)
 
     def check(self, step: Step, running: list[Sequence]) -> None:
         assert len(running) <= ROWS
         assert self.cache.used_tokens <= self.cache.total_tokens
         assert sum(tokens for _, tokens in step.prefill) <= CHUNK
-        assert {s.row for s in step.decode}.isdisjoint(s.row for s, _ in step.prefill)
+        assert {s.seq_id for s in step.decode}.isdisjoint(s.seq_id for s, _ in step.prefill)
         slots = {s.slot for s in running if s.request.lease is not None}
         assert len(slots - {None}) <= SLOTS
         assert self.registry.stats().pinned <= len(slots)
@@ -192,7 +192,7 @@ def test_every_request_ends_and_gives_back_what_it_held(
         machine.check(step, machine.scheduler.running)
     machine.run()
 
-    assert sorted(machine.finished) == list(range(machine.row))
+    assert sorted(machine.finished) == list(range(machine.seq_id))
     assert machine.cache.used_tokens == 0
     assert (registry.stats().leases, registry.stats().pinned) == (0, 0)
 
@@ -242,8 +242,8 @@ def test_the_lowest_in_rank_give_way_and_come_back(registry: AdapterRegistry) ->
         machine.step()
     waiting = [s for s in machine.scheduler if s not in machine.scheduler.running]
 
-    assert [s.row for s in machine.scheduler.running] == [1, 2]
-    assert sorted(s.row for s in waiting) == [0, 3]
+    assert [s.seq_id for s in machine.scheduler.running] == [1, 2]
+    assert sorted(s.seq_id for s in waiting) == [0, 3]
     assert all(s.computed == 0 and s.answer_tokens > 0 for s in waiting)
     while list(machine.scheduler):
         machine.step()

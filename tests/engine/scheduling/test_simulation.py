@@ -32,7 +32,7 @@ class InOrderOfArrival(FairQueue):
     """What the bounds below are there to rule out."""
 
     def first(self, eligible: Eligible) -> Sequence | None:
-        return min(filter(eligible, self), key=lambda sequence: sequence.row, default=None)
+        return min(filter(eligible, self), key=lambda sequence: sequence.seq_id, default=None)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def prefixes_of(step: Step, slabs: int = 64) -> Prefixes:
         [LayerShape(1, 1, 1, torch.float32)], total_tokens=slabs * 128, max_tokens=128
     )
     for sequence in step.decode:
-        assert cache.reserve(sequence.row, len(sequence.tokens))
+        assert cache.reserve(sequence.seq_id, len(sequence.tokens))
     return Prefixes(cache, across_orders=True)
 
 
@@ -195,7 +195,7 @@ def test_few_rows_are_drafted_far_and_many_less_far() -> None:
 def test_rows_that_copy_are_drafted_before_rows_that_may_not() -> None:
     sure, unsure = decoding(2, agreeing=12).decode, decoding(2, agreeing=2).decode
     for sequence in unsure:
-        sequence.row += 2
+        sequence.seq_id += 2
     step, _ = drafted(Step([*sure, *unsure], []), Times(0.004, 0.001))
 
     assert {draft.sequence for draft in step.drafts} == set(sure)

@@ -1,4 +1,4 @@
-"""Blocks: keys and values that the prefix cache keeps after the row that computed them has ended.
+"""Blocks: keys and values that the prefix cache keeps after their sequence has ended.
 
 A block is known by a number. The prefix cache knows which tokens it holds; the KV cache knows where
 they lie.
@@ -14,7 +14,7 @@ from server.engine.native.cache.slabs import Slabs, Strip
 
 
 class Blocks(Protocol):
-    """A KV cache's blocks. A block is attached to the row that computed it until it is detached."""
+    """A KV cache's blocks. A block is attached to the sequence that computed it until detached."""
 
     @property
     def size(self) -> int | None:
@@ -23,70 +23,71 @@ class Blocks(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the budget that only blocks take, and no row."""
+        """Tokens of the budget that only blocks take, and no sequence."""
         ...
 
-    def keep(self, row: int, start: int, tokens: int) -> list[int]:
-        """Keep `tokens` computed tokens of a row as blocks, which it returns in order.
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
+        """Keep `tokens` computed tokens of a sequence as blocks, which it returns in order.
 
         `start` is a multiple of the block size; the last block may be incomplete. The blocks take
-        no room of their own until they are detached from the row.
+        no room of their own until they are detached from the sequence.
         """
         ...
 
-    def detach(self, row: int, /) -> list[int]:
-        """Give a row's blocks room of their own, since the row is about to be released. Returns
-        the blocks for which there was no room, in order."""
+    def detach(self, seq_id: int, /) -> list[int]:
+        """Give a sequence's blocks room of their own, since the sequence is about to be released.
+        Returns the blocks for which there was no room, in order."""
         ...
 
     def drop(self, block: int) -> None: ...
 
     def is_detached(self, block: int) -> bool:
-        """Whether only blocks, and no row, take the room that the block lies in."""
+        """Whether only blocks, and no sequence, take the room that the block lies in."""
         ...
 
     def to_evict(self, blocks: Iterable[int]) -> Sequence[int]:
-        """Choose which blocks to drop together so that rows get room. `blocks` are all blocks,
-        least recently used first. Empty if rows use all of them."""
+        """Choose which blocks to drop together so that sequences get room. `blocks` are all blocks,
+        least recently used first. Empty if sequences use all of them."""
         ...
 
 
 class StripBlocks:
-    """Blocks of `StripCache`: in the strips of running rows, or detached in strips of their own.
+    """Blocks of `StripCache`: in the strips of running sequences, or detached in their own strips.
 
-    Detached blocks are copied into slabs that hold no row, so that rows lie in neighbouring strips.
+    Detached blocks are copied into slabs that hold no sequence, so that sequences lie in
+    neighbouring strips.
     """
 
     size = 32
 
     def __init__(self, slabs: Slabs, strip_of: Callable[[int], Strip]) -> None:
-        """`strip_of` gives a row's strip."""
+        """`strip_of` gives a sequence's strip."""
         self._slabs = slabs
         self._strip_of = strip_of
         self._strips: dict[int, Strip] = {}
         """Detached block -> its strip."""
-        self._rows: dict[int, int] = {}
-        """Attached block -> its row."""
-        self._in_row: dict[int, dict[int, int]] = {}
-        """Row -> attached block -> the block's index in the row."""
+        self._owners: dict[int, int] = {}
+        """Attached block -> its sequence."""
+        self._attached: dict[int, dict[int, int]] = {}
+        """Sequence -> attached block -> the block's index in the sequence."""
         self._numbers = count()
 
     @property
     def tokens(self) -> int:
         return len(self._strips) * self.size
 
-    def keep(self, row: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         first = start // self.size
         indices = range(first, first - (-tokens // self.size))
         blocks = [next(self._numbers) for _ in indices]
-        self._rows.update(dict.fromkeys(blocks, row))
-        self._in_row.setdefault(row, {}).update(zip(blocks, indices, strict=True))
+        self._owners.update(dict.fromkeys(blocks, seq_id))
+        self._attached.setdefault(seq_id, {}).update(zip(blocks, indices, strict=True))
         return blocks
 
-    def detach(self, row: int) -> list[int]:
-        indices = self._in_row.get(row, {})
+    def detach(self, seq_id: int) -> list[int]:
+        indices = self._attached.get(seq_id, {})
         if not indices:
-            return []  # A row that never began has no strip, either.
+            return []  # A sequence that never began has no strip, either.
         blocks = sorted(indices, key=indices.__getitem__)
         strips: list[Strip] = []
         while len(strips) < len(blocks):
@@ -95,7 +96,7 @@ class StripBlocks:
                 break
             strips.append(strip)
         detached = list(zip(blocks, strips, strict=False))
-        origin = self._strip_of(row)
+        origin = self._strip_of(seq_id)
         sources = [indices[block] for block, _ in detached]
         runs = list(_runs(sources, [strip.number for strip in strips]))
         for old, kept in self._slabs.pairs(origin.length, self.size):
@@ -103,7 +104,7 @@ class StripBlocks:
             for source, target, length in runs:
                 kept[target : target + length] = parts[source : source + length]
         for block, strip in detached:
-            self._forget_row(block)
+            self._forget_owner(block)
             self._strips[block] = strip
         return blocks[len(detached) :]
 
@@ -111,7 +112,7 @@ class StripBlocks:
         if block in self._strips:
             self._slabs.free(self._strips.pop(block))
         else:
-            self._forget_row(block)
+            self._forget_owner(block)
 
     def is_detached(self, block: int) -> bool:
         return block in self._strips
@@ -129,29 +130,29 @@ class StripBlocks:
         return next(iter(slabs.values()), [])
 
     def copy(self, blocks: Sequence[int], strip: Strip) -> None:
-        """Copy blocks to the beginning of a strip. They are the first blocks of their rows."""
+        """Copy blocks to the beginning of a strip. They are the first blocks of their sequences."""
         first = 0
-        for row, group in groupby(blocks, key=self._rows.get):
+        for seq_id, group in groupby(blocks, key=self._owners.get):
             part = list(group)
             targets = list(range(first, first + len(part)))
-            if row is None:
+            if seq_id is None:
                 runs = list(_runs([self._strips[block].number for block in part], targets))
                 for kept, new in self._slabs.pairs(self.size, strip.length):
                     parts = _in_blocks(new[strip.number], self.size)
                     for source, target, length in runs:
                         parts[target : target + length] = kept[source : source + length]
             else:
-                origin = self._strip_of(row)
+                origin = self._strip_of(seq_id)
                 span = slice(first * self.size, (first + len(part)) * self.size)
                 for old, new in self._slabs.pairs(origin.length, strip.length):
                     new[strip.number, :, span] = old[origin.number, :, span]
             first += len(part)
 
-    def _forget_row(self, block: int) -> None:
-        row = self._rows.pop(block)
-        del self._in_row[row][block]
-        if not self._in_row[row]:
-            del self._in_row[row]
+    def _forget_owner(self, block: int) -> None:
+        seq_id = self._owners.pop(block)
+        del self._attached[seq_id][block]
+        if not self._attached[seq_id]:
+            del self._attached[seq_id]
 
 
 def _runs(sources: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -1,8 +1,8 @@
-"""The KV cache: keys and values of all rows in a fixed budget of tokens, allocated once.
+"""The KV cache: keys and values of all sequences in a fixed budget of tokens, allocated once.
 
-`StripCache` is for the CPU: a row's keys lie in one strip, and rows in strips of one length lie
-side by side, so that their attention is one batched matmul. `PagedCache` (`paged_cache.py`) is for
-CUDA, `PaddedCache` (`padded_cache.py`) for models that run padded.
+`StripCache` is for the CPU: a sequence's keys lie in one strip, and sequences in strips of one
+length lie side by side, so that their attention is one batched matmul. `PagedCache`
+(`paged_cache.py`) is for CUDA, `PaddedCache` (`padded_cache.py`) for models that run padded.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ SMALLEST_STRIP = 64
 
 
 class KVCache(Protocol):
-    """What the scheduler asks of a KV cache. A row is named by its sequence's number."""
+    """What the scheduler asks of a KV cache. A sequence is named by its `seq_id`."""
 
     total_tokens: int
     """The budget."""
     nbytes: int
     """Bytes of the budget; on the CPU the system assigns them only as they are written."""
     shares: bool
-    """Whether a row can begin with keys and values that another row computed. False for models that
-    carry a state from token to token: a state cannot be cut at any token."""
+    """Whether a sequence can begin with keys and values that another computed. False for models
+    that carry a state from token to token: a state cannot be cut at any token."""
 
     @property
     def blocks(self) -> Blocks:
@@ -37,23 +37,23 @@ class KVCache(Protocol):
 
     @property
     def used_tokens(self) -> int:
-        """Tokens that are reserved for rows, whether written or not."""
+        """Tokens that are reserved for sequences, whether written or not."""
         ...
 
-    def reserve(self, row: int, tokens: int) -> bool:
-        """Make room for a row's first `tokens` tokens; what the row has stays. False: there is no
-        room, or blocks must be evicted first."""
+    def reserve(self, seq_id: int, tokens: int) -> bool:
+        """Make room for a sequence's first `tokens` tokens; what the sequence has stays. False:
+        there is no room, or blocks must be evicted first."""
         ...
 
-    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
-        """Make room for the first `tokens` tokens of a new row, and copy the keys and values of the
-        first `shared` tokens of `blocks` into it. What the row writes later does not change the
-        blocks. False: as in `reserve`."""
+    def begin(self, seq_id: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
+        """Make room for the first `tokens` tokens of a new sequence, and copy the keys and values
+        of the first `shared` tokens of `blocks` into it. What the sequence writes later does not
+        change the blocks. False: as in `reserve`."""
         ...
 
-    def release(self, row: int) -> None: ...
+    def release(self, seq_id: int) -> None: ...
 
-    def order(self, rows: Sequence[int]) -> list[int]:
+    def order(self, seq_ids: Sequence[int]) -> list[int]:
         """Sort decoding rows so that neighbours in the cache are neighbours in the batch."""
         ...
 
@@ -74,8 +74,8 @@ class FlatCache(KVCache, Protocol):
 class StripCache:
     """A KV cache on the CPU in strips of 64, 128, … tokens, doubling up to `max_tokens`.
 
-    A row that outgrows its strip moves to one twice as long. Blocks never change where rows lie:
-    they are evicted before a row takes a longer strip than it needs.
+    A sequence that outgrows its strip moves to one twice as long. Blocks never change where
+    sequences lie: they are evicted before a sequence takes a longer strip than it needs.
     """
 
     shares = True
@@ -88,11 +88,12 @@ class StripCache:
         max_tokens: int,
         kernels: Kernels | None = None,
     ) -> None:
-        """`max_tokens` is the length of the longest row. `kernels` compute attention for the layers
-        that have one, torch for the others. Raises DoesNotFit if two such rows do not fit."""
+        """`max_tokens` is the length of the longest sequence. `kernels` compute attention for the
+        layers that have one, torch for the others. Raises DoesNotFit if two such sequences do not
+        fit."""
         self._kernels = kernels or {}
         self._reads_unwritten = not self._kernels.keys() >= set(shapes)
-        """Whether strips are cleaned: torch masks what another row left there, but NaN times a
+        """Whether strips are cleaned: torch masks what another sequence left there, but NaN times a
         weight of 0 is NaN. Kernels do not read it."""
         self.slab_tokens = SMALLEST_STRIP
         while self.slab_tokens < max_tokens:
@@ -107,7 +108,7 @@ class StripCache:
         self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)
         self._slabs = Slabs(shapes, slabs=slabs, slab_tokens=self.slab_tokens)
         self._strips: dict[int, Strip] = {}
-        """Row -> its strip."""
+        """Sequence -> its strip."""
         self.blocks = StripBlocks(self._slabs, self._strips.__getitem__)
         self.keys, self.values = self._slabs.keys, self._slabs.values
         self.memory = self._slabs.memory
@@ -116,8 +117,8 @@ class StripCache:
     def used_tokens(self) -> int:
         return sum(strip.length for strip in list(self._strips.values()))
 
-    def reserve(self, row: int, tokens: int) -> bool:
-        old = self._strips.get(row)
+    def reserve(self, seq_id: int, tokens: int) -> bool:
+        old = self._strips.get(seq_id)
         if old is not None and tokens <= old.length:
             return True
         new = self._take_strip(tokens)
@@ -128,26 +129,26 @@ class StripCache:
                 strips[new.number][:, : old.length].copy_(others[old.number])
             self._slabs.free(old)
         self._clean(new, 0 if old is None else old.length)
-        self._strips[row] = new
+        self._strips[seq_id] = new
         return True
 
-    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
-        assert row not in self._strips, "only a new row begins"
+    def begin(self, seq_id: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
+        assert seq_id not in self._strips, "only a new sequence begins"
         strip = self._take_strip(tokens)
         if strip is None:
             return False
         self.blocks.copy(blocks, strip)
         self._clean(strip, shared)
-        self._strips[row] = strip
+        self._strips[seq_id] = strip
         return True
 
-    def release(self, row: int) -> None:
-        strip = self._strips.pop(row, None)
+    def release(self, seq_id: int) -> None:
+        strip = self._strips.pop(seq_id, None)
         if strip is not None:
             self._slabs.free(strip)
 
-    def order(self, rows: Sequence[int]) -> list[int]:
-        return sorted(rows, key=self.strip_of)
+    def order(self, seq_ids: Sequence[int]) -> list[int]:
+        return sorted(seq_ids, key=self.strip_of)
 
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         return StripPlan(self, decode, prefill, self._kernels)
@@ -157,8 +158,8 @@ class StripCache:
         kernel = self._kernels.get(memory.shape)
         return None if kernel is None else kernel.call(memory, layer)
 
-    def strip_of(self, row: int) -> Strip:
-        return self._strips[row]
+    def strip_of(self, seq_id: int) -> Strip:
+        return self._strips[seq_id]
 
     def _clean(self, strip: Strip, start: int) -> None:
         """Write zeros to a strip from its token `start` on, if anything reads unwritten tokens."""
@@ -169,7 +170,7 @@ class StripCache:
     def _take_strip(self, tokens: int) -> Strip | None:
         """Take the shortest free strip that is long enough. An empty slab is opened for the fitting
         length before a longer strip is wasted."""
-        assert tokens <= self.slab_tokens, "the scheduler ends rows at the window"
+        assert tokens <= self.slab_tokens, "the scheduler ends sequences at the window"
         length = SMALLEST_STRIP
         while length < tokens:
             length *= 2

@@ -31,17 +31,17 @@ _COLUMNS = 64
 """A group's number of columns is a multiple of this, so that it seldom grows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """The columns of a row that a block stands for."""
+    """The columns of a sequence that a block stands for."""
 
-    row: int
+    seq_id: int
     begin: int
     end: int
 
 
 class PaddedBlocks:
-    """Blocks of `PaddedCache`: in the groups of running rows, or detached as copies.
+    """Blocks of `PaddedCache`: in the groups of running sequences, or detached as copies.
 
     In an encoder-decoder a block holds the cross-attention's keys and values of a whole source.
     """
@@ -49,26 +49,28 @@ class PaddedBlocks:
     def __init__(self, cache: "PaddedCache", crosses: bool) -> None:
         self._cache = cache
         self.size = None if crosses else _COLUMNS
-        self._in_rows: dict[int, _Part] = {}
+        self._attached: dict[int, _Part] = {}
         self._copies: dict[int, list[KeysAndValues]] = {}
         """Detached block -> for each layer `[1, heads, tokens, dim]`."""
         self._numbers = count()
         self.tokens = 0
 
-    def keep(self, row: int, start: int, tokens: int) -> list[int]:
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
         size = self.size or tokens
         parts = [
-            _Part(row, begin, min(begin + size, start + tokens))
+            _Part(seq_id=seq_id, begin=begin, end=min(begin + size, start + tokens))
             for begin in range(start, start + tokens, size)
         ]
         blocks = [next(self._numbers) for _ in parts]
-        self._in_rows.update(zip(blocks, parts, strict=True))
+        self._attached.update(zip(blocks, parts, strict=True))
         return blocks
 
-    def detach(self, row: int) -> list[int]:
-        attached = sorted((p.begin, block) for block, p in self._in_rows.items() if p.row == row)
-        while attached and self._cache.holds(row):
-            part = self._in_rows[attached[0][1]]
+    def detach(self, seq_id: int) -> list[int]:
+        attached = sorted(
+            (part.begin, block) for block, part in self._attached.items() if part.seq_id == seq_id
+        )
+        while attached and self._cache.holds(seq_id):
+            part = self._attached[attached[0][1]]
             if self._cache.room < _rounded(part.end - part.begin):
                 break
             block = attached[0][1]
@@ -80,7 +82,7 @@ class PaddedBlocks:
                 break
             attached.pop(0)
             self._copies[block] = copies
-            del self._in_rows[block]
+            del self._attached[block]
             self.tokens += _taken(self._copies[block])
         return [block for _, block in attached]
 
@@ -88,7 +90,7 @@ class PaddedBlocks:
         if block in self._copies:
             self.tokens -= _taken(self._copies.pop(block))
         else:
-            del self._in_rows[block]
+            del self._attached[block]
 
     def is_detached(self, block: int) -> bool:
         return block in self._copies
@@ -106,9 +108,9 @@ class PaddedBlocks:
     def _layers(self, block: int) -> list[KeysAndValues]:
         if block in self._copies:
             return self._copies[block]
-        part = self._in_rows[block]
+        part = self._attached[block]
         span = slice(part.begin, part.end)
-        layers = self._cache.layers_of(part.row, crossed=self.size is None)
+        layers = self._cache.layers_of(part.seq_id, crossed=self.size is None)
         return [(keys[:, :, span], values[:, :, span]) for keys, values in layers]
 
 
@@ -131,12 +133,12 @@ class PaddedCache:
         max_rows: int = 0,
         make_cache: CacheMaker = Cache,
     ) -> None:
-        """`max_tokens` is the length of the longest row. `crosses`: the model is an
+        """`max_tokens` is the length of the longest sequence. `crosses`: the model is an
         encoder-decoder, whose layers keep keys and values of source and answer. `carried`: for each
         layer, the states that it carries beside keys and values; the states of `max_rows` rows are
         not part of the budget of tokens.
 
-        Raises DoesNotFit if the longest row does not fit.
+        Raises DoesNotFit if the longest sequence does not fit.
         """
         if total_tokens < _rounded(max_tokens):
             raise DoesNotFit(
@@ -164,29 +166,29 @@ class PaddedCache:
     def room(self) -> int:
         return self.total_tokens - self.used_tokens - self.blocks.tokens
 
-    def reserve(self, row: int, tokens: int) -> bool:
-        wanted = self._reserved | {row: max(_rounded(tokens), self._reserved.get(row, 0))}
+    def reserve(self, seq_id: int, tokens: int) -> bool:
+        wanted = self._reserved | {seq_id: max(_rounded(tokens), self._reserved.get(seq_id, 0))}
         if len(wanted) * max(wanted.values()) + self.blocks.tokens > self.total_tokens:
             return False
         self._reserved = wanted
         return True
 
-    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
-        assert row not in self._groups, "only a new row begins"
-        if not self.reserve(row, tokens):
+    def begin(self, seq_id: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
+        assert seq_id not in self._groups, "only a new sequence begins"
+        if not self.reserve(seq_id, tokens):
             return False
         layers = [
             (keys[:, :, :shared], values[:, :, :shared])
             for keys, values in self.blocks.layers(blocks)
         ]
-        # The group has no free column: the row's first step copies it into a new one.
+        # The group has no free column: the sequence's first step copies it into a new one.
         if self._crosses:
             own = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
             end, sources, crossed = 0, [shared], layers
         else:
             end, sources, crossed, own = shared, [], [], layers
-        self._groups[row] = Group(
-            rows=[row],
+        self._groups[seq_id] = Group(
+            seq_ids=[seq_id],
             starts=[0],
             end=end,
             columns=end,
@@ -197,77 +199,82 @@ class PaddedCache:
         )
         return True
 
-    def holds(self, row: int) -> bool:
-        """Whether the row has keys and values. False once they were lost."""
-        return row in self._groups
+    def holds(self, seq_id: int) -> bool:
+        """Whether the sequence has keys and values. False once they were lost."""
+        return seq_id in self._groups
 
-    def layers_of(self, row: int, crossed: bool) -> list[KeysAndValues]:
-        """View the keys and values of a row's own tokens, or (`crossed`) of its source: for each
-        layer `[1, heads, tokens, dim]`."""
-        group = self._groups[row]
-        index = group.rows.index(row)
+    def layers_of(self, seq_id: int, crossed: bool) -> list[KeysAndValues]:
+        """View the keys and values of a sequence's own tokens, or (`crossed`) of its source: for
+        each layer `[1, heads, tokens, dim]`."""
+        group = self._groups[seq_id]
+        index = group.seq_ids.index(seq_id)
         span = slice(0, group.sources[index]) if crossed else slice(group.starts[index], group.end)
         layers = group.crossed if crossed else group.layers
         return [
             (keys[index, None, :, span], values[index, None, :, span]) for keys, values in layers
         ]
 
-    def release(self, row: int) -> None:
-        self._reserved.pop(row, None)
-        self._groups.pop(row, None)
+    def release(self, seq_id: int) -> None:
+        self._reserved.pop(seq_id, None)
+        self._groups.pop(seq_id, None)
 
-    def order(self, rows: Sequence[int]) -> list[int]:
-        """Sort by arrival, so that the other rows keep their order when one ends."""
-        return sorted(rows)
+    def order(self, seq_ids: Sequence[int]) -> list[int]:
+        """Sort by arrival, so that the other sequences keep their order when one ends."""
+        return sorted(seq_ids)
 
     def gather(
-        self, rows: Sequence[int], lengths: Sequence[int], tokens: int, sources: Sequence[int] = ()
+        self,
+        seq_ids: Sequence[int],
+        lengths: Sequence[int],
+        tokens: int,
+        sources: Sequence[int] = (),
     ) -> Group:
-        """Bring exactly these rows into one group, with free columns for `tokens` more tokens.
+        """Bring exactly these sequences into one group, in this order, with free columns for
+        `tokens` more tokens.
 
-        `lengths`: how many tokens of each row are computed. If a group has more, its last forward
-        was part of a step that failed, and is undone. `sources`: in an encoder-decoder, the length
-        of each row's source. Raises KeysLost.
+        `lengths`: how many tokens of each sequence are computed. If a group has more, its last
+        forward was part of a step that failed, and is undone. `sources`: in an encoder-decoder, the
+        length of each sequence's source. Raises KeysLost.
         """
-        for row, length in zip(rows, lengths, strict=True):
-            old = self._groups.get(row)
-            if old is not None and old.length(row) != length:
+        for seq_id, length in zip(seq_ids, lengths, strict=True):
+            old = self._groups.get(seq_id)
+            if old is not None and old.length(seq_id) != length:
                 old.undo()
-            assert old is None or old.length(row) == length, "one forward is undone at most"
-        group = self._groups.get(rows[0])
-        if group is None or group.rows != list(rows) or group.end + tokens > group.columns:
+            assert old is None or old.length(seq_id) == length, "one forward is undone at most"
+        group = self._groups.get(seq_ids[0])
+        if group is None or group.seq_ids != list(seq_ids) or group.end + tokens > group.columns:
             try:
-                group = self._group(list(rows), tokens, list(sources))
+                group = self._group(list(seq_ids), tokens, list(sources))
             except (RuntimeError, MemoryError) as error:
-                for row in rows:
-                    self._groups.pop(row, None)
+                for seq_id in seq_ids:
+                    self._groups.pop(seq_id, None)
                 raise KeysLost from error
-            self._groups |= dict.fromkeys(rows, group)
+            self._groups |= dict.fromkeys(seq_ids, group)
         return group
 
-    def _group(self, rows: list[int], tokens: int, sources: list[int]) -> Group:
-        parts = self._parts(rows)
-        spent = [old for old, _ in parts if self._stay_in(old).issubset(rows)]
-        lengths = {row: old.length(row) for old, mine in parts for row in mine}
+    def _group(self, seq_ids: list[int], tokens: int, sources: list[int]) -> Group:
+        parts = self._parts(seq_ids)
+        spent = [old for old, _ in parts if self._stay_in(old).issubset(seq_ids)]
+        lengths = {seq_id: old.length(seq_id) for old, mine in parts for seq_id in mine}
         end = max(lengths.values(), default=0)
         columns = _rounded(end + tokens)
-        starts = [end - lengths.get(row, 0) for row in rows]
+        starts = [end - lengths.get(seq_id, 0) for seq_id in seq_ids]
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = empty_layer(shape, len(rows), columns, self._device)
+            keys, values = empty_layer(shape, len(seq_ids), columns, self._device)
             for old, mine in parts:
-                to, at = self._indices(rows, mine), self._indices(old.rows, mine)
-                width = max(lengths[row] for row in mine)
+                to, at = self._indices(seq_ids, mine), self._indices(old.seq_ids, mine)
+                width = max(lengths[seq_id] for seq_id in mine)
                 for new, kept in zip((keys, values), old.layers[layer], strict=True):
                     new[to, :, end - width : end] = kept[at, :, old.end - width : old.end]
             layers.append((keys, values))
             for old in spent:
                 # Free the old layer now: two copies of all layers may not fit.
                 old.layers[layer] = (keys[:0], values[:0])
-        crossed = self._crossed(rows, parts, sources) if parts and self._crosses else []
-        states = self._joined_states(rows, parts) if parts else self._nothing
+        crossed = self._crossed(seq_ids, parts, sources) if parts and self._crosses else []
+        states = self._joined_states(seq_ids, parts) if parts else self._nothing
         return Group(
-            rows=rows,
+            seq_ids=seq_ids,
             starts=starts,
             end=end,
             columns=columns,
@@ -283,10 +290,12 @@ class PaddedCache:
         """The states of new rows: none yet."""
         return [[None] * (2 * pairs) for pairs in self._states]
 
-    def _joined_states(self, rows: list[int], parts: list[tuple[Group, list[int]]]) -> list[States]:
+    def _joined_states(
+        self, seq_ids: list[int], parts: list[tuple[Group, list[int]]]
+    ) -> list[States]:
         joined: list[States] = []
         for layer, pairs in enumerate(self._states):
-            assert not pairs or sum(len(mine) for _, mine in parts) == len(rows), (
+            assert not pairs or sum(len(mine) for _, mine in parts) == len(seq_ids), (
                 "rows that carry a state do not run with new ones"
             )
             states: States = []
@@ -297,46 +306,46 @@ class PaddedCache:
                     if kept is None:
                         continue
                     if state is None:
-                        state = kept.new_empty(len(rows), *kept.shape[1:])
-                    state[self._indices(rows, mine)] = kept[self._indices(old.rows, mine)]
+                        state = kept.new_empty(len(seq_ids), *kept.shape[1:])
+                    state[self._indices(seq_ids, mine)] = kept[self._indices(old.seq_ids, mine)]
                 states.append(state)
             joined.append(states)
         return joined
 
     def _crossed(
-        self, rows: list[int], parts: list[tuple[Group, list[int]]], sources: list[int]
+        self, seq_ids: list[int], parts: list[tuple[Group, list[int]]], sources: list[int]
     ) -> list[KeysAndValues]:
         longest = max(sources)
         layers = []
         for layer, shape in enumerate(self._shapes):
-            keys, values = empty_layer(shape, len(rows), longest, self._device)
+            keys, values = empty_layer(shape, len(seq_ids), longest, self._device)
             for old, mine in parts:
-                to, at = self._indices(rows, mine), self._indices(old.rows, mine)
+                to, at = self._indices(seq_ids, mine), self._indices(old.seq_ids, mine)
                 for new, kept in zip((keys, values), old.crossed[layer], strict=True):
                     width = min(longest, kept.shape[2])
                     new[to, :, :width] = kept[at, :, :width]
             layers.append((keys, values))
         return layers
 
-    def _parts(self, rows: Sequence[int]) -> list[tuple[Group, list[int]]]:
-        """Find the groups that these rows are in now, and which rows have tokens in each."""
+    def _parts(self, seq_ids: Sequence[int]) -> list[tuple[Group, list[int]]]:
+        """Find the groups that these sequences are in now, and which have tokens in each."""
         parts: list[tuple[Group, list[int]]] = []
-        for row in rows:
-            group = self._groups.get(row)
-            if group is None or not (group.length(row) or group.crossed):
+        for seq_id in seq_ids:
+            group = self._groups.get(seq_id)
+            if group is None or not (group.length(seq_id) or group.crossed):
                 continue
             known = next((mine for old, mine in parts if old is group), None)
             if known is None:
-                parts.append((group, [row]))
+                parts.append((group, [seq_id]))
             else:
-                known.append(row)
+                known.append(seq_id)
         return parts
 
     def _stay_in(self, group: Group) -> set[int]:
-        return {row for row in group.rows if self._groups.get(row) is group}
+        return {seq_id for seq_id in group.seq_ids if self._groups.get(seq_id) is group}
 
-    def _indices(self, rows: list[int], mine: list[int]) -> torch.Tensor:
-        return torch.tensor([rows.index(row) for row in mine], device=self._device)
+    def _indices(self, seq_ids: list[int], mine: list[int]) -> torch.Tensor:
+        return torch.tensor([seq_ids.index(seq_id) for seq_id in mine], device=self._device)
 
 
 def _rounded(tokens: int) -> int:

@@ -33,7 +33,8 @@ class Mark:
 class Group:
     """Rows that run together. Row i's tokens are in the columns `starts[i]:end`."""
 
-    rows: list[int]
+    seq_ids: list[int]
+    """The sequence of each row."""
     starts: list[int]
     end: int
     columns: int
@@ -77,9 +78,9 @@ class Group:
         assert self.before is not None, "a step is undone once"
         self._go_back(self.before)
 
-    def length(self, row: int) -> int:
-        """How many tokens of a row have keys and values."""
-        return self.end - self.starts[self.rows.index(row)]
+    def length(self, seq_id: int) -> int:
+        """How many tokens of a sequence have keys and values."""
+        return self.end - self.starts[self.seq_ids.index(seq_id)]
 
     def _go_back(self, mark: Mark) -> None:
         self.starts, self.end, self.states = mark.starts, mark.end, mark.states

@@ -1,7 +1,7 @@
-"""The KV cache in pages of 256 tokens, for CUDA. A row's page table lists its pages.
+"""The KV cache in pages of 256 tokens, for CUDA. A sequence's page table lists its pages.
 
-Rows that begin alike share their first whole pages with each other and with the prefix cache. Only
-this module counts a page's users.
+Sequences that begin alike share their first whole pages with each other and with the prefix cache.
+Only this module counts a page's users.
 """
 
 from collections import Counter
@@ -44,7 +44,8 @@ class PagedCache:
         total_tokens: int,
         max_tokens: int,
     ) -> None:
-        """`max_tokens` is the length of the longest row. Raises DoesNotFit if it does not fit."""
+        """`max_tokens` is the length of the longest sequence. Raises DoesNotFit if that does not
+        fit."""
         pages = total_tokens // BLOCK
         self.table_width = -(-max_tokens // BLOCK)
         if pages < self.table_width:
@@ -67,44 +68,45 @@ class PagedCache:
         self._users = [0] * (pages + 1)
         """For each page, how many page tables and blocks use it."""
         self.tables: dict[int, list[int]] = {}
+        """Sequence -> its page table."""
         self.blocks = PagedBlocks(self)
 
     @property
     def used_tokens(self) -> int:
         return self.total_tokens - len(self._free) * BLOCK - self.blocks.tokens
 
-    def reserve(self, row: int, tokens: int) -> bool:
-        table = self.tables.get(row, [])
+    def reserve(self, seq_id: int, tokens: int) -> bool:
+        table = self.tables.get(seq_id, [])
         missing = -(-tokens // BLOCK) - len(table)
         if missing > len(self._free):
             return False
         if missing > 0:
             new = [self._free.pop() for _ in range(missing)]
-            self.tables[row] = table + new
+            self.tables[seq_id] = table + new
             self.count(new, 1)
             index = torch.tensor(new, device=self.device)
             for pool in (*self.keys, *self.values):
-                # Another row's values there are masked, but NaN times a weight of 0 is NaN.
+                # Another sequence's values there are masked, but NaN times a weight of 0 is NaN.
                 pool.index_fill_(0, index, 0.0)
         return True
 
-    def begin(self, row: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
-        assert row not in self.tables, "only a new row begins"
+    def begin(self, seq_id: int, blocks: Sequence[int], *, shared: int, tokens: int) -> bool:
+        assert seq_id not in self.tables, "only a new sequence begins"
         origin = self.blocks.pages(blocks)
         whole, rest = divmod(shared, BLOCK)
-        self.tables[row] = origin[:whole]
-        if not self.reserve(row, tokens):
-            del self.tables[row]
+        self.tables[seq_id] = origin[:whole]
+        if not self.reserve(seq_id, tokens):
+            del self.tables[seq_id]
             return False
         self.count(origin[:whole], 1)
         if rest:
-            source, target = origin[whole], self.tables[row][whole]
+            source, target = origin[whole], self.tables[seq_id][whole]
             for pool in (*self.keys, *self.values):
                 pool[target, :rest] = pool[source, :rest]
         return True
 
-    def release(self, row: int) -> None:
-        self.count(self.tables.pop(row, []), -1)
+    def release(self, seq_id: int) -> None:
+        self.count(self.tables.pop(seq_id, []), -1)
 
     def count(self, pages: Sequence[int], change: int) -> None:
         """Change the number of users of these pages. A page without users becomes free."""
@@ -117,8 +119,8 @@ class PagedCache:
     def users(self, page: int) -> int:
         return self._users[page]
 
-    def order(self, rows: Sequence[int]) -> list[int]:
-        return sorted(rows)
+    def order(self, seq_ids: Sequence[int]) -> list[int]:
+        return sorted(seq_ids)
 
     def plan(self, decode: Sequence[Chunk], prefill: Sequence[Chunk]) -> AttentionPlan:
         return PagedPlan(self, self.index([*decode, *prefill]), [*decode, *prefill], len(decode))
@@ -127,9 +129,9 @@ class PagedCache:
         return None
 
     def index(self, chunks: Sequence[Chunk]) -> "PagedIndex":
-        width = max(len(self.tables[chunk.row]) for chunk in chunks)
-        rows = [self.tables[chunk.row] for chunk in chunks]
-        tables = torch.tensor([row + [_SCRATCH_PAGE] * (width - len(row)) for row in rows])
+        width = max(len(self.tables[chunk.seq_id]) for chunk in chunks)
+        pages = [self.tables[chunk.seq_id] for chunk in chunks]
+        tables = torch.tensor([each + [_SCRATCH_PAGE] * (width - len(each)) for each in pages])
         starts = torch.tensor([chunk.start for chunk in chunks])
         tokens = torch.tensor([chunk.tokens for chunk in chunks])
         cumulative = F.pad(tokens.cumsum(0), (1, 0))
@@ -156,15 +158,15 @@ class PagedBlocks:
         self._pages: dict[int, int] = {}
         """Block -> its page."""
         self._kept: Counter[int] = Counter()
-        """Page -> how many blocks it is: two where its row went on writing after the first."""
+        """Page -> how many blocks it is: two where its sequence went on writing after the first."""
         self._numbers = count()
 
     @property
     def tokens(self) -> int:
         return sum(self._is_alone(page) for page in list(self._kept)) * BLOCK
 
-    def keep(self, row: int, start: int, tokens: int) -> list[int]:
-        pages = self._cache.tables[row][start // BLOCK : -(-(start + tokens) // BLOCK)]
+    def keep(self, seq_id: int, *, start: int, tokens: int) -> list[int]:
+        pages = self._cache.tables[seq_id][start // BLOCK : -(-(start + tokens) // BLOCK)]
         self._cache.count(pages, 1)
         self._kept.update(pages)
         blocks = [next(self._numbers) for _ in pages]
@@ -194,7 +196,7 @@ class PagedBlocks:
         return [self._pages[block] for block in blocks]
 
     def _is_alone(self, page: int) -> bool:
-        """Whether only blocks, and no row, use a page."""
+        """Whether only blocks, and no sequence, use a page."""
         return self._cache.users(page) == self._kept[page]
 
 

@@ -84,7 +84,7 @@ def cache_tokens(
     if tokens is None:
         share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE
         tokens = int(free * share / per_token)
-        # A strip is a power of two long, and a row that moves holds two strips for a moment.
+        # A strip is a power of two long, and a sequence that moves holds two strips for a moment.
         tokens = min(tokens, (limits.max_rows + 1) * 2 * limits.max_tokens)
     if tokens * per_token > free:
         raise DoesNotFit(

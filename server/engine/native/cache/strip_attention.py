@@ -28,9 +28,9 @@ about what one more matmul costs."""
 
 
 class Strips(Protocol):
-    """Says where the rows' keys and values lie."""
+    """Says where the sequences' keys and values lie."""
 
-    def strip_of(self, row: int) -> Strip: ...
+    def strip_of(self, seq_id: int) -> Strip: ...
 
     @property
     def memory(self) -> Sequence[LayerMemory]:
@@ -89,7 +89,7 @@ class StripPlan:
         self._kernels = kernels
         self._prefill = prefill
         self._decoding = len(decode)
-        self._chunks = [(chunk, *strips.strip_of(chunk.row)) for chunk in [*decode, *prefill]]
+        self._chunks = [(chunk, *strips.strip_of(chunk.seq_id)) for chunk in [*decode, *prefill]]
         self._masks: dict[tuple[object, ...], torch.Tensor | None] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._kernel_chunks: dict[int, torch.Tensor] = {}

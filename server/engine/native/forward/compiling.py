@@ -85,11 +85,6 @@ class CompiledForward:
         """Whether kernels compute attention, which they do over strips only."""
         return bool(self._attentions)
 
-    @property
-    def has_gates(self) -> bool:
-        """Whether kernels compute a feed-forward's gate with its linear layers."""
-        return any(linear.gates for linear, _ in self._kernel_linears)
-
     def compile(self, folder: Path) -> None:
         """Compile, and keep the result in `folder` for the next start. The compiler may raise any
         exception."""
@@ -213,17 +208,17 @@ def compile_forward(
 
 @contextmanager
 def _planned(cache: FlatCache, in_cache: bool) -> Iterator[Callable[[int], AttentionPlan]]:
-    """Plan the attention of examples: by a probe, or on a temporary row in the cache."""
+    """Plan the attention of examples: by a probe, or on a temporary sequence in the cache."""
     if not in_cache:
         yield probing
         return
-    row = -1
-    has_room = cache.reserve(row, 16)
+    seq_id = -1
+    has_room = cache.reserve(seq_id, 16)
     assert has_room, "the cache is new"
     try:
-        yield lambda tokens: cache.plan([], [Chunk(row, 0, tokens)])
+        yield lambda tokens: cache.plan([], [Chunk(seq_id=seq_id, start=0, tokens=tokens)])
     finally:
-        cache.release(row)
+        cache.release(seq_id)
 
 
 def _compile(module: fx.GraphModule, inputs: list[InputType]) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= rows)
         padding = size - rows
         width = self._cache.table_width
-        tables = [self._cache.tables[chunk.row] for chunk in decode]
+        tables = [self._cache.tables[chunk.seq_id] for chunk in decode]
         self._ids[0, :size] = torch.tensor([*ids, *[0] * padding])
         self._positions[0, :size] = torch.tensor([*(c.start for c in decode), *[0] * padding])
         self._tables[:size] = torch.tensor(

@@ -248,29 +248,29 @@ class Fidelity:
             together: list[tuple[_Text, Sequence]] = []
             try:
                 while waiting and len(together) < self._max_rows:
-                    row, text = waiting[0]
-                    sequence = self._sequence(row, text)
-                    if not cache.reserve(row, len(sequence.tokens) + len(text.answer)):
+                    seq_id, text = waiting[0]
+                    sequence = self._sequence(seq_id, text)
+                    if not cache.reserve(seq_id, len(sequence.tokens) + len(text.answer)):
                         break
                     together.append((text, sequence))
                     waiting.pop(0)
-                assert together, "one row fits into an empty cache"
+                assert together, "one sequence fits into an empty cache"
                 found = self._run(runner, cache, together)
             finally:
                 for _, sequence in together:
-                    cache.release(sequence.row)
+                    cache.release(sequence.seq_id)
             for (text, _), logits in zip(together, found, strict=True):
                 worst = max(worst, _difference(text, torch.cat(logits), self._ia3.base.dtype))
         return worst
 
-    def _sequence(self, row: int, text: _Text) -> Sequence:
+    def _sequence(self, seq_id: int, text: _Text) -> Sequence:
         scored = {"prompt_logprobs": 0} if text.scored else {}
         request = GenerationRequest(
-            id=str(row),
+            id=str(seq_id),
             prompt=tuple(text.prompt),
             params=SamplingParams(max_tokens=len(text.answer), **scored),  # type: ignore[arg-type]
         )
-        sequence = Sequence(request, row, self._tokenizer, self._decoder_start)
+        sequence = Sequence(request, seq_id, self._tokenizer, self._decoder_start)
         sequence.start(text.slot, turn=0)
         return sequence
 
@@ -278,25 +278,25 @@ class Fidelity:
         self, runner: Runner, cache: KVCache, together: list[tuple[_Text, Sequence]]
     ) -> list[list[torch.Tensor]]:
         """Compute each text's logits, in parts: prompts run in two chunks beside decoding rows."""
-        found: dict[int, list[torch.Tensor]] = {sequence.row: [] for _, sequence in together}
-        answers = {sequence.row: list(text.answer) for text, sequence in together}
+        found: dict[int, list[torch.Tensor]] = {sequence.seq_id: [] for _, sequence in together}
+        answers = {sequence.seq_id: list(text.answer) for text, sequence in together}
         going = [sequence for _, sequence in together]
         while going:
-            decoding = {s.row: s for s in going if s.computed >= s.prompt_tokens}
-            chunks = [(s, _chunk(s)) for s in going if s.row not in decoding]
-            step = Step([decoding[row] for row in cache.order(list(decoding))], chunks)
+            decoding = {s.seq_id: s for s in going if s.computed >= s.prompt_tokens}
+            chunks = [(s, _chunk(s)) for s in going if s.seq_id not in decoding]
+            step = Step([decoding[seq_id] for seq_id in cache.order(list(decoding))], chunks)
             logits = runner.run(step)
             for sequence, part in logits.prompts:
-                found[sequence.row].append(part.float().clone())
+                found[sequence.seq_id].append(part.float().clone())
                 sequence.score_prompt([None] * len(part))
             for sequence, last in zip(logits.sequences, logits.next_token, strict=True):
-                found[sequence.row].append(last[None].float().clone())
+                found[sequence.seq_id].append(last[None].float().clone())
             for sequence, tokens in [*((s, 1) for s in step.decode), *chunks]:
                 sequence.advance(tokens)
-                if not sequence.uncomputed and answers[sequence.row]:
-                    sequence.append(answers[sequence.row].pop(0))
+                if not sequence.uncomputed and answers[sequence.seq_id]:
+                    sequence.append(answers[sequence.seq_id].pop(0))
             going = [sequence for sequence in going if sequence.uncomputed]
-        return [found[sequence.row] for _, sequence in together]
+        return [found[sequence.seq_id] for _, sequence in together]
 
 
 def windows_of(model: PreTrainedModel) -> set[int]:

@@ -28,13 +28,13 @@ from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """The next tokens of one row."""
+    """The next tokens of one sequence."""
 
-    row: int
+    seq_id: int
     start: int
-    """How many tokens of the row have keys and values, without those of a source."""
+    """How many tokens of the sequence have keys and values, without those of a source."""
     ids: list[int]
     slot: int
     source: list[int]
@@ -45,7 +45,7 @@ class Piece:
         source = sequence.source_tokens
         start, end = sequence.computed, sequence.computed + tokens
         return cls(
-            row=sequence.row,
+            seq_id=sequence.seq_id,
             start=max(0, start - source),
             ids=sequence.tokens[max(start, source) : end],
             slot=slot_of(sequence),
@@ -79,7 +79,7 @@ class PaddedRunner:
             every = any(sequence.wants_prompt_logprobs for sequence, _ in batch)
             pieces = [Piece.of(sequence, tokens) for sequence, tokens in batch]
             scores = self.forward(pieces, every)
-            logits |= {p.row: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
+            logits |= {p.seq_id: scores[i, -len(p.ids) :] for i, p in enumerate(pieces)}
         taking = [sequence for sequence, tokens in work if tokens == sequence.uncomputed]
         prompts = []
         for sequence, tokens in step.prefill:
@@ -87,8 +87,8 @@ class PaddedRunner:
             if unscored:
                 # The logits end with the row's last token; an encoder's tokens have none.
                 at = slice(unscored.start - tokens, (unscored.stop - tokens) or None)
-                prompts.append((sequence, logits[sequence.row][at]))
-        last = [logits[sequence.row][-1] for sequence in taking]
+                prompts.append((sequence, logits[sequence.seq_id][at]))
+        last = [logits[sequence.seq_id][-1] for sequence in taking]
         none = next(iter(logits.values()))[:0]
         return Logits(taking, torch.stack(last) if last else none, prompts)
 
@@ -104,7 +104,7 @@ class PaddedRunner:
             batches["decode", length if length >= self._equal_beyond else 0].append((sequence, 1))
         for sequence, tokens in prefill:
             if sequence.computed > sequence.source_tokens or tokens > self._equal_beyond:
-                batches["alone", sequence.row].append((sequence, tokens))
+                batches["alone", sequence.seq_id].append((sequence, tokens))
             else:
                 # No row is twice as long as another, so that less than half of a batch is padding.
                 # Models that carry a state get no padding, which would enter the state.
@@ -122,8 +122,8 @@ class PaddedRunner:
             [piece] = pieces
             return torch.cat([self.forward([each], every) for each in piece.single_tokens()], 1)
         sources = [len(piece.source) for piece in pieces if piece.source]
-        rows, lengths = [piece.row for piece in pieces], [piece.start for piece in pieces]
-        group = self._cache.gather(rows, lengths, tokens, sources)
+        seq_ids, lengths = [piece.seq_id for piece in pieces], [piece.start for piece in pieces]
+        group = self._cache.gather(seq_ids, lengths, tokens, sources)
         with group.advancing([len(piece.ids) for piece in pieces]) as cache:
             return self._forward(pieces, every, group, cache)
 

@@ -47,8 +47,14 @@ def probe_padded(ia3: IA3Slots) -> tuple[list[LayerShape], list[LayerStates]]:
         runner = PaddedRunner(ia3, cache)
         for done, until in ((0, -1), (-1, None)):
             pieces = [
-                Piece(i, len(row[:done]) if done else 0, row[done:until], BASE_SLOT, row * crosses)
-                for i, row in enumerate(rows)
+                Piece(
+                    seq_id=seq_id,
+                    start=len(row[:done]) if done else 0,
+                    ids=row[done:until],
+                    slot=BASE_SLOT,
+                    source=row * crosses,
+                )
+                for seq_id, row in enumerate(rows)
             ]
             batches = [pieces] if cache.shares or done else [[piece] for piece in pieces]
             parts = [runner.forward(batch, every=False)[:, -1] for batch in batches]
@@ -80,7 +86,8 @@ def continues_states(
     )
     runner = PaddedRunner(ia3, cache)
     for start, end in ((0, 4), (4, len(row))):
-        found = runner.forward([Piece(0, start, row[start:end], BASE_SLOT, [])], every=False)[0, -1]
+        piece = Piece(seq_id=0, start=start, ids=row[start:end], slot=BASE_SLOT, source=[])
+        found = runner.forward([piece], every=False)[0, -1]
     return _close(found, _alone(ia3.base, row, crosses=False))
 
 

@@ -68,10 +68,12 @@ class FlatRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Logits:
-        decode = [Chunk(s.row, s.computed, 1) for s in step.decode]
+        decode = [Chunk(seq_id=s.seq_id, start=s.computed, tokens=1) for s in step.decode]
         pieces = [(s, s.tokens[s.computed : s.computed + n]) for s, n in step.prefill]
         pieces += [(d.sequence, [d.sequence.tokens[-1], *d.tokens]) for d in step.drafts]
-        chunks = [Chunk(s.row, s.computed, len(tokens)) for s, tokens in pieces]
+        chunks = [
+            Chunk(seq_id=s.seq_id, start=s.computed, tokens=len(tokens)) for s, tokens in pieces
+        ]
         slots = [slot_of(sequence) for sequence in step.decode]
         # A captured graph does not run the saved modules of adapters.
         captured = not chunks and not self._ia3.has_copies(slots)

@@ -2,6 +2,7 @@
 
 from collections import abc
 
+import numpy as np
 import torch
 
 from server.engine.native.sequences.sequence import Sequence
@@ -24,14 +25,13 @@ class Bias:
 class Allowed:
     """Restricts some rows to their allowed tokens."""
 
-    def __init__(
-        self, allowed: abc.Mapping[int, frozenset[int]], vocab: int, device: torch.device
-    ) -> None:
+    def __init__(self, allowed: abc.Mapping[int, bytes], vocab: int, device: torch.device) -> None:
+        """`allowed`: row -> its `token_mask`."""
         self._rows = torch.tensor(list(allowed), device=device)
-        forbidden = torch.ones(len(allowed), vocab, dtype=torch.bool)
-        for index, tokens in enumerate(allowed.values()):
-            forbidden[index, list(tokens)] = False
-        self._forbidden = forbidden.to(device)
+        masks = np.zeros((len(allowed), vocab), dtype=np.bool_)
+        for mask, tokens in zip(masks, allowed.values(), strict=True):
+            mask[: len(tokens)] = np.frombuffer(tokens, dtype=np.bool_)
+        self._forbidden = torch.from_numpy(~masks).to(device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Set the forbidden tokens of `[rows of the batch, vocab]` to minus infinity."""

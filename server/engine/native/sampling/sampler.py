@@ -170,8 +170,13 @@ def _allows_others(sequence: Sequence, tokens: frozenset[int]) -> bool:
     """Whether the sequence may take any token except these."""
     if sequence.constraint is not None:
         return sequence.constraint.allows_others_than(tokens)
-    allowed = sequence.request.params.allowed_token_ids
-    return allowed is None or not allowed <= tokens
+    allowed = sequence.request.params.allowed_tokens
+    if allowed is None:
+        return True
+    token = allowed.find(1)
+    while token in tokens:
+        token = allowed.find(1, token + 1)
+    return token >= 0
 
 
 def _greatest(logits: torch.Tensor) -> torch.Tensor:
@@ -222,7 +227,7 @@ class _Batch:
         ]
         bias = [(row, t, b) for row, p in enumerate(params) for t, b in p.logit_bias.items()]
         self._bias = Bias(bias, device) if bias else None
-        allowed = {row: p.allowed_token_ids for row, p in enumerate(params) if p.allowed_token_ids}
+        allowed = {row: p.allowed_tokens for row, p in enumerate(params) if p.allowed_tokens}
         self._allowed = Allowed(allowed, vocab, device) if allowed else None
         self._penalties: Penalties | None = None
         penalised = [row for row, p in enumerate(params) if p.is_penalised]

@@ -17,7 +17,7 @@ MAX_OVERTAKEN = 8
 """How many sequences may overtake a tenant's older ones of a worse priority before one starts."""
 _SWEEP_FROM = 64
 """Number of shares from which on idle ones are removed."""
-_ROW = attrgetter("row")
+_SEQ_ID = attrgetter("seq_id")
 _RANK = attrgetter("rank")
 
 Eligible = Callable[[Sequence], bool]
@@ -127,7 +127,7 @@ class _Tenant(_Share):
 
     def add(self, sequence: Sequence) -> None:
         adapters = self._classes.setdefault(sequence.request.priority, {})
-        insort(adapters.setdefault(sequence.adapter, []), sequence, key=_ROW)
+        insort(adapters.setdefault(sequence.adapter, []), sequence, key=_SEQ_ID)
 
     def remove(self, sequence: Sequence) -> None:
         priority, adapter = sequence.request.priority, sequence.adapter
@@ -147,7 +147,7 @@ class _Tenant(_Share):
         for priority in priorities:
             heads = [line[0] for line in self._classes[priority].values() if eligible(line[0])]
             if heads:
-                return min(heads, key=lambda head: (self.adapters[head.adapter].used, head.row))
+                return min(heads, key=lambda head: (self.adapters[head.adapter].used, head.seq_id))
         return None
 
     def count_overtaking(self, sequence: Sequence) -> None:
@@ -155,11 +155,11 @@ class _Tenant(_Share):
         best, *worse = sorted(self._classes)
         if not worse or sequence.request.priority > best:
             self._overtaken = 0
-        elif min(map(self._oldest, worse)) < sequence.row:
+        elif min(map(self._oldest, worse)) < sequence.seq_id:
             self._overtaken += 1
 
     def _oldest(self, priority: int) -> int:
-        return min(line[0].row for line in self._classes[priority].values())
+        return min(line[0].seq_id for line in self._classes[priority].values())
 
 
 class FairQueue:

@@ -30,22 +30,23 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The result of a look-up: which of a row's first tokens are cached or being computed."""
+    """The result of a look-up: which of a sequence's first tokens are cached or being computed."""
 
     path: list[Node]
     """The blocks that are cached."""
     tokens: int
-    """How many of the row's tokens are in those blocks."""
+    """How many of the sequence's tokens are in those blocks."""
     owner: Sequence | None
     """The running sequence that computes the tokens after those."""
     expected: int
-    """How many of the row's tokens will be cached once `owner` has computed its prompt."""
+    """How many of the sequence's tokens will be cached once `owner` has computed its prompt."""
 
 
 class PrefixCache:
     """Finds, keeps and evicts blocks by their tokens.
 
-    Blocks stay until rows need the room. The least recently used go first, children before parents.
+    Blocks stay until sequences need the room. The least recently used go first, children before
+    parents.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -86,8 +87,8 @@ class PrefixCache:
         for node in reversed(path):
             self._used.move_to_end(node)
 
-    def keep(self, content: abc.Hashable, tokens: abc.Sequence[int], row: int) -> None:
-        """Keep the keys and values of a row's computed tokens as blocks."""
+    def keep(self, content: abc.Hashable, tokens: abc.Sequence[int], seq_id: int) -> None:
+        """Keep the keys and values of a sequence's computed tokens as blocks."""
         path = [self._root(content)]
         start = 0
         while start < len(tokens):
@@ -97,15 +98,15 @@ class PrefixCache:
             path.append(child)
             start += len(child.tokens)
         if start < len(tokens):
-            for block in self._blocks.keep(row, start, len(tokens) - start):
+            for block in self._blocks.keep(seq_id, start=start, tokens=len(tokens) - start):
                 path.append(self._add(path[-1], self._piece(tokens, start), block))
                 start += len(path[-1].tokens)
         self.touch(path[1:])
         self._forget_if_empty(path[0])
 
-    def detach(self, row: int) -> None:
-        """Detach a row's blocks before the row is released, and evict older ones to make room."""
-        left = self._blocks.detach(row)
+    def detach(self, seq_id: int) -> None:
+        """Detach a sequence's blocks before it is released, and evict older ones to make room."""
+        left = self._blocks.detach(seq_id)
         if left:
             attached = {self._nodes[block] for block in left}
             for _ in left:
@@ -113,7 +114,7 @@ class PrefixCache:
                 if oldest is None or any(node in attached for node in _subtree(oldest)):
                     break
                 self._remove(oldest)
-            for block in self._blocks.detach(row):
+            for block in self._blocks.detach(seq_id):
                 if block in self._nodes:
                     self._remove(self._nodes[block])
 
@@ -149,7 +150,7 @@ class PrefixCache:
             self._remove(node)
 
     def evict(self) -> bool:
-        """Drop some blocks so that rows get room. False: no block's room would become free."""
+        """Drop some blocks so that sequences get room. False: no block's room would become free."""
         kept = (node.block for node in self._used if node.block is not None)
         blocks = self._blocks.to_evict(kept)
         for block in blocks:
@@ -193,7 +194,7 @@ class PrefixCache:
         at = parent.children.index(node)
         for before in parent.children[max(0, at - 1) : at]:
             if before.block is not None and piece[: len(before.tokens)] == before.tokens:
-                # That was the incomplete last block of a row that has gone on.
+                # That was the incomplete last block of a sequence that has gone on.
                 self._remove(before)
         return node
 

@@ -1,7 +1,7 @@
 """Prefix caching for running and later requests: a prefix that they share is computed once.
 
-A new row begins with the keys and values of its longest cached prefix. If a row of higher rank is
-computing that prefix at the moment, the new row waits for it.
+A new sequence begins with the keys and values of its longest cached prefix. If a sequence of higher
+rank is computing that prefix at the moment, the new sequence waits for it.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ LEAST_SHARED = 32
 
 
 class Prefixes:
-    """Reserves, begins and releases rows in the KV cache, and keeps prefixes in it.
+    """Reserves, begins and releases sequences in the KV cache, and keeps prefixes in it.
 
-    All cached blocks are evicted before any row is preempted.
+    All cached blocks are evicted before any sequence is preempted.
     """
 
     def __init__(self, cache: KVCache, across_orders: bool) -> None:
@@ -32,7 +32,7 @@ class Prefixes:
         self._computing: dict[Sequence, list[Node]] = {}
         """Running sequences whose prompts others may wait for -> the nodes that they compute."""
         self._awaited: dict[Sequence, Sequence] = {}
-        """A sequence that waits for another's prompt, until its own row begins -> that other."""
+        """A sequence that waits for another's prompt, until it begins itself -> that other."""
         self.queried_tokens = 0
         """Tokens of the prompts that were admitted."""
         self.hit_tokens = 0
@@ -65,17 +65,17 @@ class Prefixes:
         return True
 
     def begin(self, sequence: Sequence, tokens: int) -> bool:
-        """Make room for the first `tokens` tokens of a new row and copy its cached prefix into it.
-        False: there is no room."""
+        """Make room for the first `tokens` tokens of a new sequence and copy its cached prefix
+        there. False: there is no room."""
         if sequence in self._awaited:
             sequence.take_scores(self._awaited[sequence])
         while True:
             path, shared = self._find(sequence)
             blocks = [node.block for node in path if node.block is not None]
-            row = sequence.row
-            if shared and self._cache.begin(row, blocks, shared=shared, tokens=tokens):
+            seq_id = sequence.seq_id
+            if shared and self._cache.begin(seq_id, blocks, shared=shared, tokens=tokens):
                 break
-            if not shared and self._cache.reserve(row, tokens):
+            if not shared and self._cache.reserve(seq_id, tokens):
                 break
             if not self._known.evict():
                 return False
@@ -91,8 +91,8 @@ class Prefixes:
         return True
 
     def grow(self, sequence: Sequence, ahead: int = 0) -> bool:
-        """Make room for all tokens of a row and `ahead` more. False: there is no room."""
-        while not self._cache.reserve(sequence.row, len(sequence.tokens) + ahead):
+        """Make room for all tokens of a sequence and `ahead` more. False: there is no room."""
+        while not self._cache.reserve(sequence.seq_id, len(sequence.tokens) + ahead):
             if not self._known.evict():
                 return False
         return True
@@ -104,13 +104,13 @@ class Prefixes:
             self._forget_expected(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Release a preempted sequence's row. Sequences that waited for it no longer do."""
+        """Release a preempted sequence's cache. Sequences that waited for it no longer do."""
         self._forget_expected(sequence)
         self._awaited = {s: other for s, other in self._awaited.items() if other is not sequence}
         self._release(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Release the row of a sequence that has ended, if any, and keep what it computed."""
+        """Release the cache of a sequence that has ended, if any, and keep what it computed."""
         content = self._content(sequence)
         if self._across_orders or (self._shares(sequence) and self._members[content] > 1):
             self._keep(sequence)
@@ -136,7 +136,7 @@ class Prefixes:
         return self._across_orders or within
 
     def _find(self, sequence: Sequence) -> tuple[list[Node], int]:
-        """Find the cached blocks that a new row can begin with, and how many of their tokens."""
+        """Find the cached blocks that a sequence can begin with, and how many of their tokens."""
         if not self._shares(sequence):
             return [], 0
         content = self._content(sequence)
@@ -153,11 +153,11 @@ class Prefixes:
         computed = sequence.computed if self._across_orders else sequence.prompt_tokens
         tokens = sequence.sharable[: min(computed, sequence.computed)]
         if len(tokens) >= max(LEAST_SHARED, sequence.source_tokens):
-            self._known.keep(self._content(sequence), tokens, sequence.row)
+            self._known.keep(self._content(sequence), tokens, sequence.seq_id)
 
     def _release(self, sequence: Sequence) -> None:
-        self._known.detach(sequence.row)
-        self._cache.release(sequence.row)
+        self._known.detach(sequence.seq_id)
+        self._cache.release(sequence.seq_id)
 
     def _forget_expected(self, sequence: Sequence) -> None:
         self._known.forget_expected(self._computing.pop(sequence, []))

@@ -22,7 +22,7 @@ _RANK = attrgetter("rank")
 
 
 class CannotStart(Exception):
-    """A sequence's adapter could not be copied to the device, or its row could not begin."""
+    """A sequence's adapter could not be copied to the device, or the cache could not begin it."""
 
     def __init__(self, sequence: Sequence, fault: Fault) -> None:
         self.sequence = sequence
@@ -149,8 +149,8 @@ class Scheduler:
         decode = self._grow([s for s in self.running if s.uncomputed == 1])
         self._admit()
         decode += [s for s in self.running if s.uncomputed == 1 and s not in decode]
-        by_row = {sequence.row: sequence for sequence in decode}
-        step = Step([by_row[row] for row in self._cache.order(list(by_row))], self._prefill())
+        by_id = {sequence.seq_id: sequence for sequence in decode}
+        step = Step([by_id[seq_id] for seq_id in self._cache.order(list(by_id))], self._prefill())
         return step if self._speculation is None else self._speculation.draft(step, self.prefixes)
 
     def _prefill(self) -> list[tuple[Sequence, int]]:
@@ -225,7 +225,7 @@ class Scheduler:
         return resident and self._claim.admits(sequence)
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Begin a sequence's row. If there is no room, unpin its adapter and return False."""
+        """Begin a sequence in the cache. Without room, unpin its adapter and return False."""
         left = sequence.request.params.max_tokens - sequence.answer_tokens
         room = len(sequence.tokens) + max(0, min(left, HEADROOM) - 1)
         begun = False

@@ -14,7 +14,7 @@ from server.engine.request import GenerationRequest, TokenLogprob
 _MARK = 256
 """The most characters of a match that begins a grammar."""
 HEADROOM = 64
-"""Tokens of the answer that admission reserves room for, so that a row seldom moves soon after."""
+"""Tokens of the answer that admission reserves room for, so that keys seldom move soon after."""
 
 
 class Draws:
@@ -48,16 +48,17 @@ class Sequence:
     def __init__(
         self,
         request: GenerationRequest,
-        row: int,
+        seq_id: int,
         tokenizer: PreTrainedTokenizerFast,
         decoder_start: tuple[int, ...] | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """`row` is the engine's number for the sequence. `decoder_start`: the tokens that the
-        decoder of an encoder-decoder begins with. `drafter`: None if no tokens are drafted."""
+        """`decoder_start`: the tokens that the decoder of an encoder-decoder begins with.
+        `drafter`: None if no tokens are drafted."""
         self.request = request
-        self.row = row
-        """The engine's number for this sequence, which names its keys and values in the cache."""
+        self.seq_id = seq_id
+        """The engine's number for this sequence, in order of arrival. It names the sequence's keys
+        and values in the cache."""
         start = decoder_start or ()
         self.source_tokens = 0 if decoder_start is None else len(request.prompt)
         """How many of the first `tokens` an encoder reads, always as a whole."""
@@ -112,7 +113,7 @@ class Sequence:
         preempted again.
         """
         turn = math.inf if self.turn is None else self.turn
-        return not self.preempted, 0 if self.preempted else self.request.priority, turn, self.row
+        return not self.preempted, 0 if self.preempted else self.request.priority, turn, self.seq_id
 
     @property
     def answer(self) -> list[int]:
@@ -123,7 +124,7 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     def begin(self, computed: int) -> None:
-        """Note that the sequence has a row in the cache that holds its first `computed` tokens."""
+        """Note that the cache has room for the sequence, and holds its first `computed` tokens."""
         self.computed = computed
         if self.cached_tokens is None:
             self.cached_tokens = computed

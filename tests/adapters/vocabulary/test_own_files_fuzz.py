@@ -181,7 +181,7 @@ def check(
     assert not any(child.status() == psutil.STATUS_ZOMBIE for child in children)
 
 
-def test_hundreds_of_mutated_strangers_harm_nobody(
+def test_hundreds_of_mutated_files_harm_no_other_request(
     base: PreTrainedTokenizerFast,
     vocabularies: Vocabularies,
     tmp_path_factory: pytest.TempPathFactory,
@@ -190,7 +190,7 @@ def test_hundreds_of_mutated_strangers_harm_nobody(
 
 
 @pytest.mark.full
-def test_thousands_of_mutated_strangers_harm_nobody(
+def test_thousands_of_mutated_files_harm_no_other_request(
     base: PreTrainedTokenizerFast,
     vocabularies: Vocabularies,
     tmp_path_factory: pytest.TempPathFactory,

@@ -80,10 +80,10 @@ def test_a_tokenizer_that_does_something_else_is_refused_at_the_upload(
     before = ask(client, "tiny").json()["choices"]
 
     with pytest.raises(ClientError, match=r"tokenizer\.json: .*add_tokens"):
-        admin.add("stranger", str(bringing(change=change)))
+        admin.add("other", str(bringing(change=change)))
 
     assert ask(client, "tiny").json()["choices"] == before
-    assert ask(client, "stranger").status_code == 404
+    assert ask(client, "other").status_code == 404
 
 
 @pytest.mark.parametrize("kind", ["two loops", "a power that is folded", "a string that doubles"])
@@ -91,7 +91,7 @@ def test_a_template_that_runs_away_is_refused_at_the_upload(
     client: httpx.Client, admin: AdminClient, bringing: Callable[..., Path], kind: str
 ) -> None:
     with pytest.raises(ClientError, match=r"chat_template\.jinja: .* takes more than"):
-        admin.add("stranger", str(bringing(RUNAWAYS[kind])))
+        admin.add("other", str(bringing(RUNAWAYS[kind])))
 
     assert ask(client, "tiny").status_code == 200
 
