@@ -5,10 +5,10 @@ The layers of a loaded model are changed in place, before vLLM compiles it. Only
 cost anything. Runs in vLLM's worker processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,9 +114,7 @@ class IA3Layers:
             for bank, places, values in self._writes.get(number, ()):
                 bank[slot, places] = on_device[values]
 
-    def _plan(
-        self, target: Target, rows: _Rows
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _plan(self, target: Target, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer = rows.layer
         if not isinstance(layer, IA3Linear):
             _mix_in(layer, self.slots)
@@ -171,9 +169,7 @@ def _is_split(layer: Any) -> bool:
     return isinstance(layer, RowParallelLinear) and layer.input_is_parallel
 
 
-def _rows_of(
-    model: nn.Module, sizes: Mapping[str, tuple[int, int]]
-) -> dict[str, list[_Rows]]:
+def _rows_of(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[_Rows]]:
     """Find the layers that compute the modules of the base, by the modules' names in transformers.
 
     vLLM fuses, renames, permutes and shards modules as it loads their weights. So each module's
@@ -191,7 +187,7 @@ def _rows_of(
             weight = numbers[:, None].expand(outputs, columns).contiguous()
             try:
                 model.load_weights([(f"{module}.weight", weight)])  # type: ignore[operator]
-            except Exception:  # noqa: BLE001
+            except Exception:
                 # Loaders raise whatever they like for a name that they do not know.
                 continue
             rows = [_taken(layer) for layer in layers]
