@@ -27,8 +27,6 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
-    Fault,
-    InvalidAdapter,
     TooManyPinned,
     UnknownAdapter,
 )
@@ -118,7 +116,7 @@ class AdapterRegistry:
         checkpoint = staged_checkpoint(staged)
         check_texts(checkpoint.config)
         vectors = effective_vectors(checkpoint, self._modules)
-        self._check_room(vectors)
+        self.residency.check(vectors)
         if self._vocabularies is not None:
             self._vocabularies.read(staged, vectors.saved)
         served = self._reserved[0] if self._reserved else ""
@@ -236,7 +234,7 @@ class AdapterRegistry:
         vectors = self.residency.find(revision.digest)
         if vectors is None:
             vectors = self._read(revision)
-            self._check_room(vectors)
+            self.residency.check(vectors)
             vocabulary = self._vocabulary(revision, vectors, self._store.files)
         else:
             vocabulary = self._vocabulary(revision, vectors, self._store.verified)
@@ -309,13 +307,6 @@ class AdapterRegistry:
         # A revision that was deleted meanwhile seems to have no files: this raises then.
         self._store.revision(revision.name, revision.number)
         return vocabulary
-
-    def _check_room(self, vectors: AdapterVectors) -> None:
-        needed, room = vectors.saved_bytes, self.residency.saved_capacity
-        if needed > room:
-            problem = f"take {needed} bytes, and this server has room for {room}"
-            fix = "raise max-saved-module-bytes, or train with fewer or smaller modules_to_save"
-            raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
 
     def stats(self) -> RegistryStats:
         residency = self.residency.stats()

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -38,6 +38,23 @@ class Settings(BaseSettings):
         None,
         description="Hub id or folder of the base model. Default: SmolLM2-135M-Instruct.",
         examples=["meta-llama/Llama-3.2-3B"],
+    )
+    engine: Literal["native", "vllm"] = Field(
+        "native",
+        description="What computes: native for CPUs, notebooks and encoder-decoders; vllm for GPUs "
+        "(docs/guide/vllm.md says how to install it).",
+        examples=["vllm"],
+    )
+    ia3_targets: str = Field(
+        "",
+        description="With vllm: the modules that adapters may rescale, separated by commas; "
+        "name:input for the input side. Default: PEFT's defaults for the model's family.",
+        examples=["q_proj,v_proj,down_proj:input"],
+    )
+    vllm_options: dict[str, Any] = Field(
+        {},
+        description="With vllm: further arguments of its engine, by its names, as JSON.",
+        examples=['{"tensor_parallel_size": 2}'],
     )
     served_model_name: str | None = Field(
         None, description="The base model's name in requests.", examples=["base"]

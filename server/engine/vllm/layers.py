@@ -71,7 +71,7 @@ class IA3Linear(nn.Module):
         return y, bias
 
     def _base(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        result = super().forward(x)  # type: ignore[misc]
+        result = super().forward(x)
         return result if self.return_bias else (result, None)
 
 
@@ -105,6 +105,10 @@ class IA3Layers:
         """The numbers of the targets that this worker rescales."""
         return sorted(self._writes)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(bank.nbytes for bank in self._banks.values())
+
     def fill(self, slot: int, vectors: Mapping[int, torch.Tensor]) -> None:
         """Fill a slot with vectors by number of their target; other targets keep their values."""
         for bank in self._banks.values():
@@ -120,7 +124,7 @@ class IA3Layers:
             _mix_in(layer, self.slots)
         if target.side is Side.OUTPUT:
             bank = self._bank(layer, "ia3_output", _outputs(layer))
-            layer.ia3_has_output = True  # type: ignore[assignment]
+            layer.ia3_has_output = True
             return bank, rows.places, rows.numbers
         inputs = _inputs(layer)
         first = layer.tp_rank * inputs if _is_split(layer) else 0
@@ -169,7 +173,7 @@ def _is_split(layer: Any) -> bool:
     return isinstance(layer, RowParallelLinear) and layer.input_is_parallel
 
 
-def _rows_of(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[_Rows]]:
+def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[_Rows]]:
     """Find the layers that compute the modules of the base, by the modules' names in transformers.
 
     vLLM fuses, renames, permutes and shards modules as it loads their weights. So each module's
@@ -186,7 +190,7 @@ def _rows_of(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> dict[str
             numbers = torch.arange(1.0, outputs + 1, dtype=torch.float64)
             weight = numbers[:, None].expand(outputs, columns).contiguous()
             try:
-                model.load_weights([(f"{module}.weight", weight)])  # type: ignore[operator]
+                model.load_weights([(f"{module}.weight", weight)])
             except Exception:
                 # Loaders raise whatever they like for a name that they do not know.
                 continue

@@ -14,17 +14,13 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from adapters.checkpoint.targets import Side, Target
+from server.engine.vllm.config import PLAN, SLOT
 from server.engine.vllm.layers import IA3Layers
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker
-
-CONFIG = "ia3"
-"""The key of the plan in vLLM's `additional_config`."""
-SLOT = "ia3_slot"
-"""The key of a request's slot in vLLM's `SamplingParams.extra_args`."""
 
 
 class IA3Runner:
@@ -36,7 +32,7 @@ class IA3Runner:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
-        plan = self.vllm_config.additional_config[CONFIG]
+        plan = self.vllm_config.additional_config[PLAN]
         self.ia3 = IA3Layers(
             runner.get_model(),
             [Target(module, Side(side)) for module, side in plan["targets"]],
@@ -56,7 +52,7 @@ class IA3Runner:
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
 
 
-class IA3Worker(Worker):
+class IA3Worker(Worker):  # type: ignore[misc]
     """What `collective_rpc` may call, besides vLLM's own methods."""
 
     def init_device(self) -> None:
@@ -67,12 +63,21 @@ class IA3Worker(Worker):
         kind = type(runner)
         runner.__class__ = type(f"IA3{kind.__name__}", (IA3Runner, kind), {})
 
+    @property
+    def _layers(self) -> IA3Layers:
+        layers: IA3Layers = self.model_runner.ia3
+        return layers
+
     def ia3_targets(self) -> list[int]:
         """The numbers of the planned targets that this worker rescales."""
-        return self.model_runner.ia3.held
+        return self._layers.held
+
+    def ia3_bytes(self) -> int:
+        """Bytes of this worker's banks."""
+        return self._layers.nbytes
 
     @torch.inference_mode()
     def ia3_fill(self, slot: int, vectors: bytes) -> None:
         """Fill a slot. `vectors`: a safetensors file, with the number of each vector's target."""
         by_number = {int(number): vector for number, vector in load(vectors).items()}
-        self.model_runner.ia3.fill(slot, by_number)
+        self._layers.fill(slot, by_number)

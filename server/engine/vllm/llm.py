@@ -1,0 +1,173 @@
+"""vLLM's engine on an event loop of its own, and the slots of its workers."""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import psutil
+from safetensors.torch import save
+
+from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.targets import Target
+from server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
+from server.engine.vllm.config import PLAN, EngineConfig
+from server.engine.vllm.loading import Base, check_version, describe_base
+from server.engine.vllm.stats import Counts
+from server.engine.vllm.targets import check_targets, planned_targets
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_WORKER = "server.engine.vllm.worker.IA3Worker"
+_CPU_CACHE_BYTES = 4 << 30
+"""The KV cache on a CPU where no size is set, if a quarter of the free memory is not less."""
+
+
+class Slots:
+    """The slots of vLLM's workers, as `Residency` fills them. Belongs to the loop of the engine.
+
+    A slot is filled while requests run: vLLM's workers do it between two steps. Only the requests
+    that use the slot wait for it.
+    """
+
+    saved_capacity = 0
+    """vLLM cannot exchange whole modules."""
+
+    def __init__(self, targets: tuple[Target, ...], capacity: int) -> None:
+        self.capacity = capacity
+        self.targets = targets
+        self._numbers = {target: number for number, target in enumerate(targets)}
+        self._vectors: dict[int, AdapterVectors] = {}
+        self._filling: dict[int, asyncio.Task[None]] = {}
+        self.send: Callable[[int, bytes], Coroutine[Any, Any, None]]
+        """Fills a slot in all workers; set once they run."""
+
+    def check(self, vectors: AdapterVectors) -> None:
+        """Raises InvalidAdapter for what cannot be in a slot."""
+        check_targets(vectors, self._numbers.keys())
+
+    def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
+        self._vectors[slot] = vectors
+        by_number = {str(self._numbers[t]): vector for t, vector in vectors.vectors.items()}
+        contents = save({number: vector.contiguous() for number, vector in by_number.items()})
+        self._filling[slot] = asyncio.get_running_loop().create_task(self.send(slot, contents))
+
+    def clear_slot(self, slot: int) -> None:
+        """Nothing is left behind: a slot is overwritten as a whole."""
+
+    async def filled(self, slot: int) -> None:
+        """Wait until a slot is filled. Where that has failed, try once more."""
+        if self._filling[slot].done() and self._filling[slot].exception() is not None:
+            self.fill_slot(slot, self._vectors[slot])
+        await asyncio.shield(self._filling[slot])
+
+
+class Llm:
+    """An `AsyncLLM` whose workers rescale, and the thread of its loop."""
+
+    def __init__(self, base: Base, slots: Slots, config: EngineConfig) -> None:
+        """Starts vLLM's processes, which load and compile the model. Raises EngineError."""
+        self.base = base
+        self.slots = slots
+        self.counts = Counts()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+        try:
+            self.run(self._open(config))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run on the loop and wait. Not for the loop's own thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    async def _open(self, config: EngineConfig) -> None:
+        # Imported late: vLLM takes seconds, and an environment without it has the other engine.
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        # The worker hooks into the first of vLLM's two model runners.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        try:
+            arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
+            settings = arguments.create_engine_config()
+            if config.kv_cache_tokens is not None:
+                size = settings.cache_config.block_size
+                settings.cache_config.num_gpu_blocks_override = -(-config.kv_cache_tokens // size)
+            self.engine = AsyncLLM.from_vllm_config(
+                settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
+            )
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            kind = DoesNotFit if "memory" in str(error).lower() else UnsupportedModel
+            raise kind(f"vLLM does not serve {self.base.name}: {error}") from error
+        held = await self.engine.collective_rpc("ia3_targets")
+        missing = set(range(len(self.slots.targets))).difference(*held)
+        if missing:
+            first = self.slots.targets[min(missing)]
+            raise UnsupportedModel(
+                f"vLLM computes {len(missing)} of the modules that --ia3-targets names without a "
+                f"layer that could be rescaled, {first.module} among them: name others"
+            )
+        self.compiled = bool(settings.compilation_config.mode)
+        self.bank_bytes = sum(await self.engine.collective_rpc("ia3_bytes"))
+        self.slots.send = self._fill
+
+    async def _fill(self, slot: int, vectors: bytes) -> None:
+        await self.engine.collective_rpc("ia3_fill", args=(slot, vectors))
+
+    def close(self) -> None:
+        """End vLLM's processes and the loop."""
+        engine = getattr(self, "engine", None)
+        if engine is not None:
+            engine.shutdown()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+def open_llm(model: str | None, config: EngineConfig) -> Llm:
+    """Start vLLM for a hub id, a folder, or (None) the default model. Raises EngineError."""
+    check_version()
+    base = describe_base(model)
+    targets = planned_targets(base.modules, config.targets)
+    return Llm(base, Slots(targets, config.max_adapters), config)
+
+
+def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]:
+    """The arguments of vLLM's engine."""
+    from vllm.platforms import current_platform
+
+    given: dict[str, Any] = {
+        "model": base.source,
+        "dtype": base.dtype if config.dtype == "auto" else config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_rows,
+        "max_num_batched_tokens": config.prefill_chunk_tokens,
+        "enable_prefix_caching": config.prefix_cache,
+        "max_logprobs": -1,
+        "skip_tokenizer_init": False,
+        "structured_outputs_config": {"backend": "guidance"},
+        "enable_log_requests": False,
+    }
+    if current_platform.is_cpu():
+        free = psutil.virtual_memory().available
+        given["kv_cache_memory_bytes"] = min(_CPU_CACHE_BYTES, free // 4)
+    ours = {
+        "worker_cls": _WORKER,
+        "additional_config": {
+            PLAN: {
+                "targets": [[target.module, target.side.value] for target in slots.targets],
+                "sizes": {t.module: base.modules.sizes[t.module] for t in slots.targets},
+                "slots": 1 + slots.capacity,
+            }
+        },
+    }
+    taken = config.options.keys() & (given.keys() | ours.keys())
+    if taken:
+        raise EngineError(f"--vllm-options: {min(taken)} is set by a setting of Infuse's own")
+    given |= config.options
+    return {name: value for name, value in given.items() if value is not None} | ours
