@@ -48,7 +48,8 @@ class Settings(BaseSettings):
     ia3_targets: str = Field(
         "",
         description="With vllm: the modules that adapters may rescale, separated by commas; "
-        "name:input for the input side. Default: PEFT's defaults for the model's family.",
+        "name:input for the input side. Default: PEFT's defaults for the model's family, and what the "
+        "stored and preloaded adapters rescale.",
         examples=["q_proj,v_proj,down_proj:input"],
     )
     vllm_options: dict[str, Any] = Field(

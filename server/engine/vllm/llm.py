@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import psutil
 from safetensors.torch import save
 
 from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.config import IA3Config
 from adapters.checkpoint.targets import Target
 from server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
 from server.engine.vllm.config import PLAN, EngineConfig
+from server.engine.vllm.environment import environment_of_workers
 from server.engine.vllm.loading import Base, check_version, describe_base
 from server.engine.vllm.stats import Counts
 from server.engine.vllm.targets import check_targets, planned_targets
@@ -89,19 +90,19 @@ class Llm:
     async def _open(self, config: EngineConfig) -> None:
         # Imported late: vLLM takes seconds, and an environment without it has the other engine.
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # The worker hooks into the first of vLLM's two model runners.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
-            arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
-            settings = arguments.create_engine_config()
-            if config.kv_cache_tokens is not None:
-                size = settings.cache_config.block_size
-                settings.cache_config.num_gpu_blocks_override = -(-config.kv_cache_tokens // size)
-            self.engine = AsyncLLM.from_vllm_config(
-                settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
-            )
+            with environment_of_workers(current_platform.is_cpu()):
+                arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
+                settings = arguments.create_engine_config()
+                if (tokens := config.kv_cache_tokens) is not None:
+                    cache = settings.cache_config
+                    cache.num_gpu_blocks_override = -(-tokens // cache.block_size)
+                self.engine = AsyncLLM.from_vllm_config(
+                    settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
+                )
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             kind = DoesNotFit if "memory" in str(error).lower() else UnsupportedModel
             raise kind(f"vLLM does not serve {self.base.name}: {error}") from error
@@ -129,11 +130,12 @@ class Llm:
         self._thread.join()
 
 
-def open_llm(model: str | None, config: EngineConfig) -> Llm:
-    """Start vLLM for a hub id, a folder, or (None) the default model. Raises EngineError."""
+def open_llm(model: str | None, config: EngineConfig, known: Iterable[IA3Config] = ()) -> Llm:
+    """Start vLLM for a hub id, a folder, or (None) the default model. `known`: the configs of the
+    adapters that there are. Raises EngineError."""
     check_version()
     base = describe_base(model)
-    targets = planned_targets(base.modules, config.targets)
+    targets = planned_targets(base.modules, config.targets, known)
     return Llm(base, Slots(targets, config.max_adapters), config)
 
 
