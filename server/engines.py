@@ -4,6 +4,7 @@ Each engine is imported only where it is used: an environment with vLLM has an o
 with which our own engine does not run.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefix_cache=settings.prefix_cache,
         targets=settings.ia3_targets,
-        options=settings.vllm_options,
+        options=json.loads(settings.vllm_options),
     )
     llm = open_llm(settings.model, config, known)
 
