@@ -75,10 +75,10 @@ def test_every_setting_is_an_environment_variable(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_setting_is_a_flag() -> None:
-    switches = {"true": "--{}", "false": "--no-{}"}
+    switches = {"true": "--", "false": "--no-"}
     flags = [
-        switches.get(value, f"--{{}}={value}").format(name.replace("_", "-"))
-        for name, value in VALUES.items()
+        f"{switches[value]}{flag}" if value in switches else f"--{flag}={value}"
+        for flag, value in ((name.replace("_", "-"), value) for name, value in VALUES.items())
     ]
 
     assert as_text(CliApp.run(Settings, cli_args=flags)) == VALUES
