@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.targets import Target
+from adapters.checkpoint.targets import BaseModules, Target
 from server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
 from server.engine.vllm.config import PLAN, EngineConfig
 from server.engine.vllm.environment import environment_of_workers
@@ -50,11 +50,15 @@ class Slots:
         """Raises InvalidAdapter for what cannot be in a slot."""
         check_targets(vectors, self._numbers.keys())
 
+    def packed(self, vectors: AdapterVectors) -> bytes:
+        """The vectors as `IA3Worker.ia3_fill` takes them."""
+        by_number = {str(self._numbers[t]): vector for t, vector in vectors.vectors.items()}
+        return save({number: vector.contiguous() for number, vector in by_number.items()})
+
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         self._vectors[slot] = vectors
-        by_number = {str(self._numbers[t]): vector for t, vector in vectors.vectors.items()}
-        contents = save({number: vector.contiguous() for number, vector in by_number.items()})
-        self._filling[slot] = asyncio.get_running_loop().create_task(self.send(slot, contents))
+        filling = self.send(slot, self.packed(vectors))
+        self._filling[slot] = asyncio.get_running_loop().create_task(filling)
 
     def clear_slot(self, slot: int) -> None:
         """Nothing is left behind: a slot is overwritten as a whole."""
@@ -139,6 +143,16 @@ def open_llm(model: str | None, config: EngineConfig, known: Iterable[IA3Config]
     return Llm(base, Slots(targets, config.max_adapters), config)
 
 
+def worker_arguments(modules: BaseModules, slots: Slots) -> dict[str, Any]:
+    """The arguments of vLLM's engine that make its workers rescale."""
+    plan = {
+        "targets": [[target.module, target.side.value] for target in slots.targets],
+        "sizes": {target.module: modules.sizes[target.module] for target in slots.targets},
+        "slots": 1 + slots.capacity,
+    }
+    return {"worker_cls": _WORKER, "additional_config": {PLAN: plan}}
+
+
 def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]:
     """The arguments of vLLM's engine."""
     from vllm.platforms import current_platform
@@ -158,16 +172,7 @@ def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]
     if current_platform.is_cpu():
         free = psutil.virtual_memory().available
         given["kv_cache_memory_bytes"] = min(_CPU_CACHE_BYTES, free // 4)
-    ours = {
-        "worker_cls": _WORKER,
-        "additional_config": {
-            PLAN: {
-                "targets": [[target.module, target.side.value] for target in slots.targets],
-                "sizes": {t.module: base.modules.sizes[t.module] for t in slots.targets},
-                "slots": 1 + slots.capacity,
-            }
-        },
-    }
+    ours = worker_arguments(base.modules, slots)
     taken = config.options.keys() & (given.keys() | ours.keys())
     if taken:
         raise EngineError(f"--vllm-options: {min(taken)} is set by a setting of Infuse's own")
