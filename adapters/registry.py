@@ -175,6 +175,7 @@ class AdapterRegistry:
                     raise TooManyPinned(most)
                 # First the read: where it raises, nothing has changed.
                 vectors = self.vectors(current)
+                self.residency.check(vectors)
                 changed = self._store.describe(name, change, if_match, by)
                 self._keep(current, vectors)
             else:
@@ -253,6 +254,7 @@ class AdapterRegistry:
         if vectors is None:
             recipe = Recipe(method=composition, weights=weights)
             vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+            self.residency.check(vectors)
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
         vocabulary = None
         if len(revisions) == 1:
@@ -334,7 +336,9 @@ class AdapterRegistry:
         """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
         log an error, so that the server starts; storing it anew puts it on the device again."""
         try:
-            self._keep(revision, self.vectors(revision))
+            vectors = self.vectors(revision)
+            self.residency.check(vectors)
+            self._keep(revision, vectors)
         except AdapterError as error:
             log.error(
                 "The pinned adapter %s@%d is not on the device: %s",
