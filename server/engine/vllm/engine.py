@@ -79,7 +79,7 @@ class Engine:
         self._waiting: dict[str, Answer] = {}
         self._started: dict[str, asyncio.Task[None]] = {}
         self._overtaking = 0
-        """How many requests were started before the first in the queue, whose adapter has no slot."""
+        """How many requests have started before the first one, whose adapter has no slot."""
         self._outputs: list[Output] = []
         """Outputs that are delivered together when the loop has done what is due now."""
 
