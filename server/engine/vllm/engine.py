@@ -61,7 +61,7 @@ class Engine:
             generation_config=base.generation_config,
             vocab_size=base.vocab_size,
             eos_token_ids=base.end_tokens,
-            max_model_len=settings.model_config.max_model_len,
+            max_model_len=llm.max_model_len,
             decoder_start=None,
         )
         self.grammars = Grammars(base.tokenizer, base.vocab_size, base.end_tokens)
@@ -120,14 +120,15 @@ class Engine:
         self._llm.loop.call_soon_threadsafe(self._residency.settle)
 
     def stats(self) -> EngineStats:
-        counts, state = self._llm.counts, self._state
+        counts, state, started = self._llm.counts, self._state, len(self._started)
         alive = state is not _State.DEAD and not self._llm.engine.errored
         return EngineStats(
             alive=alive,
             ready=alive and state is _State.RUNNING,
-            running=counts.running,
-            waiting=max(0, self._admission.admitted - counts.running),
-            kv_tokens_used=round(counts.kv_cache_usage * self._kv_tokens),
+            # vLLM reports after a step, and after the last one there is none.
+            running=min(counts.running, started),
+            waiting=max(0, self._admission.admitted - min(counts.running, started)),
+            kv_tokens_used=round(counts.kv_cache_usage * self._kv_tokens) if started else 0,
             kv_tokens_total=self._kv_tokens,
             kv_tokens_cached=0,
             prefix_queried_tokens=counts.prefix_queried_tokens,

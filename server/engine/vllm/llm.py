@@ -101,6 +101,10 @@ class Llm:
             with environment_of_workers(current_platform.is_cpu()):
                 arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
                 settings = arguments.create_engine_config()
+                self.max_model_len = settings.model_config.max_model_len
+                # A prompt that is only scored may fill the window; vLLM generates one token more,
+                # which is dropped and never read.
+                settings.model_config.max_model_len += 1
                 if (tokens := config.kv_cache_tokens) is not None:
                     cache = settings.cache_config
                     cache.num_gpu_blocks_override = -(-tokens // cache.block_size)
