@@ -173,8 +173,9 @@ class AdapterRegistry:
                 most = self.residency.capacity - 1
                 if len(self._kept) >= most:
                     raise TooManyPinned(most)
-                # First the read: where it raises, nothing has changed.
+                # First what may raise: then nothing has changed.
                 vectors = self.vectors(current)
+                self.residency.check(vectors)
                 changed = self._store.describe(name, change, if_match, by)
                 self._keep(current, vectors)
             else:
@@ -243,7 +244,8 @@ class AdapterRegistry:
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
         """Lease several adapters as one: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
 
-        Mixtures with equal vectors share a slot. Raises CombinedNotFinite.
+        Mixtures with equal vectors share a slot. Raises CombinedNotFinite, and InvalidAdapter for
+        what no slot can hold.
         """
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
@@ -253,6 +255,7 @@ class AdapterRegistry:
         if vectors is None:
             recipe = Recipe(method=composition, weights=weights)
             vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+            self.residency.check(vectors)
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
         vocabulary = None
         if len(revisions) == 1:
@@ -334,7 +337,9 @@ class AdapterRegistry:
         """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
         log an error, so that the server starts; storing it anew puts it on the device again."""
         try:
-            self._keep(revision, self.vectors(revision))
+            vectors = self.vectors(revision)
+            self.residency.check(vectors)
+            self._keep(revision, vectors)
         except AdapterError as error:
             log.error(
                 "The pinned adapter %s@%d is not on the device: %s",
