@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from enum import Enum, auto
+from functools import partial
 
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -75,7 +76,7 @@ class Engine:
         self._numbers = itertools.count()
         self._queue: FairQueue[Answer] = FairQueue()
         self._waiting: dict[str, Answer] = {}
-        self._started: dict[str, asyncio.Task[None]] = {}
+        self._started: dict[str, asyncio.Task[Output]] = {}
         self._outputs: list[Output] = []
         """Outputs that are delivered together when the loop has done what is due now."""
 
@@ -93,14 +94,15 @@ class Engine:
         Raises QueueFull, EngineStopping, EngineDead.
         """
         with self._changed:
-            if self._state is _State.DEAD or self._llm.engine.errored:
+            if self._is_dead:
                 raise EngineDead
             if self._state is not _State.RUNNING:
                 raise EngineStopping
             if not self._admission.admit(requests):
                 waiting = self._admission.admitted - self._llm.counts.running
                 raise QueueFull(waiting, self._admission.seconds_until_free(requests))
-        self._llm.loop.call_soon_threadsafe(self._take, requests)
+            # Under the lock, so that `stop` finds whatever has been admitted.
+            self._llm.loop.call_soon_threadsafe(self._take, requests)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
@@ -117,13 +119,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         counts, state = self._llm.counts, self._state
-        alive = state is not _State.DEAD and not self._llm.engine.errored
+        # vLLM reports after a step: when its last requests are cancelled, no report follows.
+        is_idle = not self._started
+        running = 0 if is_idle else counts.running
+        alive = not self._is_dead
         return EngineStats(
             alive=alive,
             ready=alive and state is _State.RUNNING,
-            running=counts.running,
-            waiting=max(0, self._admission.admitted - counts.running),
-            kv_tokens_used=round(counts.kv_cache_usage * self._kv_tokens),
+            running=running,
+            waiting=max(0, self._admission.admitted - running),
+            kv_tokens_used=0 if is_idle else round(counts.kv_cache_usage * self._kv_tokens),
             kv_tokens_total=self._kv_tokens,
             kv_tokens_cached=0,
             prefix_queried_tokens=counts.prefix_queried_tokens,
@@ -148,8 +153,15 @@ class Engine:
             if self._state is _State.RUNNING:
                 self._state = _State.DRAINING
             self._changed.wait_for(lambda: not self._admission.admitted, timeout)
-        self._llm.run(self._cancel_all())
-        self._llm.close()
+        if self._llm.is_open:
+            self._llm.run(self._cancel_all())
+            self._llm.close()
+
+    @property
+    def _is_dead(self) -> bool:
+        """Whether vLLM's process has ended by itself."""
+        ended = self._llm.engine.errored and self._state is not _State.DRAINING
+        return ended or self._state is _State.DEAD
 
     def _take(self, requests: tuple[GenerationRequest, ...]) -> None:
         for request in requests:
@@ -174,6 +186,7 @@ class Engine:
             self._queue.start(answer)
             del self._waiting[answer.request.id]
             run = self._llm.loop.create_task(self._run(answer, slot))
+            run.add_done_callback(partial(self._end, answer))
             self._started[answer.request.id] = run
 
     def _pin(self, answer: Answer) -> int | None:
@@ -184,10 +197,9 @@ class Engine:
         lease = answer.request.lease
         return lease is None or self._residency.is_resident(lease)
 
-    async def _run(self, answer: Answer, slot: int) -> None:
-        """Run one request from its start to its last output."""
+    async def _run(self, answer: Answer, slot: int) -> Output:
+        """Run one request from its start; return its last output."""
         request = answer.request
-        last = Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
         try:
             if slot != BASE_SLOT:
                 await self._llm.slots.filled(slot)
@@ -198,28 +210,31 @@ class Engine:
                 async for result in results:
                     output = answer.take(result)
                     if output.finish_reason is not None:
-                        last = output
-                        break
+                        return output
                     self._emit(output)
+            raise AssertionError("vLLM sends no result after the last one")
         except asyncio.CancelledError:
-            pass
+            return Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
         except EngineDeadError:
             self._die()
-            last = Output(request_id=request.id, finish_reason=FinishReason.ENGINE_DEAD)
+            return Output(request_id=request.id, finish_reason=FinishReason.ENGINE_DEAD)
         except BaseException as error:
             log.exception("A request failed in vLLM.")
-            reason = f"The model failed: {error}"
-            last = Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=reason)
-        self._end(answer, last)
+            # vLLM's own error says nothing: its cause does.
+            reason = f"The model failed: {error.__cause__ or error}"
+            return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=reason)
 
-    def _end(self, answer: Answer, last: Output) -> None:
+    def _end(self, answer: Answer, run: asyncio.Task[Output]) -> None:
         """Release what a started request holds, and send its last output."""
         request = answer.request
         del self._started[request.id]
         self._queue.end(answer)
         if request.lease is not None:
             self._residency.unpin(request.lease)
-        self._send_last(request, last)
+            self._residency.settle()
+        # A run that is cancelled before its first step ends without an output.
+        cancelled = Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
+        self._send_last(request, cancelled if run.cancelled() else run.result())
         self._start_next()
 
     def _send_last(self, request: GenerationRequest, last: Output) -> None:

@@ -118,7 +118,23 @@ class Llm:
         self.slots.send = self._fill
 
     async def _fill(self, slot: int, vectors: bytes) -> None:
-        await self.engine.collective_rpc("ia3_fill", args=(slot, vectors))
+        """Fill a slot. Raises EngineDeadError when vLLM's processes end meanwhile: nothing else
+        would end the wait."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        filling = self.loop.create_task(
+            self.engine.collective_rpc("ia3_fill", args=(slot, vectors))
+        )
+        ends = self.engine.output_handler
+        await asyncio.wait([filling, ends], return_when=asyncio.FIRST_COMPLETED)
+        if not filling.done():
+            filling.cancel()
+            raise EngineDeadError
+        filling.result()
+
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End vLLM's processes and the loop."""
