@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import psutil
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from adapters.checkpoint.checkpoint import AdapterVectors
@@ -103,8 +104,9 @@ class Llm:
                 settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
             )
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            kind = DoesNotFit if "memory" in str(error).lower() else UnsupportedModel
-            raise kind(f"vLLM does not serve {self.base.name}: {error}") from error
+            reason = _reason(error)
+            kind = DoesNotFit if "memory" in reason.lower() else UnsupportedModel
+            raise kind(f"vLLM does not serve {self.base.name}: {reason}") from error
         held = await self.engine.collective_rpc("ia3_targets")
         missing = set(range(len(self.slots.targets))).difference(*held)
         if missing:
@@ -151,6 +153,13 @@ def open_llm(model: str | None, config: EngineConfig) -> Llm:
     base = describe_base(model)
     targets = planned_targets(base.modules, config.targets)
     return Llm(base, Slots(targets, config.max_adapters), config)
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says of an error, without what pydantic says of vLLM's configs."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
 
 
 def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]:
