@@ -173,7 +173,7 @@ class AdapterRegistry:
                 most = self.residency.capacity - 1
                 if len(self._kept) >= most:
                     raise TooManyPinned(most)
-                # First the read: where it raises, nothing has changed.
+                # First what may raise: then nothing has changed.
                 vectors = self.vectors(current)
                 self.residency.check(vectors)
                 changed = self._store.describe(name, change, if_match, by)
@@ -244,7 +244,8 @@ class AdapterRegistry:
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
         """Lease several adapters as one: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
 
-        Mixtures with equal vectors share a slot. Raises CombinedNotFinite.
+        Mixtures with equal vectors share a slot. Raises CombinedNotFinite, and InvalidAdapter for
+        what no slot can hold.
         """
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)

@@ -17,7 +17,8 @@ from server.engine.native.cache import padded_cache
 from server.engine.native.cache.padded_cache import PaddedCache
 from server.engine.native.cache.padded_layers import KeysAndValues, empty_layer
 from server.engine.native.sampling import sampler
-from tests.engine.harness import Answer, Harness
+from tests.driver import Answer
+from tests.engine.harness import Harness
 from tests.factories import run_by_modules, tiny_model
 from tests.families import tiny
 from tests.hybrid_families import HYBRIDS, tiny_hybrid

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from enum import Enum, auto
+from functools import partial
 
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -38,7 +39,6 @@ class _State(Enum):
     RUNNING = auto()
     DRAINING = auto()
     """No requests are taken; those in flight run on."""
-    STOPPED = auto()
     DEAD = auto()
     """vLLM's process has ended."""
 
@@ -77,7 +77,7 @@ class Engine:
         self._numbers = itertools.count()
         self._queue: FairQueue[Answer] = FairQueue()
         self._waiting: dict[str, Answer] = {}
-        self._started: dict[str, asyncio.Task[None]] = {}
+        self._started: dict[str, asyncio.Task[Output]] = {}
         self._overtaking = 0
         """How many requests have started before the first one, whose adapter has no slot."""
         self._outputs: list[Output] = []
@@ -97,14 +97,15 @@ class Engine:
         Raises QueueFull, EngineStopping, EngineDead.
         """
         with self._changed:
-            if self._state is _State.DEAD or self._llm.engine.errored:
+            if self._is_dead:
                 raise EngineDead
             if self._state is not _State.RUNNING:
                 raise EngineStopping
             if not self._admission.admit(requests):
                 waiting = self._admission.admitted - self._llm.counts.running
                 raise QueueFull(waiting, self._admission.seconds_until_free(requests))
-        self._llm.loop.call_soon_threadsafe(self._take, requests)
+            # Under the lock, so that `stop` finds whatever has been admitted.
+            self._llm.loop.call_soon_threadsafe(self._take, requests)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
@@ -120,15 +121,17 @@ class Engine:
         self._llm.loop.call_soon_threadsafe(self._residency.settle)
 
     def stats(self) -> EngineStats:
-        counts, state, started = self._llm.counts, self._state, len(self._started)
-        alive = state is not _State.DEAD and not self._llm.engine.errored
+        counts, state = self._llm.counts, self._state
+        # vLLM reports after a step: when its last requests are cancelled, no report follows.
+        is_idle = not self._started
+        running = 0 if is_idle else counts.running
+        alive = not self._is_dead
         return EngineStats(
             alive=alive,
             ready=alive and state is _State.RUNNING,
-            # vLLM reports after a step, and after the last one there is none.
-            running=min(counts.running, started),
-            waiting=max(0, self._admission.admitted - min(counts.running, started)),
-            kv_tokens_used=round(counts.kv_cache_usage * self._kv_tokens) if started else 0,
+            running=running,
+            waiting=max(0, self._admission.admitted - running),
+            kv_tokens_used=0 if is_idle else round(counts.kv_cache_usage * self._kv_tokens),
             kv_tokens_total=self._kv_tokens,
             kv_tokens_cached=0,
             prefix_queried_tokens=counts.prefix_queried_tokens,
@@ -153,11 +156,15 @@ class Engine:
             if self._state is _State.RUNNING:
                 self._state = _State.DRAINING
             self._changed.wait_for(lambda: not self._admission.admitted, timeout)
-            if self._state is _State.STOPPED:
-                return
-            self._state = _State.STOPPED
-        self._llm.run(self._cancel_all())
-        self._llm.close()
+        if self._llm.is_open:
+            self._llm.run(self._cancel_all())
+            self._llm.close()
+
+    @property
+    def _is_dead(self) -> bool:
+        """Whether vLLM's process has ended by itself."""
+        ended = self._llm.engine.errored and self._state is not _State.DRAINING
+        return ended or self._state is _State.DEAD
 
     def _take(self, requests: tuple[GenerationRequest, ...]) -> None:
         for request in requests:
@@ -174,7 +181,6 @@ class Engine:
         Where the adapter of the first one has no slot, some requests of resident adapters go before
         it; then none starts until it does.
         """
-        self._residency.settle()
         while len(self._started) < self._most_started:
             first = self._queue.first(lambda _: True)
             if first is None:
@@ -190,6 +196,7 @@ class Engine:
             self._queue.start(answer)
             del self._waiting[answer.request.id]
             run = self._llm.loop.create_task(self._run(answer, slot))
+            run.add_done_callback(partial(self._end, answer))
             self._started[answer.request.id] = run
 
     def _pin(self, answer: Answer) -> int | None:
@@ -200,10 +207,10 @@ class Engine:
         lease = answer.request.lease
         return lease is None or self._residency.is_resident(lease)
 
-    async def _run(self, answer: Answer, slot: int) -> None:
-        """Run one request from its start to its last output."""
+    async def _run(self, answer: Answer, slot: int) -> Output:
+        """Run one request from its start; return its last output."""
         request = answer.request
-        last = Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
+        last: Output | None = None
         try:
             if slot != BASE_SLOT:
                 await self._llm.slots.filled(slot)
@@ -215,29 +222,35 @@ class Engine:
                     output = answer.take(result)
                     if output.finish_reason is None:
                         self._emit(output)
-                        continue
-                    last = output
-                    if not result.finished:
-                        break  # A stop string has ended it, of which vLLM knows nothing.
+                    elif result.finished:
+                        last = output
+                    else:
+                        # A stop string has ended it, of which vLLM knows nothing.
+                        return output
+            assert last is not None, "vLLM sends no result after the last one"
+            return last
         except asyncio.CancelledError:
-            pass
+            return Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
         except EngineDeadError:
             self._die()
-            last = Output(request_id=request.id, finish_reason=FinishReason.ENGINE_DEAD)
+            return Output(request_id=request.id, finish_reason=FinishReason.ENGINE_DEAD)
         except BaseException as error:
             log.exception("A request failed in vLLM.")
-            reason = f"The model failed: {error}"
-            last = Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=reason)
-        self._end(answer, last)
+            # vLLM's own error says nothing: its cause does.
+            reason = f"The model failed: {error.__cause__ or error}"
+            return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=reason)
 
-    def _end(self, answer: Answer, last: Output) -> None:
+    def _end(self, answer: Answer, run: asyncio.Task[Output]) -> None:
         """Release what a started request holds, and send its last output."""
         request = answer.request
         del self._started[request.id]
         self._queue.end(answer)
         if request.lease is not None:
             self._residency.unpin(request.lease)
-        self._send_last(request, last)
+            self._residency.settle()
+        # A run that is cancelled before its first step ends without an output.
+        cancelled = Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
+        self._send_last(request, cancelled if run.cancelled() else run.result())
         self._start_next()
 
     def _send_last(self, request: GenerationRequest, last: Output) -> None:

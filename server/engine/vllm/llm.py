@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import psutil
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from adapters.checkpoint.checkpoint import AdapterVectors
@@ -112,8 +113,9 @@ class Llm:
                     settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
                 )
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            kind = DoesNotFit if "memory" in str(error).lower() else UnsupportedModel
-            raise kind(f"vLLM does not serve {self.base.name}: {error}") from error
+            reason = _reason(error)
+            kind = DoesNotFit if "memory" in reason.lower() else UnsupportedModel
+            raise kind(f"vLLM does not serve {self.base.name}: {reason}") from error
         held = await self.engine.collective_rpc("ia3_targets")
         missing = set(range(len(self.slots.targets))).difference(*held)
         if missing:
@@ -127,7 +129,23 @@ class Llm:
         self.slots.send = self._fill
 
     async def _fill(self, slot: int, vectors: bytes) -> None:
-        await self.engine.collective_rpc("ia3_fill", args=(slot, vectors))
+        """Fill a slot. Raises EngineDeadError when vLLM's processes end meanwhile: nothing else
+        would end the wait."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        filling = self.loop.create_task(
+            self.engine.collective_rpc("ia3_fill", args=(slot, vectors))
+        )
+        ends = self.engine.output_handler
+        await asyncio.wait([filling, ends], return_when=asyncio.FIRST_COMPLETED)
+        if not filling.done():
+            filling.cancel()
+            raise EngineDeadError
+        filling.result()
+
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End vLLM's processes and the loop."""
@@ -155,6 +173,13 @@ def worker_arguments(modules: BaseModules, slots: Slots) -> dict[str, Any]:
         "slots": 1 + slots.capacity,
     }
     return {"worker_cls": _WORKER, "additional_config": {PLAN: plan}}
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says of an error, without what pydantic says of vLLM's configs."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
 
 
 def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]:

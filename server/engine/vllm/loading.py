@@ -80,6 +80,8 @@ def describe_base(model: str | None) -> Base:
         raise ModelNotFound(f"no model at '{source}': {first_line(error)}") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"'{source}' is no language model: {first_line(error)}") from error
+    except (ImportError, RuntimeError) as error:
+        raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     try:

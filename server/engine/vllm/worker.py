@@ -4,6 +4,8 @@ vLLM imports this by name (`worker_cls`) in its own processes. All that reaches 
 is here and in `layers`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,26 @@ class IA3Runner:
         by_token = np.repeat(np.array(slots), num_scheduled_tokens[: len(slots)])
         torch_utils.async_tensor_h2d(by_token, out=self.ia3.slots[: len(by_token)])
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        with self._kept_generators():
+            return super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _kept_generators(self) -> Iterator[None]:
+        """Within: requests whose prompt is computed in part have no generator.
+
+        vLLM draws a token for them too, and sets their generators back by an offset, which
+        generators on a CPU do not have: its worker would end (vLLM 0.32).
+        """
+        runner: Any = self
+        generators = runner.input_batch.generators
+        in_part = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+        kept = {row: generators.pop(row) for row in in_part.tolist() if row in generators}
+        try:
+            yield
+        finally:
+            generators.update(kept)
 
 
 class IA3Worker(Worker):  # type: ignore[misc]
