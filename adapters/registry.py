@@ -27,8 +27,6 @@ from adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
-    Fault,
-    InvalidAdapter,
     TooManyPinned,
     UnknownAdapter,
 )
@@ -118,7 +116,7 @@ class AdapterRegistry:
         checkpoint = staged_checkpoint(staged)
         check_texts(checkpoint.config)
         vectors = effective_vectors(checkpoint, self._modules)
-        self._check_room(vectors)
+        self.residency.check(vectors)
         if self._vocabularies is not None:
             self._vocabularies.read(staged, vectors.saved)
         served = self._reserved[0] if self._reserved else ""
@@ -175,8 +173,9 @@ class AdapterRegistry:
                 most = self.residency.capacity - 1
                 if len(self._kept) >= most:
                     raise TooManyPinned(most)
-                # First the read: where it raises, nothing has changed.
+                # First what may raise: then nothing has changed.
                 vectors = self.vectors(current)
+                self.residency.check(vectors)
                 changed = self._store.describe(name, change, if_match, by)
                 self._keep(current, vectors)
             else:
@@ -236,7 +235,7 @@ class AdapterRegistry:
         vectors = self.residency.find(revision.digest)
         if vectors is None:
             vectors = self._read(revision)
-            self._check_room(vectors)
+            self.residency.check(vectors)
             vocabulary = self._vocabulary(revision, vectors, self._store.files)
         else:
             vocabulary = self._vocabulary(revision, vectors, self._store.verified)
@@ -245,7 +244,8 @@ class AdapterRegistry:
     def lease_mixture(self, parts: Sequence[Part], composition: Composition) -> Lease:
         """Lease several adapters as one: `prod(1 + w_i * d_i)`, or `sum(w_i * l_i)`.
 
-        Mixtures with equal vectors share a slot. Raises CombinedNotFinite.
+        Mixtures with equal vectors share a slot. Raises CombinedNotFinite, and InvalidAdapter for
+        what no slot can hold.
         """
         revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
@@ -255,6 +255,7 @@ class AdapterRegistry:
         if vectors is None:
             recipe = Recipe(method=composition, weights=weights)
             vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+            self.residency.check(vectors)
         shown = [f"{_label(r)}*{w:g}" for r, w in zip(revisions, weights, strict=True)]
         vocabulary = None
         if len(revisions) == 1:
@@ -310,13 +311,6 @@ class AdapterRegistry:
         self._store.revision(revision.name, revision.number)
         return vocabulary
 
-    def _check_room(self, vectors: AdapterVectors) -> None:
-        needed, room = vectors.saved_bytes, self.residency.saved_capacity
-        if needed > room:
-            problem = f"take {needed} bytes, and this server has room for {room}"
-            fix = "raise max-saved-module-bytes, or train with fewer or smaller modules_to_save"
-            raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
-
     def stats(self) -> RegistryStats:
         residency = self.residency.stats()
         return RegistryStats(
@@ -344,7 +338,9 @@ class AdapterRegistry:
         """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
         log an error, so that the server starts; storing it anew puts it on the device again."""
         try:
-            self._keep(revision, self.vectors(revision))
+            vectors = self.vectors(revision)
+            self.residency.check(vectors)
+            self._keep(revision, vectors)
         except AdapterError as error:
             log.error(
                 "The pinned adapter %s@%d is not on the device: %s",

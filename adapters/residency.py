@@ -26,6 +26,9 @@ class SlotHolder(Protocol):
         """Bytes that the whole modules of all resident adapters may take."""
         ...
 
+    def check(self, vectors: AdapterVectors) -> None:
+        """Raises InvalidAdapter for vectors that no slot can hold."""
+
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None: ...
 
     def clear_slot(self, slot: int) -> None: ...
@@ -144,9 +147,9 @@ class Residency:
     def capacity(self) -> int:
         return self._slots.capacity
 
-    @property
-    def saved_capacity(self) -> int:
-        return self._slots.saved_capacity
+    def check(self, vectors: AdapterVectors) -> None:
+        """Raises InvalidAdapter for vectors that no slot can hold."""
+        self._slots.check(vectors)
 
     @property
     def host_capacity(self) -> int:

@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,9 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.checkpoint.config import CONFIG_FILE
+from adapters.checkpoint.config import CONFIG_FILE, IA3Config
 from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
-from adapters.model.slots import IA3Slots
 from adapters.registry import AdapterRegistry
-from adapters.residency import Residency
 from adapters.sources.source_url import parse_prefixes
 from adapters.sources.sources import Sources
 from adapters.storage.bucket import BucketStorage
@@ -32,8 +30,8 @@ from server.api import adapters, chat, completions, health, merges, models, rank
 from server.auth import Authorize, Key, read_keys
 from server.engine.fair_turns import FairTurns
 from server.engine.model_files import cache_dir
-from server.engine.native import Engine, EngineConfig, LoadedModel, load_model
 from server.engine.threads import on_passing_thread
+from server.engines import open_engine
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
@@ -101,24 +99,21 @@ def load_services(settings: Settings) -> Services:
 def _load_services(settings: Settings) -> Services:
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
-        loaded = _load_model(settings)
-        name = settings.served_model_name or loaded.name
+        opened = open_engine(settings, _known_configs(store, settings.preload_adapters))
+        name = settings.served_model_name or opened.name
         refuse_taken(name, store, settings.preload_adapters)
-        ia3 = IA3Slots(
-            loaded.model, settings.max_resident_adapters, settings.max_saved_module_bytes
-        )
         registry = AdapterRegistry(
             store,
-            ia3.modules_of_base,
-            ia3,
+            opened.modules,
+            opened.slots,
             reserved=(name,),
-            tokenizer=loaded.tokenizer,
+            tokenizer=opened.tokenizer,
             host_bytes=settings.max_host_adapter_bytes,
         )
-        engine = Engine(loaded, ia3, registry.residency, _engine_config(settings))
+        engine = opened.engine(registry.residency)
         if settings.preload_adapters is not None:
             preload(registry, settings.preload_adapters)
-        merges = MergeJobs(_merges_folder(settings), settings.model, loaded.name)
+        merges = MergeJobs(_merges_folder(settings), settings.model, opened.name)
     except BaseException:
         store.close()
         raise
@@ -167,32 +162,15 @@ def _beside(bucket: str, what: str) -> Path:
     return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
 
 
-def warm_up(settings: Settings) -> bool:
-    """Compile a model into the cache that later starts use. False: it does not compile, and the log
-    says why."""
-    loaded = _load_model(settings)
-    ia3 = IA3Slots(loaded.model, max_adapters=1)
-    engine = Engine(loaded, ia3, Residency(ia3), _engine_config(settings))
-    return engine.stats().compiled
-
-
-def _load_model(settings: Settings) -> LoadedModel:
-    return load_model(settings.model, settings.device, settings.dtype, settings.quantization)
-
-
-def _engine_config(settings: Settings) -> EngineConfig:
-    return EngineConfig(
-        max_rows=settings.max_batch_rows,
-        max_queue=settings.max_queue,
-        max_model_len=settings.max_model_len,
-        kv_cache_tokens=settings.kv_cache_tokens,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        prefix_cache=settings.prefix_cache,
-        pack_linears=settings.pack_linears,
-        trace_cache=cache_dir() / "traces",
-        compile_cache=cache_dir() / "compiled" if settings.compile else None,
-        speculation=settings.speculation,
-    )
+def _known_configs(store: AdapterStore, preloaded: Path | None) -> Iterator[IA3Config]:
+    """The configs of all adapters that are stored or will be preloaded, but for damaged ones."""
+    for name in store.names():
+        with suppress(AdapterError):
+            files = store.read(store.current(name), (CONFIG_FILE,))
+            yield IA3Config.parse(files[CONFIG_FILE])
+    for folder in {} if preloaded is None else _folders_to_preload(preloaded).values():
+        with suppress(AdapterError, OSError):
+            yield IA3Config.parse((folder / CONFIG_FILE).read_bytes())
 
 
 def refuse_taken(base: str, store: AdapterStore, preloaded: Path | None) -> None:

@@ -133,8 +133,8 @@ def warm(context: typer.Context) -> None:
     Takes the same settings as `infuse serve`.
     """
     settings = _settings("warm", ["--compile", *context.args])
-    from server.app import warm_up
     from server.engine import EngineError
+    from server.engines import warm_up
 
     try:
         compiled = warm_up(settings)

@@ -1,6 +1,7 @@
 """All settings: the flags of `infuse serve`, their environment variables, and their checks."""
 
 import ipaddress
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -38,6 +39,24 @@ class Settings(BaseSettings):
         None,
         description="Hub id or folder of the base model. Default: SmolLM2-135M-Instruct.",
         examples=["meta-llama/Llama-3.2-3B"],
+    )
+    engine: Literal["native", "vllm"] = Field(
+        "native",
+        description="What computes: native for CPUs, notebooks and encoder-decoders; vllm for GPUs "
+        "(docs/guide/vllm.md says how to install it).",
+        examples=["vllm"],
+    )
+    ia3_targets: str = Field(
+        "",
+        description="With vllm: the modules that adapters may rescale, separated by commas; "
+        "name:input for the input side. Default: PEFT's defaults for the model's family, and what "
+        "the stored and preloaded adapters rescale.",
+        examples=["q_proj,v_proj,down_proj:input"],
+    )
+    vllm_options: str = Field(
+        "{}",
+        description="With vllm: further arguments of its engine, by its names, as JSON.",
+        examples=['{"tensor_parallel_size": 2}'],
     )
     served_model_name: str | None = Field(
         None, description="The base model's name in requests.", examples=["base"]
@@ -229,6 +248,17 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(f"'{host}' is no IP address and not localhost") from None
         return host
+
+    @field_validator("vllm_options")
+    @classmethod
+    def _is_object(cls, options: str) -> str:
+        try:
+            parsed = json.loads(options)
+        except ValueError as error:
+            raise ValueError(f"'{options}' is no JSON: {error}") from None
+        if not isinstance(parsed, dict):
+            raise ValueError(f"'{options}' is no JSON object; write {{\"name\": value}}")
+        return options
 
     @field_validator("source_prefixes")
     @classmethod

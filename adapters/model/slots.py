@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.checkpoint.targets import BaseModules, Side, Target
+from adapters.errors import Fault, InvalidAdapter
 from adapters.model.bank import AdapterBank, Segment
 from adapters.model.layer import IA3Layer, Scale, Wrapping
 from adapters.model.saved_layer import Layout, SavedLayer, copy_of
@@ -64,6 +65,14 @@ class IA3Slots:
     @property
     def version(self) -> Version:
         return Version(self._layers_version, self._scales_version, self.bank.column_count)
+
+    def check(self, vectors: AdapterVectors) -> None:
+        """Raises InvalidAdapter where an adapter's whole modules take more than there is room."""
+        needed = vectors.saved_bytes
+        if needed > self.saved_capacity:
+            problem = f"take {needed} bytes, and this server has room for {self.saved_capacity}"
+            fix = "raise max-saved-module-bytes, or train with fewer or smaller modules_to_save"
+            raise InvalidAdapter([Fault("modules_to_save", problem, fix)])
 
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         """Copy an adapter to the device; modules that it is the first to change are wrapped."""

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from server.engine.errors import ModelNotFound
 
@@ -79,6 +84,24 @@ def convert_gguf(source: Path, target: Path) -> None:
     plain.generation_config = GenerationConfig.from_model_config(model.config)
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
+
+
+def served_name(model: str | None) -> str:
+    """A model's name in requests where no other is set: the hub id, or the folder's name."""
+    name = DEFAULT_MODEL if model is None else model
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def end_tokens(
+    generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """The ids of the end-of-sequence tokens; `generation_config` may name several."""
+    ends = generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def first_line(error: Exception) -> str:

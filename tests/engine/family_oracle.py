@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from server.engine import FinishReason, TokenLogprob
 from tests.adapters.oracle import with_peft
-from tests.engine.harness import Harness
+from tests.driver import Driver
 
 
 class FamilyOracle:
@@ -38,7 +38,7 @@ class FamilyOracle:
         logits: torch.Tensor = self._model(**given, use_cache=False).logits[0, -len(answer) :]
         return logits.double().log_softmax(-1)
 
-    def assert_answered(self, engine: Harness, asked: Mapping[str, list[int]]) -> None:
+    def assert_answered(self, engine: Driver, asked: Mapping[str, list[int]]) -> None:
         """The answers to these prompts, by request id, are whole and PEFT's greedy ones."""
         for request_id, prompt in asked.items():
             answer = engine.answers[request_id]

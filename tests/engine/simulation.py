@@ -66,6 +66,9 @@ class Slots:
     saved_capacity: int = 0
     contents: dict[int, AdapterVectors] = field(default_factory=dict)
 
+    def check(self, vectors: AdapterVectors) -> None:
+        pass
+
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         self.contents[slot] = vectors
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adapters.residency import Lease
 from server.engine import QueueFull
-from server.engine.native.admission import Admission
+from server.engine.admission import Admission
 from server.engine.request import GenerationRequest, SamplingParams
 
 CAPACITY = 8

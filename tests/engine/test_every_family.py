@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from server.engine import UnsupportedModel
+from tests.driver import Answer
 from tests.engine.family_oracle import FamilyOracle
-from tests.engine.harness import Answer, Harness, worst_error
+from tests.engine.harness import Harness, worst_error
 from tests.engine.models_page import PAGE, Outcome, beginning_of_type
 from tests.every_family import CASES, WINDOW, not_tried, tiny_of
 from tests.factories import save_adapter

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine import UnsupportedModel
+from tests.driver import log_probabilities
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
 from tests.engine.models_page import PAGE, Seen, beginning
@@ -61,7 +62,7 @@ def test_a_mixed_batch_equals_peft(
             by_peft = plain.logprobs(prompt, answer.tokens)
             assert answer.tokens == by_peft.argmax(-1).tolist(), (names, prompt)
             wanted = exact.logprobs(prompt, answer.tokens)
-            ours.append((table(answer.logprobs) - wanted).abs().max().item())
+            ours.append((log_probabilities(answer, TOKENS) - wanted).abs().max().item())
             pefts.append((by_peft - wanted).abs().max().item())
     assert max(ours) <= 2 * max(pefts)
     seen = Seen(family, engine.engine.core.runner_kind, max(pefts), max(ours))
@@ -73,15 +74,6 @@ def test_a_mixed_batch_equals_peft(
 def test_the_page_about_models_says_how_a_family_runs(family: str) -> None:
     """`make test-full` writes it."""
     assert beginning(family, "padded" if family in PADDED else "flat") in PAGE.read_text()
-
-
-def table(scored: list) -> torch.Tensor:
-    """`[answer, vocab]` of what an answer's tokens were chosen from."""
-    rows = torch.empty(len(scored), TOKENS, dtype=torch.float64)
-    for row, each in zip(rows, scored, strict=True):
-        tokens, values = zip(*each.top, strict=True)
-        row[list(tokens)] = torch.tensor(values, dtype=torch.float64)
-    return rows
 
 
 def test_a_model_that_fits_neither_runner_is_refused(start: Callable[..., Harness]) -> None:

@@ -13,9 +13,9 @@ from server.engine.native.attention import LayerShape
 from server.engine.native.cache.padded_cache import PaddedCache
 from server.engine.native.cache.padded_layers import LayerStates
 from server.engine.native.cache.planning import Limits, cache_tokens
+from tests.driver import log_probabilities
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
-from tests.engine.test_families import table
 from tests.factories import TOKENS, save_adapter
 from tests.hybrid_families import HYBRIDS, tiny_hybrid
 
@@ -74,7 +74,7 @@ def test_a_mixed_batch_equals_peft(
             by_peft = plain.logprobs(prompt, answer.tokens)
             assert answer.tokens == by_peft.argmax(-1).tolist(), (names, prompt)
             wanted = exact.logprobs(prompt, answer.tokens)
-            ours.append((table(answer.logprobs) - wanted).abs().max().item())
+            ours.append((log_probabilities(answer, TOKENS) - wanted).abs().max().item())
             pefts.append((by_peft - wanted).abs().max().item())
     assert max(ours) <= 2 * max(pefts), (max(ours), max(pefts))
     engine.assert_idle()

@@ -11,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.engine import FinishReason
+from server.engine.detokenizer import Detokenizer
 from server.engine.native import stepping
 from server.engine.native.cache import padded_cache
 from server.engine.native.cache.padded_cache import PaddedCache
 from server.engine.native.cache.padded_layers import KeysAndValues, empty_layer
 from server.engine.native.sampling import sampler
-from server.engine.native.sequences.detokenizer import Detokenizer
-from tests.engine.harness import Answer, Harness
+from tests.driver import Answer
+from tests.engine.harness import Harness
 from tests.factories import run_by_modules, tiny_model
 from tests.families import tiny
 from tests.hybrid_families import HYBRIDS, tiny_hybrid

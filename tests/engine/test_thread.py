@@ -8,9 +8,9 @@ import torch
 
 from server.engine import EngineDead, FinishReason
 from server.engine.constraints import grammars
+from server.engine.detokenizer import Detokenizer
 from server.engine.native.scheduling.scheduler import Scheduler
 from server.engine.native.sequences import sequence
-from server.engine.native.sequences.detokenizer import Detokenizer
 from server.engine.native.sequences.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.sequences.test_detokenizer import TOKENIZER, ids, replacing_tokenizer

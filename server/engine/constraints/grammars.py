@@ -59,7 +59,12 @@ class Masks:
 class Grammar:
     """A compiled constraint. It is immutable: every sequence follows a copy."""
 
-    def __init__(self, matcher: LLMatcher, lexicon: LLTokenizer) -> None:
+    def __init__(
+        self, kind: GrammarKind, source: str, matcher: LLMatcher, lexicon: LLTokenizer
+    ) -> None:
+        """`source`: what it was compiled from, for engines that compile it themselves."""
+        self.kind: GrammarKind = kind
+        self.source = source
         self._matcher = matcher
         self.lexicon = lexicon
         self.first: Future[Masks] = Future()
@@ -77,7 +82,7 @@ class Grammar:
         matcher = self.copy()
         if matcher.validate_tokens(tokens) < len(tokens) or not matcher.consume_tokens(tokens):
             return None
-        return Grammar(matcher, self.lexicon)
+        return Grammar(self.kind, self.source, matcher, self.lexicon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +208,7 @@ class Grammars:
             return _explained(kind, text, str(error))
         if problem := error_of(matcher):
             return _explained(kind, text, problem)
-        grammar = Grammar(matcher, lexicon)
+        grammar = Grammar(kind, text, matcher, lexicon)
         if problem := grammar.first.result().errors[0]:
             return _explained(kind, text, problem)
         return grammar

@@ -8,6 +8,7 @@ import json
 import re
 import resource
 import sys
+from importlib.metadata import version
 from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -19,8 +20,11 @@ MEMORY_BYTES = 2 << 30
 """Bytes of address space, of which only a part is ever used."""
 WALL_SECONDS = 60.0
 """The limit on a machine that is too busy for `CPU_SECONDS` of work."""
-JSON_OPTIONS = {"whitespace_pattern": " ?"}
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": " ?"}
 """At most one blank where JSON allows blanks: a model could write blanks for ever."""
+if tuple(map(int, version("llguidance").split(".")[:2])) < (1, 9):
+    # It lets a pattern match any number of times: no blanks but after a comma or a colon.
+    JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 LIMITS = LLParserLimits(
     max_items_in_row=500,
     step_max_items=5_000,

@@ -8,9 +8,9 @@ from enum import Enum, auto
 
 from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
+from server.engine.admission import Admission
 from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
-from server.engine.native.admission import Admission
 from server.engine.native.config import EngineConfig
 from server.engine.native.core import EngineCore, release_anyway
 from server.engine.native.inbox import Inbox

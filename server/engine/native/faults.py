@@ -7,6 +7,8 @@ from typing import Self
 
 import torch
 
+from server.engine.panics import is_panic
+
 FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
 """The errors that a model may raise, for all rows or for one. Others are bugs of ours, except for
 those that `is_foreign` knows."""
@@ -17,14 +19,6 @@ _NO_MEMORY = re.compile(
 
 class KeysLost(RuntimeError):
     """Memory ran out while rows were moved in the cache: their keys and values are lost."""
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether a library's Rust code (tokenizers, llguidance, safetensors) has panicked.
-
-    A panic is not an Exception, and each library has its own type, which cannot be imported.
-    """
-    return type(error).__name__ == "PanicException"
 
 
 def is_foreign(error: BaseException) -> bool:

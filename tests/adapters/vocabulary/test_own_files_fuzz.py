@@ -16,7 +16,7 @@ from adapters.errors import InvalidAdapter, TemplateRefused
 from adapters.vocabulary import sandbox
 from adapters.vocabulary.sandbox import Limits
 from adapters.vocabulary.vocabulary import Vocabularies
-from server.engine.native.sequences.detokenizer import Detokenizer
+from server.engine.detokenizer import Detokenizer
 from tests.adapters.vocabulary.test_sandbox import RUNAWAYS
 from tests.adapters.vocabulary.test_vocabulary import NoEmbeddings
 from tests.chat_templates import HERMES, LLAMA, MISTRAL

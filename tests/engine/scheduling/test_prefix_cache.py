@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.registry import Part
-from tests.engine.harness import Answer, Harness, Oracle
+from tests.driver import Answer
+from tests.engine.harness import Harness, Oracle
 from tests.factories import TOKENS, save_adapter, tiny_model
 
 PROMPT = [5 + (7 * n) % 200 for n in range(100)]

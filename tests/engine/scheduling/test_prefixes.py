@@ -8,7 +8,8 @@ import pytest
 
 from server.engine import FinishReason
 from server.engine.native.cache.blocks import StripBlocks
-from tests.engine.harness import Answer, Harness, Oracle
+from tests.driver import Answer
+from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model
 
 PROMPT = [5 + (7 * n) % 200 for n in range(60)]

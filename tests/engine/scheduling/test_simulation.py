@@ -1,13 +1,14 @@
 """Laws that hold for any traffic, and bounds that a queue in order of arrival would break."""
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.fair_queue import FairQueue
 from server.engine.native.scheduling import scheduler
-from server.engine.native.scheduling.fair_queue import Eligible, FairQueue
 from server.engine.native.sequences.sequence import Sequence
 from tests.engine.simulation import Arrival, Journey, Simulation, worst_ttft
 
@@ -28,10 +29,10 @@ arrivals = st.builds(
 )
 
 
-class InOrderOfArrival(FairQueue):
+class InOrderOfArrival(FairQueue[Sequence]):
     """What the bounds below are there to rule out."""
 
-    def first(self, eligible: Eligible) -> Sequence | None:
+    def first(self, eligible: Callable[[Sequence], bool]) -> Sequence | None:
         return min(filter(eligible, self), key=lambda sequence: sequence.seq_id, default=None)
 
 

@@ -14,7 +14,8 @@ from server.engine import FinishReason
 from server.engine.native.attention import LayerShape
 from server.engine.native.cache.paged_cache import PagedCache
 from server.engine.native.forward import execution
-from tests.engine.harness import Answer, Harness
+from tests.driver import Answer
+from tests.engine.harness import Harness
 from tests.factories import tiny_model
 
 pytestmark = pytest.mark.usefixtures("free_tokens")

@@ -1,7 +1,6 @@
 """Loads a base model from a hub id, a folder, or the package that ships the default model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -15,7 +14,12 @@ from transformers import (
 )
 
 from server.engine.errors import ModelNotFound, UnsupportedModel
-from server.engine.model_files import DEFAULT_MODEL, default_model_folder, first_line
+from server.engine.model_files import (
+    default_model_folder,
+    end_tokens,
+    first_line,
+    served_name,
+)
 from server.engine.native.model.packing import speed_of
 from server.engine.native.model.quantization import Quantization, loading_arguments, settle
 
@@ -35,13 +39,7 @@ class LoadedModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The ids of the end-of-sequence tokens; `generation_config` may name several."""
-        ends = self.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        if ends is None:
-            return frozenset()
-        return frozenset([ends] if isinstance(ends, int) else ends)
+        return end_tokens(self.generation_config, self.tokenizer)
 
     def decoder_start(self) -> tuple[int, ...] | None:
         """The tokens that an encoder-decoder's decoder begins with, as in transformers' `generate`.
@@ -92,16 +90,13 @@ def load_model(
         raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
-    name = DEFAULT_MODEL if model is None else model
-    if Path(name).is_dir():
-        name = Path(name).resolve().name
     base.requires_grad_(False)
     base.train(False)
     if how["device_map"] is None:
         base.to(device)  # type: ignore[arg-type]
     else:
         settle(base, device)
-    return LoadedModel(base, tokenizer, name, base.generation_config)
+    return LoadedModel(base, tokenizer, served_name(model), base.generation_config)
 
 
 def _dtype_on_cpu(saved: torch.dtype | None) -> str:

@@ -8,9 +8,9 @@ from operator import attrgetter
 
 from adapters.model.bank import BASE_SLOT
 from adapters.residency import Residency
+from server.engine.fair_queue import FairQueue
 from server.engine.native.cache.kv_cache import KVCache
 from server.engine.native.faults import FAULTS, Fault
-from server.engine.native.scheduling.fair_queue import FairQueue
 from server.engine.native.scheduling.prefixes import Prefixes
 from server.engine.native.scheduling.speculation import Speculation
 from server.engine.native.sequences.sequence import HEADROOM, Sequence
@@ -106,7 +106,7 @@ class Scheduler:
         self._whole_prompts = whole_prompts
         self._speculation = speculation
         self.prefixes = Prefixes(cache, across_orders=prefix_cache)
-        self._queue = FairQueue()
+        self._queue: FairQueue[Sequence] = FairQueue()
         self._awaiting_prefix: list[Sequence] = []
         """Waiting sequences whose prefix another sequence is computing."""
         self._turns = itertools.count()

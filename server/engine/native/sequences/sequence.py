@@ -7,7 +7,7 @@ from collections import abc, deque
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.constraints.grammars import Constraint
-from server.engine.native.sequences.detokenizer import Detokenizer
+from server.engine.detokenizer import Detokenizer
 from server.engine.native.sequences.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
@@ -181,6 +181,17 @@ class Sequence:
         last = self.tokens[-1]
         is_stop_token = last in self.request.params.stop_token_ids
         return self.detokenizer.stopped_by or (last if is_stop_token else None)
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of prompt and answer, without those that were cached."""
+        return len(self.tokens) - (self.cached_tokens or 0)
+
+    @property
+    def charge(self) -> int:
+        """Tokens that the sequence is charged while it runs, as `FairQueue` counts them."""
+        reserved = min(self.request.params.max_tokens, HEADROOM)
+        return max(self.used_tokens, self.used_tokens - self.answer_tokens + reserved)
 
     @property
     def uncomputed(self) -> int:

@@ -9,9 +9,9 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from server.engine.native.sequences.sequence import HEADROOM, Sequence
+from server.engine.request import GenerationRequest
 
 MAX_OVERTAKEN = 8
 """How many sequences may overtake a tenant's older ones of a worse priority before one starts."""
@@ -20,23 +20,40 @@ _SWEEP_FROM = 64
 _SEQ_ID = attrgetter("seq_id")
 _RANK = attrgetter("rank")
 
-Eligible = Callable[[Sequence], bool]
+
+class Queued(Protocol):
+    """A sequence as the queue sees it."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+    @property
+    def seq_id(self) -> int:
+        """Its number in the order of arrival."""
+        ...
+
+    @property
+    def has_started(self) -> bool: ...
+    @property
+    def rank(self) -> Any:
+        """Of preempted sequences, the one with the smallest goes on first."""
+        ...
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of prompt and answer, without those that were cached."""
+        ...
+
+    @property
+    def charge(self) -> int:
+        """Tokens that it is charged while it runs.
+
+        The answer tokens that admission reserves room for count from the start. Otherwise the
+        tenant with the smallest charge would get all free rows at once.
+        """
+        ...
 
 
-def charge_of(sequence: Sequence) -> int:
-    """Tokens that a running sequence is charged.
-
-    The answer tokens that admission reserves room for count from the start. Otherwise the tenant
-    with the smallest charge would get all free rows at once.
-    """
-    reserved = min(sequence.request.params.max_tokens, HEADROOM)
-    used = used_tokens(sequence)
-    return max(used, used - sequence.answer_tokens + reserved)
-
-
-def used_tokens(sequence: Sequence) -> int:
-    """Tokens of prompt and answer, without those that were cached."""
-    return len(sequence.tokens) - (sequence.cached_tokens or 0)
+Q = TypeVar("Q", bound=Queued)
 
 
 @dataclass(eq=False, slots=True)
@@ -45,14 +62,14 @@ class _Share:
 
     ended: int = 0
     """Tokens of sequences that have ended."""
-    started: set[Sequence] = field(default_factory=set)
+    started: set[Queued] = field(default_factory=set)
     """Sequences that were admitted and have not ended."""
     waiting: int = 0
     """How many sequences wait to be admitted."""
 
     @property
     def used(self) -> int:
-        return self.ended + sum(map(charge_of, self.started))
+        return self.ended + sum(sequence.charge for sequence in self.started)
 
 
 S = TypeVar("S", bound=_Share)
@@ -86,16 +103,16 @@ class _Shares(Generic[S]):
         share.waiting += 1
         return share
 
-    def start(self, name: str, sequence: Sequence) -> None:
+    def start(self, name: str, sequence: Queued) -> None:
         share = self._shares[name]
         self._clock = max(self._clock, share.used)
         share.waiting -= 1
         share.started.add(sequence)
 
-    def end(self, name: str, sequence: Sequence) -> None:
+    def end(self, name: str, sequence: Queued) -> None:
         share = self._shares[name]
         share.started.remove(sequence)
-        share.ended += used_tokens(sequence)
+        share.ended += sequence.used_tokens
 
     def _sweep(self) -> None:
         """Remove idle shares that have used no more than the clock says."""
@@ -108,29 +125,29 @@ class _Shares(Generic[S]):
             self._sweep_at = max(_SWEEP_FROM, 2 * len(self._shares))
 
 
-class _Tenant(_Share):
+class _Tenant(_Share, Generic[Q]):
     """A tenant's waiting sequences: by priority, then fair among adapters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.adapters = _Shares(_Share)
-        self._classes: dict[int, dict[str, list[Sequence]]] = {}
+        self._classes: dict[int, dict[str, list[Q]]] = {}
         """Priority -> adapter -> its waiting sequences, in order of arrival."""
         self._overtaken = 0
         """How many sequences of the best priority started before older ones of a worse priority,
         since one of a worse priority started."""
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Q]:
         for adapters in self._classes.values():
             for line in adapters.values():
                 yield from line
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Q) -> None:
         adapters = self._classes.setdefault(sequence.request.priority, {})
-        insort(adapters.setdefault(sequence.adapter, []), sequence, key=_SEQ_ID)
+        insort(adapters.setdefault(sequence.request.adapter, []), sequence, key=_SEQ_ID)
 
-    def remove(self, sequence: Sequence) -> None:
-        priority, adapter = sequence.request.priority, sequence.adapter
+    def remove(self, sequence: Q) -> None:
+        priority, adapter = sequence.request.priority, sequence.request.adapter
         line = self._classes[priority][adapter]
         line.remove(sequence)
         if not line:
@@ -138,7 +155,7 @@ class _Tenant(_Share):
             if not self._classes[priority]:
                 del self._classes[priority]
 
-    def first(self, eligible: Eligible) -> Sequence | None:
+    def first(self, eligible: Callable[[Q], bool]) -> Q | None:
         priorities = sorted(self._classes)
         if self._overtaken >= MAX_OVERTAKEN and len(priorities) > 1:
             aged = min(priorities[1:], key=self._oldest)
@@ -147,10 +164,15 @@ class _Tenant(_Share):
         for priority in priorities:
             heads = [line[0] for line in self._classes[priority].values() if eligible(line[0])]
             if heads:
-                return min(heads, key=lambda head: (self.adapters[head.adapter].used, head.seq_id))
+                return min(
+                    heads, key=lambda head: (self.adapters[head.request.adapter].used, head.seq_id)
+                )
         return None
 
-    def count_overtaking(self, sequence: Sequence) -> None:
+    def _turn_of(self, head: Q) -> tuple[int, int]:
+        return self.adapters[head.request.adapter].used, head.seq_id
+
+    def count_overtaking(self, sequence: Q) -> None:
         """Note whether a sequence that is about to start overtakes others of a worse priority."""
         best, *worse = sorted(self._classes)
         if not worse or sequence.request.priority > best:
@@ -162,7 +184,7 @@ class _Tenant(_Share):
         return min(line[0].seq_id for line in self._classes[priority].values())
 
 
-class FairQueue:
+class FairQueue(Generic[Q]):
     """The waiting sequences, and the tokens that started ones are charged to tenants and adapters.
 
     Preempted sequences come first, in order of rank, then the tenant that has used the fewest
@@ -170,10 +192,10 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._tenants = _Shares(_Tenant)
-        self._preempted: list[Sequence] = []
+        self._tenants = _Shares[_Tenant[Q]](_Tenant)
+        self._preempted: list[Q] = []
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Q]:
         yield from self._preempted
         for tenant in self._tenants:
             yield from tenant
@@ -181,25 +203,25 @@ class FairQueue:
     def __len__(self) -> int:
         return len(self._preempted) + sum(tenant.waiting for tenant in self._tenants)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Q) -> None:
         if sequence.has_started:
             insort(self._preempted, sequence, key=_RANK)
             return
-        tenant = self._tenants.wait(sequence.tenant)
-        tenant.adapters.wait(sequence.adapter)
+        tenant = self._tenants.wait(sequence.request.tenant)
+        tenant.adapters.wait(sequence.request.adapter)
         tenant.add(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Q) -> None:
         """Remove a sequence that will not start, or not yet."""
         if sequence.has_started:
             self._preempted.remove(sequence)
             return
-        tenant = self._tenants[sequence.tenant]
+        tenant = self._tenants[sequence.request.tenant]
         tenant.remove(sequence)
-        tenant.adapters[sequence.adapter].waiting -= 1
+        tenant.adapters[sequence.request.adapter].waiting -= 1
         tenant.waiting -= 1
 
-    def first(self, eligible: Eligible) -> Sequence | None:
+    def first(self, eligible: Callable[[Q], bool]) -> Q | None:
         """The eligible sequence that starts next."""
         for sequence in self._preempted:
             if eligible(sequence):
@@ -208,19 +230,19 @@ class FairQueue:
         found = [tenant.first(eligible) for tenant in sorted(waiting, key=attrgetter("used"))]
         return next((sequence for sequence in found if sequence is not None), None)
 
-    def start(self, sequence: Sequence) -> None:
+    def start(self, sequence: Q) -> None:
         """Remove a sequence that starts, or starts again. It is charged until it ends."""
         if sequence.has_started:
             self._preempted.remove(sequence)
             return
-        tenant = self._tenants[sequence.tenant]
+        tenant = self._tenants[sequence.request.tenant]
         tenant.count_overtaking(sequence)
         tenant.remove(sequence)
-        self._tenants.start(sequence.tenant, sequence)
-        tenant.adapters.start(sequence.adapter, sequence)
+        self._tenants.start(sequence.request.tenant, sequence)
+        tenant.adapters.start(sequence.request.adapter, sequence)
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Q) -> None:
         """Settle the charge of a sequence that has started and ended."""
-        tenant = self._tenants[sequence.tenant]
-        tenant.adapters.end(sequence.adapter, sequence)
-        self._tenants.end(sequence.tenant, sequence)
+        tenant = self._tenants[sequence.request.tenant]
+        tenant.adapters.end(sequence.request.adapter, sequence)
+        self._tenants.end(sequence.request.tenant, sequence)

@@ -7,7 +7,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.byte_tokens import byte_of
-from server.engine.native.faults import is_panic
+from server.engine.panics import is_panic
 
 _CONTEXT_TOKENS = 8
 """Tokens before a new token that are decoded with it: enough for decoders that join tokens."""

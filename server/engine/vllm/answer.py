@@ -1,0 +1,135 @@
+"""The answer of one request: its place in the queue, and its outputs out of vLLM's tokens."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
+
+_RESERVED = 64
+"""Tokens of the answer that a request is charged from its start."""
+
+
+class Answer:
+    """A request from its arrival to its last output."""
+
+    has_started = False
+    """Whether it has left the queue; it never comes back."""
+    rank = 0
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        seq_id: int,
+        tokenizer: PreTrainedTokenizerFast,
+        end_tokens: Collection[int],
+    ) -> None:
+        params = request.params
+        self.request = request
+        self.seq_id = seq_id
+        ignores_ends = params.ignore_eos and params.grammar is None
+        self._ends = set(params.stop_token_ids) | (set() if ignores_ends else set(end_tokens))
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            request.prompt,
+            params.stop,
+            params.skip_special_tokens,
+            params.include_stop,
+        )
+        self._tokens = 0
+        self._cached = 0
+        self._has_begun = False
+
+    @property
+    def used_tokens(self) -> int:
+        return len(self.request.prompt) - self._cached + self._tokens
+
+    @property
+    def charge(self) -> int:
+        reserved = min(self.request.params.max_tokens, _RESERVED)
+        return self.used_tokens - self._tokens + max(self._tokens, reserved)
+
+    def take(self, result: Any) -> Output:
+        """Return the output for vLLM's next `RequestOutput`. One with a finish reason is the last,
+        though vLLM may not have ended the request."""
+        params = self.request.params
+        [step] = result.outputs
+        self._cached = result.num_cached_tokens or 0
+        taken: list[int] = []
+        text, stop, reason = "", None, None
+        for token in step.token_ids if params.max_tokens else ():
+            taken.append(token)
+            piece, stop, reason = self._append(token)
+            text += piece
+            if reason is not None:
+                break
+        if reason is None and step.finish_reason is not None:
+            ended_well = step.finish_reason in ("stop", "length")
+            reason = FinishReason.LENGTH if ended_well else FinishReason.ERROR
+        if reason is not None:
+            text += self._detokenizer.finish(self._may_stop)
+        return Output(
+            request_id=self.request.id,
+            token_ids=tuple(taken),
+            text=text,
+            logprobs=_scores(taken, step.logprobs, params.logprobs),
+            prompt_logprobs=self._prompt_scores(result.prompt_logprobs),
+            cached_tokens=0 if reason is None else self._cached,
+            finish_reason=reason,
+            stop_reason=stop,
+            error=f"vLLM ended the request: {step.finish_reason}."
+            if reason is FinishReason.ERROR
+            else "",
+        )
+
+    def _append(self, token: int) -> tuple[str, str | int | None, FinishReason | None]:
+        """Append a token. Returns its text; and what stopped the answer and why, if it ends."""
+        params = self.request.params
+        self._tokens += 1
+        if token in self._ends:
+            shown = self._detokenizer.push(token, False)[0] if params.include_stop else ""
+            stop = token if token in params.stop_token_ids else None
+            return shown, stop, FinishReason.STOP
+        text, stopped = self._detokenizer.push(token, self._may_stop)
+        if stopped:
+            return text, self._detokenizer.stopped_by, FinishReason.STOP
+        is_last = self._tokens >= params.max_tokens
+        return text, None, FinishReason.LENGTH if is_last else None
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether `min_tokens` allows a stop string in the text of the latest token."""
+        return self._tokens > self.request.params.min_tokens
+
+    def _prompt_scores(
+        self, scores: Sequence[Mapping[int, Any] | None] | None
+    ) -> tuple[TokenLogprob | None, ...] | None:
+        """The scores of the prompt, on the first output."""
+        params = self.request.params
+        if params.prompt_logprobs is None or self._has_begun or scores is None:
+            return None
+        self._has_begun = True
+        known = zip(self.request.prompt, scores, strict=True)
+        return tuple(
+            None
+            if position is None or place < params.prompt_logprobs_from
+            else _score(token, position, params.prompt_logprobs)
+            for place, (token, position) in enumerate(known)
+        )
+
+
+def _scores(
+    tokens: Sequence[int], scores: Sequence[Mapping[int, Any]] | None, best: int | None
+) -> tuple[TokenLogprob, ...]:
+    if best is None or scores is None:
+        return ()
+    # A step may bring tokens after the one that ended the answer.
+    return tuple(_score(token, scores[place], best) for place, token in enumerate(tokens))
+
+
+def _score(token: int, position: Mapping[int, Any], best: int) -> TokenLogprob:
+    ranked = sorted((each.rank, token_id, each.logprob) for token_id, each in position.items())
+    top = tuple((token_id, logprob) for rank, token_id, logprob in ranked[:best] if rank <= best)
+    return TokenLogprob(token, position[token].logprob, top)
