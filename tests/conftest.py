@@ -1,6 +1,7 @@
 """Configures all tests: no deadlines, only the tests that are asked for, and a bucket."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if any(item.get_closest_marker("gpu") for item in items) and not _has_gpu():
         _deselect(config, items, lambda item: item.get_closest_marker("gpu") is not None)
+    if os.environ.get("INFUSE_ENGINE") == "vllm":
+        _deselect(config, items, lambda item: item.get_closest_marker("native") is not None)
     if not (config.getoption("--full") or "full" in config.option.markexpr):
         _deselect(config, items, lambda item: item.get_closest_marker("full") is not None)
 

@@ -196,6 +196,7 @@ def test_two_constraints_exclude_each_other(client: httpx.Client) -> None:
     assert "response_format" in error["message"]
 
 
+@pytest.mark.native
 def test_a_grammar_that_outgrows_its_limits_is_the_requests_fault(client: httpx.Client) -> None:
     hostile = {"grammar": 'start: s\ns: s s s | s s | "a" | "b"'}
     body = {"model": "tiny", "prompt": "Hi", "max_tokens": 150, "structured_outputs": hostile}

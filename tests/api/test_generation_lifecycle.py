@@ -96,6 +96,7 @@ def test_a_running_stream_ends_on_the_revision_it_began_with(
     assert eventually(lambda: at_rest(server))
 
 
+@pytest.mark.native
 def test_a_model_that_overflows_fails_its_own_request_only(
     client: httpx.Client, server: RunningServer, overflowing: str
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_model_that_overflows_fails_its_own_request_only(
     assert eventually(lambda: at_rest(server))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_a_failure_within_a_stream_is_an_event(
     client: httpx.Client, server: RunningServer, overflowing: str, path: str

@@ -45,6 +45,7 @@ def test_choices_are_scored_by_their_mean_log_probability(
     assert ranking["best"] == means.index(max(means))
 
 
+@pytest.mark.native
 def test_a_prompt_is_computed_once_for_all_its_choices(
     client: httpx.Client, server: RunningServer
 ) -> None:
