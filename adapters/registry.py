@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from adapters.errors import (
     AdapterExists,
     TooManyPinned,
     UnknownAdapter,
+    UnknownRevision,
 )
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.storage.names import check_name
@@ -84,12 +86,15 @@ class AdapterRegistry:
         self._vocabularies = None if tokenizer is None else Vocabularies(tokenizer, modules)
         self.residency = Residency(slots, host_bytes)
         self._changing = threading.RLock()
-        """Held while an operator's change goes through store and residency."""
-        self._kept: dict[str, AdapterVectors] = {}
-        """Name -> the vectors that are kept on the device for it."""
+        """Held while a change goes through store and residency."""
+        self._kept: dict[str, tuple[Revision, AdapterVectors]] = {}
+        """Name -> the revision, and its vectors that are kept on the device for it."""
+        self._followers = ThreadPoolExecutor(1, "followed-changes")
+        self.wake: Callable[[], None] = lambda: None
+        """Called after a change of another server, whose adapters may be pinned or unpinned."""
+        store.watch(lambda before: self._followers.submit(self._follow, before))
         for name in store.names():
-            if store.details(name).pinned:
-                self._keep_if_whole(store.current(name))
+            self._keep_if_pinned(name)
 
     def close(self) -> None:
         """End the processes that read adapters' own tokenizers and templates; close the store."""
@@ -98,6 +103,7 @@ class AdapterRegistry:
                 self._vocabularies.close()
         finally:
             self._store.close()
+            self._followers.shutdown()
 
     @property
     def stored(self) -> StoredAdapters:
@@ -147,7 +153,7 @@ class AdapterRegistry:
         with self._changing:
             old = self._store.current(name)
             revision, changed = self._store.replace(name, staged, if_match, origin)
-            self._moved(old, revision)
+            self._moved(name, old)
         return revision, changed, warnings
 
     def roll_back(
@@ -157,7 +163,7 @@ class AdapterRegistry:
         with self._changing:
             old = self._store.current(name)
             revision, changed = self._store.roll_back(name, number, if_match, by)
-            self._moved(old, revision)
+            self._moved(name, old)
         return revision, changed
 
     def describe(
@@ -177,11 +183,11 @@ class AdapterRegistry:
                 vectors = self.vectors(current)
                 self.residency.check(vectors)
                 changed = self._store.describe(name, change, if_match, by)
-                self._keep(current, vectors)
+                if changed[0].digest == current.digest:
+                    self._keep(current, vectors)
             else:
                 changed = self._store.describe(name, change, if_match, by)
-            if change.pinned is False:
-                self._stop_keeping(name)
+            self._moved(name, current)
             return changed
 
     def combine(
@@ -226,12 +232,19 @@ class AdapterRegistry:
         with self._changing:
             old = self._store.current(name)
             self._store.delete(name, if_match, by)
-            self._stop_keeping(name)
-            self.residency.retire(old.digest)
+            self._moved(name, old)
 
     def lease(self, model: str) -> Lease:
         """Lease the current revision of `name`, or the revision `name@number`."""
-        revision = self.resolve(model)
+        while True:
+            try:
+                return self._lease(self.resolve(model))
+            except UnknownRevision:
+                # The files of the revision that was current may have gone since.
+                if "@" in model:
+                    raise
+
+    def _lease(self, revision: Revision) -> Lease:
         vectors = self.residency.find(revision.digest)
         if vectors is None:
             vectors = self._read(revision)
@@ -325,38 +338,50 @@ class AdapterRegistry:
             host_bytes=residency.host_bytes,
         )
 
-    def _moved(self, old: Revision, new: Revision) -> None:
-        """Bring the residency up to date after a name's current revision changed, or was mended."""
-        if new.digest != old.digest or new.name not in self._kept:
-            self._stop_keeping(old.name)
-            if self._store.details(new.name).pinned:
-                self._keep_if_whole(new)
-        if new.digest != old.digest:
+    def _follow(self, before: Mapping[str, Revision | None]) -> None:
+        """Bring the residency up to date after changes of another server."""
+        with self._changing:
+            for name, old in before.items():
+                self._moved(name, old)
+        self.wake()
+
+    def _moved(self, name: str, old: Revision | None) -> None:
+        """Bring the residency up to date after a name has changed since it was at `old`."""
+        known = self._store.known(name)
+        kept = self._kept.get(name)
+        if kept is not None and (
+            known is None or not known[1].pinned or kept[0].digest != known[0].digest
+        ):
+            self._stop_keeping(name)
+        self._keep_if_pinned(name)
+        if old is not None and (known is None or old.digest != known[0].digest):
             self.residency.retire(old.digest)
 
-    def _keep_if_whole(self, revision: Revision) -> None:
+    def _keep_if_pinned(self, name: str) -> None:
         """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
         log an error, so that the server starts; storing it anew puts it on the device again."""
+        known = self._store.known(name)
+        if known is None or not known[1].pinned or name in self._kept:
+            return
         try:
-            vectors = self.vectors(revision)
+            vectors = self.vectors(known[0])
             self.residency.check(vectors)
-            self._keep(revision, vectors)
+            self._keep(known[0], vectors)
         except AdapterError as error:
             log.error(
                 "The pinned adapter %s@%d is not on the device: %s",
-                revision.name,
-                revision.number,
+                name,
+                known[0].number,
                 error,
             )
 
     def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:
-        self._kept[revision.name] = vectors
+        self._kept[revision.name] = revision, vectors
         self.residency.keep(revision.digest, vectors)
 
     def _stop_keeping(self, name: str) -> None:
-        vectors = self._kept.pop(name, None)
-        if vectors is not None:
-            self.residency.stop_keeping(vectors)
+        _, vectors = self._kept.pop(name)
+        self.residency.stop_keeping(vectors)
 
 
 def _ingredients(revisions: Sequence[Revision], weights: Sequence[float]) -> list[dict[str, Any]]:

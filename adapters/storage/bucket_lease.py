@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import time
+from contextlib import suppress
 
 from adapters.errors import AdapterError, StoreLocked
 from adapters.storage.objects import Objects
@@ -124,6 +125,12 @@ class SharedLease(Lease):
         self._seconds = seconds
         self._begun = time.monotonic()
         super().__init__(objects, "servers with --shared-store", seconds, renew_every)
+
+    def release(self) -> None:
+        with suppress(AdapterError):
+            # Another server may have renewed it last.
+            self._renew_once()
+        super().release()
 
     def check(self) -> None:
         """Raises StoreLocked where another owner may have taken the bucket over."""

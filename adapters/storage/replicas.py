@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterError, StoreUnreachable
@@ -100,9 +101,11 @@ class Replicas:
             _remove(self._objects, [self._key])
 
     @property
-    def are_away(self) -> bool:
-        """Whether no other server shows itself."""
-        return not self._others()
+    def is_alone(self) -> bool:
+        """Whether no other server shows itself. False where that cannot be known."""
+        with suppress(AdapterError):
+            return not self._others()
+        return False
 
     def all_have(self) -> int:
         """Return the number up to which every other server has read."""

@@ -47,7 +47,7 @@ class SharedBucketStorage(BucketStorage):
 
     def close(self) -> None:
         # The lease is for all: the last server gives it back.
-        if not self.replicas.are_away:
+        if not self.replicas.is_alone:
             self._lease.stop()
         super().close()
         self._shared.close()

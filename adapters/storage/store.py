@@ -35,7 +35,7 @@ from adapters.storage.storage import Kept, Storage
 log = logging.getLogger(__name__)
 
 UPLOADED = Origin()
-Watcher = Callable[[Mapping[str, Revision | None]], None]
+Watcher = Callable[[Mapping[str, Revision | None]], object]
 _T = TypeVar("_T")
 
 
