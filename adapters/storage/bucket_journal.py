@@ -33,7 +33,7 @@ _KEY = re.compile(rf"{_PREFIX}/(\d{{12}})(?:-(\d{{12}}))?\.jsonl")
 _LOOKS = 5
 _LOOKS_AMONG_OTHERS = 100
 _AT_ONCE = 16
-"""How many events are asked for at once, where there are several."""
+"""How many events are asked for at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class SharedBucketJournal(BucketJournal):
             lines += whole
             if len(whole) < at_once:
                 break
-            at_once = _AT_ONCE
+            at_once = min(2 * at_once, _AT_ONCE)
         self._replicas.check()
         numbered = dict(enumerate(lines, start=self._last + 1))
         self.epoch = max((n for n, line in numbered.items() if _is_fence(line)), default=self.epoch)

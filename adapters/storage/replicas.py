@@ -19,9 +19,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from adapters.errors import AdapterError, StoreUnreachable
+from adapters.storage.journal import Event
 
 if TYPE_CHECKING:
     from adapters.storage.objects import Objects
@@ -38,9 +39,20 @@ _LOOKS = 50
 """How often a server looks for changes in the time of a lease."""
 
 
+class Followed(Protocol):
+    """What a server follows: see `Storage`."""
+
+    @property
+    def last(self) -> int: ...
+
+    def read(self) -> Sequence[Event]: ...
+
+    def settle(self) -> Sequence[Event]: ...
+
+
 class Replicas:
-    """This server among those that share a store. One thread at a time joins, renews and leaves;
-    any thread may ask and wait."""
+    """This server among those that share a store. One thread at a time follows and leaves; any
+    thread may ask and wait."""
 
     def __init__(self, objects: "Objects", seconds: float = LEASE_SECONDS) -> None:
         """`seconds`: how long this server may answer without reaching the store, at most."""
@@ -72,27 +84,31 @@ class Replicas:
                 "what other servers have changed there: ask another one, or try again."
             )
 
-    def join(self, applied: int) -> None:
-        """Show this server. All of the journal is to be read next.
+    def follow(self, storage: Followed, take_in: Callable[[Sequence[Event]], None]) -> None:
+        """Read what other servers have appended, and show them how far this one has read."""
+        if self.is_current:
+            self._renew(storage.last)
+            events = storage.settle()
+        else:
+            self._join(storage.last)
+            events = storage.read()
+        take_in(events)
+        self._until = self._begun + _MARGIN * self._seconds
+        self._renew(storage.last)
 
-        Another server may be about to remove the key of a server that was away, so it takes a new
-        one.
-        """
+    def _join(self, applied: int) -> None:
+        """Show this server under a new key: another one may be about to remove the key of a server
+        that was away."""
         self.leave()
         self._key = f"{_PREFIX}/{uuid.uuid4().hex}.json"
         self._show(applied)
 
-    def renew(self, applied: int) -> None:
+    def _renew(self, applied: int) -> None:
         """Show this server again, where it is time to or where it has read on since."""
-        if applied == self._applied and _now() < self._begun + self._seconds / _RENEWALS:
-            return
-        self._show(applied)
-        # Who sees a key unchanged for so long removes it.
-        self.check()
-
-    def caught_up(self) -> None:
-        """Note that this server has read all that was in the journal when it was last shown."""
-        self._until = self._begun + _MARGIN * self._seconds
+        if applied != self._applied or _now() >= self._begun + self._seconds / _RENEWALS:
+            self._show(applied)
+            # Whoever sees a key unchanged for too long removes it.
+            self.check()
 
     def leave(self) -> None:
         """Answer no more, and let nobody wait for this server."""
@@ -141,7 +157,7 @@ class Replicas:
 class Follower:
     """A thread that follows what other servers change."""
 
-    def __init__(self, replicas: Replicas, follow: Callable[[Replicas], None]) -> None:
+    def __init__(self, replicas: Replicas, follow: Callable[[], None]) -> None:
         self._replicas = replicas
         self._follow = follow
         self._stopped = threading.Event()
@@ -158,7 +174,7 @@ class Follower:
         failure = ""
         while not self._stopped.wait(self._replicas.pause):
             try:
-                self._follow(self._replicas)
+                self._follow()
                 failure = ""
             except (AdapterError, OSError) as error:
                 if str(error) != failure:

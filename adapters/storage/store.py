@@ -28,7 +28,7 @@ from adapters.storage.folder import FolderStorage, digest_of, read_files
 from adapters.storage.index import Index
 from adapters.storage.journal import Event
 from adapters.storage.names import check_name
-from adapters.storage.replicas import Follower, Replicas
+from adapters.storage.replicas import Follower
 from adapters.storage.revision import Details, DetailsChange, Origin, Revision, revision_to_json
 from adapters.storage.storage import Kept, Storage
 
@@ -384,23 +384,15 @@ class AdapterStore:
         if applied.before:
             self._tell(applied.before)
 
-    def _follow(self, replicas: Replicas) -> None:
-        """Read what other servers have appended, and show them how far this one has read."""
+    def _follow(self) -> None:
+        assert self._replicas is not None
         with self._journal:
-            if replicas.is_current:
-                replicas.renew(self._storage.last)
-                events = self._storage.settle()
-            else:
-                replicas.join(self._storage.last)
-                events = self._storage.read()
-            self._take_in(events)
-            replicas.caught_up()
-            replicas.renew(self._storage.last)
+            self._replicas.follow(self._storage, self._take_in)
 
     def _recover(self) -> None:
         if self._replicas is None:
             self._index.apply(self._storage.read())
         else:
-            self._follow(self._replicas)
+            self._follow()
         with self._newest():
             self._storage.keep_only(self._index.digests())

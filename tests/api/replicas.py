@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import httpx
+import psutil
 
 from tests.api.replica_starter import ENDED
 
@@ -55,6 +56,8 @@ class Replicas:
     def replace(self, killed: Replica) -> None:
         """Start a server with the folders of one that was killed."""
         killed.client.close()
+        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
         self.wait_for(*self.begin(self.all.index(killed)), killed)
 
     def begin(self, number: int) -> tuple[int, Path]:
