@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,21 +150,16 @@ class AdapterRegistry:
         """Store a new revision; return the current one, whether anything changed, and warnings."""
         self._store.current(name)
         _, warnings = self.check(staged)
-        with self._changing:
-            old = self._store.current(name)
+        with self._changing_name(name):
             revision, changed = self._store.replace(name, staged, if_match, origin)
-            self._moved(name, old)
         return revision, changed, warnings
 
     def roll_back(
         self, name: str, number: int, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, bool]:
         """Make an old content current; return the current revision, and whether it is new."""
-        with self._changing:
-            old = self._store.current(name)
-            revision, changed = self._store.roll_back(name, number, if_match, by)
-            self._moved(name, old)
-        return revision, changed
+        with self._changing_name(name):
+            return self._store.roll_back(name, number, if_match, by)
 
     def describe(
         self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
@@ -173,21 +168,18 @@ class AdapterRegistry:
 
         Raises TooManyPinned where no slot would be left for other adapters.
         """
-        with self._changing:
-            current = self._store.current(name)
-            if change.pinned and name not in self._kept:
-                most = self.residency.capacity - 1
-                if len(self._kept) >= most:
-                    raise TooManyPinned(most)
-                # First what may raise: then nothing has changed.
-                vectors = self.vectors(current)
-                self.residency.check(vectors)
-                changed = self._store.describe(name, change, if_match, by)
-                if changed[0].digest == current.digest:
-                    self._keep(current, vectors)
-            else:
-                changed = self._store.describe(name, change, if_match, by)
-            self._moved(name, current)
+        with self._changing_name(name) as current:
+            if not change.pinned or name in self._kept:
+                return self._store.describe(name, change, if_match, by)
+            most = self.residency.capacity - 1
+            if len(self._kept) >= most:
+                raise TooManyPinned(most)
+            # First what may raise: then nothing has changed.
+            vectors = self.vectors(current)
+            self.residency.check(vectors)
+            changed = self._store.describe(name, change, if_match, by)
+            if changed[0].digest == current.digest:
+                self._keep(current, vectors)
             return changed
 
     def combine(
@@ -229,10 +221,8 @@ class AdapterRegistry:
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """Delete a name: running requests finish on it, new ones do not find it."""
-        with self._changing:
-            old = self._store.current(name)
+        with self._changing_name(name):
             self._store.delete(name, if_match, by)
-            self._moved(name, old)
 
     def lease(self, model: str) -> Lease:
         """Lease the current revision of `name`, or the revision `name@number`."""
@@ -337,6 +327,17 @@ class AdapterRegistry:
             saved_bytes=residency.saved_bytes,
             host_bytes=residency.host_bytes,
         )
+
+    @contextmanager
+    def _changing_name(self, name: str) -> Iterator[Revision]:
+        """Within, an operator's change of a name is made, which was at the yielded revision."""
+        with self._changing:
+            old = self._store.current(name)
+            try:
+                yield old
+            finally:
+                # A change that raises may have been made all the same.
+                self._moved(name, old)
 
     def _follow(self, before: Mapping[str, Revision | None]) -> None:
         """Bring the residency up to date after changes of another server."""

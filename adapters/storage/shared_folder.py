@@ -8,7 +8,7 @@ What else is in the folder is as in folder.py. A server that does not share is k
 
 import fcntl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,7 @@ class SharedFolderStorage(FolderStorage):
         super().__init__(folder)
         self._seconds = lease_seconds
         self._turn = (folder / "turn").open("a+")
-        self._objects = Objects(LocalStore(folder), str(folder))
+        self._objects = _InPlace(folder, self.check)
         self.replicas = Replicas(self._objects, lease_seconds)
 
     def _own(self) -> None:
@@ -86,6 +86,18 @@ class SharedFolderStorage(FolderStorage):
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+class _InPlace(Objects):
+    """The folder as objects, which does not make the folder again where it was removed."""
+
+    def __init__(self, folder: Path, check: Callable[[], None]) -> None:
+        super().__init__(LocalStore(folder), str(folder))
+        self._check = check
+
+    def put(self, key: str, data: bytes) -> None:
+        self._check()
+        super().put(key, data)
 
 
 def _lock(file: IO[Any], how: int, seconds: float) -> None:

@@ -89,8 +89,8 @@ class AdapterStore:
     def check(self) -> None:
         """Raises StoreUnreachable where it is known that no change would last, or that changes of
         other servers may be unknown. Cheap."""
-        self._check_current()
         self._storage.check()
+        self._check_current()
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; it is removed afterwards."""
