@@ -69,7 +69,7 @@ class World:
     def step(self, server: "Server") -> None:
         step = self.choose.choices(
             [server.follow, server.change, server.compact, self.open, server.die],
-            [20, 6, 2, 1, 0.5],
+            [14, 8, 6, 1, 0.5],
         )[0]
         with self.stepping_as(server), suppress(StoreUnreachable, StoreLocked):
             step()
