@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 
+import obstore
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,8 @@ class LateObjects(Objects):
     def __init__(self, world: World) -> None:
         super().__init__(world.bucket, "memory://")
         self.world = world
+        self.before_create: Callable[[], object] = lambda: None
+        self.after_put: Callable[[], object] = lambda: None
 
     def on_its_way(self, request: Callable[[], object] | None = None) -> None:
         """`request`: what a request does that seems to be lost and is late."""
@@ -128,6 +131,7 @@ class LateObjects(Objects):
     def create(self, key: str, data: bytes) -> bool:
         create = super().create
         self.on_its_way(lambda: create(key, data))
+        self.before_create()
         created = create(key, data)
         self.answered()
         return created
@@ -136,6 +140,7 @@ class LateObjects(Objects):
         put = super().put
         self.on_its_way(lambda: put(key, data))
         put(key, data)
+        self.after_put()
         self.answered()
 
     def get_all(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -167,9 +172,9 @@ class Server:
         self.born = world.now
         self.speed = world.choose.uniform(0.93, 1.07)
         self.shift = world.choose.uniform(-1e6, 1e6)
-        objects = LateObjects(world)
-        self.replicas = Replicas(objects, LEASE)
-        self.journal = SharedBucketJournal(objects, str(next(world.names)), self.replicas)
+        self.objects = LateObjects(world)
+        self.replicas = Replicas(self.objects, LEASE)
+        self.journal = SharedBucketJournal(self.objects, str(next(world.names)), self.replicas)
         self.names: list[str] = []
 
     def clock(self, now: float) -> float:
@@ -233,3 +238,82 @@ def check_at_the_end(world: World) -> None:
     assert len(set(new.names)) == len(new.names)
     for server in world.servers:
         assert server.names == new.names
+
+
+# Rare moments
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A calm world."""
+    world = World(0)
+    world.bustle = world.trouble = 0
+    monkeypatch.setattr("adapters.storage.replicas.time", world)
+    return world
+
+
+def opened(world: World) -> tuple[Server, str]:
+    """A new server, and the key under which it shows itself."""
+    before = keys(world)
+    world.open()
+    [key] = set(keys(world)) - set(before)
+    return world.servers[-1], key
+
+
+def keys(world: World) -> list[str]:
+    return [each["path"] for each in obstore.list(world.bucket, "replicas").collect()]
+
+
+def test_a_server_whose_key_is_removed_just_as_it_shows_itself_is_not_current(
+    world: World,
+) -> None:
+    """Another server has seen the key unchanged for a lease."""
+    (slow, key), (other, _) = opened(world), opened(world)
+    world.let_pass(0.7 * LEASE)
+
+    def meanwhile() -> None:
+        world.let_pass(0.4 * LEASE)
+        other.objects.delete([key])
+
+    slow.objects.after_put = meanwhile
+    with world.stepping_as(slow), suppress(StoreUnreachable):
+        slow.follow()
+    with world.stepping_as(other):
+        other.follow()
+        other.change()
+    world.check()
+
+
+def test_a_server_that_was_away_is_seen_whatever_removal_of_its_key_is_on_its_way(
+    world: World,
+) -> None:
+    (away, key), (other, _) = opened(world), opened(world)
+    world.let_pass(2 * LEASE)
+    with world.stepping_as(away):
+        away.follow()
+    other.objects.delete([key])
+    with world.stepping_as(other):
+        other.follow()
+        other.change()
+    world.check()
+
+
+def test_what_a_server_appended_while_it_was_away_is_not_acknowledged(world: World) -> None:
+    """Others have joined the event of that number into a segment, so it seemed to be free."""
+    (away, _), (other, _) = opened(world), opened(world)
+
+    def meanwhile() -> None:
+        away.objects.before_create = lambda: None
+        with world.stepping_as(other):
+            for _ in range(4):
+                world.let_pass(LEASE / 2)
+                other.follow()
+            other.change()
+            other.follow()
+            other.compact()
+
+    away.objects.before_create = meanwhile
+    with world.stepping_as(away), suppress(StoreUnreachable):
+        away.change()
+    assert len(keys(world)) == 1, "nobody waits for the one that is away"
+    check_at_the_end(world)
