@@ -165,10 +165,8 @@ class Follower:
         self._thread.start()
 
     def stop(self) -> None:
-        """Follow no more; other servers do not wait for this one from then on."""
         self._stopped.set()
         self._thread.join()
-        self._replicas.leave()
 
     def _run(self) -> None:
         failure = ""

@@ -46,6 +46,7 @@ class SharedBucketStorage(BucketStorage):
         return super().settle()
 
     def close(self) -> None:
+        self.replicas.leave()
         # The lease is for all: the last server gives it back.
         if not self.replicas.is_alone:
             self._lease.stop()

@@ -52,6 +52,7 @@ class SharedFolderStorage(FolderStorage):
         _lock(self.lock, fcntl.LOCK_SH, _OPENING)
 
     def close(self) -> None:
+        self.replicas.leave()
         self._objects.close()
         self._turn.close()
         super().close()

@@ -233,6 +233,28 @@ def wait_until_current(store: AdapterStore) -> AdapterStore:
             return store
 
 
+def test_a_shared_folder_that_was_removed_is_not_made_again(folder: Path) -> None:
+    with closing(replica("a folder", folder)) as store:
+        create(store, "support", "a")
+        folder.rename(folder.with_name("elsewhere"))
+        with pytest.raises(StoreUnreachable, match="was removed, moved or replaced"):
+            store.check()
+        wait_until_away(store)
+        assert not folder.exists()
+        folder.with_name("elsewhere").rename(folder)
+        replace(wait_until_current(store), "support", "b")
+        assert content_of(store, store.current("support")) == "b"
+
+
+def wait_until_away(store: AdapterStore) -> None:
+    while True:
+        try:
+            store.names()
+        except StoreUnreachable:
+            return
+        time.sleep(0.01)
+
+
 def test_a_dead_server_is_waited_for_once(folder: Path) -> None:
     objects = bucket_in(folder)
     with (

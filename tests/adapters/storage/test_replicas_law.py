@@ -208,7 +208,7 @@ class Server:
 
 
 @given(st.integers(0, 2**40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_server_is_current_without_what_was_acknowledged(seed: int) -> None:
     world = World(seed)
     with pytest.MonkeyPatch.context() as patch:
