@@ -96,6 +96,11 @@ class Index:
         with self._mutex:
             return self._adapters.get(name, _Adapter()).last_number
 
+    def count(self, name: str) -> int:
+        """Return how many revisions of a name are reachable; 0 where there is no such name."""
+        with self._mutex:
+            return len(self._adapters.get(name, _Adapter()).reachable)
+
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
         """Return names in order: at most `limit` of those after `after`."""
         with self._mutex:

@@ -90,7 +90,8 @@ class AdapterStore:
         """Raises StoreUnreachable where it is known that no change would last, or that changes of
         other servers may be unknown. Cheap."""
         self._storage.check()
-        self._check_current()
+        if self._replicas is not None:
+            self._replicas.check()
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; it is removed afterwards."""
@@ -163,12 +164,12 @@ class AdapterStore:
         """
 
         def make() -> tuple[Revision, Details]:
-            self._require(name, if_match)
+            current = self._require(name, if_match)
             before = self._index.details(name)
             details = change.applied_to(before)
-            if details != before:
-                self._append("details", name, by, asdict(details))
-            return self._index.current(name), details
+            if details == before:
+                return current, details
+            return self._append("details", name, by, asdict(details)), details
 
         return self._change(make)
 
@@ -183,28 +184,23 @@ class AdapterStore:
 
     def current(self, name: str) -> Revision:
         """Raises UnknownAdapter."""
-        self._check_current()
-        return self._index.current(name)
+        return self._current_index.current(name)
 
     def revision(self, name: str, number: int) -> Revision:
         """Raises UnknownAdapter, UnknownRevision."""
-        self._check_current()
-        return self._index.revision(name, number)
+        return self._current_index.revision(name, number)
 
     def revisions(self, name: str) -> list[Revision]:
         """Return the reachable revisions, newest first. Raises UnknownAdapter."""
-        self._check_current()
-        return self._index.revisions(name)
+        return self._current_index.revisions(name)
 
     def details(self, name: str) -> Details:
         """Raises UnknownAdapter."""
-        self._check_current()
-        return self._index.details(name)
+        return self._current_index.details(name)
 
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
         """Return names in order: at most `limit` of those after `after`."""
-        self._check_current()
-        return self._index.names(after, limit)
+        return self._current_index.names(after, limit)
 
     def known(self, name: str) -> tuple[Revision, Details] | None:
         """Return what this server knows of a name, whether it is current or not."""
@@ -260,12 +256,14 @@ class AdapterStore:
         return len(self._index)
 
     def __contains__(self, name: object) -> bool:
-        self._check_current()
-        return name in self._index
+        return name in self._current_index
 
-    def _check_current(self) -> None:
+    @property
+    def _current_index(self) -> Index:
+        """Raises StoreUnreachable where other servers may have made changes that are not in it."""
         if self._replicas is not None:
             self._replicas.check()
+        return self._index
 
     def _require(self, name: str, if_match: str | None) -> Revision:
         current = self._index.current(name)
@@ -279,12 +277,10 @@ class AdapterStore:
         """Keep the content first, then append its event: who sees the event finds the content."""
         number = self._index.last_number(name) + 1
         revision = Revision(name, number, digest, datetime.now(UTC), size, origin)
-        reachable = len(self._index.revisions(name)) if name in self._index else 0
-        dropped = max(0, reachable + 1 - self._keep_revisions)
+        dropped = max(0, self._index.count(name) + 1 - self._keep_revisions)
         record = {} if staged is None else self._keep(staged, digest).record
         values = {**revision_to_json(revision), "dropped": dropped, **record}
-        self._append("revision", name, origin.by, values)
-        return self._index.current(name)
+        return self._append("revision", name, origin.by, values)
 
     def _keep(self, staged: Path, digest: str) -> Kept:
         self._unused.add(digest)
@@ -293,8 +289,11 @@ class AdapterStore:
             self._damaged.discard(digest)
         return kept
 
-    def _append(self, event: str, name: str, by: str | None, values: Mapping[str, object]) -> None:
-        """Append an event to those that the running change knows. Raises Overtaken."""
+    def _append(
+        self, event: str, name: str, by: str | None, values: Mapping[str, object]
+    ) -> Revision:
+        """Append an event to those that the running change knows; return the revision that is
+        current then, or was until the event. Raises Overtaken."""
         now = datetime.now(UTC).isoformat()
         whole = {"time": now, "event": event, "name": name, "by": by, **values}
         with self._journal:
@@ -302,7 +301,13 @@ class AdapterStore:
                 raise Overtaken
             self._storage.append(whole)
             self._based_on = self._storage.last
-            self._unused |= self._index.apply([whole]).dropped
+            applied = self._index.apply([whole])
+            self._unused |= applied.dropped
+            # Under the lock, so that it is this server's event and not the next one's.
+            known = self.known(name)
+        current = applied.before[name] if known is None else known[0]
+        assert current is not None, "an event creates a name, or there was one"
+        return current
 
     def _change(self, change: Callable[[], _T]) -> _T:
         """Make a change of the newest state; decide again where another server makes one first.
