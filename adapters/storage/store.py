@@ -110,11 +110,7 @@ class AdapterStore:
         return self._change(change)
 
     def replace(
-        self,
-        name: str,
-        staged: Path,
-        if_match: str | None = None,
-        origin: Origin = UPLOADED,
+        self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
     ) -> tuple[Revision, bool]:
         """Add a revision, and return it and True. Where the content is the same already, return
         the current revision and False; or True, if its files were damaged and are whole again.

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import pytest
+from obstore.store import LocalStore
 
 from adapters.errors import (
     AdapterError,
@@ -25,6 +26,7 @@ from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.storage.replicas import (
     STORAGES,
+    CutOff,
     bucket_in,
     replica,
     shared_bucket,
@@ -188,6 +190,57 @@ def test_what_is_mended_on_one_server_is_served_by_all(
     replace(stores[1], "support", "a")
     for store in stores:
         assert store.read(revision, ["weights"]) == {"weights": b"a" * 100}
+
+
+class Interrupted(CutOff):
+    """A bucket in which something happens before the event of a content that was just uploaded, or
+    compared with the one that is there."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def put_all(self, files: Mapping[str, Path]) -> None:
+        super().put_all(files)
+        self._interrupt()
+
+    def fetch_all(self, files: Mapping[str, Path]) -> None:
+        super().fetch_all(files)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        if self.meanwhile is not None:
+            happens, self.meanwhile = self.meanwhile, None
+            happens()
+
+
+def interrupted(folder: Path) -> Interrupted:
+    return Interrupted(LocalStore(folder, automatic_cleanup=True, mkdir=True), "file://")
+
+
+def test_a_server_that_starts_in_the_midst_of_an_upload_takes_nothing_from_it(folder: Path) -> None:
+    """It removes what crashes have left, which the upload looks like."""
+    objects = interrupted(folder)
+    with closing(AdapterStore(shared_bucket(folder, objects))) as store:
+        objects.meanwhile = lambda: AdapterStore(shared_bucket(folder)).close()
+        create(store, "support", "a")
+        with closing(AdapterStore(shared_bucket(folder))) as other:
+            assert content_of(other, other.current("support")) == "a"
+    assert len(list(folder.glob("content/*/*"))) == 1
+
+
+def test_a_content_that_another_server_removes_in_the_midst_of_its_upload_is_there_afterwards(
+    folder: Path,
+) -> None:
+    objects = interrupted(folder)
+    with (
+        closing(AdapterStore(shared_bucket(folder, objects))) as store,
+        closing(AdapterStore(shared_bucket(folder))) as other,
+    ):
+        create(other, "twin", "a")
+        objects.meanwhile = lambda: other.delete("twin")
+        create(store, "support", "a")
+        assert other.names() == ["support"]
+        for each in (store, other):
+            assert content_of(each, each.current("support")) == "a"
 
 
 # Who is away
