@@ -190,7 +190,7 @@ def under_requests(changes: Changes) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("rounds", "kills"),
-    [(12, 1), pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])],
+    [(8, 1), pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])],
 )
 def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged(
     place: Place,
