@@ -2,8 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from adapters.errors import (
     AdapterExists,
     TooManyPinned,
     UnknownAdapter,
+    UnknownRevision,
 )
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.storage.names import check_name
@@ -84,12 +86,15 @@ class AdapterRegistry:
         self._vocabularies = None if tokenizer is None else Vocabularies(tokenizer, modules)
         self.residency = Residency(slots, host_bytes)
         self._changing = threading.RLock()
-        """Held while an operator's change goes through store and residency."""
-        self._kept: dict[str, AdapterVectors] = {}
-        """Name -> the vectors that are kept on the device for it."""
+        """Held while a change goes through store and residency."""
+        self._kept: dict[str, tuple[Revision, AdapterVectors]] = {}
+        """Name -> the revision, and its vectors that are kept on the device for it."""
+        self._followers = ThreadPoolExecutor(1, "followed-changes")
+        self.wake: Callable[[], None] = lambda: None
+        """Called after a change of another server, whose adapters may be pinned or unpinned."""
+        store.watch(lambda before: self._followers.submit(self._follow, before))
         for name in store.names():
-            if store.details(name).pinned:
-                self._keep_if_whole(store.current(name))
+            self._keep_if_pinned(name)
 
     def close(self) -> None:
         """End the processes that read adapters' own tokenizers and templates; close the store."""
@@ -98,6 +103,7 @@ class AdapterRegistry:
                 self._vocabularies.close()
         finally:
             self._store.close()
+            self._followers.shutdown()
 
     @property
     def stored(self) -> StoredAdapters:
@@ -144,21 +150,16 @@ class AdapterRegistry:
         """Store a new revision; return the current one, whether anything changed, and warnings."""
         self._store.current(name)
         _, warnings = self.check(staged)
-        with self._changing:
-            old = self._store.current(name)
+        with self._changing_name(name):
             revision, changed = self._store.replace(name, staged, if_match, origin)
-            self._moved(old, revision)
         return revision, changed, warnings
 
     def roll_back(
         self, name: str, number: int, if_match: str | None = None, by: str | None = None
     ) -> tuple[Revision, bool]:
         """Make an old content current; return the current revision, and whether it is new."""
-        with self._changing:
-            old = self._store.current(name)
-            revision, changed = self._store.roll_back(name, number, if_match, by)
-            self._moved(old, revision)
-        return revision, changed
+        with self._changing_name(name):
+            return self._store.roll_back(name, number, if_match, by)
 
     def describe(
         self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
@@ -167,21 +168,18 @@ class AdapterRegistry:
 
         Raises TooManyPinned where no slot would be left for other adapters.
         """
-        with self._changing:
-            current = self._store.current(name)
-            if change.pinned and name not in self._kept:
-                most = self.residency.capacity - 1
-                if len(self._kept) >= most:
-                    raise TooManyPinned(most)
-                # First what may raise: then nothing has changed.
-                vectors = self.vectors(current)
-                self.residency.check(vectors)
-                changed = self._store.describe(name, change, if_match, by)
+        with self._changing_name(name) as current:
+            if not change.pinned or name in self._kept:
+                return self._store.describe(name, change, if_match, by)
+            most = self.residency.capacity - 1
+            if len(self._kept) >= most:
+                raise TooManyPinned(most)
+            # First what may raise: then nothing has changed.
+            vectors = self.vectors(current)
+            self.residency.check(vectors)
+            changed = self._store.describe(name, change, if_match, by)
+            if changed[0].digest == current.digest:
                 self._keep(current, vectors)
-            else:
-                changed = self._store.describe(name, change, if_match, by)
-            if change.pinned is False:
-                self._stop_keeping(name)
             return changed
 
     def combine(
@@ -223,15 +221,20 @@ class AdapterRegistry:
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """Delete a name: running requests finish on it, new ones do not find it."""
-        with self._changing:
-            old = self._store.current(name)
+        with self._changing_name(name):
             self._store.delete(name, if_match, by)
-            self._stop_keeping(name)
-            self.residency.retire(old.digest)
 
     def lease(self, model: str) -> Lease:
         """Lease the current revision of `name`, or the revision `name@number`."""
-        revision = self.resolve(model)
+        while True:
+            try:
+                return self._lease(self.resolve(model))
+            except UnknownRevision:
+                # The files of the revision that was current may have gone since.
+                if "@" in model:
+                    raise
+
+    def _lease(self, revision: Revision) -> Lease:
         vectors = self.residency.find(revision.digest)
         if vectors is None:
             vectors = self._read(revision)
@@ -325,38 +328,61 @@ class AdapterRegistry:
             host_bytes=residency.host_bytes,
         )
 
-    def _moved(self, old: Revision, new: Revision) -> None:
-        """Bring the residency up to date after a name's current revision changed, or was mended."""
-        if new.digest != old.digest or new.name not in self._kept:
-            self._stop_keeping(old.name)
-            if self._store.details(new.name).pinned:
-                self._keep_if_whole(new)
-        if new.digest != old.digest:
+    @contextmanager
+    def _changing_name(self, name: str) -> Iterator[Revision]:
+        """Within, an operator's change of a name is made, which was at the yielded revision."""
+        with self._changing:
+            old = self._store.current(name)
+            try:
+                yield old
+            finally:
+                # A change that raises may have been made all the same.
+                self._moved(name, old)
+
+    def _follow(self, before: Mapping[str, Revision | None]) -> None:
+        """Bring the residency up to date after changes of another server."""
+        with self._changing:
+            for name, old in before.items():
+                self._moved(name, old)
+        self.wake()
+
+    def _moved(self, name: str, old: Revision | None) -> None:
+        """Bring the residency up to date after a name has changed since it was at `old`."""
+        known = self._store.known(name)
+        kept = self._kept.get(name)
+        if kept is not None and (
+            known is None or not known[1].pinned or kept[0].digest != known[0].digest
+        ):
+            self._stop_keeping(name)
+        self._keep_if_pinned(name)
+        if old is not None and (known is None or old.digest != known[0].digest):
             self.residency.retire(old.digest)
 
-    def _keep_if_whole(self, revision: Revision) -> None:
+    def _keep_if_pinned(self, name: str) -> None:
         """Keep a pinned adapter on the device. Where it cannot be read or does not fit the base,
         log an error, so that the server starts; storing it anew puts it on the device again."""
+        known = self._store.known(name)
+        if known is None or not known[1].pinned or name in self._kept:
+            return
         try:
-            vectors = self.vectors(revision)
+            vectors = self.vectors(known[0])
             self.residency.check(vectors)
-            self._keep(revision, vectors)
+            self._keep(known[0], vectors)
         except AdapterError as error:
             log.error(
                 "The pinned adapter %s@%d is not on the device: %s",
-                revision.name,
-                revision.number,
+                name,
+                known[0].number,
                 error,
             )
 
     def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:
-        self._kept[revision.name] = vectors
+        self._kept[revision.name] = revision, vectors
         self.residency.keep(revision.digest, vectors)
 
     def _stop_keeping(self, name: str) -> None:
-        vectors = self._kept.pop(name, None)
-        if vectors is not None:
-            self.residency.stop_keeping(vectors)
+        _, vectors = self._kept.pop(name)
+        self.residency.stop_keeping(vectors)
 
 
 def _ingredients(revisions: Sequence[Revision], weights: Sequence[float]) -> list[dict[str, Any]]:

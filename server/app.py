@@ -24,6 +24,8 @@ from adapters.sources.sources import Sources
 from adapters.storage.bucket import BucketStorage
 from adapters.storage.objects import Objects
 from adapters.storage.revision import Origin
+from adapters.storage.shared_bucket import SharedBucketStorage
+from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
@@ -111,6 +113,7 @@ def _load_services(settings: Settings) -> Services:
             host_bytes=settings.max_host_adapter_bytes,
         )
         engine = opened.engine(registry.residency)
+        registry.wake = engine.wake
         if settings.preload_adapters is not None:
             preload(registry, settings.preload_adapters)
         merges = MergeJobs(_merges_folder(settings), settings.model, opened.name)
@@ -145,21 +148,26 @@ def _turns_of_a_key(settings: Settings) -> int:
 
 
 def _storage(settings: Settings) -> Path | Storage:
-    place = settings.adapters_dir
+    place, lease = settings.adapters_dir, settings.replica_lease
     if isinstance(place, Path):
-        return place
-    return BucketStorage(Objects.at(place), settings.adapters_cache_dir or _beside(place, "cache"))
+        return SharedFolderStorage(place, lease) if settings.shared_store else place
+    cache = settings.adapters_cache_dir or _beside(place, "cache")
+    if not settings.shared_store:
+        return BucketStorage(Objects.at(place), cache)
+    return SharedBucketStorage(Objects.at(place), Objects.at(place, lease / 4), cache, lease)
 
 
 def _merges_folder(settings: Settings) -> Path:
     place = settings.adapters_dir
-    beside = place / "merges" if isinstance(place, Path) else _beside(place, "merges")
-    return settings.merges_dir or beside
+    if isinstance(place, Path) and not settings.shared_store:
+        return settings.merges_dir or place / "merges"
+    return settings.merges_dir or _beside(place, "merges")
 
 
-def _beside(bucket: str, what: str) -> Path:
-    """A folder on this machine for the cache or the merges of a bucket's server."""
-    return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
+def _beside(store: Path | str, what: str) -> Path:
+    """A folder on this machine for the cache of a bucket, or the merges of one of its servers."""
+    name = store if isinstance(store, str) else str(store.resolve())
+    return cache_dir() / "buckets" / hashlib.sha256(name.encode()).hexdigest()[:16] / what
 
 
 def _known_configs(store: AdapterStore, preloaded: Path | None) -> Iterator[IA3Config]:

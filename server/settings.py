@@ -71,6 +71,19 @@ class Settings(BaseSettings):
         description="Where copies of a bucket's adapters are kept. Default: your cache folder.",
         examples=["/data/cache"],
     )
+    shared_store: bool = Field(
+        False,
+        description="Share the adapters folder or bucket with other servers that set this too.",
+        examples=[True],
+    )
+    replica_lease: float = Field(
+        10.0,
+        ge=1,
+        le=20,
+        description="With --shared-store: seconds that this server answers for adapters without "
+        "reaching the store, and that changes wait for a server that died.",
+        examples=[10.0],
+    )
     keep_revisions: int = Field(
         10, ge=1, le=10_000, description="Revisions that are kept of each adapter.", examples=[10]
     )

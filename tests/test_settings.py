@@ -16,6 +16,8 @@ VALUES = {
     "served_model_name": "base",
     "adapters_dir": "/data",
     "adapters_cache_dir": "/cache",
+    "shared_store": "true",
+    "replica_lease": "4.5",
     "keep_revisions": "3",
     "merges_dir": "/merges",
     "preload_adapters": "/examples",

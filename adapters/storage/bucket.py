@@ -1,6 +1,6 @@
 """Storage of a store in a bucket, with a local cache of contents.
 
-    content/<digest>/<epoch>-<count>/<file>   an adapter's files
+    content/<digest>/<epoch>-<number>/<file>  an adapter's files
     journal/                                  every change of every adapter: bucket_journal.py
     lease/                                    who owns the bucket: bucket_lease.py
 
@@ -9,15 +9,16 @@ written to a folder that was never used before, and its event names the folder. 
 removal, nor a process that has lost the bucket without noticing, can touch what was written since.
 """
 
-import itertools
 import logging
 import re
+import secrets
+import shutil
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -29,7 +30,9 @@ from adapters.storage.bucket_lease import Lease
 from adapters.storage.folder import ContentFolder, digest_of
 from adapters.storage.journal import Event
 from adapters.storage.objects import Objects
+from adapters.storage.replicas import Replicas
 from adapters.storage.revision import Revision
+from adapters.storage.storage import Kept
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class BucketStorage:
     has no room, and StoreUnreachable.
     """
 
+    replicas: Replicas | None = None
+
     def __init__(
         self,
         objects: Objects,
@@ -55,19 +60,26 @@ class BucketStorage:
         self._objects = objects
         self._cache = ContentFolder(cache)
         try:
-            self._lease = Lease(objects, _identity(self._cache.lock), lease_seconds, renew_every)
+            self._lease = self._take_lease(lease_seconds, renew_every)
         except BaseException:
             self._cache.close()
             objects.close()
             raise
-        self._journal = BucketJournal(objects, uuid.uuid4().hex)
+        self._journal = self._make_journal(uuid.uuid4().hex)
         self._places: dict[str, str] = {}
-        """Digest -> the folder of its files in the bucket."""
-        self._count = itertools.count()
+        """Digest -> the folder of its files in the bucket, as the journal says."""
+        self._uploaded: dict[str, str] = {}
+        """Digest -> the folder of files that this process has uploaded, and no event names yet."""
         self._fetches: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
         """Digest -> a lock, held while its content is fetched."""
         self._background = ThreadPoolExecutor(1, "bucket-keeper")
         self._compaction: Future[None] | None = None
+
+    def _take_lease(self, seconds: float, renew_every: float) -> Lease:
+        return Lease(self._objects, _identity(self._cache.lock), seconds, renew_every)
+
+    def _make_journal(self, writer: str) -> BucketJournal:
+        return BucketJournal(self._objects, writer)
 
     def close(self) -> None:
         self._background.shutdown()
@@ -75,23 +87,39 @@ class BucketStorage:
         self._objects.close()
         self._cache.close()
 
+    @property
+    def last(self) -> int:
+        return self._journal.last
+
     def read(self) -> list[Event]:
         events = self._journal.read()
-        self._places = {
-            str(event["digest"]): str(event["place"])
-            for event in events
-            if {"digest", "place"} <= event.keys()
-        }
+        self._note(events)
         self._compact_if_long()
         return events
 
     def append(self, event: Mapping[str, object]) -> None:
         place = self._places.get(str(event.get("digest")))
-        self._journal.append(event if place is None else {**event, "place": place})
+        whole = event if place is None or "place" in event else {**event, "place": place}
+        self._journal.append(whole)
+        self._note([whole])
         self._compact_if_long()
 
     def settle(self) -> Sequence[Event]:
-        return self._journal.settle()
+        events = self._journal.settle()
+        self._note(events)
+        return events
+
+    def _note(self, events: Iterable[Mapping[str, object]]) -> None:
+        """Note where the contents of events are."""
+        for event in events:
+            if {"digest", "place"} <= event.keys():
+                digest, place = str(event["digest"]), str(event["place"])
+                self._places[digest] = place
+                if self._uploaded.get(digest) == place:
+                    del self._uploaded[digest]
+
+    def turn(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def check(self) -> None:
         """Do nothing: each change asks the bucket, and a cache that was removed is made again."""
@@ -102,22 +130,36 @@ class BucketStorage:
         with self._cache.staging() as folder:
             yield folder
 
-    def keep(self, staged: Path, digest: str) -> bool:
+    def keep(self, staged: Path, digest: str, in_use: bool) -> Kept:
         """Keep staged files. Content that the bucket has already is fetched and compared, so that
-        damaged content is replaced."""
-        place = self._places.get(digest)
-        is_whole = place is not None and self._is_whole(place, digest)
-        if not is_whole:
+        damaged content is replaced. What nothing uses any more may be about to be removed: such
+        content goes to a new folder."""
+        place = self._places.get(digest) if in_use else self._usable(digest)
+        is_there = place is not None and (not in_use or self._is_whole(place, digest))
+        if place is None:
+            place = f"{self._folder_of(digest)}{secrets.randbelow(10**12)}"
+        if not is_there:
             # Damaged content is overwritten in its folder, which earlier events name.
-            new = f"{_PREFIX}/{digest}/{self._journal.epoch:012}-{next(self._count)}"
-            place = self._places.setdefault(digest, new)
             files = {f"{place}/{file.name}": file for file in staged.iterdir()}
             self._objects.put_all(files)
-            if place != new:
+            if in_use:
                 self._objects.delete(set(self._objects.list(place)) - files.keys())
-        with self._fetch_lock(digest):
-            self._cache.keep(staged, digest)
-        return not is_whole
+            else:
+                self._uploaded[digest] = place
+        with self._fetch_lock(digest), self.staging() as copy:
+            for file in staged.iterdir():
+                _link(file, copy / file.name)
+            self._cache.put(copy, digest)
+        return Kept(not is_there, {"place": place})
+
+    def _usable(self, digest: str) -> str | None:
+        """Return where files were uploaded that no event names yet. The next process that opens
+        the journal removes them."""
+        place = self._uploaded.get(digest, "")
+        return place if place.startswith(self._folder_of(digest)) else None
+
+    def _folder_of(self, digest: str) -> str:
+        return f"{_PREFIX}/{digest}/{self._journal.epoch:012}-"
 
     def files(self, revision: Revision) -> Path:
         """Raises StoreDamaged where the bucket no longer has what was stored."""
@@ -140,15 +182,20 @@ class BucketStorage:
             # The event may be in the journal, and then its content is needed.
             return
         for digest in digests:
-            place = self._places.pop(digest, None)
-            self._cache.remove([digest])
-            if place is not None:
+            places = [self._places.get(digest), self._uploaded.pop(digest, None)]
+            self.forget([digest])
+            for place in filter(None, places):
                 _quietly(partial(self._delete, place))
+
+    def forget(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            self._places.pop(digest, None)
+            self._cache.remove([digest])
 
     def keep_only(self, digests: Collection[str]) -> None:
         self._cache.keep_only(digests)
         self._places = {each: place for each, place in self._places.items() if each in digests}
-        self._background.submit(_quietly, self._delete_leftovers)
+        self._background.submit(_quietly, partial(self._delete_leftovers, self._journal.epoch))
 
     def _fetch_lock(self, digest: str) -> threading.Lock:
         return self._fetches.setdefault(digest, threading.Lock())
@@ -163,7 +210,7 @@ class BucketStorage:
             self._download(place, staged)
             if digest_of(staged)[0] == revision.digest:
                 self._cache.remove([revision.digest])
-                self._cache.keep(staged, revision.digest)
+                self._cache.put(staged, revision.digest)
             elif revision.digest in self._places:
                 raise StoreDamaged(
                     f"The files of {revision.name}@{revision.number} in {self._objects.url} are "
@@ -177,20 +224,23 @@ class BucketStorage:
     def _delete(self, place: str) -> None:
         self._objects.delete(self._objects.list(place))
 
-    def _delete_leftovers(self) -> None:
-        """Delete contents of earlier epochs that no event names, as crashes leave them."""
+    def _delete_leftovers(self, epoch: int) -> None:
+        """Delete contents of epochs before `epoch` that no event names, as crashes leave them."""
         found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
         self._objects.delete(
             key[0]
             for key in found
             if key is not None
-            and int(key["epoch"]) < self._journal.epoch
+            and int(key["epoch"]) < epoch
             and self._places.get(key["digest"]) != key["place"]
         )
 
     def _compact_if_long(self) -> None:
         if self._journal.is_long and (self._compaction is None or self._compaction.done()):
-            self._compaction = self._background.submit(_quietly, self._journal.compact)
+            self._compaction = self._background.submit(_quietly, self._compact)
+
+    def _compact(self) -> None:
+        self._journal.compact()
 
 
 def _quietly(work: Callable[[], None]) -> None:
@@ -199,6 +249,14 @@ def _quietly(work: Callable[[], None]) -> None:
         work()
     except AdapterError as error:
         log.warning("Nothing is lost, but a clean-up has failed: %s", error)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name; where the disk cannot, copy it."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def _identity(lock: TextIO) -> str:

@@ -15,10 +15,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 
-from adapters.errors import StoreLocked, StoreUnreachable
+from adapters.errors import Overtaken, StoreLocked, StoreUnreachable
 from adapters.storage.journal import Event
 from adapters.storage.objects import Objects
+from adapters.storage.replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ LONGEST = 50_000
 _PREFIX = "journal"
 _KEY = re.compile(rf"{_PREFIX}/(\d{{12}})(?:-(\d{{12}}))?\.jsonl")
 _LOOKS = 5
+_LOOKS_AMONG_OTHERS = 100
+_AT_ONCE = 16
+"""How many events are asked for at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class BucketJournal:
         """The number of the last event that is in a segment."""
         self._in_doubt = False
         self.epoch = 0
-        """The number of this process's first event: later processes have higher ones."""
+        """The number of the last event "opened": later processes have higher ones."""
 
     @property
     def in_doubt(self) -> bool:
@@ -73,10 +78,19 @@ class BucketJournal:
     def is_long(self) -> bool:
         return self._last - self._compacted >= COMPACT_EVERY
 
+    @property
+    def last(self) -> int:
+        """The number of the last event that was read or appended."""
+        return self._last
+
     def read(self) -> list[Event]:
         """Return every event, oldest first. No process that opened the journal before can append
         any more."""
-        for _ in range(_LOOKS):
+        return _events(self._open(_LOOKS))
+
+    def _open(self, looks: int) -> dict[int, bytes]:
+        """Create an event "opened"; return all events before it."""
+        for _ in range(looks):
             lines = self._lines()
             opened = self._line("opened", {})
             ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
@@ -84,7 +98,7 @@ class BucketJournal:
             # A listing is not atomic: events that it missed are in a segment by now.
             if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
                 self._last = self.epoch = mine.last
-                return [event for event in _parsed(lines) if "name" in event]
+                return lines
         raise StoreLocked(f"other servers write to {self._objects.url}")
 
     def append(self, event: Mapping[str, object]) -> None:
@@ -114,14 +128,15 @@ class BucketJournal:
         self._last += 1
         return (event,) if happened else ()
 
-    def compact(self) -> None:
+    def compact(self, last: int | None = None) -> None:
         """Write the last events, and segments that are not longer than they, as one segment.
+        `last`: the number of the last one; default: of all.
 
         This is safe at any moment and beside any other process, since it copies what is there.
         Later events keep their objects: a process that does not know whether its event was written
         looks for the object.
         """
-        last = self._last
+        last = self._last if last is None else last
         spans = [span for span in self._spans() if span.last <= last]
         tail: list[_Span] = []
         for span in reversed(_cover(spans)):
@@ -130,6 +145,8 @@ class BucketJournal:
                 break
             tail.insert(0, span)
         if len(tail) < 2:
+            # Another process has joined them.
+            self._compacted = max((s.last for s in tail if s.count > 1), default=self._compacted)
             return
         texts = self._objects.get_all([span.key for span in tail])
         lines = _numbered(zip(tail, texts, strict=True))
@@ -194,6 +211,63 @@ class BucketJournal:
         )
 
 
+class SharedBucketJournal(BucketJournal):
+    """A journal that several processes append to, each after what it has read of the others.
+
+    A process that shows itself in `replicas` reads single objects: none is joined into a segment
+    before that process has read it. A process that was away opens the journal again.
+    """
+
+    def __init__(self, objects: Objects, writer: str, replicas: Replicas) -> None:
+        super().__init__(objects, writer)
+        self._replicas = replicas
+
+    def read(self) -> list[Event]:
+        """Return every event that was not returned before, oldest first."""
+        before = self._last
+        try:
+            lines = self._open(_LOOKS_AMONG_OTHERS)
+        except BaseException:
+            self._last = before
+            raise
+        self._in_doubt = False
+        return _events({number: line for number, line in lines.items() if number > before})
+
+    def append(self, event: Mapping[str, object]) -> None:
+        """Raises Overtaken where another process has appended an event that was not read here, and
+        StoreUnreachable where this process was away."""
+        line = self._line(str(event["event"]), event)
+        self._in_doubt = True
+        is_ours = self._objects.create(self._key(1), line) or self._now_at_next() == line
+        # While a process is away, others may join the event of this number into a segment.
+        self._replicas.check()
+        self._in_doubt = False
+        if not is_ours:
+            raise Overtaken(f"Another server has changed {self._objects.url} first.")
+        self._last += 1
+
+    def settle(self) -> list[Event]:
+        """Return every event that was not returned before, oldest first. Raises StoreUnreachable
+        where this process was away."""
+        lines: list[bytes] = []
+        at_once = 1
+        while True:
+            first = len(lines) + 1
+            found = self._objects.get_all([self._key(first + i) for i in range(at_once)])
+            whole = [text for text in takewhile(lambda text: text is not None, found) if text]
+            lines += whole
+            if len(whole) < at_once:
+                break
+            at_once = min(2 * at_once, _AT_ONCE)
+        self._replicas.check()
+        numbered = dict(enumerate(lines, start=self._last + 1))
+        self.epoch = max((n for n, line in numbered.items() if _is_fence(line)), default=self.epoch)
+        self._last += len(lines)
+        if lines:
+            self._in_doubt = False
+        return _events(numbered)
+
+
 def _cover(spans: Iterable[_Span]) -> list[_Span]:
     """Return spans that together contain all events, each as wide as possible."""
     cover: list[_Span] = []
@@ -213,6 +287,11 @@ def _numbered(objects: Iterable[tuple[_Span, bytes | None]]) -> dict[int, bytes]
         if text is not None:
             lines.update(zip(range(span.first, span.last + 1), text.split(b"\n"), strict=False))
     return lines
+
+
+def _events(lines: Mapping[int, bytes]) -> list[Event]:
+    """Return the events that change an adapter, oldest first."""
+    return [event for event in _parsed(lines) if "name" in event]
 
 
 def _parsed(lines: Mapping[int, bytes]) -> Iterable[Event]:

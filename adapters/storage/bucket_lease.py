@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import time
+from contextlib import suppress
 
 from adapters.errors import AdapterError, StoreLocked
 from adapters.storage.objects import Objects
@@ -43,14 +44,18 @@ class Lease:
         may be the next owner's by then."""
         if self._released.is_set():
             return
-        self._released.set()
-        self._thread.join()
+        self.stop()
         if self._lost:
             return
         try:
             self._objects.delete([_key(self._number)])
         except AdapterError as error:
             log.warning("The lease on %s runs out by itself: %s", self._objects.url, error)
+
+    def stop(self) -> None:
+        """Let the lease run out by itself."""
+        self._released.set()
+        self._thread.join()
 
     def _take(self) -> int:
         begun = time.monotonic()
@@ -74,17 +79,22 @@ class Lease:
     def _renew(self) -> None:
         while not self._released.wait(self._renew_every):
             try:
-                still = self._objects.get(_key(self._number)) == self._mine
-                if not still or not self._put(self._number + 1):
+                self._renew_once()
+                if self._lost:
                     log.error(
                         "The lease on %s was taken over by another server.", self._objects.url
                     )
-                    self._lost = True
                     return
-                self._number += 1
-                self._objects.delete([_key(self._number - 1)])
             except AdapterError as error:
                 log.warning("The lease on %s was not renewed: %s", self._objects.url, error)
+
+    def _renew_once(self) -> None:
+        still = self._objects.get(_key(self._number)) == self._mine
+        if not still or not self._put(self._number + 1):
+            self._lost = True
+            return
+        self._number += 1
+        self._objects.delete([_key(self._number - 1)])
 
     def _put(self, number: int) -> bool:
         return (
@@ -106,6 +116,31 @@ class Lease:
     def _numbers(self) -> list[int]:
         found = map(_KEY.fullmatch, self._objects.list(_PREFIX))
         return [int(key[1]) for key in found if key is not None]
+
+
+class SharedLease(Lease):
+    """The lease that all servers which share a bucket hold together: each renews it."""
+
+    def __init__(self, objects: Objects, seconds: float = 30.0, renew_every: float = 5.0) -> None:
+        self._seconds = seconds
+        self._begun = time.monotonic()
+        super().__init__(objects, "servers with --shared-store", seconds, renew_every)
+
+    def release(self) -> None:
+        with suppress(AdapterError):
+            # Another server may have renewed it last.
+            self._renew_once()
+        super().release()
+
+    def check(self) -> None:
+        """Raises StoreLocked where another owner may have taken the bucket over."""
+        if time.monotonic() > self._begun + self._seconds / 2:
+            raise StoreLocked(f"the lease on {self._objects.url} could not be renewed")
+
+    def _renew_once(self) -> None:
+        begun = time.monotonic()
+        self._number = self._take()
+        self._begun = begun
 
 
 def _key(number: int) -> str:

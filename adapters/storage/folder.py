@@ -13,12 +13,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from adapters.errors import StoreFull, StoreLocked, StoreUnreachable
 from adapters.storage.journal import Event, Journal, is_at, sync
+from adapters.storage.replicas import Replicas
 from adapters.storage.revision import Revision
+from adapters.storage.storage import Kept
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
@@ -39,10 +41,17 @@ class ContentFolder:
             self.make()
             self.lock = (folder / "lock").open("a+")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._own()
         except OSError:
             self.lock.close()
-            raise StoreLocked(f"another server uses the adapters folder {folder}") from None
+            raise StoreLocked(
+                f"another server uses the adapters folder {folder}; each server needs its own, "
+                "unless all of them share one (--shared-store)"
+            ) from None
+
+    def _own(self) -> None:
+        """Raises OSError where another process owns the folder."""
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for leftover in self._staging.iterdir():
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -68,7 +77,7 @@ class ContentFolder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, staged: Path, digest: str) -> bool:
+    def put(self, staged: Path, digest: str) -> bool:
         """Move the staged files to the folder of their digest, durably. False where it has them
         already, unchanged."""
         target = self.path(digest)
@@ -109,6 +118,8 @@ class ContentFolder:
 class FolderStorage(ContentFolder):
     """A `Storage` on this machine's disk."""
 
+    replicas: Replicas | None = None
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
@@ -123,8 +134,15 @@ class FolderStorage(ContentFolder):
         self._journal.close()
         super().close()
 
+    @property
+    def last(self) -> int:
+        return self._journal.last
+
     def read(self) -> list[Event]:
         return self._journal.read()
+
+    def turn(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def check(self) -> None:
         """Raises StoreUnreachable where the folder is no longer the one that was opened."""
@@ -142,9 +160,9 @@ class FolderStorage(ContentFolder):
         with self._checked_on_failure(), super().staging() as folder:
             yield folder
 
-    def keep(self, staged: Path, digest: str) -> bool:
+    def keep(self, staged: Path, digest: str, in_use: bool) -> Kept:  # noqa: ARG002
         with self._checked_on_failure():
-            return super().keep(staged, digest)
+            return Kept(self.put(staged, digest), {})
 
     def append(self, event: Mapping[str, object]) -> None:
         with self._checked_on_failure(), room():
@@ -154,6 +172,9 @@ class FolderStorage(ContentFolder):
         """Return nothing: an append that failed leaves no event on a disk."""
         self.check()
         return ()
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Do nothing: there are no copies."""
 
     def files(self, revision: Revision) -> Path:
         return self.path(revision.digest)

@@ -69,6 +69,11 @@ class Objects:
                 return False
         return True
 
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, over the one that there may be."""
+        with _failures_of(self.url):
+            obstore.put(self._store, key, data, use_multipart=False)
+
     def put_all(self, files: Mapping[str, Path]) -> None:
         with _failures_of(self.url):
             for _ in self._pool.map(self._put, files, files.values()):

@@ -7,61 +7,46 @@ acknowledged change is there. Start-up reads the journal alone.
 
 import logging
 import threading
-from bisect import bisect_right, insort
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from adapters.errors import (
+    AdapterError,
     AdapterExists,
+    Overtaken,
     RevisionConflict,
     RevisionDamaged,
     StoreDamaged,
     StoreUnreachable,
     UnknownAdapter,
-    UnknownRevision,
 )
 from adapters.storage.folder import FolderStorage, digest_of, read_files
+from adapters.storage.index import Index
 from adapters.storage.journal import Event
 from adapters.storage.names import check_name
-from adapters.storage.revision import (
-    Details,
-    DetailsChange,
-    Origin,
-    Revision,
-    details_from_json,
-    revision_from_json,
-    revision_to_json,
-)
-from adapters.storage.storage import Storage
+from adapters.storage.replicas import Follower
+from adapters.storage.revision import Details, DetailsChange, Origin, Revision, revision_to_json
+from adapters.storage.storage import Kept, Storage
 
 log = logging.getLogger(__name__)
 
 UPLOADED = Origin()
-
-
-@dataclass(slots=True)
-class _Adapter:
-    """What is in memory for a name."""
-
-    last_number: int = 0
-    reachable: list[Revision] = field(default_factory=list)
-    """Oldest first, since the name was last created; empty once it is deleted."""
-    details: Details = field(default_factory=Details)
-    edits: int = 0
-    """How often the details were changed since the name was last created."""
+Watcher = Callable[[Mapping[str, Revision | None]], object]
+_T = TypeVar("_T")
 
 
 class AdapterStore:
-    """Owns its storage: no other process may write there. Thread-safe.
+    """Owns its storage, alone or with other servers that share it. Thread-safe.
 
-    A change is durable when it returns. One that raises has changed nothing, except that a change
-    whose answer from a bucket was lost may be made all the same. Raises StoreLocked where another
-    process owns the storage, StoreFull where it has no room, StoreUnreachable where it cannot be
-    reached.
+    A change is durable when it returns, and every server that shares the storage answers by it. One
+    that raises has changed nothing, except that a change whose answer from a bucket was lost may be
+    made all the same. Raises StoreLocked where another process owns the storage, StoreFull where it
+    has no room, StoreUnreachable where it cannot be reached. Where servers share the storage, what
+    asks for a name raises StoreUnreachable while others may have changed it unknown to this one.
     """
 
     def __init__(self, storage: Path | Storage, keep_revisions: int = 10) -> None:
@@ -69,28 +54,44 @@ class AdapterStore:
         assert keep_revisions > 0
         self._keep_revisions = keep_revisions
         self._storage = FolderStorage(storage) if isinstance(storage, Path) else storage
+        self._replicas = self._storage.replicas
+        self._index = Index()
         self._changes = threading.Lock()
         """Held through a change, also while it waits for the storage."""
-        self._mutex = threading.RLock()
-        """Guards the fields below; never held while a thread waits for the storage."""
-        self._adapters: dict[str, _Adapter] = {}
-        self._sorted: list[str] = []
-        self._users: Counter[str] = Counter()
-        """Digest -> how many reachable revisions have that content."""
+        self._journal = threading.Lock()
+        """Held while events are read or appended, and taken into the index."""
+        self._based_on = 0
+        """The number of the last event that the running change knows."""
+        self._unused: set[str] = set()
+        """Digests that the running change may leave without a reachable revision."""
+        self._mutex = threading.Lock()
+        """Guards the field below."""
         self._damaged: set[str] = set()
         """Digests of damaged contents, which are not read again until they are stored anew."""
+        self._tell: Watcher = lambda _: None
         try:
             self._recover()
         except BaseException:
             self._storage.close()
             raise
+        self._follower = None if self._replicas is None else Follower(self._replicas, self._follow)
 
     def close(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
         self._storage.close()
 
+    def watch(self, tell: Watcher) -> None:
+        """Call `tell` with what each change of another server changes: names, with the revision
+        before. It must not wait."""
+        self._tell = tell
+
     def check(self) -> None:
-        """Raises StoreUnreachable where it is known that no change would last. Cheap."""
+        """Raises StoreUnreachable where it is known that no change would last, or that changes of
+        other servers may be unknown. Cheap."""
         self._storage.check()
+        if self._replicas is not None:
+            self._replicas.check()
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; it is removed afterwards."""
@@ -100,17 +101,16 @@ class AdapterStore:
         """Create a name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
         check_name(name)
         digest, size = digest_of(staged)
-        with self._changing():
-            if name in self:
+
+        def change() -> Revision:
+            if name in self._index:
                 raise AdapterExists(name)
             return self._add_revision(name, staged, digest, size, origin)
 
+        return self._change(change)
+
     def replace(
-        self,
-        name: str,
-        staged: Path,
-        if_match: str | None = None,
-        origin: Origin = UPLOADED,
+        self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
     ) -> tuple[Revision, bool]:
         """Add a revision, and return it and True. Where the content is the same already, return
         the current revision and False; or True, if its files were damaged and are whole again.
@@ -118,11 +118,17 @@ class AdapterStore:
         Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
         """
         digest, size = digest_of(staged)
-        with self._changing():
+
+        def change() -> tuple[Revision, bool]:
             current = self._require(name, if_match)
-            if current.digest == digest:
-                return current, self._keep(staged, digest)
-            return self._add_revision(name, staged, digest, size, origin), True
+            if current.digest != digest:
+                return self._add_revision(name, staged, digest, size, origin), True
+            kept = self._keep(staged, digest)
+            if kept.is_new:
+                self._append("mended", name, origin.by, {"digest": digest})
+            return current, kept.is_new
+
+        return self._change(change)
 
     def roll_back(
         self, name: str, number: int, if_match: str | None = None, by: str | None = None
@@ -132,15 +138,18 @@ class AdapterStore:
 
         Raises UnknownAdapter, UnknownRevision, RevisionConflict, and RevisionDamaged.
         """
-        with self._changing():
+
+        def change() -> tuple[Revision, bool]:
             current = self._require(name, if_match)
-            wanted = self.revision(name, number)
+            wanted = self._index.revision(name, number)
             if wanted.digest == current.digest:
                 return current, False
             if self._read(wanted, ()) is None:
                 self._read_again(wanted, ())
             origin = replace(wanted.origin, source=f"rollback to {number}", by=by)
             return self._add_revision(name, None, wanted.digest, wanted.size, origin), True
+
+        return self._change(change)
 
     def describe(
         self, name: str, change: DetailsChange, if_match: str | None = None, by: str | None = None
@@ -149,54 +158,51 @@ class AdapterStore:
 
         Raises UnknownAdapter, RevisionConflict.
         """
-        with self._changing():
-            self._require(name, if_match)
-            adapter = self._adapters[name]
-            details = change.applied_to(adapter.details)
-            if details != adapter.details:
-                self._append("details", name, by, asdict(details))
-                with self._mutex:
-                    self._edit(adapter, details)
-            return adapter.reachable[-1], details
+
+        def make() -> tuple[Revision, Details]:
+            current = self._require(name, if_match)
+            before = self._index.details(name)
+            details = change.applied_to(before)
+            if details == before:
+                return current, details
+            return self._append("details", name, by, asdict(details)), details
+
+        return self._change(make)
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:
         """Delete a name, at once. Raises UnknownAdapter, RevisionConflict."""
-        with self._changing():
+
+        def change() -> None:
             self._require(name, if_match)
-            adapter = self._adapters[name]
-            self._append("delete", name, by, {"number": adapter.last_number})
-            with self._mutex:
-                gone = self._forget(adapter, len(adapter.reachable))
-                adapter.details, adapter.edits = Details(), 0
-                self._sorted.remove(name)
-            self._collect(gone)
+            self._append("delete", name, by, {"number": self._index.last_number(name)})
+
+        self._change(change)
 
     def current(self, name: str) -> Revision:
-        with self._mutex:
-            return self._find(name).reachable[-1]
+        """Raises UnknownAdapter."""
+        return self._current_index.current(name)
 
     def revision(self, name: str, number: int) -> Revision:
         """Raises UnknownAdapter, UnknownRevision."""
-        for revision in self.revisions(name):
-            if revision.number == number:
-                return revision
-        raise UnknownRevision(name, number)
+        return self._current_index.revision(name, number)
 
     def revisions(self, name: str) -> list[Revision]:
         """Return the reachable revisions, newest first. Raises UnknownAdapter."""
-        with self._mutex:
-            return self._find(name).reachable[::-1]
+        return self._current_index.revisions(name)
 
     def details(self, name: str) -> Details:
         """Raises UnknownAdapter."""
-        with self._mutex:
-            return self._find(name).details
+        return self._current_index.details(name)
 
     def names(self, after: str | None = None, limit: int | None = None) -> list[str]:
         """Return names in order: at most `limit` of those after `after`."""
-        with self._mutex:
-            start = 0 if after is None else bisect_right(self._sorted, after)
-            return self._sorted[start : None if limit is None else start + limit]
+        return self._current_index.names(after, limit)
+
+    def known(self, name: str) -> tuple[Revision, Details] | None:
+        """Return what this server knows of a name, whether it is current or not."""
+        with suppress(UnknownAdapter):
+            return self._index.current(name), self._index.details(name)
+        return None
 
     def files(self, revision: Revision) -> Path:
         """Return the folder of a revision's files, for reading. It is removed with the last
@@ -217,10 +223,9 @@ class AdapterStore:
         """
         found = self._read(revision, names)
         if found is None:
-            with self._changes:
+            with self._newest():
                 # A revision that was deleted meanwhile only seems damaged: this raises then.
-                self.revision(revision.name, revision.number)
-                self._storage.check()
+                self._index.revision(revision.name, revision.number)
                 found = self._read_again(revision, names)
         return found
 
@@ -237,26 +242,27 @@ class AdapterStore:
     def damaged(self) -> int:
         """How many reachable revisions were found damaged."""
         with self._mutex:
-            return sum(self._users[digest] for digest in self._damaged)
+            return sum(self._index.users(digest) for digest in self._damaged)
 
     def was_deleted(self, name: str) -> bool:
         """Whether an adapter of this name was deleted, and there is none now."""
-        with self._mutex:
-            return name not in self and self._adapters.get(name, _Adapter()).last_number > 0
+        return name not in self and self._index.last_number(name) > 0
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._index)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(self._adapters.get(name, _Adapter()).reachable)
+        return name in self._current_index
 
-    def _find(self, name: str) -> _Adapter:
-        if name not in self:
-            raise UnknownAdapter(name)
-        return self._adapters[name]
+    @property
+    def _current_index(self) -> Index:
+        """Raises StoreUnreachable where other servers may have made changes that are not in it."""
+        if self._replicas is not None:
+            self._replicas.check()
+        return self._index
 
     def _require(self, name: str, if_match: str | None) -> Revision:
-        current = self.current(name)
+        current = self._index.current(name)
         if if_match is not None and if_match not in ("*", current.etag):
             raise RevisionConflict(name, current.etag)
         return current
@@ -265,59 +271,69 @@ class AdapterStore:
         self, name: str, staged: Path | None, digest: str, size: int, origin: Origin
     ) -> Revision:
         """Keep the content first, then append its event: who sees the event finds the content."""
-        adapter = self._adapters.get(name, _Adapter())
-        revision = Revision(name, adapter.last_number + 1, digest, datetime.now(UTC), size, origin)
-        dropped = max(0, len(adapter.reachable) + 1 - self._keep_revisions)
-        try:
-            if staged is not None:
-                self._keep(staged, digest)
-            values = {**revision_to_json(revision), "dropped": dropped}
-            self._append("revision", name, origin.by, values)
-        except BaseException:
-            self._collect([digest])
-            raise
-        with self._mutex:
-            if not adapter.reachable:
-                insort(self._sorted, name)
-            self._adapters[name] = adapter
-            self._enter(adapter, revision)
-            gone = self._forget(adapter, dropped)
-            revision = adapter.reachable[-1]
-        self._collect(gone)
-        return revision
+        number = self._index.last_number(name) + 1
+        revision = Revision(name, number, digest, datetime.now(UTC), size, origin)
+        dropped = max(0, self._index.count(name) + 1 - self._keep_revisions)
+        record = {} if staged is None else self._keep(staged, digest).record
+        values = {**revision_to_json(revision), "dropped": dropped, **record}
+        return self._append("revision", name, origin.by, values)
 
-    def _keep(self, staged: Path, digest: str) -> bool:
-        """Keep content; False where it was there, undamaged."""
-        written = self._storage.keep(staged, digest)
+    def _keep(self, staged: Path, digest: str) -> Kept:
+        self._unused.add(digest)
+        kept = self._storage.keep(staged, digest, in_use=self._index.users(digest) > 0)
         with self._mutex:
             self._damaged.discard(digest)
-        return written
+        return kept
 
-    def _enter(self, adapter: _Adapter, revision: Revision) -> None:
-        adapter.last_number = revision.number
-        adapter.reachable.append(replace(revision, edits=adapter.edits))
-        self._users[revision.digest] += 1
-
-    def _edit(self, adapter: _Adapter, details: Details) -> None:
-        adapter.details = details
-        adapter.edits += 1
-        if adapter.reachable:
-            adapter.reachable[-1] = replace(adapter.reachable[-1], edits=adapter.edits)
-
-    def _forget(self, adapter: _Adapter, count: int) -> list[str]:
-        """Drop the oldest `count` revisions of a name; return their digests."""
-        gone = [revision.digest for revision in adapter.reachable[:count]]
-        del adapter.reachable[:count]
-        self._users.subtract(gone)
-        return gone
-
-    def _append(self, event: str, name: str, by: str | None, values: Mapping[str, object]) -> None:
+    def _append(
+        self, event: str, name: str, by: str | None, values: Mapping[str, object]
+    ) -> Revision:
+        """Append an event to those that the running change knows; return the revision that is
+        current then, or was until the event. Raises Overtaken."""
         now = datetime.now(UTC).isoformat()
-        self._storage.append({"time": now, "event": event, "name": name, "by": by, **values})
+        whole = {"time": now, "event": event, "name": name, "by": by, **values}
+        with self._journal:
+            if self._storage.last != self._based_on:
+                raise Overtaken
+            self._storage.append(whole)
+            self._based_on = self._storage.last
+            applied = self._index.apply([whole])
+            self._unused |= applied.dropped
+            # Under the lock, so that it is this server's event and not the next one's.
+            known = self.known(name)
+        current = applied.before[name] if known is None else known[0]
+        assert current is not None, "an event creates a name, or there was one"
+        return current
 
-    def _collect(self, digests: Iterable[str]) -> None:
+    def _change(self, change: Callable[[], _T]) -> _T:
+        """Make a change of the newest state; decide again where another server makes one first.
+        Return once every server knows it."""
+        unused: set[str] = set()
+        while True:
+            with self._newest():
+                self._unused = unused
+                try:
+                    changed = change()
+                except Overtaken:
+                    continue
+                except BaseException:
+                    self._remove(unused)
+                    raise
+                if self._replicas is None:
+                    self._remove(unused)
+                number = self._storage.last
+            break
+        if self._replicas is not None:
+            self._replicas.wait_for(number)
+            if unused:
+                # The change is made, whether this succeeds or not.
+                with suppress(AdapterError), self._newest():
+                    self._remove(unused)
+        return changed
+
+    def _remove(self, digests: Iterable[str]) -> None:
         """Remove those of the contents that no reachable revision has."""
-        unused = [digest for digest in digests if self._users[digest] <= 0]
+        unused = [digest for digest in digests if self._index.users(digest) <= 0]
         self._storage.remove(unused)
         with self._mutex:
             self._damaged.difference_update(unused)
@@ -351,35 +367,33 @@ class AdapterStore:
         raise damaged
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self._changes:
-            late = self._storage.settle()
-            if late:
-                with self._mutex:
-                    self._replay_all(late)
+    def _newest(self) -> Iterator[None]:
+        """Within: this thread alone changes the store, and the index is as new as the journal."""
+        with self._changes, self._storage.turn():
+            with self._journal:
+                self._take_in(self._storage.settle())
+                self._based_on = self._storage.last
             yield
 
+    def _take_in(self, events: Iterable[Event]) -> None:
+        """Take in events that another server has appended."""
+        applied = self._index.apply(events)
+        with self._mutex:
+            # Who stored the content has seen that it is whole.
+            self._damaged.difference_update(applied.stored)
+        self._storage.forget(applied.dropped)
+        if applied.before:
+            self._tell(applied.before)
+
+    def _follow(self) -> None:
+        assert self._replicas is not None
+        with self._journal:
+            self._replicas.follow(self._storage, self._take_in)
+
     def _recover(self) -> None:
-        self._replay_all(self._storage.read())
-        self._storage.keep_only({digest for digest, users in self._users.items() if users > 0})
-
-    def _replay_all(self, events: Iterable[Event]) -> None:
-        for event in events:
-            try:
-                self._replay(event)
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("The event %r cannot be understood and is skipped: %r", event, error)
-        self._sorted = sorted(name for name in self._adapters if name in self)
-
-    def _replay(self, event: Event) -> None:
-        adapter = self._adapters.setdefault(str(event["name"]), _Adapter())
-        match event["event"]:
-            case "revision":
-                self._enter(adapter, revision_from_json(event))
-                self._forget(adapter, int(event["dropped"]))
-            case "details":
-                self._edit(adapter, details_from_json(event))
-            case "delete":
-                self._forget(adapter, len(adapter.reachable))
-                adapter.details, adapter.edits = Details(), 0
-                adapter.last_number = max(adapter.last_number, int(event.get("number", 0)))
+        if self._replicas is None:
+            self._index.apply(self._storage.read())
+        else:
+            self._follow()
+        with self._newest():
+            self._storage.keep_only(self._index.digests())

@@ -1,5 +1,6 @@
 """The store against a dictionary, through any sequence of changes and restarts."""
 
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, Unk
 from adapters.storage.revision import DetailsChange
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
+from tests.adapters.storage.replicas import replica
 from tests.adapters.storage.store_contents import content_of, create, replace
 
 names = st.sampled_from(["a", "b", "B"])
@@ -154,6 +156,42 @@ class BucketMachine(StoreMachine):
             file.unlink()
 
 
+class TwoServersMachine(StoreMachine):
+    """Two servers share the folder, and take turns in everything."""
+
+    storage = "a folder"
+
+    @initialize()
+    def open(self) -> None:
+        self.folder = Path(tempfile.mkdtemp()) / "store"
+        self.stores = [replica(self.storage, self.folder, KEEP) for _ in range(2)]
+        self.turns = itertools.cycle(range(2))
+        self.alive, self.said, self.last = {}, {}, {}
+
+    def teardown(self) -> None:
+        for store in self.stores:
+            store.close()
+        shutil.rmtree(self.folder.parent)
+
+    @property
+    def store(self) -> AdapterStore:
+        return self.stores[next(self.turns)]
+
+    @rule()
+    def open_again(self) -> None:
+        turn = next(self.turns)
+        self.stores[turn].close()
+        self.stores[turn] = replica(self.storage, self.folder, KEEP)
+
+
+class TwoServersInABucketMachine(TwoServersMachine):
+    storage = "a bucket"
+
+
+FEW = settings(max_examples=12, stateful_step_count=25, deadline=None)
+TwoServersMachine.TestCase.settings = TwoServersInABucketMachine.TestCase.settings = FEW
+TestTwoServersThroughAnySequence = TwoServersMachine.TestCase
+TestTwoServersInABucketThroughAnySequence = TwoServersInABucketMachine.TestCase
 SETTINGS = settings(max_examples=60, stateful_step_count=25, deadline=None)
 StoreMachine.TestCase.settings = BucketMachine.TestCase.settings = SETTINGS
 TestStoreThroughAnySequence = StoreMachine.TestCase

@@ -1,0 +1,45 @@
+"""Starts servers, each in a process of its own, without the time that imports take.
+
+python -m tests.api.replica_starter
+
+reads lines of JSON, [log, argument, …], and answers each with the id of a process.
+"""
+
+import json
+import os
+import sys
+
+ENDED = "The server has ended."
+
+
+def serve(log: str, arguments: list[str]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.setsid()
+    sys.argv = ["infuse", "serve", *arguments]
+    try:
+        main()
+    finally:
+        print(ENDED, flush=True)
+        os._exit(1)
+
+
+def start_all() -> None:
+    children: list[int] = []
+    for line in sys.stdin:
+        log, *arguments = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            serve(log, arguments)
+        children.append(child)
+        print(child, flush=True)
+        # Whoever has been killed meanwhile must not stay as a zombie.
+        children = [each for each in children if os.waitpid(each, os.WNOHANG) == (0, 0)]
+
+
+if __name__ == "__main__":
+    import server.app  # noqa: F401
+    from server.cli import main
+
+    start_all()

@@ -1,0 +1,109 @@
+"""Several servers in processes of their own on one store, some of which are killed."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+import psutil
+
+from tests.api.replica_starter import ENDED
+
+_STARTUP_SECONDS = 120
+_OWN = ("merges", "adapters-cache")
+"""The folders that each server has for itself."""
+
+
+@dataclass(eq=False)
+class Replica:
+    """A server, and a client of it."""
+
+    pid: int
+    log: Path
+    client: httpx.Client
+    is_killed: bool = False
+
+    def kill(self) -> None:
+        self.is_killed = True
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Replicas:
+    """Starts servers, each with folders of its own beside the store."""
+
+    def __init__(self, folder: Path, flags: Sequence[str], starter: IO[str], pids: IO[str]):
+        self._folder = folder
+        self._flags = flags
+        self._starter = starter
+        self._pids = pids
+        self._logs = itertools.count()
+        self.all: list[Replica] = []
+
+    @property
+    def alive(self) -> list[Replica]:
+        return [replica for replica in self.all if not replica.is_killed]
+
+    def replace(self, killed: Replica) -> None:
+        """Start a server with the folders of one that was killed."""
+        killed.client.close()
+        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        self.wait_for(*self.begin(self.all.index(killed)), killed)
+
+    def begin(self, number: int) -> tuple[int, Path]:
+        """Start a server with the folders of this number; return its process and its log."""
+        log = self._folder / f"log{number}-{next(self._logs)}"
+        own = [f"--{kind}-dir={self._folder / kind}{number}" for kind in _OWN]
+        command = [str(log), "--port=0", *self._flags, *own]
+        print(json.dumps(command), file=self._starter, flush=True)
+        return int(self._pids.readline()), log
+
+    def wait_for(self, pid: int, log: Path, killed: Replica | None = None) -> None:
+        """Wait until a server answers; it takes the place of the one that was killed."""
+        deadline = time.monotonic() + _STARTUP_SECONDS
+        while not (log.exists() and (found := re.search(r"answers on (\S+)", log.read_text()))):
+            assert time.monotonic() < deadline, log.read_text()
+            assert not log.exists() or ENDED not in log.read_text(), log.read_text()
+            time.sleep(0.05)
+        replica = Replica(pid, log, httpx.Client(base_url=found[1], timeout=60))
+        if killed is None:
+            self.all.append(replica)
+        else:
+            self.all[self.all.index(killed)] = replica
+
+
+@contextmanager
+def replicas(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Replicas]:
+    """Within: so many servers run; all that are alive are killed afterwards."""
+    starter = subprocess.Popen(
+        [sys.executable, "-m", "tests.api.replica_starter"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert starter.stdin is not None
+    assert starter.stdout is not None
+    with starter:
+        servers = Replicas(folder, flags, starter.stdin, starter.stdout)
+        try:
+            begun = [servers.begin(number) for number in range(count)]
+            for pid, log in begun:
+                servers.wait_for(pid, log)
+            yield servers
+        finally:
+            for replica in servers.all:
+                replica.client.close()
+                with suppress(ProcessLookupError):
+                    os.kill(replica.pid, signal.SIGKILL)
+            starter.stdin.close()

@@ -1,0 +1,95 @@
+"""Servers that share a store: what an operator changes on one, and a bucket that is away."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.oracle import upload
+from tests.api.stores import ADAPTERS, Place, Serve, complete, error_of, text_of
+from tests.api.stores import place as place
+from tests.api.stores import serve as serve
+from tests.bad_s3 import bad_s3
+
+
+def until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def resident(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    [value] = [line.split()[1] for line in lines if line.startswith("infuse_adapters_resident ")]
+    return float(value)
+
+
+def test_what_an_operator_sets_on_one_server_holds_on_the_other(
+    serve: Serve, tmp_path: Path, adapter_folders: dict[str, Path]
+) -> None:
+    own = {"merges_dir": tmp_path / "others", "adapters_cache_dir": tmp_path / "another"}
+    with serve(shared_store=True) as one, serve(shared_store=True, **own) as other:
+        upload(one, "mine", adapter_folders["mlp"])
+        assert text_of(other, "mine") == text_of(one, "mine")
+        assert other.get("/v1/models/mine").status_code == 200
+        seen = other.get(f"{ADAPTERS}/mine").headers["etag"]
+        one.patch(f"{ADAPTERS}/mine", json={"enabled": False})
+        assert error_of(complete(other, "mine"), 403)["code"] == "adapter_disabled"
+        stale = other.patch(
+            f"{ADAPTERS}/mine", json={"description": "x"}, headers={"If-Match": seen}
+        )
+        assert stale.status_code == 412
+        other.delete(f"{ADAPTERS}/mine")
+        assert complete(one, "mine").status_code == 404
+
+
+def test_an_adapter_that_is_pinned_on_one_server_is_on_the_device_of_the_other(
+    serve: Serve, tmp_path: Path, adapter_folders: dict[str, Path]
+) -> None:
+    own = {"merges_dir": tmp_path / "others", "adapters_cache_dir": tmp_path / "another"}
+    with serve(shared_store=True) as one, serve(shared_store=True, **own) as other:
+        upload(one, "mine", adapter_folders["mlp"])
+        one.patch(f"{ADAPTERS}/mine", json={"pinned": True})
+        until(lambda: resident(other) == 1)
+        upload(one, "mine", adapter_folders["queries"], "PUT")
+        until(lambda: resident(other) == 1)
+        assert text_of(other, "mine") == text_of(one, "mine")
+        other.delete(f"{ADAPTERS}/mine")
+        until(lambda: resident(one) == 0)
+
+
+@pytest.mark.parametrize("place", ["in a bucket"], indirect=True)
+def test_a_server_that_does_not_reach_its_bucket_says_so_and_the_base_still_answers(
+    serve: Serve,
+    place: Place,
+    s3_server: str,
+    adapter_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bad_s3(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with serve(shared_store=True, replica_lease=2) as client:
+            upload(client, "mine", adapter_folders["mlp"])
+            assert client.get("/health/ready").status_code == 200
+            proxy.always("refuses")
+            until(lambda: client.get("/health/ready").status_code == 503)
+            for answer in (
+                client.get("/health/ready"),
+                complete(client, "mine"),
+                complete(client, "nobody"),
+                client.get("/v1/models/mine"),
+                client.get(ADAPTERS),
+            ):
+                error = error_of(answer, 503)
+                assert error["code"] == "storage_unavailable"
+                assert f"has not reached {place.bucket}" in error["message"]
+                assert answer.headers["Retry-After"] == "5"
+            assert complete(client, "tiny").status_code == 200
+            assert client.get("/health/live").status_code == 200
+            assert client.get("/metrics").status_code == 200
+            proxy.always(None)
+            until(lambda: client.get("/health/ready").status_code == 200)
+            assert complete(client, "mine").status_code == 200
