@@ -58,8 +58,6 @@ VALUES |= {
 }
 CUSTOM = {"ScaledObject", "ServiceMonitor"}
 """Kinds that operators define, not Kubernetes."""
-COMING = {"INFUSE_ENGINE", "INFUSE_SHARED_STORE"}
-"""Set only where asked for; a server that does not know them ignores them."""
 
 helm = pytest.importorskip("helm_python", reason="needs helm: pip install helm-python-sdk")
 EVERY_VALUES = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
@@ -108,7 +106,7 @@ def test_the_server_takes_the_settings_that_are_rendered(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = render(values)["ConfigMap"]["data"]
-    assert variables.keys() - COMING <= {f"INFUSE_{f.upper()}" for f in Settings.model_fields}
+    assert variables.keys() <= {f"INFUSE_{f.upper()}" for f in Settings.model_fields}
     (tmp_path / "keys.json").touch()
     for name, value in variables.items():
         is_keys = name == "INFUSE_KEYS_FILE"
