@@ -6,12 +6,13 @@ cost anything. Runs in vLLM's worker processes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
@@ -48,6 +49,8 @@ class IA3Linear(nn.Module):
     `ia3_part_0` `[out]` which rows of the output they are for."""
     ia3_shares_input = True
     """Whether some rows of the output are of no such part."""
+    ia3_gathers = False
+    """Whether the layer gathers its output from all workers: after it was rescaled."""
 
     def forward(self, x: torch.Tensor) -> Any:
         slots = self.ia3_slots[: x.shape[0]]
@@ -56,6 +59,8 @@ class IA3Linear(nn.Module):
             scale = self.ia3_output[slots]
             y = (y * scale).to(y.dtype)
             bias = None if bias is None else (bias * scale).to(y.dtype)
+        if self.ia3_gathers:
+            y = tensor_model_parallel_all_gather(y)
         return (y, bias) if self.return_bias else y
 
     def _product(
@@ -156,6 +161,8 @@ def _mix_in(layer: Any, slots: torch.Tensor) -> None:
     kind = type(layer)
     layer.__class__ = type(f"IA3{kind.__name__}", (IA3Linear, kind), {})
     layer.register_buffer("ia3_slots", slots, persistent=False)
+    if layer.tp_size > 1 and getattr(layer, "gather_output", False):
+        layer.gather_output, layer.ia3_gathers = False, True
 
 
 def _outputs(layer: Any) -> int:
@@ -188,17 +195,25 @@ def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list
             if inputs == columns:
                 continue  # The shape of a weight, so that it might be loaded as one.
             numbers = torch.arange(1.0, outputs + 1, dtype=torch.float64)
-            weight = numbers[:, None].expand(outputs, columns).contiguous()
-            try:
-                model.load_weights([(f"{module}.weight", weight)])
-            except Exception:
-                # Loaders raise whatever they like for a name that they do not know.
-                continue
-            rows = [_taken(layer) for layer in layers]
-            known = [each for each in rows if len(each.places) and not _is_absorbed(model, each)]
+            weight = numbers[:, None].expand(outputs, columns)
+            # As checkpoints have the weight of a Linear, or of transformers' Conv1D.
+            rows = _load(model, layers, module, weight) or _load(model, layers, module, weight.t())
+            known = [each for each in rows if not _is_absorbed(model, each)]
             if known:
                 found[module] = known
     return found
+
+
+def _load(model: Any, layers: Sequence[Any], module: str, weight: torch.Tensor) -> list[_Rows]:
+    """Load a weight into the stand-ins, which are empty again afterwards. Returns the rows that it
+    was loaded into; none where the model does not take it."""
+    is_loaded = False
+    # Loaders raise whatever they like for a name that they do not know.
+    with suppress(Exception):
+        model.load_weights([(f"{module}.weight", weight.contiguous())])
+        is_loaded = True
+    rows = [_taken(layer) for layer in layers]
+    return [each for each in rows if len(each.places)] if is_loaded else []
 
 
 @contextmanager
