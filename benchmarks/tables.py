@@ -40,6 +40,7 @@ _TITLES = {
     "adapters": "Adapters beside the base",
     "peers": "Against vLLM on the CPU, and transformers",
     "bfloat16": "Against vLLM in bfloat16",
+    "on-vllm": "Our adapters on vLLM",
     "http": "Over HTTP, and without",
     "load": "Waiting, by load",
     "generator": "Under a public load generator",

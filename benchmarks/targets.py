@@ -81,6 +81,9 @@ TARGETS = (
     Target(
         5, "prompt lookup on a copying task / off", "speculation", "lookup_over_plain_at_1", 1.5
     ),
+    Target(6, "on vLLM: 32 adapters / base", "on-vllm", "adapters_over_base_on_vllm", 0.98),
+    Target(6, "on vLLM: base / vLLM without us", "on-vllm", "base_on_vllm_over_vllm", 0.99),
+    Target(6, "on vLLM: 32 / its LoRA with 8", "on-vllm", "adapters_over_lora_on_vllm", 2.0),
 )
 
 

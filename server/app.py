@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.checkpoint.config import CONFIG_FILE
+from adapters.checkpoint.config import CONFIG_FILE, IA3Config
 from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
 from adapters.registry import AdapterRegistry
 from adapters.sources.source_url import parse_prefixes
@@ -99,7 +99,7 @@ def load_services(settings: Settings) -> Services:
 def _load_services(settings: Settings) -> Services:
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
-        opened = open_engine(settings)
+        opened = open_engine(settings, _known_configs(store, settings.preload_adapters))
         name = settings.served_model_name or opened.name
         refuse_taken(name, store, settings.preload_adapters)
         registry = AdapterRegistry(
@@ -160,6 +160,17 @@ def _merges_folder(settings: Settings) -> Path:
 def _beside(bucket: str, what: str) -> Path:
     """A folder on this machine for the cache or the merges of a bucket's server."""
     return cache_dir() / "buckets" / hashlib.sha256(bucket.encode()).hexdigest()[:16] / what
+
+
+def _known_configs(store: AdapterStore, preloaded: Path | None) -> Iterator[IA3Config]:
+    """The configs of all adapters that are stored or will be preloaded, but for damaged ones."""
+    for name in store.names():
+        with suppress(AdapterError):
+            files = store.read(store.current(name), (CONFIG_FILE,))
+            yield IA3Config.parse(files[CONFIG_FILE])
+    for folder in {} if preloaded is None else _folders_to_preload(preloaded).values():
+        with suppress(AdapterError, OSError):
+            yield IA3Config.parse((folder / CONFIG_FILE).read_bytes())
 
 
 def refuse_taken(base: str, store: AdapterStore, preloaded: Path | None) -> None:

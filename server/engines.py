@@ -4,14 +4,17 @@ Each engine is imported only where it is used: an environment with vLLM has an o
 with which our own engine does not run.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import transformers
 from transformers import PreTrainedTokenizerFast
 
+from adapters.checkpoint.config import IA3Config
 from adapters.checkpoint.targets import BaseModules
 from adapters.residency import Residency, SlotHolder
-from server.engine import Engine
+from server.engine import Engine, EngineError
 from server.engine.model_files import cache_dir
 from server.settings import Settings
 
@@ -29,15 +32,23 @@ class Opened:
     """Make the engine, once adapters have a residency in `slots`."""
 
 
-def open_engine(settings: Settings) -> Opened:
-    """Load the model. Raises EngineError."""
-    return _open_vllm(settings) if settings.engine == "vllm" else _open_native(settings)
+def open_engine(settings: Settings, known: Iterable[IA3Config] = ()) -> Opened:
+    """Load the model. `known`: the configs of the adapters that there are, read where an engine
+    must know them before it starts. Raises EngineError."""
+    return _open_vllm(settings, known) if settings.engine == "vllm" else _open_native(settings)
 
 
 def _open_native(settings: Settings) -> Opened:
     from adapters.model.slots import IA3Slots
-    from server.engine.native import Engine as NativeEngine
-    from server.engine.native import EngineConfig, load_model
+
+    try:
+        from server.engine.native import Engine as NativeEngine
+        from server.engine.native import EngineConfig, load_model
+    except ImportError as error:
+        raise EngineError(
+            f"our own engine does not run with transformers {transformers.__version__} "
+            f"({error}): install this package with its constraints.txt, or use --engine vllm"
+        ) from error
 
     config = EngineConfig(
         max_rows=settings.max_batch_rows,
@@ -62,7 +73,7 @@ def _open_native(settings: Settings) -> Opened:
     )
 
 
-def _open_vllm(settings: Settings) -> Opened:
+def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
     from server.engine.vllm.config import EngineConfig
     from server.engine.vllm.llm import open_llm
 
@@ -76,9 +87,9 @@ def _open_vllm(settings: Settings) -> Opened:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         prefix_cache=settings.prefix_cache,
         targets=settings.ia3_targets,
-        options=settings.vllm_options,
+        options=json.loads(settings.vllm_options),
     )
-    llm = open_llm(settings.model, config)
+    llm = open_llm(settings.model, config, known)
 
     def start(residency: Residency) -> Engine:
         # vLLM is installed: `open_llm` has seen it.

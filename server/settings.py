@@ -1,9 +1,10 @@
 """All settings: the flags of `infuse serve`, their environment variables, and their checks."""
 
 import ipaddress
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -48,11 +49,12 @@ class Settings(BaseSettings):
     ia3_targets: str = Field(
         "",
         description="With vllm: the modules that adapters may rescale, separated by commas; "
-        "name:input for the input side. Default: PEFT's defaults for the model's family.",
+        "name:input for the input side. Default: PEFT's defaults for the model's family, and what "
+        "the stored and preloaded adapters rescale.",
         examples=["q_proj,v_proj,down_proj:input"],
     )
-    vllm_options: dict[str, Any] = Field(
-        {},
+    vllm_options: str = Field(
+        "{}",
         description="With vllm: further arguments of its engine, by its names, as JSON.",
         examples=['{"tensor_parallel_size": 2}'],
     )
@@ -246,6 +248,17 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(f"'{host}' is no IP address and not localhost") from None
         return host
+
+    @field_validator("vllm_options")
+    @classmethod
+    def _is_object(cls, options: str) -> str:
+        try:
+            parsed = json.loads(options)
+        except ValueError as error:
+            raise ValueError(f"'{options}' is no JSON: {error}") from None
+        if not isinstance(parsed, dict):
+            raise ValueError(f"'{options}' is no JSON object; write {{\"name\": value}}")
+        return options
 
     @field_validator("source_prefixes")
     @classmethod

@@ -17,8 +17,17 @@ CODE, OTHERS = (
 FORBIDDEN = {
     "adapters": ("server", "fastapi", "starlette", "uvicorn", "httpx", "peft"),
     "server/engine": ("server.api", "server.app", "fastapi", "starlette", "uvicorn", "peft"),
-    "server/engine/constraints": ("server.engine.native",),
-    "server/api": ("server.engine.native", "server.app", "server.cli", "server.listener"),
+    "server/engine/constraints": ("server.engine.native", "server.engine.vllm"),
+    "server/engine/native": ("server.engine.vllm", "vllm"),
+    "server/engine/vllm": ("server.engine.native",),
+    "server/api": (
+        "server.engine.native",
+        "server.engine.vllm",
+        "server.engines",
+        "server.app",
+        "server.cli",
+        "server.listener",
+    ),
     "server": ("peft", "tests", "examples", "benchmarks"),
 }
 THREADED = {"engine.py", "inbox.py"}

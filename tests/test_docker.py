@@ -9,6 +9,7 @@ import stat
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
@@ -47,8 +48,11 @@ def last_stage() -> str:
 
 
 def image_environment() -> dict[str, str]:
-    pairs = " ".join(instructions("ENV", last_stage())).split()
-    return dict(pair.split("=", 1) for pair in pairs)
+    stage = last_stage()
+    defaults = dict(each.split("=", 1) for each in instructions("ARG", stage))
+    pairs = " ".join(instructions("ENV", stage)).split()
+    given = (Template(pair).safe_substitute(defaults) for pair in pairs)
+    return dict(pair.split("=", 1) for pair in given)
 
 
 def mounts(service: str) -> list[list[str]]:

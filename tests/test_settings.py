@@ -10,6 +10,9 @@ from server.settings import Settings
 
 VALUES = {
     "model": "folder",
+    "engine": "vllm",
+    "ia3_targets": "q_proj,down_proj:input",
+    "vllm_options": '{"tensor_parallel_size": 2}',
     "served_model_name": "base",
     "adapters_dir": "/data",
     "adapters_cache_dir": "/cache",
@@ -72,10 +75,10 @@ def test_every_setting_is_an_environment_variable(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_setting_is_a_flag() -> None:
-    switches = {"true": "--{}", "false": "--no-{}"}
+    switches = {"true": "--", "false": "--no-"}
     flags = [
-        switches.get(value, f"--{{}}={value}").format(name.replace("_", "-"))
-        for name, value in VALUES.items()
+        f"{switches[value]}{flag}" if value in switches else f"--{flag}={value}"
+        for flag, value in ((name.replace("_", "-"), value) for name, value in VALUES.items())
     ]
 
     assert as_text(CliApp.run(Settings, cli_args=flags)) == VALUES
@@ -169,3 +172,9 @@ def test_the_world_needs_keys_or_a_word_that_it_is_guarded(host: str, tmp_path: 
 def test_a_value_that_cannot_be_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValidationError):
         Settings(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", ["tensor_parallel_size=2", "[2]", "2"])
+def test_options_for_vllm_are_a_json_object(options: str) -> None:
+    with pytest.raises(ValidationError, match="is no JSON"):
+        Settings(vllm_options=options)

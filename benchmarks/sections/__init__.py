@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.sections import adapters, http, latency, memory, peers, reuse
+from benchmarks.sections import adapters, http, latency, memory, on_vllm, peers, reuse
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "adapters": adapters.measure,
     "peers": peers.measure,
     "bfloat16": peers.measure_bfloat16,
+    "on-vllm": on_vllm.measure,
     "http": http.measure,
     "load": latency.measure_load,
     "generator": http.measure_generator,

@@ -1,4 +1,7 @@
-"""A real server on a free port, with a tiny model and adapters that PEFT saved."""
+"""A real server on a free port, with a tiny model and adapters that PEFT saved.
+
+With INFUSE_ENGINE=vllm in the environment, it is a server of that engine.
+"""
 
 import contextlib
 import socket
@@ -16,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from adapters.derive.base_checkpoint import BaseCheckpoint
 from server.app import create_app
-from server.engine.native.forward.tracing import NotTraced
 from server.listener import Server
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -68,9 +70,20 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     assert not strays, f"not in the OpenAPI document: {strays}"
 
 
+def run_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own engine does not trace its model: that would take most of many starts."""
+    if Settings().engine == "native":
+        from server.engine.native.forward.tracing import NotTraced
+
+        not_traced = Mock(side_effect=NotTraced("a test of the API"))
+        monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    # vLLM has no attention for heads as small as those of the tiny model.
+    shape = {"head_dim": 32} if Settings().engine == "vllm" else {}
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", **shape)
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +142,7 @@ def start_server(
 
     It runs its model by the modules: tracing them would take most of so many starts.
     """
-    not_traced = Mock(side_effect=NotTraced("a test of the API"))
-    monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
+    run_by_modules(monkeypatch)
     with contextlib.ExitStack() as servers:
 
         def start(**overrides: Any) -> tuple[str, Services]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import httpx
 import obstore
@@ -12,9 +11,8 @@ import pytest
 from obstore.store import from_url
 
 from adapters.storage.objects import Objects
-from server.engine.native.forward.tracing import NotTraced
 from server.settings import Settings
-from tests.api.conftest import run_server
+from tests.api.conftest import run_by_modules, run_server
 
 ADAPTERS = "/v1/adapters"
 COMPLETIONS = "/v1/completions"
@@ -65,8 +63,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 @pytest.fixture
 def serve(place: Place, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """A client of a server on the place; it stops with the block."""
-    not_traced = Mock(side_effect=NotTraced("a test of the API"))
-    monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
+    run_by_modules(monkeypatch)
 
     @contextmanager
     def serve(**more: Any) -> Iterator[httpx.Client]:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -17,7 +18,7 @@ from adapters.residency import Residency
 from server.engine.admission import Admission
 from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
-from server.engine.fair_queue import FairQueue
+from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue
 from server.engine.protocol import ServedModel
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.engine.stats import EngineStats
@@ -60,11 +61,11 @@ class Engine:
             generation_config=base.generation_config,
             vocab_size=base.vocab_size,
             eos_token_ids=base.end_tokens,
-            max_model_len=settings.model_config.max_model_len,
+            max_model_len=llm.max_model_len,
             decoder_start=None,
         )
         self.grammars = Grammars(base.tokenizer, base.vocab_size, base.end_tokens)
-        self._most_started = int(config.max_rows * _AHEAD)
+        self._most_started = math.ceil(config.max_rows * _AHEAD)
         cache = settings.cache_config
         self._kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         self._changed = threading.Condition()
@@ -77,6 +78,8 @@ class Engine:
         self._queue: FairQueue[Answer] = FairQueue()
         self._waiting: dict[str, Answer] = {}
         self._started: dict[str, asyncio.Task[Output]] = {}
+        self._overtaking = 0
+        """How many requests have started before the first one, whose adapter has no slot."""
         self._outputs: list[Output] = []
         """Outputs that are delivered together when the loop has done what is due now."""
 
@@ -173,16 +176,23 @@ class Engine:
         self._start_next()
 
     def _start_next(self) -> None:
-        """Give vLLM the requests whose turn it is, as long as there is a slot for their adapter."""
+        """Give vLLM the requests whose turn it is.
+
+        Where the adapter of the first one has no slot, some requests of resident adapters go before
+        it; then none starts until it does.
+        """
         while len(self._started) < self._most_started:
-            answer = self._queue.first(lambda _: True)
-            slot = None if answer is None else self._pin(answer)
-            if slot is None:
-                # The next one has no free slot: those of resident adapters go before it.
-                answer = self._queue.first(self._is_resident)
-                slot = None if answer is None else self._pin(answer)
-            if answer is None or slot is None:
+            first = self._queue.first(lambda _: True)
+            if first is None:
                 return
+            answer, slot = first, self._pin(first)
+            if slot is None and self._overtaking < MAX_OVERTAKEN:
+                resident = self._queue.first(self._is_resident)
+                if resident is not None:
+                    answer, slot = resident, self._pin(resident)
+            if slot is None:
+                return
+            self._overtaking = 0 if answer is first else self._overtaking + 1
             self._queue.start(answer)
             del self._waiting[answer.request.id]
             run = self._llm.loop.create_task(self._run(answer, slot))
@@ -200,6 +210,7 @@ class Engine:
     async def _run(self, answer: Answer, slot: int) -> Output:
         """Run one request from its start; return its last output."""
         request = answer.request
+        last: Output | None = None
         try:
             if slot != BASE_SLOT:
                 await self._llm.slots.filled(slot)
@@ -209,10 +220,15 @@ class Engine:
             async with aclosing(self._llm.engine.generate(prompt, params, request.id)) as results:
                 async for result in results:
                     output = answer.take(result)
-                    if output.finish_reason is not None:
+                    if output.finish_reason is None:
+                        self._emit(output)
+                    elif result.finished:
+                        last = output
+                    else:
+                        # A stop string has ended it, of which vLLM knows nothing.
                         return output
-                    self._emit(output)
-            raise AssertionError("vLLM sends no result after the last one")
+            assert last is not None, "vLLM sends no result after the last one"
+            return last
         except asyncio.CancelledError:
             return Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
         except EngineDeadError:

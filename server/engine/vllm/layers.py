@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from adapters.checkpoint.targets import Side, Target
@@ -80,6 +80,22 @@ class IA3Linear(nn.Module):
         return result if self.return_bias else (result, None)
 
 
+class FiniteAttention(nn.Module):
+    """Mixed into the class of vLLM's attention layers: only finite keys and values are cached.
+
+    An adapter may overflow. What is not finite would stay in the blocks of the KV cache, and reach
+    the requests that get them next: on CPUs, vLLM multiplies what a block holds past the end of a
+    sequence by 0.
+    """
+
+    def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(query, _finite(key), _finite(value), *args, **kwargs)
+
+
+def _finite(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else torch.nan_to_num(x, 0.0, 0.0, 0.0)
+
+
 class IA3Layers:
     """The rescaled layers of one worker's model, and their banks. Slot 0 is the base."""
 
@@ -100,6 +116,9 @@ class IA3Layers:
         self._banks: dict[tuple[LinearBase, str], torch.Tensor] = {}
         self._writes: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         """Number of a target -> bank, places in it, and the vector's values that go there."""
+        for module in model.modules():
+            if isinstance(module, Attention):
+                _mix_in(module, FiniteAttention)
         rows = _rows_of(model, {target.module: sizes[target.module] for target in targets})
         for number, target in enumerate(targets):
             if target.module in rows:
@@ -126,7 +145,10 @@ class IA3Layers:
     def _plan(self, target: Target, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layer = rows.layer
         if not isinstance(layer, IA3Linear):
-            _mix_in(layer, self.slots)
+            _mix_in(layer, IA3Linear)
+            layer.register_buffer("ia3_slots", self.slots, persistent=False)
+            if layer.tp_size > 1 and getattr(layer, "gather_output", False):
+                layer.gather_output, layer.ia3_gathers = False, True
         if target.side is Side.OUTPUT:
             bank = self._bank(layer, "ia3_output", _outputs(layer))
             layer.ia3_has_output = True
@@ -157,12 +179,9 @@ class IA3Layers:
         return self._banks[key]
 
 
-def _mix_in(layer: Any, slots: torch.Tensor) -> None:
+def _mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
     kind = type(layer)
-    layer.__class__ = type(f"IA3{kind.__name__}", (IA3Linear, kind), {})
-    layer.register_buffer("ia3_slots", slots, persistent=False)
-    if layer.tp_size > 1 and getattr(layer, "gather_output", False):
-        layer.gather_output, layer.ia3_gathers = False, True
+    layer.__class__ = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 def _outputs(layer: Any) -> int:

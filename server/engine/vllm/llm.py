@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import psutil
@@ -12,9 +11,11 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import Target
+from adapters.checkpoint.config import IA3Config
+from adapters.checkpoint.targets import BaseModules, Target
 from server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
 from server.engine.vllm.config import PLAN, EngineConfig
+from server.engine.vllm.environment import environment_of_workers
 from server.engine.vllm.loading import Base, check_version, describe_base
 from server.engine.vllm.stats import Counts
 from server.engine.vllm.targets import check_targets, planned_targets
@@ -50,11 +51,15 @@ class Slots:
         """Raises InvalidAdapter for what cannot be in a slot."""
         check_targets(vectors, self._numbers.keys())
 
+    def packed(self, vectors: AdapterVectors) -> bytes:
+        """The vectors as `IA3Worker.ia3_fill` takes them."""
+        by_number = {str(self._numbers[t]): vector for t, vector in vectors.vectors.items()}
+        return save({number: vector.contiguous() for number, vector in by_number.items()})
+
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         self._vectors[slot] = vectors
-        by_number = {str(self._numbers[t]): vector for t, vector in vectors.vectors.items()}
-        contents = save({number: vector.contiguous() for number, vector in by_number.items()})
-        self._filling[slot] = asyncio.get_running_loop().create_task(self.send(slot, contents))
+        filling = self.send(slot, self.packed(vectors))
+        self._filling[slot] = asyncio.get_running_loop().create_task(filling)
 
     def clear_slot(self, slot: int) -> None:
         """Nothing is left behind: a slot is overwritten as a whole."""
@@ -90,19 +95,23 @@ class Llm:
     async def _open(self, config: EngineConfig) -> None:
         # Imported late: vLLM takes seconds, and an environment without it has the other engine.
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # The worker hooks into the first of vLLM's two model runners.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         try:
-            arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
-            settings = arguments.create_engine_config()
-            if config.kv_cache_tokens is not None:
-                size = settings.cache_config.block_size
-                settings.cache_config.num_gpu_blocks_override = -(-config.kv_cache_tokens // size)
-            self.engine = AsyncLLM.from_vllm_config(
-                settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
-            )
+            with environment_of_workers(current_platform.is_cpu()):
+                arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
+                settings = arguments.create_engine_config()
+                self.max_model_len = settings.model_config.max_model_len
+                # A prompt that is only scored may fill the window; vLLM generates one token more,
+                # which is dropped and never read.
+                settings.model_config.max_model_len += 1
+                if (tokens := config.kv_cache_tokens) is not None:
+                    cache = settings.cache_config
+                    cache.num_gpu_blocks_override = -(-tokens // cache.block_size)
+                self.engine = AsyncLLM.from_vllm_config(
+                    settings, disable_log_stats=True, stat_loggers=[self.counts.logger]
+                )
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             reason = _reason(error)
             kind = DoesNotFit if "memory" in reason.lower() else UnsupportedModel
@@ -147,12 +156,23 @@ class Llm:
         self._thread.join()
 
 
-def open_llm(model: str | None, config: EngineConfig) -> Llm:
-    """Start vLLM for a hub id, a folder, or (None) the default model. Raises EngineError."""
+def open_llm(model: str | None, config: EngineConfig, known: Iterable[IA3Config] = ()) -> Llm:
+    """Start vLLM for a hub id, a folder, or (None) the default model. `known`: the configs of the
+    adapters that there are. Raises EngineError."""
     check_version()
     base = describe_base(model)
-    targets = planned_targets(base.modules, config.targets)
+    targets = planned_targets(base.modules, config.targets, known)
     return Llm(base, Slots(targets, config.max_adapters), config)
+
+
+def worker_arguments(modules: BaseModules, slots: Slots) -> dict[str, Any]:
+    """The arguments of vLLM's engine that make its workers rescale."""
+    plan = {
+        "targets": [[target.module, target.side.value] for target in slots.targets],
+        "sizes": {target.module: modules.sizes[target.module] for target in slots.targets},
+        "slots": 1 + slots.capacity,
+    }
+    return {"worker_cls": _WORKER, "additional_config": {PLAN: plan}}
 
 
 def _reason(error: Exception) -> str:
@@ -181,16 +201,7 @@ def _arguments(base: Base, slots: Slots, config: EngineConfig) -> dict[str, Any]
     if current_platform.is_cpu():
         free = psutil.virtual_memory().available
         given["kv_cache_memory_bytes"] = min(_CPU_CACHE_BYTES, free // 4)
-    ours = {
-        "worker_cls": _WORKER,
-        "additional_config": {
-            PLAN: {
-                "targets": [[target.module, target.side.value] for target in slots.targets],
-                "sizes": {t.module: base.modules.sizes[t.module] for t in slots.targets},
-                "slots": 1 + slots.capacity,
-            }
-        },
-    }
+    ours = worker_arguments(base.modules, slots)
     taken = config.options.keys() & (given.keys() | ours.keys())
     if taken:
         raise EngineError(f"--vllm-options: {min(taken)} is set by a setting of Infuse's own")

@@ -25,13 +25,14 @@ def vllm_params(
     if not params.ignore_eos or params.grammar is not None:
         ends |= set(end_tokens)
     allowed = params.allowed_tokens
+    is_greedy = params.temperature == 0
     made = SamplingParams(
         max_tokens=max(1, params.max_tokens),
         min_tokens=params.min_tokens,
         temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
+        top_k=0 if is_greedy else params.top_k,
+        top_p=1.0 if is_greedy else params.top_p,
+        min_p=0.0 if is_greedy else params.min_p,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty,

@@ -40,5 +40,5 @@ class Counts:
         if iteration is not None:
             self.steps += 1
             self.preemptions += iteration.num_preempted_reqs
-            self.prompt_tokens += iteration.num_prompt_tokens
+            self.prompt_tokens += iteration.prompt_token_stats.computed
             self.generated_tokens += iteration.num_generation_tokens

@@ -1,9 +1,10 @@
 """Plans which modules adapters may rescale: vLLM compiles its layers once, before any adapter is
 known."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 
-from adapters.checkpoint.checkpoint import AdapterVectors
+from adapters.checkpoint.checkpoint import AdapterVectors, keys_of_vectors
 from adapters.checkpoint.config import IA3Config
 from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
 from adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
@@ -15,31 +16,52 @@ _SHOWN = 5
 """How many modules an error names."""
 
 
-def planned_targets(modules: BaseModules, names: str) -> tuple[Target, ...]:
+def planned_targets(
+    modules: BaseModules, names: str, known: Iterable[IA3Config] = ()
+) -> tuple[Target, ...]:
     """Return the targets that adapters of this server may have.
 
     `names`: names of modules, separated by commas, as in PEFT's `target_modules` ("q_proj" is the
     `q_proj` of every layer; "all-linear" is every linear layer); "down_proj:input" is the input
-    side. Empty: PEFT's defaults for the family. Raises UnsupportedModel.
+    side. Empty: PEFT's defaults for the family, and what the `known` adapters rescale. Raises
+    UnsupportedModel.
     """
-    if names:
-        wanted = [name.strip() for name in names.split(",") if name.strip()]
-        inputs = [name.removesuffix(_INPUT) for name in wanted if name.endswith(_INPUT)]
-        outputs = [name for name in wanted if not name.endswith(_INPUT)]
-    else:
-        inputs = FEEDFORWARD_MODULES.get(modules.model_type, [])
-        every = TARGET_MODULES.get(modules.model_type, [])
-        outputs = [name for name in every if name not in inputs]
-    found: list[Target] = []
-    for side, several in ((Side.OUTPUT, outputs), (Side.INPUT, inputs)):
-        for name in several:
-            found += (Target(each, side) for each in _modules_named(name, modules))
+    found = _named(names, modules) if names else [*_defaults(modules), *_of_all(known, modules)]
     if not found:
         raise UnsupportedModel(
             f"which modules of {modules.model_type} may adapters rescale? Name them with "
             "--ia3-targets, for example k_proj,v_proj,down_proj:input; PEFT has no defaults for it"
         )
     return tuple(dict.fromkeys(found))
+
+
+def _named(names: str, modules: BaseModules) -> list[Target]:
+    found: list[Target] = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        side = Side.INPUT if name.endswith(_INPUT) else Side.OUTPUT
+        found += (Target(each, side) for each in _modules_named(name.removesuffix(_INPUT), modules))
+    return found
+
+
+def _defaults(modules: BaseModules) -> Iterable[Target]:
+    """What PEFT's defaults for the family rescale; nothing where it has none."""
+    kind = modules.model_type
+    if kind not in TARGET_MODULES:
+        return ()
+    config = {
+        "target_modules": TARGET_MODULES[kind],
+        "feedforward_modules": FEEDFORWARD_MODULES[kind],
+    }
+    return _of_all([IA3Config.model_validate(config)], modules)
+
+
+def _of_all(configs: Iterable[IA3Config], modules: BaseModules) -> list[Target]:
+    """What adapters with these configs rescale, but for those that do not fit the base."""
+    found: list[Target] = []
+    for config in configs:
+        with suppress(InvalidAdapter):
+            found += keys_of_vectors(config, resolve_targets(config, modules)).values()
+    return found
 
 
 def _modules_named(name: str, modules: BaseModules) -> list[str]:
