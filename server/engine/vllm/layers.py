@@ -53,7 +53,8 @@ class IA3Linear(nn.Module):
     """Whether the layer gathers its output from all workers: after it was rescaled."""
 
     def forward(self, x: torch.Tensor) -> Any:
-        slots = self.ia3_slots[: x.shape[0]]
+        # Code of transformers has `[1, tokens, in]`.
+        slots = self.ia3_slots[: x.shape[-2]]
         y, bias = self._product(x, slots)
         if self.ia3_has_output:
             scale = self.ia3_output[slots]
