@@ -1,5 +1,6 @@
 """Configures all tests: no deadlines, only the tests that are asked for, and a bucket."""
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.engine.models_page import ModelsPage
 
         config.pluginmanager.register(ModelsPage())
+        if importlib.util.find_spec("vllm"):
+            from tests.vllm.models_page import VllmModelsPage
+
+            config.pluginmanager.register(VllmModelsPage())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from adapters.registry import Part
-from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull
+from adapters.storage.revision import DetailsChange
+from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull, UnsupportedModel
 from server.engine.request import token_mask
 from tests.adapters.oracle import peft_logits
 from tests.engine.family_oracle import FamilyOracle
@@ -119,6 +120,21 @@ def test_a_slot_is_filled_anew_while_other_requests_run(engine: VllmHarness) -> 
     assert still_ran
     assert engine.registry.stats().swaps >= swaps + 20
     assert {kind: engine.answers[kind].tokens for kind in kinds} == alone
+
+
+def test_a_pinned_adapter_gets_a_slot_as_soon_as_one_is_free(engine: VllmHarness) -> None:
+    registry, name = engine.registry, "attention-output"
+    with engine.held():
+        for number in range(registry.residency.capacity):
+            lease = registry.lease_mixture([Part("regex", -1 - number)], "product")
+            engine.submit(str(number), [5], lease)
+        registry.describe(name, DetailsChange(pinned=True))
+        engine.engine.wake()
+    engine.wait()
+
+    with registry.lease(name) as lease:
+        assert registry.residency.is_resident(lease)
+    registry.describe(name, DetailsChange(pinned=False))
 
 
 def test_adapters_share_no_cached_prompt_unless_their_content_is_equal(
@@ -335,3 +351,12 @@ def test_when_vllms_process_is_killed_while_a_slot_is_filled_the_request_ends(
 
     assert {each.finish for each in engine.answers.values()} == {FinishReason.ENGINE_DEAD}
     engine.assert_idle()
+
+
+@pytest.mark.full
+def test_a_module_that_vllm_computes_without_a_layer_is_refused(
+    start: Callable[..., VllmHarness], llama: PreTrainedModel
+) -> None:
+    with pytest.raises(UnsupportedModel, match=r"1 of the modules .*lm_head among them"):
+        start(llama, {}, targets="k_proj,lm_head", options={"enforce_eager": True})
+    assert VllmHarness.processes() == []

@@ -6,12 +6,13 @@ cost anything. Runs in vLLM's worker processes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
@@ -48,14 +49,19 @@ class IA3Linear(nn.Module):
     `ia3_part_0` `[out]` which rows of the output they are for."""
     ia3_shares_input = True
     """Whether some rows of the output are of no such part."""
+    ia3_gathers = False
+    """Whether the layer gathers its output from all workers: after it was rescaled."""
 
     def forward(self, x: torch.Tensor) -> Any:
-        slots = self.ia3_slots[: x.shape[0]]
+        # Code of transformers has `[1, tokens, in]`.
+        slots = self.ia3_slots[: x.shape[-2]]
         y, bias = self._product(x, slots)
         if self.ia3_has_output:
             scale = self.ia3_output[slots]
             y = (y * scale).to(y.dtype)
             bias = None if bias is None else (bias * scale).to(y.dtype)
+        if self.ia3_gathers:
+            y = tensor_model_parallel_all_gather(y)
         return (y, bias) if self.return_bias else y
 
     def _product(
@@ -142,6 +148,8 @@ class IA3Layers:
         if not isinstance(layer, IA3Linear):
             _mix_in(layer, IA3Linear)
             layer.register_buffer("ia3_slots", self.slots, persistent=False)
+            if layer.tp_size > 1 and getattr(layer, "gather_output", False):
+                layer.gather_output, layer.ia3_gathers = False, True
         if target.side is Side.OUTPUT:
             bank = self._bank(layer, "ia3_output", _outputs(layer))
             layer.ia3_has_output = True
@@ -207,17 +215,25 @@ def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list
             if inputs == columns:
                 continue  # The shape of a weight, so that it might be loaded as one.
             numbers = torch.arange(1.0, outputs + 1, dtype=torch.float64)
-            weight = numbers[:, None].expand(outputs, columns).contiguous()
-            try:
-                model.load_weights([(f"{module}.weight", weight)])
-            except Exception:
-                # Loaders raise whatever they like for a name that they do not know.
-                continue
-            rows = [_taken(layer) for layer in layers]
-            known = [each for each in rows if len(each.places) and not _is_absorbed(model, each)]
+            weight = numbers[:, None].expand(outputs, columns)
+            # As checkpoints have the weight of a Linear, or of transformers' Conv1D.
+            rows = _load(model, layers, module, weight) or _load(model, layers, module, weight.t())
+            known = [each for each in rows if not _is_absorbed(model, each)]
             if known:
                 found[module] = known
     return found
+
+
+def _load(model: Any, layers: Sequence[Any], module: str, weight: torch.Tensor) -> list[_Rows]:
+    """Load a weight into the stand-ins, which are empty again afterwards. Returns the rows that it
+    was loaded into; none where the model does not take it."""
+    is_loaded = False
+    # Loaders raise whatever they like for a name that they do not know.
+    with suppress(Exception):
+        model.load_weights([(f"{module}.weight", weight.contiguous())])
+        is_loaded = True
+    rows = [_taken(layer) for layer in layers]
+    return [each for each in rows if len(each.places)] if is_loaded else []
 
 
 @contextmanager
