@@ -49,18 +49,21 @@ class VllmHarness(Driver):
             }
             | config
         )
+        others = vllm_processes()
         llm = open_llm(str(folder / "model"), known)
+        self._own = [each for each in vllm_processes() if each not in others]
         store = AdapterStore(folder / "store")
         registry = AdapterRegistry(store, llm.base.modules, llm.slots)
         super().__init__(store, registry, Engine(llm, registry.residency, known))
         for name, source in adapters.items():
             self.add(name, source)
 
-    @staticmethod
-    def processes() -> list[psutil.Process]:
-        """vLLM's own processes."""
-        return [
-            each
-            for each in psutil.Process().children(recursive=True)
-            if each.name().startswith("VLLM::")
-        ]
+    def processes(self) -> list[psutil.Process]:
+        """The processes of vLLM that this engine has started and that have not ended."""
+        return [each for each in self._own if each.is_running()]
+
+
+def vllm_processes() -> list[psutil.Process]:
+    """Of all engines that this process has started."""
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if each.name().startswith("VLLM::")]

@@ -18,7 +18,7 @@ from tests.adapters.oracle import peft_logits
 from tests.engine.family_oracle import FamilyOracle
 from tests.factories import tiny_tokenizer
 from tests.vllm.families import weakened
-from tests.vllm.harness import BLOCK, VllmHarness
+from tests.vllm.harness import BLOCK, VllmHarness, vllm_processes
 
 LONG = [5 + 7 * number % 250 for number in range(3 * BLOCK + 5)]
 """A prompt of three blocks of the prefix cache and a bit."""
@@ -357,6 +357,7 @@ def test_when_vllms_process_is_killed_while_a_slot_is_filled_the_request_ends(
 def test_a_module_that_vllm_computes_without_a_layer_is_refused(
     start: Callable[..., VllmHarness], llama: PreTrainedModel
 ) -> None:
+    others = vllm_processes()
     with pytest.raises(UnsupportedModel, match=r"1 of the modules .*lm_head among them"):
         start(llama, {}, targets="k_proj,lm_head", options={"enforce_eager": True})
-    assert VllmHarness.processes() == []
+    assert vllm_processes() == others

@@ -122,6 +122,7 @@ def test_a_mixed_batch_of_every_family_equals_peft(
     engine.assert_idle()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_page_about_models_has_every_family(family: str) -> None:
     """`make test-full` writes it."""
