@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from server.engine.errors import ModelNotFound
+from server.engine.errors import ModelNotFound, UnsupportedModel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model that is served without `--model`."""
@@ -102,6 +103,20 @@ def end_tokens(
     if ends is None:
         return frozenset()
     return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+@contextlib.contextmanager
+def refusing_models(source: str) -> Iterator[None]:
+    """Within, a model is loaded. Raises ModelNotFound and UnsupportedModel for what transformers
+    raises."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelNotFound(f"no model at '{source}': {first_line(error)}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"'{source}' is no language model: {first_line(error)}") from error
+    except (ImportError, RuntimeError) as error:
+        raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The answer of one request: its place in the queue, and its outputs out of vLLM's tokens."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -24,13 +24,14 @@ class Answer:
         request: GenerationRequest,
         seq_id: int,
         tokenizer: PreTrainedTokenizerFast,
-        end_tokens: Collection[int],
+        end_tokens: frozenset[int],
     ) -> None:
         params = request.params
         self.request = request
         self.seq_id = seq_id
         ignores_ends = params.ignore_eos and params.grammar is None
-        self._ends = set(params.stop_token_ids) | (set() if ignores_ends else set(end_tokens))
+        self.ends = params.stop_token_ids | (frozenset() if ignores_ends else end_tokens)
+        """The tokens that end it."""
         self._detokenizer = Detokenizer(
             tokenizer,
             request.prompt,
@@ -88,7 +89,7 @@ class Answer:
         """Append a token. Returns its text; and what stopped the answer and why, if it ends."""
         params = self.request.params
         self._tokens += 1
-        if token in self._ends:
+        if token in self.ends:
             shown = self._detokenizer.push(token, False)[0] if params.include_stop else ""
             stop = token if token in params.stop_token_ids else None
             return shown, stop, FinishReason.STOP

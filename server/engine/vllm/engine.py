@@ -224,7 +224,7 @@ class Engine:
                 await self._llm.slots.filled(slot)
             digest = "" if request.lease is None else request.lease.vectors.digest
             prompt = tokens_input(list(request.prompt), cache_salt=f"{digest} {request.cache_salt}")
-            params = vllm_params(request, slot, self.model.eos_token_ids)
+            params = vllm_params(request.params, slot, answer.ends)
             async with aclosing(self._llm.engine.generate(prompt, params, request.id)) as results:
                 async for result in results:
                     output = answer.take(result)

@@ -112,7 +112,7 @@ class IA3Layers:
         """`targets`: those that adapters may have. `sizes`: (in, out) features of their modules.
         `slots`: how many there are with the base's. `tokens`: the most in a step."""
         self.slots = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self._vacant = slots
+        self._slot_count = slots
         self._device = device
         self._banks: dict[tuple[LinearBase, str], torch.Tensor] = {}
         self._writes: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
@@ -135,7 +135,7 @@ class IA3Layers:
         return sum(bank.nbytes for bank in self._banks.values())
 
     def fill(self, slot: int, vectors: Mapping[int, torch.Tensor]) -> None:
-        """Fill a slot with vectors by number of their target; other targets keep their values."""
+        """Fill a slot with vectors by number of their target; the slot does nothing to others."""
         for bank in self._banks.values():
             bank[slot] = 1
         for number, vector in vectors.items():
@@ -174,7 +174,7 @@ class IA3Layers:
     def _bank(self, layer: LinearBase, name: str, size: int) -> torch.Tensor:
         key = (layer, name)
         if key not in self._banks:
-            bank = torch.ones(self._vacant, size, device=self._device)
+            bank = torch.ones(self._slot_count, size, device=self._device)
             layer.register_buffer(name, bank, persistent=False)
             self._banks[key] = bank
         return self._banks[key]
@@ -209,16 +209,17 @@ def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list
     by calling their layer, are left out.
     """
     found: dict[str, list[_Rows]] = {}
+    absorbed = _absorbed(model)
     with _stand_ins(model) as layers:
+        columns = max(layer.tp_size for layer in layers)
         for module, (inputs, outputs) in sizes.items():
-            columns = max(layer.tp_size for layer in layers)
             if inputs == columns:
                 continue  # The shape of a weight, so that it might be loaded as one.
             numbers = torch.arange(1.0, outputs + 1, dtype=torch.float64)
             weight = numbers[:, None].expand(outputs, columns)
             # As checkpoints have the weight of a Linear, or of transformers' Conv1D.
             rows = _load(model, layers, module, weight) or _load(model, layers, module, weight.t())
-            known = [each for each in rows if not _is_absorbed(model, each)]
+            known = [each for each in rows if each.layer not in absorbed]
             if known:
                 found[module] = known
     return found
@@ -263,10 +264,7 @@ def _taken(layer: Any) -> _Rows:
     return _Rows(layer=layer, places=places, numbers=(numbers[places] - 1).long())
 
 
-def _is_absorbed(model: nn.Module, rows: _Rows) -> bool:
-    """Whether latent attention computes with the layer's weight rather than by calling it."""
-    return any(
-        rows.layer in set(module.modules())
-        for module in model.modules()
-        if isinstance(module, MLAAttention)
-    )
+def _absorbed(model: nn.Module) -> set[nn.Module]:
+    """The layers with whose weights latent attention computes, rather than by calling them."""
+    latent = [module for module in model.modules() if isinstance(module, MLAAttention)]
+    return {layer for attention in latent for layer in attention.modules()}

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from adapters.checkpoint.targets import BaseModules
-from server.engine.errors import EngineError, ModelNotFound, UnsupportedModel
-from server.engine.model_files import default_model_folder, end_tokens, first_line, served_name
+from server.engine.errors import EngineError, UnsupportedModel
+from server.engine.model_files import default_model_folder, end_tokens, refusing_models, served_name
 
 TESTED = ("0.32",)
 """The versions of vLLM that the tests run with. Its insides, which `worker` and `layers` use,
@@ -67,7 +67,7 @@ class Base:
 def describe_base(model: str | None) -> Base:
     """Read a model's config and tokenizer. Raises ModelNotFound, UnsupportedModel."""
     source = str(default_model_folder()) if model is None else model
-    try:
+    with refusing_models(source):
         config = AutoConfig.from_pretrained(source)
         if config.is_encoder_decoder:
             raise UnsupportedModel(
@@ -76,12 +76,6 @@ def describe_base(model: str | None) -> Base:
         tokenizer = AutoTokenizer.from_pretrained(source)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise ModelNotFound(f"no model at '{source}': {first_line(error)}") from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"'{source}' is no language model: {first_line(error)}") from error
-    except (ImportError, RuntimeError) as error:
-        raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     try:

@@ -12,18 +12,13 @@ from vllm.sampling_params import (
 
 from server.engine.constraints.grammars import Grammar
 from server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
-from server.engine.request import GenerationRequest
+from server.engine.request import SamplingParams as OurParams
 from server.engine.vllm.config import SLOT
 
 
-def vllm_params(
-    request: GenerationRequest, slot: int, end_tokens: Collection[int]
-) -> SamplingParams:
-    """The engine decodes the text and finds stop strings itself, so vLLM sees tokens only."""
-    params = request.params
-    ends = set(params.stop_token_ids)
-    if not params.ignore_eos or params.grammar is not None:
-        ends |= set(end_tokens)
+def vllm_params(params: OurParams, slot: int, ends: Collection[int]) -> SamplingParams:
+    """`ends`: the tokens that end the answer. The engine decodes the text and finds stop strings
+    itself, so vLLM sees tokens only."""
     allowed = params.allowed_tokens
     is_greedy = params.temperature == 0
     made = SamplingParams(
@@ -38,7 +33,7 @@ def vllm_params(
         repetition_penalty=params.repetition_penalty,
         logit_bias=dict(params.logit_bias) or None,
         seed=params.seed,
-        # The end tokens are named, as our model config knows them.
+        # All tokens that end the answer are named.
         ignore_eos=True,
         stop_token_ids=sorted(ends),
         allowed_token_ids=None if allowed is None else [i for i, yes in enumerate(allowed) if yes],

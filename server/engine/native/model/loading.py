@@ -13,11 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from server.engine.errors import ModelNotFound, UnsupportedModel
+from server.engine.errors import UnsupportedModel
 from server.engine.model_files import (
     default_model_folder,
     end_tokens,
-    first_line,
+    refusing_models,
     served_name,
 )
 from server.engine.native.model.packing import speed_of
@@ -74,7 +74,7 @@ def load_model(
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModel("device cuda was asked for, but torch sees no GPU here")
     source = str(default_model_folder()) if model is None else model
-    try:
+    with refusing_models(source):
         config = AutoConfig.from_pretrained(source)
         if dtype == "auto" and device == "cpu":
             dtype = _dtype_on_cpu(config.dtype)
@@ -82,12 +82,6 @@ def load_model(
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         how = loading_arguments(source, quantization, device, dtype)
         base = auto.from_pretrained(source, dtype=dtype, **how)
-    except OSError as error:
-        raise ModelNotFound(f"no model at '{source}': {first_line(error)}") from error
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"'{source}' is no language model: {first_line(error)}") from error
-    except (ImportError, RuntimeError) as error:
-        raise UnsupportedModel(f"'{source}' does not load here: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModel(f"'{source}' has no tokenizer.json, which streaming needs")
     base.requires_grad_(False)
