@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -351,6 +353,29 @@ def test_when_vllms_process_is_killed_while_a_slot_is_filled_the_request_ends(
 
     assert {each.finish for each in engine.answers.values()} == {FinishReason.ENGINE_DEAD}
     engine.assert_idle()
+
+
+_SERVER = """
+import os, signal, sys
+from pathlib import Path
+from tests.vllm.families import wide
+from tests.vllm.harness import VllmHarness
+
+VllmHarness(wide("llama"), Path(sys.argv[1]), {}, options={"enforce_eager": True})
+print(*[process.pid for process in VllmHarness.processes()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_when_the_server_is_killed_vllms_processes_end(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _SERVER, tmp_path], stdout=subprocess.PIPE, text=True, timeout=240
+    )
+    last = ran.stdout.splitlines()[-1]
+    left = [psutil.Process(int(pid)) for pid in last.split() if psutil.pid_exists(int(pid))]
+
+    assert last
+    assert psutil.wait_procs(left, timeout=30)[1] == []
 
 
 @pytest.mark.full

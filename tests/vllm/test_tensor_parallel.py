@@ -11,25 +11,17 @@ from tests.vllm.harness import VllmHarness
 from tests.vllm.test_families import assert_batches_equal_peft
 
 
-@pytest.fixture
-def two_workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """The options of vLLM for two workers with one core each."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    return {"tensor_parallel_size": 2}
-
-
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "olmo2"])
 def test_a_mixed_batch_on_two_workers_equals_peft(
     start: Callable[..., VllmHarness],
-    two_workers: dict[str, object],
     tmp_path: Path,
     family: str,
 ) -> None:
     base = wide(family)
     adapters = save_kinds(family, base, tmp_path / "adapters")
-    engine = start(base, adapters, options=two_workers)
+    engine = start(base, adapters, options={"tensor_parallel_size": 2})
     assert len([each for each in engine.processes() if "Worker" in each.name()]) == 2
 
     assert_batches_equal_peft(engine, base, adapters, tmp_path)

@@ -10,6 +10,9 @@ of the key of vLLM's compile cache."""
 SLOT = "ia3_slot"
 """The key of a request's slot in vLLM's `SamplingParams.extra_args`."""
 
+SERVER = "INFUSE_SERVER_PID"
+"""The environment variable that tells the workers the id of the server's process."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -99,7 +100,7 @@ class Llm:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            with environment_of_workers(current_platform.is_cpu()):
+            with environment_of_workers(current_platform.is_cpu(), _workers(config)):
                 arguments = AsyncEngineArgs(**_arguments(self.base, self.slots, config))
                 settings = arguments.create_engine_config()
                 self.max_model_len = settings.model_config.max_model_len
@@ -173,6 +174,11 @@ def worker_arguments(modules: BaseModules, slots: Slots) -> dict[str, Any]:
         "slots": 1 + slots.capacity,
     }
     return {"worker_cls": _WORKER, "additional_config": {PLAN: plan}}
+
+
+def _workers(config: EngineConfig) -> int:
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(int(config.options.get(size, 1)) for size in sizes)
 
 
 def _reason(error: Exception) -> str:

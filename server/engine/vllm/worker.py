@@ -4,11 +4,14 @@ vLLM imports this by name (`worker_cls`) in its own processes. All that reaches 
 is here and in `layers`.
 """
 
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load
 from vllm.config import VllmConfig
@@ -16,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from adapters.checkpoint.targets import Side, Target
-from server.engine.vllm.config import PLAN, SLOT
+from server.engine.vllm.config import PLAN, SERVER, SLOT
 from server.engine.vllm.layers import IA3Layers
 
 if current_platform.is_cpu():
@@ -78,6 +81,9 @@ class IA3Worker(Worker):  # type: ignore[misc]
     """What `collective_rpc` may call, besides vLLM's own methods."""
 
     def init_device(self) -> None:
+        if SERVER in os.environ:
+            server = int(os.environ[SERVER])
+            threading.Thread(target=_end_with, args=(server,), daemon=True).start()
         super().init_device()
         if self.use_v2_model_runner:
             raise RuntimeError("IA3 needs vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0")
@@ -103,3 +109,11 @@ class IA3Worker(Worker):  # type: ignore[misc]
         """Fill a slot. `vectors`: a safetensors file, with the number of each vector's target."""
         by_number = {int(number): vector for number, vector in load(vectors).items()}
         self._layers.fill(slot, by_number)
+
+
+def _end_with(server: int) -> None:
+    """End this process when the server's has ended, even by SIGKILL; vLLM's engine ends with its
+    workers. By itself it would run on, and keep the device's memory."""
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(server).wait()
+    os._exit(1)
