@@ -56,6 +56,12 @@ SHAPES: dict[str, Shape] = {
         config={"head_dim": None},
         remarks=(_TRANSFORMERS,),
     ),
+    "lfm2": Shape(
+        attention_output="out_proj",
+        mlp=("w1", "w3", "w2"),
+        # vLLM reads two sizes that transformers' config does not have by itself.
+        config={"conv_dim": 128, "block_dim": 128, "block_auto_adjust_ff_dim": False},
+    ),
     "gpt2": Shape(
         queries="c_attn",
         attention_output="attn.c_proj",
