@@ -361,20 +361,19 @@ from pathlib import Path
 from tests.vllm.families import wide
 from tests.vllm.harness import VllmHarness
 
-VllmHarness(wide("llama"), Path(sys.argv[1]), {}, options={"enforce_eager": True})
-print(*[process.pid for process in VllmHarness.processes()], flush=True)
+folder = Path(sys.argv[1])
+engine = VllmHarness(wide("llama"), folder, {}, options={"enforce_eager": True})
+(folder / "processes").write_text(" ".join(str(each.pid) for each in engine.processes()))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_when_the_server_is_killed_vllms_processes_end(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _SERVER, tmp_path], stdout=subprocess.PIPE, text=True, timeout=240
-    )
-    last = ran.stdout.splitlines()[-1]
-    left = [psutil.Process(int(pid)) for pid in last.split() if psutil.pid_exists(int(pid))]
+    subprocess.run([sys.executable, "-c", _SERVER, tmp_path], timeout=240)
+    processes = (tmp_path / "processes").read_text().split()
+    left = [psutil.Process(int(pid)) for pid in processes if psutil.pid_exists(int(pid))]
 
-    assert last
+    assert processes
     assert psutil.wait_procs(left, timeout=30)[1] == []
 
 

@@ -5,13 +5,13 @@ is here and in `layers`.
 """
 
 import os
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import load
 from vllm.config import VllmConfig
@@ -114,6 +114,7 @@ class IA3Worker(Worker):  # type: ignore[misc]
 def _end_with(server: int) -> None:
     """End this process when the server's has ended, even by SIGKILL; vLLM's engine ends with its
     workers. By itself it would run on, and keep the device's memory."""
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(server).wait()
+    with suppress(ProcessLookupError):
+        # Readable when the process has ended, also before its parent has taken notice.
+        select.select([os.pidfd_open(server)], [], [])
     os._exit(1)
