@@ -14,7 +14,12 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.attention import Attention, MLAAttention
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from adapters.checkpoint.targets import Side, Target
 
@@ -209,7 +214,7 @@ def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list
     by calling their layer, are left out.
     """
     found: dict[str, list[_Rows]] = {}
-    absorbed = _absorbed(model)
+    unknown = _unknown(model)
     with _stand_ins(model) as layers:
         columns = max(layer.tp_size for layer in layers)
         for module, (inputs, outputs) in sizes.items():
@@ -219,7 +224,7 @@ def _rows_of(model: Any, sizes: Mapping[str, tuple[int, int]]) -> dict[str, list
             weight = numbers[:, None].expand(outputs, columns)
             # As checkpoints have the weight of a Linear, or of transformers' Conv1D.
             rows = _load(model, layers, module, weight) or _load(model, layers, module, weight.t())
-            known = [each for each in rows if each.layer not in absorbed]
+            known = [each for each in rows if each.layer not in unknown]
             if known:
                 found[module] = known
     return found
@@ -264,7 +269,14 @@ def _taken(layer: Any) -> _Rows:
     return _Rows(layer=layer, places=places, numbers=(numbers[places] - 1).long())
 
 
-def _absorbed(model: nn.Module) -> set[nn.Module]:
-    """The layers with whose weights latent attention computes, rather than by calling them."""
-    latent = [module for module in model.modules() if isinstance(module, MLAAttention)]
-    return {layer for attention in latent for layer in attention.modules()}
+def _unknown(model: nn.Module) -> set[nn.Module]:
+    """The layers that cannot be rescaled, or whose rows the stand-ins do not show."""
+    unknown: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, MLAAttention):
+            # Latent attention computes with their weights, rather than by calling them.
+            unknown |= {*module.modules()}
+        elif isinstance(module, MambaMixer2) and type(module.in_proj) is ColumnParallelLinear:
+            # Workers that share a group load it with a loader of the parameter's own.
+            unknown.add(module.in_proj)
+    return unknown
