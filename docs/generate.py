@@ -1,6 +1,6 @@
 """Writes the pages that say what the code says: `python docs/generate.py`.
 
-They are the pages of `docs/reference/` but models.md, and the list of decisions.
+They are the pages of `docs/reference/` but those of models, and the list of decisions.
 """
 
 import ast
