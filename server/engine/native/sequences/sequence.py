@@ -6,9 +6,9 @@ from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.constraints.grammars import Constraint
 from server.engine.detokenizer import Detokenizer
 from server.engine.fair_queue import HEADROOM
+from server.engine.native.sequences.constraint import Constraint
 from server.engine.native.sequences.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
