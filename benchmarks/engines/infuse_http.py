@@ -1,5 +1,6 @@
 """Infuse as a user runs it: `infuse serve` in a process of its own, asked over HTTP."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 
 from benchmarks.engines import EngineFailed, Request, Round
 from benchmarks.engines.client import BASE, ask
-from benchmarks.engines.worker import Worker
+from benchmarks.engines.worker import ROOT, Worker
 
 _STARTUP_SECONDS = 300
 
@@ -25,9 +26,10 @@ def _address(log: Path) -> str | None:
 
 
 class ServerProcess:
-    """`infuse serve` on a free port, until the block ends."""
+    """`infuse serve` on a free port, until the block ends. `python`: that of its environment."""
 
-    def __init__(self, log: Path, *flags: object) -> None:
+    def __init__(self, log: Path, *flags: object, python: Path = Path(sys.executable)) -> None:
+        self._python = python
         self._log = log
         self._flags = [str(flag) for flag in flags]
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,17 +43,17 @@ class ServerProcess:
         return self._process.pid
 
     def start(self) -> None:
-        command = [
-            str(Path(sys.executable).with_name("infuse")),
-            "serve",
-            "--port",
-            "0",
-            *self._flags,
-        ]
+        # vLLM's environment has not this package's command.
+        infuse = "from server.cli import main; main()"
+        command = [str(self._python), "-c", infuse, "serve", "--port", "0", *self._flags]
         started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         while not (url := _address(self._log)):
             late = time.perf_counter() - started > _STARTUP_SECONDS
@@ -95,8 +97,10 @@ class ServerProcess:
 class InfuseHttp(ServerProcess):
     """The server as an engine: what it streams is read token by token."""
 
-    def __init__(self, name: str, log: Path, *flags: object) -> None:
-        super().__init__(log, "--served-model-name", BASE, *flags)
+    def __init__(
+        self, name: str, log: Path, *flags: object, python: Path = Path(sys.executable)
+    ) -> None:
+        super().__init__(log, "--served-model-name", BASE, *flags, python=python)
         self.name = name
 
     def run(
