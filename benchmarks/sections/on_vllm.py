@@ -32,6 +32,7 @@ _EVERY_SECONDS = 0.2
 def measure(bench: Bench) -> dict[str, Any]:
     if not bench.plan.on_vllm_turns:
         return {"skipped": "not in a quick run"}
+    bench.keep_only()  # Four engines need the memory.
     engines: dict[str, dict[str, float]] = {}
     base = _beside_base(bench)
     engines["vLLM"] = _costs(bench.vllm())
