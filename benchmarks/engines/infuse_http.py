@@ -16,7 +16,8 @@ from benchmarks.engines import EngineFailed, Request, Round
 from benchmarks.engines.client import BASE, ask
 from benchmarks.engines.worker import ROOT, Worker
 
-_STARTUP_SECONDS = 300
+_STARTUP_SECONDS = 900
+"""A first start on vLLM may compile."""
 
 
 def _address(log: Path) -> str | None:
