@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,6 +61,7 @@ class ServerProcess:
         while not (url := _address(self._log)):
             late = time.perf_counter() - started > _STARTUP_SECONDS
             if self._process.poll() is not None or late:
+                self.stop()
                 last = self._log.read_text().strip().splitlines()[-1:]
                 raise EngineFailed(f"the server did not start: {''.join(last)}")
             time.sleep(0.05)
@@ -68,11 +71,12 @@ class ServerProcess:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(60)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            # vLLM's own processes may outlive the server's.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def __enter__(self) -> Self:
         self.start()
