@@ -4,10 +4,10 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +42,7 @@ from adapters.vocabulary.vocabulary import Vocabularies, Vocabulary
 log = logging.getLogger(__name__)
 
 Composition = Literal["product", "linear"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +201,10 @@ class AdapterRegistry:
         self.check_name(name)
         if name in self._store:
             raise AdapterExists(name)
-        revisions = [self.resolve(part.name) for part in parts]
+        revisions, several = self._vectors_of(parts)
         weights = tuple(part.weight for part in parts)
         recipe = Recipe(method=method, weights=weights, missing=missing, density=density, seed=seed)
-        vectors = combine([self.vectors(revision) for revision in revisions], recipe)
+        vectors = combine(several, recipe)
         record = {
             "method": method,
             "adapters": _ingredients(revisions, weights),
@@ -226,13 +227,15 @@ class AdapterRegistry:
 
     def lease(self, model: str) -> Lease:
         """Lease the current revision of `name`, or the revision `name@number`."""
+        return self._with_revisions([model], lambda revisions: self._lease(*revisions))
+
+    def _with_revisions(self, models: Sequence[str], use: Callable[[list[Revision]], _T]) -> _T:
+        """Return what `use` makes of the revisions that these names are at."""
         while True:
-            try:
-                return self._lease(self.resolve(model))
-            except UnknownRevision:
-                # The files of the revision that was current may have gone since.
-                if "@" in model:
-                    raise
+            revisions = [self.resolve(model) for model in models]
+            # The files of a revision that was current may have gone since: the name has another.
+            with suppress(UnknownRevision):
+                return use(revisions)
 
     def _lease(self, revision: Revision) -> Lease:
         vectors = self.residency.find(revision.digest)
@@ -250,8 +253,15 @@ class AdapterRegistry:
         Mixtures with equal vectors share a slot. Raises CombinedNotFinite, and InvalidAdapter for
         what no slot can hold.
         """
-        revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
+        return self._with_revisions(
+            [part.name for part in parts],
+            lambda revisions: self._lease_mixture(revisions, weights, composition),
+        )
+
+    def _lease_mixture(
+        self, revisions: Sequence[Revision], weights: tuple[float, ...], composition: Composition
+    ) -> Lease:
         ingredients = [f"{r.digest}*{w!r}" for r, w in zip(revisions, weights, strict=True)]
         key = f"{composition}({','.join(ingredients)})"
         vectors = self.residency.find(key)
@@ -273,11 +283,15 @@ class AdapterRegistry:
 
         A single adapter with weight 1 may bring whole modules.
         """
-        revisions = [self.resolve(part.name) for part in parts]
         weights = tuple(part.weight for part in parts)
-        several = [self.vectors(revision) for revision in revisions]
+        revisions, several = self._vectors_of(parts)
         vectors = mix(several, Recipe(method=composition, weights=weights))
         return vectors, {"method": composition, "adapters": _ingredients(revisions, weights)}
+
+    def _vectors_of(self, parts: Sequence[Part]) -> tuple[list[Revision], list[AdapterVectors]]:
+        return self._with_revisions(
+            [part.name for part in parts], lambda found: (found, [*map(self.vectors, found)])
+        )
 
     def resolve(self, model: str) -> Revision:
         """Return the revision that `name` or `name@number` names."""
@@ -315,17 +329,10 @@ class AdapterRegistry:
         return vocabulary
 
     def stats(self) -> RegistryStats:
-        residency = self.residency.stats()
         return RegistryStats(
             registered=len(self._store),
             damaged=self._store.damaged,
-            capacity=residency.capacity,
-            resident=residency.resident,
-            pinned=residency.pinned,
-            leases=residency.leases,
-            swaps=residency.swaps,
-            saved_bytes=residency.saved_bytes,
-            host_bytes=residency.host_bytes,
+            **asdict(self.residency.stats()),
         )
 
     @contextmanager
@@ -369,12 +376,8 @@ class AdapterRegistry:
             self.residency.check(vectors)
             self._keep(known[0], vectors)
         except AdapterError as error:
-            log.error(
-                "The pinned adapter %s@%d is not on the device: %s",
-                name,
-                known[0].number,
-                error,
-            )
+            at = _label(known[0])
+            log.error("The pinned adapter %s is not on the device: %s", at, error)
 
     def _keep(self, revision: Revision, vectors: AdapterVectors) -> None:
         self._kept[revision.name] = revision, vectors

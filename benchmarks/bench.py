@@ -57,7 +57,12 @@ class Plan:
     round_tokens: int
     """The same with adapters or without."""
     on_vllm_turns: int
-    """Of adapters on vLLM, beside vLLM as it is."""
+    """Of adapters on vLLM, beside vLLM as it is, by fours: each side is once on each process of its
+    kind."""
+    on_vllm_lora_turns: int
+    """Of adapters on vLLM beside its LoRA."""
+    fill_turns: int
+    """On vLLM, of requests beside which slots are filled."""
     slow_peer_turns: int
     """Of transformers, which takes half a minute a round."""
     lora_turns: int
@@ -80,7 +85,9 @@ FULL = Plan(
     tokens=16,
     vllm_tokens=64,
     round_tokens=24,
-    on_vllm_turns=20,
+    on_vllm_turns=28,
+    on_vllm_lora_turns=20,
+    fill_turns=12,
     slow_peer_turns=2,
     lora_turns=1,
     registered=10_000,
@@ -98,6 +105,8 @@ QUICK = Plan(
     vllm_tokens=16,
     round_tokens=16,
     on_vllm_turns=0,
+    on_vllm_lora_turns=0,
+    fill_turns=0,
     slow_peer_turns=0,
     lora_turns=0,
     registered=10_000,
@@ -306,10 +315,14 @@ class Bench:
             "batching", lambda: self._worker("batching", "transformers_batching", arguments)
         )
 
-    def vllm(self, dtype: str = "float32", lora: bool = False, ia3: bool = False) -> Engine:
-        """vLLM as it is; with its LoRA; or with our workers and the first 32 adapters."""
+    def vllm(
+        self, dtype: str = "float32", lora: bool = False, ia3: bool = False, twin: bool = False
+    ) -> Worker:
+        """vLLM as it is; with its LoRA; or with our workers and the first 32 adapters. `twin`:
+        another."""
         name = "vllm" + ("-lora" if lora else "") + ("-ia3" if ia3 else "")
         name += "" if dtype == "float32" else f"-{dtype}"
+        name += "-twin" if twin else ""
         arguments = {
             "model": self.model,
             "dtype": dtype,
@@ -318,17 +331,34 @@ class Bench:
             "adapters": self.lora_folders if lora else {},
             "ia3": self.folders if ia3 else {},
         }
-        return self.engine(
+        engine = self.engine(
             name,
             lambda: Worker(
                 name,
                 "vllm_offline",
                 arguments,
-                python=peers.vllm_folder() / "bin" / "python",
+                python=peers.vllm_python(),
                 log=self.scratch / f"{name}.log",
                 environment=peers.vllm_environment(peers.vllm_folder()),
             ),
         )
+        assert isinstance(engine, Worker)
+        return engine
+
+    def server_on_vllm(self, slots: int) -> InfuseHttp:
+        """Our server with the vLLM engine, the first 32 adapters and so many slots."""
+        name = "infuse-on-vllm"
+        flags = (
+            *("--engine", "vllm", "--model", self.model, "--dtype", "float32"),
+            *("--max-model-len", WINDOW, "--kv-cache-tokens", CACHE_TOKENS),
+            *("--adapters-dir", self.scratch / name, "--preload-adapters", self._preloaded()),
+            *("--max-resident-adapters", slots, "--no-prefix-cache"),
+        )
+        log = self.scratch / f"{name}.log"
+        python = peers.vllm_python()
+        engine = self.engine(name, lambda: InfuseHttp(name, log, *flags, python=python))
+        assert isinstance(engine, InfuseHttp)
+        return engine
 
     @cached_property
     def lora_folders(self) -> dict[str, Path]:

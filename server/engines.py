@@ -104,10 +104,3 @@ def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
         slots=llm.slots,
         engine=start,
     )
-
-
-def warm_up(settings: Settings) -> bool:
-    """Compile a model into the cache that later starts use. False: it does not compile, and the log
-    says why."""
-    opened = open_engine(settings)
-    return opened.engine(Residency(opened.slots)).stats().compiled

@@ -1,10 +1,13 @@
 """Infuse as a user runs it: `infuse serve` in a process of its own, asked over HTTP."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,9 +16,10 @@ import psutil
 
 from benchmarks.engines import EngineFailed, Request, Round
 from benchmarks.engines.client import BASE, ask
-from benchmarks.engines.worker import Worker
+from benchmarks.engines.worker import ROOT, Worker
 
-_STARTUP_SECONDS = 300
+_STARTUP_SECONDS = 900
+"""A first start on vLLM may compile."""
 
 
 def _address(log: Path) -> str | None:
@@ -25,9 +29,10 @@ def _address(log: Path) -> str | None:
 
 
 class ServerProcess:
-    """`infuse serve` on a free port, until the block ends."""
+    """`infuse serve` on a free port, until the block ends. `python`: that of its environment."""
 
-    def __init__(self, log: Path, *flags: object) -> None:
+    def __init__(self, log: Path, *flags: object, python: Path = Path(sys.executable)) -> None:
+        self._python = python
         self._log = log
         self._flags = [str(flag) for flag in flags]
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,21 +46,22 @@ class ServerProcess:
         return self._process.pid
 
     def start(self) -> None:
-        command = [
-            str(Path(sys.executable).with_name("infuse")),
-            "serve",
-            "--port",
-            "0",
-            *self._flags,
-        ]
+        # vLLM's environment has not this package's command.
+        infuse = "from server.cli import main; main()"
+        command = [str(self._python), "-c", infuse, "serve", "--port", "0", *self._flags]
         started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         while not (url := _address(self._log)):
             late = time.perf_counter() - started > _STARTUP_SECONDS
             if self._process.poll() is not None or late:
+                self.stop()
                 last = self._log.read_text().strip().splitlines()[-1:]
                 raise EngineFailed(f"the server did not start: {''.join(last)}")
             time.sleep(0.05)
@@ -65,11 +71,12 @@ class ServerProcess:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(60)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            # vLLM's own processes may outlive the server's.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def __enter__(self) -> Self:
         self.start()
@@ -95,8 +102,10 @@ class ServerProcess:
 class InfuseHttp(ServerProcess):
     """The server as an engine: what it streams is read token by token."""
 
-    def __init__(self, name: str, log: Path, *flags: object) -> None:
-        super().__init__(log, "--served-model-name", BASE, *flags)
+    def __init__(
+        self, name: str, log: Path, *flags: object, python: Path = Path(sys.executable)
+    ) -> None:
+        super().__init__(log, "--served-model-name", BASE, *flags, python=python)
         self.name = name
 
     def run(

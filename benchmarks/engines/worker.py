@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -47,6 +48,8 @@ class Worker:
         self._environment = dict(environment or {})
         self.log = log
         self._process: subprocess.Popen[str] | None = None
+        self.start_seconds = 0.0
+        """From the command to the first moment that it answers."""
 
     @property
     def group(self) -> int:
@@ -54,6 +57,7 @@ class Worker:
         return self._process.pid
 
     def start(self) -> None:
+        started = time.perf_counter()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -67,6 +71,7 @@ class Worker:
                 start_new_session=True,
             )
         self._read(_START_SECONDS)
+        self.start_seconds = time.perf_counter() - started
 
     def run(self, requests: Sequence[Request], in_flight: int | None = None) -> Round:
         assert self._process is not None, f"{self.name} has not been started"

@@ -15,6 +15,9 @@ from server.engine.request import GenerationRequest
 
 MAX_OVERTAKEN = 8
 """How many sequences may overtake a tenant's older ones of a worse priority before one starts."""
+HEADROOM = 64
+"""Tokens of the answer that a request is charged from its start. Our own engine reserves room for
+them, so that keys seldom move soon after."""
 _SWEEP_FROM = 64
 """Number of shares from which on idle ones are removed."""
 _SEQ_ID = attrgetter("seq_id")
@@ -47,8 +50,8 @@ class Queued(Protocol):
     def charge(self) -> int:
         """Tokens that it is charged while it runs.
 
-        The answer tokens that admission reserves room for count from the start. Otherwise the
-        tenant with the smallest charge would get all free rows at once.
+        The first `HEADROOM` tokens of the answer count from the start. Otherwise the tenant with
+        the smallest charge would get all free rows at once.
         """
         ...
 

@@ -18,7 +18,7 @@ from adapters.errors import (
     UnknownRevision,
 )
 from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
+from adapters.registry import AdapterRegistry, Part
 from adapters.storage.revision import Revision
 from adapters.storage.store import AdapterStore
 from tests.adapters.house import CAPACITY, House
@@ -229,6 +229,41 @@ def test_an_adapter_deleted_while_it_is_looked_up_is_unknown(house: House) -> No
     registry = AdapterRegistry(house.store, house.model.modules_of_base, house.model)
     with pytest.raises(UnknownAdapter):
         registry.lease("support")
+
+
+@pytest.mark.parametrize("method", ["lease", "lease_mixture", "mixture", "combine"])
+def test_an_adapter_replaced_while_it_is_looked_up_is_used_as_it_is_then(
+    house: House, method: str
+) -> None:
+    class Racing(AdapterStore):
+        """Another server replaces the revision right after a request has found it, once; its files
+        go."""
+
+        def current(self, name: str) -> Revision:
+            found = super().current(name)
+            if found.number == 1:
+                with self.staging() as staged:
+                    shutil.copytree(house.known.folders["queries"], staged, dirs_exist_ok=True)
+                    thread = threading.Thread(target=self.replace, args=(name, staged))
+                    thread.start()
+                    thread.join()
+            return found
+
+    house.add("support", "default")
+    house.store.close()
+    house.store = Racing(house.folder, keep_revisions=1)
+    registry = AdapterRegistry(house.store, house.model.modules_of_base, house.model)
+    match method:
+        case "lease":
+            used = registry.lease("support").label
+        case "lease_mixture":
+            used = registry.lease_mixture([Part("support", 0.5)], "product").label
+        case "mixture":
+            used = str(registry.mixture([Part("support")], "product")[1])
+        case _:
+            revision, _ = registry.combine("both", [Part("support")], "product")
+            used = str(revision.origin.recipe)
+    assert "support@2" in used
 
 
 def test_files_that_were_damaged_later_are_no_fault_of_the_request(house: House) -> None:

@@ -12,7 +12,8 @@ from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import Reader, make_reader
 from server.api.tool_schemas import Tool
-from server.engine.constraints.grammars import Constraint, Grammars, MaskMaker
+from server.engine.constraints.grammars import Grammars
+from server.engine.native.sequences.constraint import Constraint, MaskMaker
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import TOKENS, tiny_tokenizer
 

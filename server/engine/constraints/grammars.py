@@ -1,8 +1,7 @@
-"""Constrained answers: compiles grammars by llguidance and masks the tokens that they forbid.
+"""Constrained answers: compiles grammars by llguidance.
 
 A grammar is compiled once for all requests that ask for it at that time, not on the model thread,
-and in turns among tenants. Each sequence follows it with a matcher of its own. A batch's next masks
-are made on another thread while the model computes the next logits.
+and in turns among tenants. Each sequence follows it with a matcher of its own.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections import abc
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ class Grammar:
         self.lexicon = lexicon
         self.first: Future[Masks] = Future()
         """The mask of an answer's first token, as one row."""
-        self.first.set_result(_masks([matcher.deep_copy()], lexicon, LLExecutor(1)))
+        self.first.set_result(masks_of([matcher.deep_copy()], lexicon, LLExecutor(1)))
 
     def copy(self) -> LLMatcher:
         return self._matcher.deep_copy()
@@ -303,70 +302,10 @@ async def _run_to_the_end(work: abc.Callable[[], _T]) -> _T:
             await asyncio.wait([thread])
 
 
-class Constraint:
-    """The state of one sequence in its grammar. Belongs to the model thread."""
-
-    def __init__(self, grammar: Grammar) -> None:
-        self._grammar = grammar
-        self._masks = grammar.first
-        self._row = 0
-
-    @cached_property
-    def matcher(self) -> LLMatcher:
-        """The sequence's matcher. Belongs to the mask maker's thread."""
-        return self._grammar.copy()
-
-    @property
-    def lexicon(self) -> LLTokenizer:
-        return self._grammar.lexicon
-
-    @property
-    def allowed(self) -> torch.Tensor:
-        """`[vocab]` bool: the tokens that may come next. Waits until the mask is made."""
-        return self._masks.result().allowed[self._row]
-
-    @property
-    def error(self) -> str:
-        """Why the grammar cannot continue; empty if it can. Waits as `allowed` does."""
-        return self._masks.result().errors[self._row]
-
-    def allows_others_than(self, tokens: frozenset[int]) -> bool:
-        allowed = self.allowed
-        return int(allowed.sum()) > int(allowed[list(tokens)].sum())
-
-    def follow(self, masks: Future[Masks], row: int) -> None:
-        """Take the next mask from this row of `masks`."""
-        self._masks, self._row = masks, row
-
-
-class MaskMaker:
-    """Makes the next masks of a batch while the model runs, on a thread that releases the GIL."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        """A single thread, so that matchers consume a sequence's tokens in order."""
-
-    def advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> None:
-        """Start to make the masks after each sequence has taken this token. Returns at once."""
-        masks = self._thread.submit(self._advance, taken)
-        for row, (constraint, _) in enumerate(taken):
-            constraint.follow(masks, row)
-
-    def close(self) -> None:
-        self._thread.shutdown()
-
-    @cached_property
-    def _executor(self) -> LLExecutor:
-        return LLExecutor()
-
-    def _advance(self, taken: abc.Sequence[tuple[Constraint, int]]) -> Masks:
-        matchers = [constraint.matcher for constraint, _ in taken]
-        tokens = [token for _, token in taken]
-        self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
-        return _masks(matchers, taken[0][0].lexicon, self._executor)
-
-
-def _masks(matchers: abc.Sequence[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor) -> Masks:
+def masks_of(
+    matchers: abc.Sequence[LLMatcher], lexicon: LLTokenizer, executor: LLExecutor
+) -> Masks:
+    """The tokens that each matcher allows next."""
     vocab = lexicon.vocab_size
     packed = allocate_token_bitmask(len(matchers), vocab)
     fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)

@@ -6,10 +6,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.detokenizer import Detokenizer
+from server.engine.fair_queue import HEADROOM
 from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
-
-_RESERVED = 64
-"""Tokens of the answer that a request is charged from its start."""
 
 
 class Answer:
@@ -49,7 +47,7 @@ class Answer:
 
     @property
     def charge(self) -> int:
-        reserved = min(self.request.params.max_tokens, _RESERVED)
+        reserved = min(self.request.params.max_tokens, HEADROOM)
         return self.used_tokens - self._tokens + max(self._tokens, reserved)
 
     def take(self, result: Any) -> Output:

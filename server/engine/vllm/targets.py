@@ -32,7 +32,8 @@ def planned_targets(
             f"which modules of {modules.model_type} may adapters rescale? Name them with "
             "--ia3-targets, for example k_proj,v_proj,down_proj:input; PEFT has no defaults for it"
         )
-    return tuple(dict.fromkeys(found))
+    # In one order, whatever that of the adapters: the plan is a part of a compile cache's key.
+    return tuple(sorted(set(found)))
 
 
 def _named(names: str, modules: BaseModules) -> list[Target]:

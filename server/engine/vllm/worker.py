@@ -7,9 +7,9 @@ is here and in `layers`.
 import os
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from adapters.checkpoint.targets import Side, Target
+from adapters.model.bank import BASE_SLOT
 from server.engine.vllm.config import PLAN, SERVER, SLOT
 from server.engine.vllm.layers import IA3Layers
 
@@ -51,10 +52,14 @@ class IA3Runner:
         runner: Any = self
         batch = runner.input_batch
         requests = [runner.requests[request_id] for request_id in batch.req_ids[: batch.num_reqs]]
-        slots = [(each.sampling_params.extra_args or {}).get(SLOT, 0) for each in requests]
+        slots = [self.slot_of(each.sampling_params.extra_args or {}) for each in requests]
         by_token = np.repeat(np.array(slots), num_scheduled_tokens[: len(slots)])
         torch_utils.async_tensor_h2d(by_token, out=self.ia3.slots[: len(by_token)])
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+
+    def slot_of(self, asked: Mapping[str, Any]) -> int:
+        """The slot of a request, by its `SamplingParams.extra_args`."""
+        return int(asked.get(SLOT, BASE_SLOT))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         with self._kept_generators():
@@ -80,6 +85,8 @@ class IA3Runner:
 class IA3Worker(Worker):  # type: ignore[misc]
     """What `collective_rpc` may call, besides vLLM's own methods."""
 
+    runner: ClassVar[type[IA3Runner]] = IA3Runner
+
     def init_device(self) -> None:
         if SERVER in os.environ:
             server = int(os.environ[SERVER])
@@ -89,7 +96,7 @@ class IA3Worker(Worker):  # type: ignore[misc]
             raise RuntimeError("IA3 needs vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0")
         runner: Any = self.model_runner
         kind = type(runner)
-        runner.__class__ = type(f"IA3{kind.__name__}", (IA3Runner, kind), {})
+        runner.__class__ = type(f"IA3{kind.__name__}", (self.runner, kind), {})
 
     @property
     def _layers(self) -> IA3Layers:

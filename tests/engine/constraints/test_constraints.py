@@ -12,12 +12,11 @@ from server.engine import BadConstraint, ConstraintsUnavailable, FinishReason
 from server.engine.constraints import grammars as constraints
 from server.engine.constraints.grammars import (
     MAX_CHARACTERS,
-    Constraint,
     Grammar,
     Grammars,
-    MaskMaker,
 )
 from server.engine.constraints.vetting import FORMATS
+from server.engine.native.sequences.constraint import Constraint, MaskMaker
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, tiny_tokenizer
 

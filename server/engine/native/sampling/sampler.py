@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from server.engine.constraints.grammars import Constraint, MaskMaker
 from server.engine.native.sampling.adjustments import Allowed, Bias, Penalties, column
+from server.engine.native.sequences.constraint import Constraint, MaskMaker
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Draft
 from server.engine.request import TokenLogprob

@@ -8,12 +8,12 @@ from operator import attrgetter
 
 from adapters.model.bank import BASE_SLOT
 from adapters.residency import Residency
-from server.engine.fair_queue import FairQueue
+from server.engine.fair_queue import HEADROOM, FairQueue
 from server.engine.native.cache.kv_cache import KVCache
 from server.engine.native.faults import FAULTS, Fault
 from server.engine.native.scheduling.prefixes import Prefixes
 from server.engine.native.scheduling.speculation import Speculation
-from server.engine.native.sequences.sequence import HEADROOM, Sequence
+from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Step
 
 _FIRST_SHARE = 4

@@ -6,15 +6,14 @@ from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.constraints.grammars import Constraint
 from server.engine.detokenizer import Detokenizer
+from server.engine.fair_queue import HEADROOM
+from server.engine.native.sequences.constraint import Constraint
 from server.engine.native.sequences.drafting import Drafter
 from server.engine.request import GenerationRequest, TokenLogprob
 
 _MARK = 256
 """The most characters of a match that begins a grammar."""
-HEADROOM = 64
-"""Tokens of the answer that admission reserves room for, so that keys seldom move soon after."""
 
 
 class Draws:
