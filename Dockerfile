@@ -42,6 +42,14 @@ COPY server server
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps --root /installed .
 
 FROM ${BASE_IMAGE}
+ARG ENGINE=native
+# vLLM compiles the model at its start, and its build for CPUs is linked to libnuma.
+# hadolint ignore=DL3008
+RUN if [ "$ENGINE" = vllm ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends g++ libnuma1 libtcmalloc-minimal4 \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 # The home is the volume: whatever a library caches, a model of the hub for one, lands there.
 # torch makes its folder, by default in /tmp, as soon as it is imported; it may stay empty.
 RUN groupadd --gid 10001 app \
@@ -51,7 +59,6 @@ COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=model /opt/infuse/models /opt/infuse/models
 COPY examples/adapters /opt/infuse/adapters
 COPY --from=code /installed/opt/venv /opt/venv
-ARG ENGINE=native
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     INFUSE_ENGINE=$ENGINE \

@@ -154,8 +154,11 @@ def test_the_image_checks_its_own_health_with_python() -> None:
     ast.parse(command[2])
 
 
-def test_the_image_takes_nothing_from_apt() -> None:
-    assert not re.search(r"\bapt(-get)?\b", DOCKERFILE)
+def test_only_an_image_with_vllm_takes_packages_from_apt() -> None:
+    with_apt = [command for command in instructions("RUN") if re.search(r"\bapt(-get)?\b", command)]
+
+    assert with_apt
+    assert all(command.startswith('if [ "$ENGINE" = vllm ]; then') for command in with_apt)
 
 
 def test_the_image_has_the_default_model_of_the_makefile() -> None:

@@ -3,27 +3,36 @@
 # shellcheck shell=bash disable=SC2154
 export BUILDAH_ISOLATION=chroot
 
-# The base image is made from this machine's own Debian, where none is named.
+# The base image is made from this machine's own Debian, where none is named. Fails where the machine
+# forbids what a build does: mounts and chroot.
 prepare() {
-    local codename mirror container
+    local codename
     codename=$(. /etc/os-release && printf '%s' "$VERSION_CODENAME")
     base=${BASE_IMAGE:-localhost/infuse-test-base:$codename}
-    if [ -n "${BASE_IMAGE:-}" ] || buildah inspect --type image "$base" > /dev/null 2>&1; then
-        return
+    if [ -z "${BASE_IMAGE:-}" ] && ! buildah inspect --type image "$base" > /dev/null 2>&1; then
+        make_base "$codename" || return
     fi
+    buildah from --name "$name" "$base" > /dev/null \
+        && buildah run "$name" -- true \
+        && buildah rm "$name" > /dev/null
+}
+
+make_base() {
+    local codename=$1 mirror container
     # shellcheck disable=SC2016  # apt's own variables
     mirror=$(apt-get indextargets --format '$(CODENAME) $(REPO_URI)' 'Created-By: Packages' \
         | awk -v wanted="$codename" '$1 == wanted { print $2; exit }')
     echo "Making $base with debootstrap."
-    if ! debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
-        "$codename" "$work/base" "$mirror" > "$work/debootstrap.log"; then
+    if ! debootstrap --variant=minbase \
+        --include=python3,python3-dev,python3-venv,python3-pip,ca-certificates "$codename" \
+        "$work/base" "$mirror" > "$work/debootstrap.log"; then
         tail -n 20 "$work/debootstrap.log"
         return 1
     fi
-    container=$(buildah from scratch)
-    buildah add --quiet "$container" "$work/base" / > /dev/null
-    buildah config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-    buildah commit --quiet --rm "$container" "$base" > /dev/null
+    container=$(buildah from scratch) \
+        && buildah add --quiet "$container" "$work/base" / > /dev/null \
+        && buildah config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container" \
+        && buildah commit --quiet --rm "$container" "$base" > /dev/null
 }
 
 build() {
@@ -79,8 +88,10 @@ start_without_keys() {
 start() {
     make_container
     install --directory --owner=10001 --group=10001 "$work/data"
+    set -m # a process group of its own
     run_with_volumes "${entrypoint[@]}" > "$work/log" 2>&1 &
     started=$!
+    set +m
 }
 
 # buildah runs no ENTRYPOINT by itself, and would hide our folder behind the image's own VOLUME.
@@ -102,26 +113,30 @@ runs() { kill -0 "$started" 2> /dev/null; }
 inside() { run_with_volumes "$@"; }
 log() { cat "$work/log"; }
 
-# The server is the youngest of buildah's descendants; buildah itself would kill it.
-stop() {
-    local server=$started child waited=0
-    while child=$(pgrep --parent "$server" | tail -n 1) && [ -n "$child" ]; do server=$child; done
-    kill -TERM "$server"
+# buildah passes no signal on.
+stop() { kill -TERM "$(pgrep --pgroup "$started" --exact infuse)" && wait_for_the_end; }
+
+# All its processes end with a container.
+kill_at_once() { kill -KILL -- "-$started" && wait_for_the_end; }
+
+wait_for_the_end() {
+    local waited=0
     while runs; do
         if [ $((waited += 1)) -gt 60 ]; then return 1; fi
         sleep 1
     done
 }
 
-# What the server's user has written elsewhere than in the volume.
+# What the server's user has written elsewhere than in the volume and in /tmp.
 strays() {
     local root
     root=$(buildah mount "$name")
-    find "$root" -xdev -uid 10001 -not -path "$root/data" -not -path "$root/data/*"
+    find "$root" -xdev -uid 10001 -not -path "$root/data" -not -path "$root/data/*" \
+        -not -path "$root/tmp/*"
     buildah umount "$name" > /dev/null
 }
 
 clean() {
-    if [ -n "${started-}" ] && runs; then stop || true; fi
+    if [ -n "${started-}" ] && runs; then kill_at_once || true; fi
     buildah rm "$name" > /dev/null 2>&1 || true
 }

@@ -22,6 +22,7 @@ runs() { [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ]; }
 inside() { docker exec --env "INFUSE_API_KEY=${key-}" "$name" "$@"; }
 log() { docker logs "$name" 2>&1; }
 stop() { docker stop --time 60 "$name" > /dev/null; }
+kill_at_once() { docker rm --force "$name" > /dev/null; }
 strays() { :; } # the container's own files are read-only
 
 clean() {
