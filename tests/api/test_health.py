@@ -9,13 +9,13 @@ import httpx
 import pytest
 
 from server.api import health
-from server.engine.native.scheduling.scheduler import Scheduler
 from server.services import Services
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
 from tests.factories import panic
 
 StartServer = Callable[..., tuple[str, Services]]
+SCHEDULE = "server.engine.native.scheduling.scheduler.Scheduler.schedule"
 MANY = 40
 """Threads that FastAPI has for all routes that block."""
 
@@ -39,13 +39,14 @@ def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> N
     assert int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("fails", [panic, lambda: 1 / 0])
 def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
 ) -> None:
     url, _ = start_server()
     body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
-    monkeypatch.setattr(Scheduler, "schedule", lambda _: fails())
+    monkeypatch.setattr(SCHEDULE, lambda _: fails())
 
     answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
 
@@ -61,6 +62,7 @@ def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
     assert counted in httpx.get(f"{url}/metrics").text.splitlines()
 
 
+@pytest.mark.native
 def test_a_stream_says_that_the_model_thread_has_ended(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +72,7 @@ def test_a_stream_says_that_the_model_thread_has_ended(
     with httpx.stream("POST", f"{url}{COMPLETIONS}", json=body, timeout=30) as response:
         chunks = events(response)
         next(chunks)
-        monkeypatch.setattr(Scheduler, "schedule", lambda _: panic())
+        monkeypatch.setattr(SCHEDULE, lambda _: panic())
         *_, last = chunks
 
     assert last["error"]["code"] == "engine_dead"

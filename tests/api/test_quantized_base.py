@@ -7,14 +7,13 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.native import load_model
 from server.services import Services
-from tests.engine.harness import Oracle
 from tests.factories import tiny_tokenizer
 
 PROMPT = [5, 60, 7, 80, 9]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_an_adapter_on_a_quantised_base_answers_as_peft_does_on_it(
     start_server: Callable[..., tuple[str, Services]],
@@ -22,6 +21,9 @@ def test_an_adapter_on_a_quantised_base_answers_as_peft_does_on_it(
     adapter_folders: dict[str, Path],
     bits: Any,
 ) -> None:
+    from server.engine.native import load_model
+    from tests.engine.harness import Oracle
+
     url, _ = start_server(quantization=bits, preload_adapters=adapter_folders["default"].parent)
     base = load_model(str(model_folder), "cpu", quantization=bits).model
     tokens = Oracle(base, adapter_folders["default"]).greedy(PROMPT, 12)

@@ -13,7 +13,6 @@ from server.api.tool_formats import CallFormat, find_format
 from server.api.tool_reading import Reader, make_reader
 from server.api.tool_schemas import Tool
 from server.engine.constraints.grammars import Grammars
-from server.engine.native.sequences.constraint import Constraint, MaskMaker
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import TOKENS, tiny_tokenizer
 
@@ -223,11 +222,14 @@ def test_unknown_and_missing_formats_are_none() -> None:
     assert of_tokenizer(tiny_tokenizer("{{ raise_exception('never') }}")) is None
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", TEMPLATES)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_the_grammar_allows_what_the_template_writes_and_no_wrong_arguments(
     kind: str, parallel: bool
 ) -> None:
+    from server.engine.native.sequences.constraint import Constraint, MaskMaker
+
     grammars = Grammars(tiny_tokenizer(), TOKENS, frozenset({2}))
     rules = format_of(kind).rules(TOOLS, parallel)
     grammar = grammars.compile("grammar", f"start: calls\n{rules}", "tools")
