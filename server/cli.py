@@ -109,7 +109,7 @@ def merge(
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
-    settings = _settings("serve", context.args)
+    settings = _settings("serve", context.args, Settings)
     listening = bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
@@ -156,7 +156,7 @@ def warm(context: typer.Context) -> None:
 
     Takes the same settings as `infuse serve`.
     """
-    settings = _settings("warm", ["--compile", *context.args])
+    settings = _settings("warm", ["--compile", *context.args], Settings)
     from server.app import warm_up
     from server.engine import EngineError
 
@@ -169,7 +169,7 @@ def warm(context: typer.Context) -> None:
     typer.echo("The model is compiled")
 
 
-def _settings(command: str, arguments: list[str], kind: type[_S] = Settings) -> _S:
+def _settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
     try:
         settings = CliApp.run(kind, cli_args=arguments)
     except ValidationError as error:

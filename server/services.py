@@ -54,7 +54,7 @@ class Services:
 
     scraping: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """The threads that read the metrics: requests that hang may hold all others."""
-    join_metrics: Callable[[str], Awaitable[str]] | None = None
+    join_metrics: Callable[[bytes], Awaitable[bytes]] | None = None
     """Adds the metrics of other servers to this one's, where one address stands for several."""
 
     def cache_scope(self, caller: str | None) -> str:

@@ -8,10 +8,10 @@ from prometheus_client.registry import Collector
 
 
 class _Joined(Collector):
-    def __init__(self, texts: Mapping[str, str]) -> None:
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
         self._families: dict[str, Metric] = {}
         for replica, text in texts.items():
-            for family in text_string_to_metric_families(text):
+            for family in text_string_to_metric_families(text.decode()):
                 joined = self._families.setdefault(
                     family.name, Metric(family.name, family.documentation, family.type)
                 )
@@ -23,8 +23,8 @@ class _Joined(Collector):
         return self._families.values()
 
 
-def joined(texts: Mapping[str, str]) -> str:
+def joined(texts: Mapping[str, bytes]) -> bytes:
     """Replica -> its metrics in Prometheus' text format, as one text with a label `replica`."""
     registry = CollectorRegistry()
     registry.register(_Joined(texts))
-    return generate_latest(registry).decode()
+    return generate_latest(registry)

@@ -48,7 +48,7 @@ class Replica:
         log.info("Replica %s is process %d.", self._name, os.getpid())
         freeze_heap()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807 - the name is Serve's
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return self._application
 
     async def check_health(self) -> None:
@@ -72,10 +72,10 @@ class Replica:
         stats = self._services.engine.stats()
         return {"waiting": stats.waiting_tokens, "running": stats.running}
 
-    def own_metrics(self) -> tuple[str, str]:
+    def own_metrics(self) -> tuple[str, bytes]:
         return self._name, self._services.metrics.expose()
 
-    async def _join_metrics(self, text: str) -> str:
+    async def _join_metrics(self, text: bytes) -> bytes:
         """This replica's metrics, and those of all others that answer."""
         others = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("own_metrics")
         try:

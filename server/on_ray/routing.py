@@ -1,4 +1,4 @@
-"""Chooses a replica for each request: one that has its adapter, and has seen its prompt's beginning.
+"""Chooses a replica for each request: one that knows its adapter and its prompt's beginning.
 
 Replicas are ranked by rendezvous hashing, so that all proxies agree without a word, and a replica
 that comes or goes moves only the requests that it gets or had.

@@ -72,7 +72,7 @@ class DeploySettings(Settings):
 
     def absolute(self) -> Self:
         """The same settings for a process in another folder of this machine."""
-        paths = {
+        paths: dict[str, Path | str] = {
             name: value.absolute()
             for name, value in self
             if isinstance(value, Path) and not value.is_absolute()
