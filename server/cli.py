@@ -138,13 +138,16 @@ def deploy(context: typer.Context) -> None:
     settings = _settings("deploy", context.args, DeploySettings)
     with bind(settings.host, settings.port, "deploy") as free:
         port = free.getsockname()[1]
+    from server.auth import BadKeysFile
+    from server.engine import EngineError
+
     try:
         from server.on_ray.deploying import deploy as deploy_on_ray
     except ImportError as error:
         _refuse(f"{error}: pip install 'infuse-server[ray]'", "deploy")
     try:
         deploy_on_ray(settings, port)
-    except (OSError, RuntimeError) as error:
+    except (BadKeysFile, EngineError, OSError, RuntimeError) as error:
         _refuse(str(error), "deploy")
 
 

@@ -19,6 +19,8 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
+from server.auth import read_keys
+from server.engine.model_files import model_folder
 from server.listener import ANSWERING_SECONDS
 from server.on_ray.affinity import CALLBACK
 from server.on_ray.replica import APP, DEPLOYMENT, Replica
@@ -38,7 +40,11 @@ _MORE_SECONDS, _FEWER_SECONDS = 10.0, 300.0
 
 
 def deploy(settings: DeploySettings, port: int) -> None:
-    """Serve until a signal comes. Raises RuntimeError where no replica starts."""
+    """Serve until a signal comes. Raises BadKeysFile and EngineError, and RuntimeError where no
+    replica starts."""
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)
+    model_folder(settings.model)
     is_own = "RAY_ADDRESS" not in os.environ
     _join_cluster(settings, is_own)
     stopped = _until_signal()

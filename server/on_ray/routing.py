@@ -22,10 +22,10 @@ _BUSIER = 4
 def ranked(replicas: Sequence[str], affinity: str) -> list[str]:
     """Rank replicas for an affinity. The first ones are the adapter's homes, in an order that the
     prompt's beginning decides."""
-    adapter, _, beginning = affinity.partition("-")
+    adapter = affinity.partition("-")[0]
     by_adapter = sorted(replicas, key=lambda replica: _weight(adapter, replica))
     homes = by_adapter[:_HOMES]
-    return sorted(homes, key=lambda home: _weight(beginning, home)) + by_adapter[_HOMES:]
+    return sorted(homes, key=lambda home: _weight(affinity, home)) + by_adapter[_HOMES:]
 
 
 def _weight(key: str, replica: str) -> bytes:
