@@ -6,8 +6,7 @@ that comes or goes moves only the requests that it gets or had.
 
 import hashlib
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -19,55 +18,57 @@ _BUSIER = 4
 """Requests that a replica may have more than the least busy one, and still be preferred."""
 
 
-def ranked(replicas: Sequence[str], affinity: str) -> list[str]:
-    """Rank replicas for an affinity. The first ones are the adapter's homes, in an order that the
-    prompt's beginning decides."""
-    adapter = affinity.partition("-")[0]
-    by_adapter = sorted(replicas, key=lambda replica: _weight(adapter, replica))
-    homes = by_adapter[:_HOMES]
-    return sorted(homes, key=lambda home: _weight(affinity, home)) + by_adapter[_HOMES:]
-
-
-def _weight(key: str, replica: str) -> bytes:
-    return hashlib.blake2b(f"{key} {replica}".encode(), digest_size=8).digest()
-
-
-def first_free(replicas: Sequence[str], busy: dict[str, int]) -> str:
-    """The first of the ranked replicas that is not much busier than the least busy one."""
-    most = min(busy.values()) + _BUSIER
-    return next(replica for replica in replicas if busy[replica] <= most)
-
-
 class AffinityRouter(RequestRouter):
-    """Serve's router. Requests without an affinity go to the less busy of two replicas."""
+    """Serve's router."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """The chosen one; and the others, for when it is full or dead."""
-        ready = [each for each in candidate_replicas if each.routing_stats.get("ready", True)]
-        replicas = ready or candidate_replicas
-        affinity = ""
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True
-            affinity = pending_request.metadata.session_id
-        if not affinity:
-            return [random.sample(replicas, min(2, len(replicas)))]
-        chosen = _with_merges(replicas) if affinity == MERGES else self._chosen(replicas, affinity)
-        return [[chosen], [each for each in replicas if each is not chosen]]
+        if pending_request is None:
+            return choose(candidate_replicas, "", self._length)
+        # Serve waits a little before it asks again.
+        pending_request.routing_context.should_backoff = True
+        return choose(candidate_replicas, pending_request.metadata.session_id, self._length)
 
-    def _chosen(self, replicas: list[RunningReplica], affinity: str) -> RunningReplica:
-        by_id = {each.replica_id.unique_id: each for each in replicas}
-        lengths = self.replica_queue_len_cache
-        busy = {name: lengths.get(each.replica_id) or 0 for name, each in by_id.items()}
-        return by_id[first_free(ranked(list(by_id), affinity), busy)]
+    def _length(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 
-def _with_merges(replicas: list[RunningReplica]) -> RunningReplica:
-    return min(replicas, key=_number)
+def choose(
+    replicas: Sequence[RunningReplica],
+    affinity: str,
+    length: Callable[[RunningReplica], int],
+) -> list[list[RunningReplica]]:
+    """Groups of replicas: Serve takes the least busy of the first group that is alive and has room.
+
+    `length`: how many requests a replica has. Replicas that are not ready are chosen only where
+    none is. Without an affinity, the less busy of two goes first.
+    """
+    ready = [each for each in replicas if each.routing_stats.get("ready", True)] or [*replicas]
+    if not affinity:
+        return [random.sample(ready, min(2, len(ready))), ready]
+    if affinity == MERGES:
+        return [[min(ready, key=_number)]]
+    ranks = ranked(ready, affinity)
+    most = min(map(length, ranks)) + _BUSIER
+    first = next(each for each in ranks if length(each) <= most)
+    return [[first], [each for each in ranks if each is not first]]
 
 
-def _number(replica: RunningReplica) -> tuple[Any, str]:
+def ranked(replicas: Sequence[RunningReplica], affinity: str) -> list[RunningReplica]:
+    """Rank replicas: first the adapter's homes, in an order that the prompt's beginning decides."""
+    adapter = affinity.partition("-")[0]
+    by_adapter = sorted(replicas, key=lambda each: _weight(adapter, each))
+    homes, others = by_adapter[:_HOMES], by_adapter[_HOMES:]
+    return sorted(homes, key=lambda each: _weight(affinity, each)) + others
+
+
+def _weight(key: str, replica: RunningReplica) -> bytes:
+    text = f"{key} {replica.replica_id.unique_id}"
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _number(replica: RunningReplica) -> tuple[int, str]:
     return replica.replica_metadata.get("number", 0), replica.replica_id.unique_id
