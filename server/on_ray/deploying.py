@@ -1,6 +1,7 @@
 """Runs `infuse deploy`: a cluster where none is named, the deployment on it, and their end."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -28,9 +29,11 @@ from server.on_ray.settings import DeploySettings
 
 log = logging.getLogger(__name__)
 
-_VARIABLES = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
+_CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}
+_OWN_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Else Ray gives its workers a low priority, as if other processes were the machine's purpose.
+    "RAY_worker_niceness": "0",
 }
 _HEALTH_SECONDS = 2.0
 _ROUTING_SECONDS = 1.0
@@ -70,12 +73,12 @@ def deploy(settings: DeploySettings, port: int) -> None:
 
 def _join_cluster(settings: DeploySettings, is_own: bool) -> None:
     if is_own:
-        os.environ.update(_VARIABLES)
+        os.environ.update(_CALLBACK | _OWN_CLUSTER)
         needed = settings.most_replicas * (settings.replica_cpus or 1)
-        cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
+        cpus = max(os.cpu_count() or 1, math.ceil(needed))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False)
     else:
-        ray.init(runtime_env={"env_vars": _VARIABLES})
+        ray.init(runtime_env={"env_vars": _CALLBACK})
 
 
 def _until_signal() -> threading.Event:

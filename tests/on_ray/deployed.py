@@ -62,13 +62,19 @@ class Deployment:
         self.alive = [Copy(pid, self) for pid in self._pids()]
 
     def _pids(self) -> set[int]:
-        return {each.pid for each in _processes(self._process) if "ServeReplica" in each.name()}
+        return {each.pid for each in _processes(self._process) if _is_replica(each)}
 
 
 def _whole(answer: httpx.Response) -> None:
     """Serve's proxy has no answer of ours for a request whose replica died."""
     if answer.status_code == 500 and answer.headers["Content-Type"].startswith("text/plain"):
         raise httpx.RemoteProtocolError("the replica has gone")
+
+
+def _is_replica(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return "ServeReplica" in process.name()
+    return False
 
 
 def _processes(root: psutil.Process) -> list[psutil.Process]:
