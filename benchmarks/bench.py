@@ -70,6 +70,7 @@ class Plan:
     registered: int
     http_turns: int
     """Over HTTP and in process, by twos."""
+    replica_turns: int
     loads: Mapping[float, float]
     """Part of the saturation -> seconds of Poisson arrivals. A p99 takes hundreds of them."""
     repeats: int
@@ -92,6 +93,7 @@ FULL = Plan(
     lora_turns=1,
     registered=10_000,
     http_turns=8,
+    replica_turns=5,
     loads={0.25: 10.0, 0.5: 40.0, 0.8: 15.0},
     repeats=5,
 )
@@ -111,6 +113,7 @@ QUICK = Plan(
     lora_turns=0,
     registered=10_000,
     http_turns=2,
+    replica_turns=1,
     loads={0.5: 5.0},
     repeats=1,
 )
@@ -234,16 +237,42 @@ class Bench:
         where: tuple[object, ...] = ("--adapters-dir", store or self.scratch / name)
         preloaded = ("--preload-adapters", self._preloaded()) if store is None else ()
         log = self.scratch / f"{name}.log"
-        every = (
-            *("--model", self.model, "--max-model-len", WINDOW),
-            *("--kv-cache-tokens", CACHE_TOKENS, "--compile"),
-        )
         off = PLAIN if plain else ()
         engine = self.engine(
-            name, lambda: InfuseHttp(name, log, *every, *where, *preloaded, *flags, *off)
+            name, lambda: InfuseHttp(name, log, *self._every(), *where, *preloaded, *flags, *off)
         )
         assert isinstance(engine, InfuseHttp)
         return engine
+
+    def sharing(self, name: str, *flags: object, threads: int, command: str) -> InfuseHttp:
+        """A server, or with `deploy` several, on one store with the first 32 adapters."""
+        own = self.scratch / name
+        where = (
+            *("--adapters-dir", self.scratch / "shared", "--shared-store"),
+            *("--merges-dir", own, "--preload-adapters", self._preloaded()),
+        )
+        engine = self.engine(
+            name,
+            lambda: InfuseHttp(
+                name,
+                self.scratch / f"{name}.log",
+                *self._every(),
+                *where,
+                *flags,
+                *PLAIN,
+                command=command,
+                environment={"OMP_NUM_THREADS": str(threads)},
+            ),
+        )
+        assert isinstance(engine, InfuseHttp)
+        return engine
+
+    def _every(self) -> tuple[object, ...]:
+        """The flags of every server."""
+        return (
+            *("--model", self.model, "--max-model-len", WINDOW),
+            *("--kv-cache-tokens", CACHE_TOKENS, "--compile"),
+        )
 
     def replica(self, number: int) -> InfuseHttp:
         """The server (0), or another one like it with a copy of its store."""

@@ -48,6 +48,7 @@ _TITLES = {
     "speculation": "Prompt lookup on a copying task",
     "long-prompt": "Short prompts beside one as long as the window",
     "memory": "Memory, by adapters in use",
+    "replicas": "Several servers on one store",
 }
 
 
@@ -241,6 +242,20 @@ def memory(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def replicas(found: dict[str, Any]) -> list[str]:
+    named = {"plain_over_one": "plain ones over one", "ray_over_plain": "Ray over plain ones"}
+    told = ", ".join(
+        f"{name} {ratio['median']:.3f}"
+        for key, name in named.items()
+        if (ratio := found["ratios"].get(key)) is not None
+    )
+    return [
+        f"{found['servers']} servers, each with an even share of the machine's threads, asked in "
+        f"turn; and as replicas of `infuse deploy`, whose proxy and Ray's own processes run on the "
+        f"same cores. Sides take turns without slices: a side has many processes. {told} (medians)."
+    ]
+
+
 _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "bfloat16": bfloat16,
     "on-vllm": on_vllm,
@@ -251,6 +266,7 @@ _SPECIAL: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "long-prompt": long_prompt,
     "generator": generator,
     "memory": memory,
+    "replicas": replicas,
 }
 
 _OUTSIDE = ("sampling", "cache", "python", "waiting")

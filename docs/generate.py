@@ -24,6 +24,7 @@ from server.cli import app
 from server.engine import EngineStats
 from server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
 from server.metrics import Metrics
+from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 
 DOCS = Path(__file__).parent
@@ -67,28 +68,34 @@ def page(*parts: str) -> str:
 
 
 def settings_page() -> str:
-    rows = [
-        [
-            f"`--{name.replace('_', '-')}`",
-            _value(json.loads(json.dumps(field["default"]))),
-            f"{field['description']} {_range(field)}",
-        ]
-        for name, field in Settings.model_json_schema()["properties"].items()
-    ]
+    of_one, of_many = (
+        kind.model_json_schema()["properties"] for kind in (Settings, DeploySettings)
+    )
+    more = {name: field for name, field in of_many.items() if name not in of_one}
+    head = ["flag", "default", "what it does"]
     return page(
         "# Settings",
         _WRITTEN,
-        "Each is a flag of `infuse serve` and of `infuse warm`, and an environment variable: "
-        "`--max-model-len` is `INFUSE_MAX_MODEL_LEN`. A flag wins over its variable, and an empty "
-        "variable counts as none. A switch is turned off by `--no-…`, as in `--no-prefix-cache`, "
-        "or by `INFUSE_PREFIX_CACHE=false`.",
-        table(["flag", "default", "what it does"], rows),
+        "Each is a flag of `infuse serve`, `infuse deploy` and `infuse warm`, and an environment "
+        "variable: `--max-model-len` is `INFUSE_MAX_MODEL_LEN`. A flag wins over its variable, and "
+        "an empty variable counts as none. A switch is turned off by `--no-…`, as in "
+        "`--no-prefix-cache`, or by `INFUSE_PREFIX_CACHE=false`.",
+        table(head, _settings_rows(of_one)),
+        "## Replicas on Ray",
+        "`infuse deploy` takes the settings above, for each replica, and these.",
+        table(head, _settings_rows(more)),
         "## Other variables",
         table(
             ["variable", "what it does"],
             _OTHER_VARIABLES.items(),
         ),
     )
+
+
+def _settings_rows(fields: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    for name, field in fields.items():
+        default = _value(json.loads(json.dumps(field["default"])))
+        yield f"`--{name.replace('_', '-')}`", default, f"{field['description']} {_range(field)}"
 
 
 def _value(default: Any) -> str:
@@ -273,9 +280,9 @@ def cli_page() -> str:
         "# Command line",
         _WRITTEN,
         "What went wrong is said on the standard error output. The exit status is 2 where the "
-        "arguments, or the settings or the model of `infuse serve` and `infuse warm`, cannot be "
-        "used; 1 where the server refuses or cannot be reached, a merge fails, or a model does not "
-        "compile.",
+        "arguments, or the settings or the model of `infuse serve`, `infuse deploy` and `infuse "
+        "warm`, cannot be used; 1 where the server refuses or cannot be reached, a merge fails, or "
+        "a model does not compile.",
         *parts,
     )
 
@@ -293,7 +300,8 @@ def _command(names: tuple[str, ...], command: Any) -> list[str]:
     about, _, example = (command.help or "").partition("Example: ")
     examples = "\n".join(example.replace("Example: ", "").split("\n\n"))
     rows = [row for row in map(_parameter, command.params) if row is not None]
-    takes = ["Every setting: [Settings](settings.md)."] if names[-1] in ("serve", "warm") else []
+    has_settings = names[-1] in ("serve", "deploy", "warm")
+    takes = ["Every setting: [Settings](settings.md)."] if has_settings else []
     return [
         about,
         *([f"```console\n{examples}\n```"] if examples else []),

@@ -168,7 +168,7 @@ def _storage(settings: Settings) -> Path | Storage:
     place, lease = settings.adapters_dir, settings.replica_lease
     if isinstance(place, Path):
         return SharedFolderStorage(place, lease) if settings.shared_store else place
-    cache = settings.adapters_cache_dir or _beside(place, "cache")
+    cache = settings.adapters_cache_dir or beside(place, "cache")
     if not settings.shared_store:
         return BucketStorage(Objects.at(place), cache)
     return SharedBucketStorage(Objects.at(place), Objects.at(place, lease / 4), cache, lease)
@@ -178,10 +178,10 @@ def _merges_folder(settings: Settings) -> Path:
     place = settings.adapters_dir
     if isinstance(place, Path) and not settings.shared_store:
         return settings.merges_dir or place / "merges"
-    return settings.merges_dir or _beside(place, "merges")
+    return settings.merges_dir or beside(place, "merges")
 
 
-def _beside(store: Path | str, what: str) -> Path:
+def beside(store: Path | str, what: str) -> Path:
     """A folder on this machine for the cache of a bucket, or the merges of one of its servers."""
     name = store if isinstance(store, str) else str(store.resolve())
     return cache_dir() / "buckets" / hashlib.sha256(name.encode()).hexdigest()[:16] / what

@@ -1,4 +1,4 @@
-"""`infuse serve`, and `infuse adapters …` for a server that runs."""
+"""`infuse serve`, `infuse deploy`, and `infuse adapters …` for a server that runs."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from pydantic_settings import CliApp
 from adapters.errors import AdapterError
 from server import openmp
 from server.client import AdminClient, ClientError
+from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ Source = Annotated[
         "file://, which the server fetches."
     ),
 ]
+_S = TypeVar("_S", bound=Settings)
 _HERE = "http://127.0.0.1:8000"
 _THREAD_SECONDS = 1.0
 """How long a thread that is still at work has to end, after the server has stopped."""
@@ -107,7 +109,7 @@ def merge(
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
-    settings = _settings("serve", context.args)
+    settings = _settings("serve", context.args, Settings)
     listening = bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
@@ -125,6 +127,31 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    help="Serve with several replicas on Ray. `infuse deploy --help` lists every setting.",
+)
+def deploy(context: typer.Context) -> None:
+    settings = _settings("deploy", context.args, DeploySettings)
+    with bind(settings.host, settings.port, "deploy") as free:
+        port = free.getsockname()[1]
+    from server.auth import BadKeysFile
+    from server.engine import EngineError
+
+    try:
+        from server.on_ray.deploying import deploy as deploy_on_ray
+    except ImportError as error:
+        _refuse(f"{error}: pip install 'infuse-server[ray]'", "deploy")
+    try:
+        deploy_on_ray(settings, port)
+    except (BadKeysFile, EngineError, OSError, RuntimeError) as error:
+        _refuse(str(error), "deploy")
+
+
+@app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def warm(context: typer.Context) -> None:
@@ -132,7 +159,7 @@ def warm(context: typer.Context) -> None:
 
     Takes the same settings as `infuse serve`.
     """
-    settings = _settings("warm", ["--compile", *context.args])
+    settings = _settings("warm", ["--compile", *context.args], Settings)
     from server.app import warm_up
     from server.engine import EngineError
 
@@ -145,9 +172,9 @@ def warm(context: typer.Context) -> None:
     typer.echo("The model is compiled")
 
 
-def _settings(command: str, arguments: list[str]) -> Settings:
+def _settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
     try:
-        settings = CliApp.run(Settings, cli_args=arguments)
+        settings = CliApp.run(kind, cli_args=arguments)
     except ValidationError as error:
         for each in error.errors():
             where = " ".join(f"--{str(part).replace('_', '-')}" for part in each["loc"])
@@ -172,7 +199,7 @@ def _leave_threads() -> None:
                 os._exit(0)
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, command: str = "serve") -> socket.socket:
     """A socket bound to this address. The model is loaded later, so that a port in use is reported
     at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -183,7 +210,7 @@ def bind(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        _refuse(f"cannot listen on {host}, port {port}: {error.strerror}")
+        _refuse(f"cannot listen on {host}, port {port}: {error.strerror}", command)
     return listening
 
 

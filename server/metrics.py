@@ -124,6 +124,10 @@ class _Gauges(Collector):
             "infuse_compiled": ("1 if the model is compiled.", int(engine.compiled)),
             "infuse_requests_running": ("Sequences in the running batch.", engine.running),
             "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
+            "infuse_tokens_waiting": (
+                "Prompt tokens of the requests in the queue, and up to 64 answer tokens of each.",
+                engine.waiting_tokens,
+            ),
             "infuse_kv_tokens_used": (
                 "KV cache tokens reserved for running sequences.",
                 engine.kv_tokens_used,

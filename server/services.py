@@ -1,5 +1,6 @@
 """The objects that the routes work with, made once by `create_app`."""
 
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Services:
 
     scraping: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
     """The threads that read the metrics: requests that hang may hold all others."""
+    join_metrics: Callable[[bytes], Awaitable[bytes]] | None = None
+    """Adds the metrics of other servers to this one's, where one address stands for several."""
 
     def cache_scope(self, caller: str | None) -> str:
         """The caches that a key's requests use: the key's own, unless keys share theirs."""

@@ -30,6 +30,9 @@ FORBIDDEN = {
     ),
     "server": ("peft", "tests", "examples", "benchmarks"),
 }
+ON_RAY = ROOT / "server/on_ray"
+RAYLESS = {"settings.py", "affinity.py", "folders.py", "metrics.py"}
+"""Files of that room that are imported where Ray may not be installed, or work without it."""
 THREADED = {"engine.py", "inbox.py"}
 """Files of our own engine that know threads."""
 
@@ -63,6 +66,12 @@ def test_imports_run_one_way(path: Path) -> None:
             for module in imports(path):
                 for each in forbidden:
                     assert not f"{module}.".startswith(f"{each}."), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_ray_is_imported_in_one_room(path: Path) -> None:
+    if not path.is_relative_to(ON_RAY) or path.name in RAYLESS:
+        assert not any(f"{module}.".startswith("ray.") for module in imports(path))
 
 
 PACKAGES = sorted({path.parent for path in CODE})

@@ -5,6 +5,7 @@ the round has ended.
 """
 
 import asyncio
+import itertools
 import json
 import socket
 import time
@@ -25,26 +26,28 @@ _MUCH = 65_536
 
 
 def ask(
-    url: str,
+    url: str | Sequence[str],
     requests: Sequence[Request],
     in_flight: int | None = None,
     *,
     elsewhere: bool = False,
     **fields: Any,
 ) -> Round:
-    """`fields` are added to every request's body. `elsewhere`: as from another machine, the client
-    takes next to nothing from the server's cores: it leaves what is streamed with the kernel until
-    there is much of it, and of an answer's times only the last is right.
+    """Several servers are asked in turn. `fields` are added to every request's body. `elsewhere`:
+    as from another machine, the client takes next to nothing from the server's cores: it leaves
+    what is streamed with the kernel until there is much of it, and of an answer's times only the
+    last is right.
 
     Raises EngineFailed.
     """
-    bodies = [_request(url, each, fields) for each in requests]
-    return uvloop.run(_ask(url, requests, bodies, in_flight, _MUCH if elsewhere else 1))
+    urls = [url] if isinstance(url, str) else url
+    asked = list(zip(itertools.cycle(urls), requests))
+    bodies = [_request(url, each, fields) for url, each in asked]
+    return uvloop.run(_ask(asked, bodies, in_flight, _MUCH if elsewhere else 1))
 
 
 async def _ask(
-    url: str,
-    requests: Sequence[Request],
+    asked: Sequence[tuple[str, Request]],
     bodies: Sequence[bytes],
     in_flight: int | None,
     at_once: int,
@@ -52,7 +55,7 @@ async def _ask(
     places = nullcontext() if in_flight is None else asyncio.Semaphore(in_flight)
     began = time.perf_counter()
 
-    async def exchange(request: Request, body: bytes) -> "_Exchange":
+    async def exchange(url: str, request: Request, body: bytes) -> "_Exchange":
         await asyncio.sleep(max(0.0, began + request.at - time.perf_counter()))
         async with places:
             made = _Exchange(body)
@@ -62,7 +65,7 @@ async def _ask(
     try:
         async with asyncio.timeout(_ROUND_SECONDS):
             exchanges = await asyncio.gather(
-                *(exchange(each, body) for each, body in zip(requests, bodies, strict=True))
+                *(exchange(*each, body) for each, body in zip(asked, bodies, strict=True))
             )
     except (OSError, TimeoutError) as error:
         raise EngineFailed(f"over HTTP: {type(error).__name__}: {error}") from error

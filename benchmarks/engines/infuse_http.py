@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -29,12 +29,22 @@ def _address(log: Path) -> str | None:
 
 
 class ServerProcess:
-    """`infuse serve` on a free port, until the block ends. `python`: that of its environment."""
+    """`infuse serve`, or another command, on a free port, until the block ends. `python`: that of
+    its environment."""
 
-    def __init__(self, log: Path, *flags: object, python: Path = Path(sys.executable)) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *flags: object,
+        command: str = "serve",
+        environment: Mapping[str, str] | None = None,
+        python: Path = Path(sys.executable),
+    ) -> None:
         self._python = python
         self._log = log
+        self._command = command
         self._flags = [str(flag) for flag in flags]
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.start_seconds = 0.0
@@ -48,12 +58,12 @@ class ServerProcess:
     def start(self) -> None:
         # vLLM's environment has not this package's command.
         infuse = "from server.cli import main; main()"
-        command = [str(self._python), "-c", infuse, "serve", "--port", "0", *self._flags]
+        command = [str(self._python), "-c", infuse, self._command, "--port", "0", *self._flags]
         started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT)} | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -102,10 +112,9 @@ class ServerProcess:
 class InfuseHttp(ServerProcess):
     """The server as an engine: what it streams is read token by token."""
 
-    def __init__(
-        self, name: str, log: Path, *flags: object, python: Path = Path(sys.executable)
-    ) -> None:
-        super().__init__(log, "--served-model-name", BASE, *flags, python=python)
+    def __init__(self, name: str, log: Path, *flags: object, **how: Any) -> None:
+        """`how`: as `ServerProcess` takes it."""
+        super().__init__(log, "--served-model-name", BASE, *flags, **how)
         self.name = name
 
     def run(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.sections import adapters, http, latency, memory, on_vllm, peers, reuse
+from benchmarks.sections import adapters, http, latency, memory, on_vllm, peers, replicas, reuse
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "adapters": adapters.measure,
@@ -18,4 +18,5 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "speculation": reuse.measure_speculation,
     "long-prompt": latency.measure_long_prompt,
     "memory": memory.measure,
+    "replicas": replicas.measure,
 }

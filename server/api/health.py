@@ -61,4 +61,6 @@ async def ready(services: ServicesDep) -> Health:
 async def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
     text = await to_thread.run_sync(services.metrics.expose, limiter=services.scraping)
+    if services.join_metrics is not None:
+        text = await services.join_metrics(text)
     return Response(text, media_type="text/plain; version=0.0.4")

@@ -6,7 +6,7 @@ that has used the fewest. An idle tenant saves up no credit. A tenant is an API 
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,6 +22,13 @@ _SWEEP_FROM = 64
 """Number of shares from which on idle ones are removed."""
 _SEQ_ID = attrgetter("seq_id")
 _RANK = attrgetter("rank")
+
+
+def least_charge(requests: Iterable[GenerationRequest]) -> int:
+    """Tokens that requests are charged when they start, if nothing of their prompts is cached."""
+    return sum(
+        len(request.prompt) + min(request.params.max_tokens, HEADROOM) for request in requests
+    )
 
 
 class Queued(Protocol):

@@ -19,6 +19,8 @@ class EngineStats:
     """Requests in the queue."""
     waiting_adapters: frozenset[str] = frozenset()
     """The adapters of the requests in the queue, as these name them."""
+    waiting_tokens: int = 0
+    """Tokens that the requests in the queue are charged at least: `fair_queue.least_charge`."""
     kv_tokens_used: int
     """Tokens of the KV cache that are reserved for running sequences."""
     kv_tokens_total: int

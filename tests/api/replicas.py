@@ -37,6 +37,10 @@ class Replica:
         self.is_killed = True
         os.kill(self.pid, signal.SIGKILL)
 
+    def may_fail(self, _: float) -> bool:
+        """Whether a request may have failed because its server was killed."""
+        return self.is_killed
+
 
 class Replicas:
     """Starts servers, each with folders of its own beside the store."""

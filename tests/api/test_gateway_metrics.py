@@ -220,3 +220,19 @@ def _is_ready(api: httpx.Client) -> bool:
         return api.get("/-/ready").status_code == 200
     except httpx.ConnectError:
         return False
+
+
+def test_the_tokens_that_wait_are_those_of_prompts_and_a_part_of_each_answer(
+    start_server: StartServer,
+) -> None:
+    url, services = start_server(max_batch_rows=1)
+    tokens = len(services.engine.model.tokenizer.encode(PROMPT["prompt"])) + 64
+
+    with httpx.Client(base_url=url, timeout=60) as client:
+        with choices_of(client, "tiny"):
+            assert eventually(lambda: services.engine.stats().running == 1)
+            waiting = services.engine.stats().waiting_tokens
+        assert eventually(lambda: services.engine.stats().waiting_tokens == 0)
+
+    assert 0 < waiting <= 39 * tokens
+    assert waiting % tokens == 0

@@ -4,25 +4,46 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import pytest
 
 from tests.api.oracle import upload
-from tests.api.replicas import Replica, Replicas, replicas
+from tests.api.replicas import replicas
 from tests.api.stores import ADAPTERS, Place, complete
 from tests.api.stores import place as place
+from tests.on_ray.deployed import deployed
 
 NAMES = ("a", "b", "c")
 SERVERS = 3
 ASKING = 3
 KEPT = 10
 """How many revisions a server keeps."""
+
+
+class Replica(Protocol):
+    """A server that may be killed, and a client that asks it, or any of those behind a router."""
+
+    client: httpx.Client
+
+    def kill(self) -> None: ...
+
+    def may_fail(self, begun: float) -> bool:
+        """Whether a request that began then may have failed because a server was killed."""
+
+
+class Replicas(Protocol):
+    @property
+    def alive(self) -> Sequence[Replica]: ...
+
+    def replace(self, killed: Replica) -> None:
+        """Wait until another server is there for one that was killed."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +92,13 @@ class Story:
 
     def ask(self, replica: Replica, name: str) -> None:
         """Ask a server for an adapter, and compare with what was acknowledged before."""
+        begun = time.monotonic()
         with self.mutex:
             known, moves = self.names[name], self.moves[name]
         try:
             answer = complete(replica.client, name)
         except httpx.HTTPError as error:
-            if not replica.is_killed:
+            if not replica.may_fail(begun):
                 self.failed.append(f"{name}: {error!r}")
             return
         with self.mutex:
@@ -111,6 +133,7 @@ class Changes:
         replica = self.choose.choice(self.servers.alive)
         doomed = self.choose.choice(self.servers.alive) if kill else None
         moment = self.choose.uniform(0, 0.3)
+        begun = time.monotonic()
         with self.story.changing(name), ThreadPoolExecutor(1) as thread:
             change = thread.submit(self.change, replica, name)
             if doomed is not None:
@@ -119,7 +142,7 @@ class Changes:
             try:
                 known = change.result()
             except httpx.HTTPError:
-                assert replica.is_killed
+                assert replica.may_fail(begun)
                 known = self.found_out(name)
             self.story.names[name] = known
             for each in self.servers.alive:
@@ -188,30 +211,62 @@ def under_requests(changes: Changes) -> Iterator[None]:
         each.result()
 
 
-@pytest.mark.parametrize(
-    ("rounds", "kills"),
-    [(8, 1), pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])],
-)
+def hold(servers: Replicas, folders: dict[str, Path], rounds: int, kills: int) -> None:
+    """Make so many rounds of changes under requests; fail where the law does not hold."""
+    changes = Changes(servers, folders, seed=rounds)
+    with under_requests(changes):
+        for number in range(rounds):
+            between = rounds // kills
+            changes.round(kill=number % between == between // 2)
+    story = changes.story
+    print(f"{rounds} rounds, {kills} kills, {story.answered} answers")
+    assert (story.stale, story.lost, story.failed) == ([], [], [])
+    assert story.answered > 10 * rounds
+    assert all(len(texts) == 1 for texts in story.texts.values())
+
+
+@pytest.fixture
+def flags(place: Place, model_folder: Path) -> list[str]:
+    flags = [f"--model={model_folder}", "--served-model-name=tiny", "--max-batch-rows=4"]
+    flags += [f"--adapters-dir={place.settings['adapters_dir']}", "--shared-store"]
+    return [*flags, "--replica-lease=5"]
+
+
+LONG = pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])
+
+
+@pytest.mark.parametrize(("rounds", "kills"), [(8, 1), LONG])
 def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged(
-    place: Place,
     tmp_path: Path,
-    model_folder: Path,
+    flags: list[str],
     adapter_folders: dict[str, Path],
     rounds: int,
     kills: int,
 ) -> None:
     """And no acknowledged change is lost, and no request fails, also where servers are killed."""
-    flags = [f"--model={model_folder}", "--served-model-name=tiny", "--max-batch-rows=4"]
-    flags += [f"--adapters-dir={place.settings['adapters_dir']}", "--shared-store"]
-    flags += ["--replica-lease=5"]
     with replicas(tmp_path, SERVERS, flags) as servers:
-        changes = Changes(servers, adapter_folders, seed=rounds)
-        with under_requests(changes):
-            for number in range(rounds):
-                between = rounds // kills
-                changes.round(kill=number % between == between // 2)
-        story = changes.story
-        print(f"{rounds} rounds, {kills} kills, {story.answered} answers")
-        assert (story.stale, story.lost, story.failed) == ([], [], [])
-        assert story.answered > 10 * rounds
-        assert all(len(texts) == 1 for texts in story.texts.values())
+        hold(servers, adapter_folders, rounds, kills)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("place", "count", "rounds", "kills"),
+    [
+        ("on disk", 2, 6, 1),
+        pytest.param("in a bucket", 2, 6, 1, marks=pytest.mark.full),
+        pytest.param("on disk", SERVERS, *LONG.values, marks=LONG.marks),
+    ],
+    indirect=["place"],
+)
+def test_replicas_on_ray_are_as_one_server(
+    tmp_path: Path,
+    flags: list[str],
+    adapter_folders: dict[str, Path],
+    count: int,
+    rounds: int,
+    kills: int,
+) -> None:
+    """The same holds behind the one address of `infuse deploy`."""
+    pytest.importorskip("ray")
+    with deployed(tmp_path, count, flags) as deployment:
+        hold(deployment, adapter_folders, rounds, kills)

@@ -18,6 +18,7 @@ from pydantic_settings import CliApp
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 from tests.docs.blocks import GUIDE, ROOT, Block, blocks, shown_commands
 from tests.served import served_by
@@ -26,6 +27,8 @@ START = "make serve\n"
 HERE = "http://127.0.0.1:8000"
 INSTALLED = ".installed"
 """The file by which make knows that nothing has to be installed."""
+KINDS = {"serve": Settings, "warm": Settings, "deploy": DeploySettings}
+"""Command -> the settings that it takes."""
 PAGES = pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.stem)
 
 
@@ -101,8 +104,8 @@ def test_a_command_that_is_shown_but_not_run_has_only_known_flags(
     with contextlib.chdir(tmp_path):
         for command in shown_commands(page):
             program, *arguments = [w for w in shlex.split(command) if not w.startswith("INFUSE_")]
-            if Path(program).name == "infuse" and arguments[0] in ("serve", "warm"):
-                CliApp.run(Settings, cli_args=arguments[1:])
+            if Path(program).name == "infuse" and arguments[0] in KINDS:
+                CliApp.run(KINDS[arguments[0]], cli_args=arguments[1:])
             elif Path(program).name == "infuse":
                 assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 0, command
 
@@ -119,11 +122,11 @@ def test_a_block_says_whether_it_is_run(page: Path) -> None:
 @PAGES
 def test_every_flag_and_variable_that_a_page_names_is_one(page: Path) -> None:
     text = page.read_text()
-    variables = {f"INFUSE_{name.upper()}" for name in Settings.model_fields}
+    variables = {f"INFUSE_{name.upper()}" for name in DeploySettings.model_fields}
     variables |= {"INFUSE_URL", "INFUSE_API_KEY", "INFUSE_CACHE_DIR", "INFUSE_IA3_ADAPTERS"}
     assert set(re.findall(r"\bINFUSE_[A-Z0-9_]+\b", text)) <= variables
     code = re.findall(r"`[^`\n]+`", text) + [block.text for block in blocks(page)]
-    known = {"--" + name.replace("_", "-") for name in Settings.model_fields} | _flags()
+    known = {"--" + name.replace("_", "-") for name in DeploySettings.model_fields} | _flags()
     known |= {f"--no-{flag[2:]}" for flag in known}
     others = ("docker", "pip", "vllm serve")
     for command in (each for each in code if not any(other in each for other in others)):

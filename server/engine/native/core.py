@@ -6,6 +6,7 @@ from collections import abc
 
 from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
+from server.engine.fair_queue import least_charge
 from server.engine.native.cache.planning import memory_table, window_of
 from server.engine.native.config import EngineConfig
 from server.engine.native.faults import FAULTS, Fault
@@ -180,6 +181,7 @@ class EngineCore:
             running=len(running),
             running_adapters=adapter_names(sequence.request for sequence in running),
             waiting_adapters=adapter_names(sequence.request for sequence in waiting),
+            waiting_tokens=least_charge(sequence.request for sequence in waiting),
             kv_tokens_used=self._cache.used_tokens,
             kv_tokens_total=self._cache.total_tokens,
             kv_block_tokens=self._cache.blocks.size,

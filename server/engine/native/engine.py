@@ -110,6 +110,7 @@ class Engine:
             ready=self._state is _State.RUNNING,
             waiting=waiting,
             waiting_adapters=stats.waiting_adapters | self._inbox.adapters,
+            waiting_tokens=stats.waiting_tokens + self._inbox.tokens,
         )
 
     def stop(self, timeout: float) -> None:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from server.engine.fair_queue import least_charge
 from server.engine.request import GenerationRequest, adapter_names
 
 GATHERING_SECONDS = 0.2
@@ -34,6 +35,11 @@ class Inbox:
     def adapters(self) -> frozenset[str]:
         """The adapters that the queued requests name. Needs no condition: it reads a copy."""
         return adapter_names(self._requests.copy())
+
+    @property
+    def tokens(self) -> int:
+        """What the queued requests are charged at least. Needs no condition, as `adapters`."""
+        return least_charge(self._requests.copy())
 
     def put(self, requests: Iterable[GenerationRequest]) -> None:
         self._requests.extend(requests)

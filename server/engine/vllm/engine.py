@@ -18,7 +18,7 @@ from adapters.residency import Residency
 from server.engine.admission import Admission
 from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
-from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue
+from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
 from server.engine.protocol import ServedModel
 from server.engine.request import FinishReason, GenerationRequest, Output, adapter_names
 from server.engine.stats import EngineStats
@@ -137,6 +137,7 @@ class Engine:
             running_adapters=_names(self._running.copy()),
             waiting=max(0, self._admission.admitted - running),
             waiting_adapters=_names(self._waiting.copy()),
+            waiting_tokens=least_charge(answer.request for answer in self._waiting.copy().values()),
             kv_tokens_used=0 if is_idle else round(counts.kv_cache_usage * self._kv_tokens),
             kv_tokens_total=self._kv_tokens,
             kv_block_tokens=self._block_tokens,

@@ -1,0 +1,86 @@
+"""A replica: the application of `infuse serve`, which Serve's proxies call."""
+
+import logging
+import os
+import socket
+from dataclasses import replace
+
+from fastapi import FastAPI
+from ray import serve
+
+from adapters.errors import AdapterError
+from server.api.health import ready
+from server.app import beside, create_app
+from server.engine.errors import EngineDead
+from server.errors import ApiError
+from server.listener import freeze_heap
+from server.on_ray.folders import OwnFolder
+from server.on_ray.metrics import joined
+from server.services import Services
+from server.settings import Settings
+
+APP = "infuse"
+DEPLOYMENT = "Infuse"
+_SCRAPE_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """What Serve makes a deployment of; it finds the methods by their names."""
+
+    def __init__(self, settings: Settings) -> None:
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+        )
+        self._own = OwnFolder(settings.merges_dir or beside(settings.adapters_dir, "replicas"))
+        caches = settings.adapters_cache_dir
+        number = str(self._own.number)
+        folders = {
+            "merges_dir": self._own.path / "merges",
+            "adapters_cache_dir": caches / number if caches else self._own.path / "cache",
+        }
+        self._application = create_app(settings.model_copy(update=folders))
+        services: Services = self._application.state.services
+        self._services = replace(services, join_metrics=self._join_metrics)
+        self._application.state.services = self._services
+        self._name = f"{socket.gethostname()}/{number}"
+        log.info("Replica %s is process %d.", self._name, os.getpid())
+        freeze_heap()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._application
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica where this fails."""
+        if not self._services.engine.stats().alive:
+            raise EngineDead
+
+    def record_replica_metadata(self) -> dict[str, int]:
+        return {"number": self._own.number}
+
+    async def record_routing_stats(self) -> dict[str, bool]:
+        """Whether requests are welcome: a replica that cannot know what others have changed gets
+        none."""
+        try:
+            await ready(self._services)
+        except (AdapterError, ApiError):
+            return {"ready": False}
+        return {"ready": True}
+
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        stats = self._services.engine.stats()
+        return {"waiting": stats.waiting_tokens, "running": stats.running}
+
+    def own_metrics(self) -> tuple[str, bytes]:
+        return self._name, self._services.metrics.expose()
+
+    async def _join_metrics(self, text: bytes) -> bytes:
+        """This replica's metrics, and those of all others that answer."""
+        others = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("own_metrics")
+        try:
+            found = await others.results_async(timeout_s=_SCRAPE_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            found = []
+        texts = dict(each for each in found if not isinstance(each, BaseException))
+        return joined(texts | {self._name: text})
