@@ -59,6 +59,7 @@ def opened_below(folder: Path) -> Iterator[list[Path]]:
         listening = False
 
 
+@pytest.mark.native
 def test_start_up_and_lists_read_no_adapter(many: Path, start_server: StartServer) -> None:
     with opened_below(many / "content") as read:
         url, _ = start_server(adapters_dir=many)
@@ -93,9 +94,9 @@ def test_an_upload_reads_no_other_adapter(
     many: Path, start_server: StartServer, adapter_folders: dict[str, Path]
 ) -> None:
     url, _ = start_server(adapters_dir=many)
-    folder = adapter_folders["queries"]
+    folder = adapter_folders["default"]
     files = {
-        "config": (folder / "adapter_config.json").read_bytes(),
+        "config": (folder / "adapter_config.json").read_bytes() + b" " * COUNT,
         "weights": (folder / "adapter_model.safetensors").read_bytes(),
     }
     with opened_below(many / "content") as read:
