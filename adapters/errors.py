@@ -15,6 +15,7 @@ AdapterError
 ├── UnknownMerge         no merge of that id
 ├── MergeNotDone         the merge has no result, or none yet
 ├── TooManyMerges        too many merges wait already
+├── QuotaExceeded        more adapters, bytes or merges than the key's scope allows
 ├── WrongCall            IA3Model cannot do that now, or not with these values; a ValueError
 ├── WrongType            IA3Model was given something of another type; a TypeError
 ├── BaseNameTaken        an adapter has the name that the base model is to be served under
@@ -155,6 +156,14 @@ class TooManyMerges(AdapterError):
         )
 
 
+class QuotaExceeded(AdapterError):
+    def __init__(self, wanted: str, most: str) -> None:
+        super().__init__(
+            f"With this you would have {wanted}, and the scope of your key allows {most}: delete "
+            "some first."
+        )
+
+
 class BaseNameTaken(AdapterError):
     pass
 
@@ -212,7 +221,8 @@ class SourceNotAllowed(SourceError):
     def __init__(self) -> None:
         super().__init__(
             "This server may not fetch from there: an operator must add the URL to "
-            "--source-prefixes (INFUSE_SOURCE_PREFIXES), or upload the adapter's files."
+            "--source-prefixes (INFUSE_SOURCE_PREFIXES), and to the sources of a key that has a "
+            "scope; or upload the adapter's files."
         )
 
 

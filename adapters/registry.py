@@ -34,6 +34,7 @@ from adapters.errors import (
 )
 from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
 from adapters.storage.names import check_name
+from adapters.storage.quota import Quota
 from adapters.storage.revision import Details, DetailsChange, Origin, Revision
 from adapters.storage.store import UPLOADED, AdapterStore
 from adapters.storage.stored import StoredAdapters
@@ -139,20 +140,27 @@ class AdapterRegistry:
             raise AdapterExists(name)
         check_name(name)
 
-    def add(self, name: str, staged: Path, origin: Origin = UPLOADED) -> tuple[Revision, list[str]]:
+    def add(
+        self, name: str, staged: Path, origin: Origin = UPLOADED, quota: Quota | None = None
+    ) -> tuple[Revision, list[str]]:
         """Store a new adapter; return its first revision, and warnings."""
         self.check_name(name)
         _, warnings = self.check(staged)
-        return self._store.create(name, staged, origin), warnings
+        return self._store.create(name, staged, origin, quota), warnings
 
     def replace(
-        self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
+        self,
+        name: str,
+        staged: Path,
+        if_match: str | None = None,
+        origin: Origin = UPLOADED,
+        quota: Quota | None = None,
     ) -> tuple[Revision, bool, list[str]]:
         """Store a new revision; return the current one, whether anything changed, and warnings."""
         self._store.current(name)
         _, warnings = self.check(staged)
         with self._changing_name(name):
-            revision, changed = self._store.replace(name, staged, if_match, origin)
+            revision, changed = self._store.replace(name, staged, if_match, origin, quota)
         return revision, changed, warnings
 
     def roll_back(
@@ -193,6 +201,7 @@ class AdapterRegistry:
         density: float = 1.0,
         seed: int = 0,
         by: str | None = None,
+        quota: Quota | None = None,
     ) -> tuple[Revision, list[str]]:
         """Store a new adapter made of others; return it, and warnings.
 
@@ -217,7 +226,7 @@ class AdapterRegistry:
         with self.staging() as staged:
             write_checkpoint(checkpoint, staged)
             origin = Origin(source="combine", by=by, recipe=record)
-            revision, warnings = self.add(name, staged, origin)
+            revision, warnings = self.add(name, staged, origin, quota)
         return revision, [*warnings, *recipe.warnings]
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:

@@ -25,6 +25,7 @@ from adapters.errors import (
     Fault,
     InvalidAdapter,
     MergeNotDone,
+    QuotaExceeded,
     RevisionConflict,
     RevisionDamaged,
     SandboxUnavailable,
@@ -255,6 +256,8 @@ def from_adapter_error(error: AdapterError) -> ApiError:
         case TooManyMerges(retry_after=seconds):
             headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
+        case QuotaExceeded():
+            return ApiError(403, str(error), code="quota_exceeded")
         case SourceError():
             status, code = SOURCE_ERRORS[type(error)]
             return ApiError(status, str(error), code=code, param="source")

@@ -5,7 +5,9 @@ import re
 import stat
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from copy import copy
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +78,19 @@ class Sources:
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._turns = anyio.CapacityLimiter(_AT_ONCE)
+
+    def limited_to(self, prefixes: Sequence[Source] | None) -> "Sources":
+        """These, but only what also one of `prefixes` allows. None: all. Fetches of both count
+        together."""
+        if prefixes is None:
+            return self
+        limited = copy(self)
+        limited._prefixes = tuple(
+            max(own, other, key=lambda each: len(each.path))
+            for own, other in product(self._prefixes, prefixes)
+            if own.holds(other) or other.holds(own)
+        )
+        return limited
 
     def check(self, url: str) -> Source:
         """Parse the URL of an adapter that may be fetched. Raises BadSource, SourceNotAllowed."""

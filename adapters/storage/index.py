@@ -4,7 +4,7 @@ import logging
 import threading
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from adapters.errors import UnknownAdapter, UnknownRevision
@@ -106,6 +106,13 @@ class Index:
         with self._mutex:
             start = 0 if after is None else bisect_right(self._sorted, after)
             return self._sorted[start : None if limit is None else start + limit]
+
+    def reachable(self, covers: Callable[[str], bool]) -> dict[str, list[Revision]]:
+        """Return the reachable revisions, oldest first, of each name that `covers` is true for."""
+        with self._mutex:
+            return {
+                name: self._adapters[name].reachable[:] for name in self._sorted if covers(name)
+            }
 
     def users(self, digest: str) -> int:
         """Return how many reachable revisions have a content."""

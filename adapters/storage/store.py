@@ -28,6 +28,7 @@ from adapters.storage.folder import FolderStorage, digest_of, read_files
 from adapters.storage.index import Index
 from adapters.storage.journal import Event
 from adapters.storage.names import check_name
+from adapters.storage.quota import Quota
 from adapters.storage.replicas import Follower
 from adapters.storage.revision import Details, DetailsChange, Origin, Revision, revision_to_json
 from adapters.storage.storage import Kept, Storage
@@ -97,32 +98,41 @@ class AdapterStore:
         """A private folder to write an upload in; it is removed afterwards."""
         return self._storage.staging()
 
-    def create(self, name: str, staged: Path, origin: Origin = UPLOADED) -> Revision:
-        """Create a name with the files in `staged`. Raises AdapterExists, InvalidAdapter."""
+    def create(
+        self, name: str, staged: Path, origin: Origin = UPLOADED, quota: Quota | None = None
+    ) -> Revision:
+        """Create a name with the files in `staged`. Raises AdapterExists, InvalidAdapter,
+        QuotaExceeded."""
         check_name(name)
         digest, size = digest_of(staged)
 
         def change() -> Revision:
             if name in self._index:
                 raise AdapterExists(name)
-            return self._add_revision(name, staged, digest, size, origin)
+            return self._add_revision(name, staged, digest, size, origin, quota)
 
         return self._change(change)
 
     def replace(
-        self, name: str, staged: Path, if_match: str | None = None, origin: Origin = UPLOADED
+        self,
+        name: str,
+        staged: Path,
+        if_match: str | None = None,
+        origin: Origin = UPLOADED,
+        quota: Quota | None = None,
     ) -> tuple[Revision, bool]:
         """Add a revision, and return it and True. Where the content is the same already, return
         the current revision and False; or True, if its files were damaged and are whole again.
 
-        Raises UnknownAdapter, and RevisionConflict where `if_match` is not the current ETag.
+        Raises UnknownAdapter, QuotaExceeded, and RevisionConflict where `if_match` is not the
+        current ETag.
         """
         digest, size = digest_of(staged)
 
         def change() -> tuple[Revision, bool]:
             current = self._require(name, if_match)
             if current.digest != digest:
-                return self._add_revision(name, staged, digest, size, origin), True
+                return self._add_revision(name, staged, digest, size, origin, quota), True
             kept = self._keep(staged, digest)
             if kept.is_new:
                 self._append("mended", name, origin.by, {"digest": digest})
@@ -268,12 +278,20 @@ class AdapterStore:
         return current
 
     def _add_revision(
-        self, name: str, staged: Path | None, digest: str, size: int, origin: Origin
+        self,
+        name: str,
+        staged: Path | None,
+        digest: str,
+        size: int,
+        origin: Origin,
+        quota: Quota | None = None,
     ) -> Revision:
         """Keep the content first, then append its event: who sees the event finds the content."""
         number = self._index.last_number(name) + 1
         revision = Revision(name, number, digest, datetime.now(UTC), size, origin)
         dropped = max(0, self._index.count(name) + 1 - self._keep_revisions)
+        if quota is not None:
+            quota.check(self._index, revision, dropped)
         record = {} if staged is None else self._keep(staged, digest).record
         values = {**revision_to_json(revision), "dropped": dropped, **record}
         return self._append("revision", name, origin.by, values)

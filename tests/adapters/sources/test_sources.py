@@ -146,6 +146,29 @@ def test_what_is_not_allowed_is_not_asked_for(hub: Hub, staged: Path) -> None:
     assert hub.asked == []
 
 
+@pytest.mark.parametrize(
+    ("allowed", "limit", "inside", "outside"),
+    [
+        ("hf://a/", "hf://", ["hf://a/x"], ["hf://b/x"]),
+        ("hf://", "hf://a/", ["hf://a/x"], ["hf://b/x"]),
+        ("s3://bucket/a", "s3://bucket/a/b", ["s3://bucket/a/b/c"], ["s3://bucket/a/c"]),
+        ("hf://a/,s3://bucket/", "s3://bucket/b", ["s3://bucket/b"], ["hf://a/x", "s3://bucket/c"]),
+        ("hf://a/", "hf://b/", [], ["hf://a/x", "hf://b/x"]),
+        ("hf://a/", "", [], ["hf://a/x"]),
+    ],
+)
+def test_limited_sources_are_what_both_allow(
+    allowed: str, limit: str, inside: list[str], outside: list[str]
+) -> None:
+    limited = Sources(parse_prefixes(allowed), 1, 1).limited_to(parse_prefixes(limit))
+
+    for url in inside:
+        assert str(limited.check(url)) == url
+    for url in outside:
+        with pytest.raises(SourceNotAllowed):
+            limited.check(url)
+
+
 # The hub.
 
 
