@@ -281,8 +281,8 @@ def cli_page() -> str:
         _WRITTEN,
         "What went wrong is said on the standard error output. The exit status is 2 where the "
         "arguments, or the settings or the model of `infuse serve`, `infuse deploy` and `infuse "
-        "warm`, cannot be used; 1 where the server refuses or cannot be reached, a merge fails, or "
-        "a model does not compile.",
+        "warm`, cannot be used; 1 where the server refuses or cannot be reached, a merge fails, a "
+        "keys file cannot be used, or a model does not compile.",
         *parts,
     )
 

@@ -31,7 +31,7 @@ from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from server.api import adapters, chat, completions, health, merges, models, rank
-from server.auth import Authorize, Key, read_keys
+from server.auth import Authorize
 from server.engine.fair_turns import FairTurns
 from server.engine.model_files import cache_dir
 from server.engine.threads import on_passing_thread
@@ -39,6 +39,7 @@ from server.engines import open_engine
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
+from server.keys.keyring import Keyring
 from server.metrics import Metrics
 from server.openapi import Application
 from server.services import Services
@@ -60,16 +61,21 @@ _CONFIGS_AT_ONCE = 32
 
 def create_app(settings: Settings) -> FastAPI:
     """Loads the model, which takes a while. Raises BadKeysFile, EngineError and AdapterError."""
-    keys: list[Key] = [] if settings.keys_file is None else read_keys(settings.keys_file)
+    keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
     services = load_services(settings)
+    if keyring is not None:
+        services.metrics.keys_file_broken.set_function(lambda: keyring.is_broken)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.engine.start(services.streams.deliver)
+        following = None if keyring is None else asyncio.create_task(keyring.follow())
         log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
         try:
             yield
         finally:
+            if following is not None:
+                following.cancel()
             # Requests that hang may hold all threads of the default limiter.
             own = CapacityLimiter(1)
             await to_thread.run_sync(services.merges.close, limiter=own)
@@ -92,7 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
     app.add_middleware(HeadAsGet)
     most_at_once = max(1, settings.max_connections // 2)
-    app.add_middleware(Authorize, keys=keys, most_at_once=most_at_once)
+    app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
     return app
 

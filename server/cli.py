@@ -1,4 +1,4 @@
-"""`infuse serve`, `infuse deploy`, and `infuse adapters …` for a server that runs."""
+"""`infuse serve`, `infuse deploy`, `infuse keys …`, and `infuse adapters …` for a server."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from pydantic_settings import CliApp
 from adapters.errors import AdapterError
 from server import openmp
 from server.client import AdminClient, ClientError
+from server.keys.commands import keys_app
 from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 
@@ -31,6 +32,7 @@ adapters_app = typer.Typer(
     no_args_is_help=True, help="Add, list, remove and check adapters of a server that runs."
 )
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(keys_app, name="keys")
 
 Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server's URL.")]
 ApiKey = Annotated[
@@ -113,8 +115,8 @@ def serve(context: typer.Context) -> None:
     listening = bind(settings.host, settings.port)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
-    from server.auth import BadKeysFile
     from server.engine import EngineError
+    from server.keys.key_file import BadKeysFile
     from server.listener import Server, freeze_heap
 
     try:
@@ -138,8 +140,8 @@ def deploy(context: typer.Context) -> None:
     settings = _settings("deploy", context.args, DeploySettings)
     with bind(settings.host, settings.port, "deploy") as free:
         port = free.getsockname()[1]
-    from server.auth import BadKeysFile
     from server.engine import EngineError
+    from server.keys.key_file import BadKeysFile
 
     try:
         from server.on_ray.deploying import deploy as deploy_on_ray

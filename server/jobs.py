@@ -34,6 +34,7 @@ from adapters.errors import (
     AdapterError,
     CannotMerge,
     MergeNotDone,
+    QuotaExceeded,
     StoreFull,
     StoreLocked,
     StoreUnreachable,
@@ -127,9 +128,14 @@ class MergeJobs:
         self._lock_file.close()
 
     def submit(
-        self, vectors: AdapterVectors, recipe: Mapping[str, Any], by: str | None
+        self,
+        vectors: AdapterVectors,
+        recipe: Mapping[str, Any],
+        by: str | None,
+        most: int | None = None,
     ) -> StoredMerge:
-        """Queue a merge. Raises CannotMerge, StoreFull, StoreUnreachable, TooManyMerges."""
+        """Queue a merge. `most`: how many there may be of `by`; None: any number. Raises
+        CannotMerge, QuotaExceeded, StoreFull, StoreUnreachable, TooManyMerges."""
         self._check_folder()
         base = self._open_base()
         check_room(base, vectors, self._folder)
@@ -144,6 +150,9 @@ class MergeJobs:
             by=by,
         )
         with self._mutex:
+            own = 1 + sum(each.by == by for each in self._jobs.values())
+            if most is not None and own > most:
+                raise QuotaExceeded(f"{own} merges", f"{most}")
             if len(self._tasks) >= MAX_WAITING:
                 raise TooManyMerges(MAX_WAITING, self._seconds_until_one_ends())
             self._keep(job)
@@ -159,10 +168,16 @@ class MergeJobs:
             return 60.0
         return (time.monotonic() - self._began) * (1 - share) / share
 
-    def page(self, after: str | None, limit: int) -> list[StoredMerge]:
-        """The first `limit` jobs after the id `after`, oldest first."""
+    def page(
+        self,
+        after: str | None,
+        limit: int,
+        shows: Callable[[str | None], bool] = lambda _: True,
+    ) -> list[StoredMerge]:
+        """The first `limit` jobs after the id `after`, oldest first, of the keys that `shows` is
+        true for."""
         with self._mutex:
-            ids = sorted(self._jobs)
+            ids = sorted(each for each, job in self._jobs.items() if shows(job.by))
             start = 0 if after is None else bisect_right(ids, after)
             return [self._jobs[each] for each in ids[start : start + limit]]
 

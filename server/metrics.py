@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -59,6 +59,11 @@ class Metrics:
             "infuse_request_seconds",
             "Time from a request's submission to its end.",
             buckets=(*_SECONDS, 120.0, 300.0),
+            registry=self._collectors,
+        )
+        self.keys_file_broken = Gauge(
+            "infuse_keys_file_broken",
+            "1 if the keys file has changed and cannot be used, so the keys before are.",
             registry=self._collectors,
         )
         self._labels: set[str] = set()

@@ -210,7 +210,8 @@ class Settings(BaseSettings):
     )
     keys_file: Path | None = Field(
         None,
-        description='JSON: [{"name": "ci", "key": "...", "roles": ["generate", "admin"]}].',
+        description="The keys that open the server: a file that `infuse keys create` writes. The "
+        "server follows its changes.",
         examples=["keys.json"],
     )
     allow_anonymous: bool = Field(

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from adapters.registry import RegistryStats
-from server.auth import read_keys
 from server.engine import EngineStats
+from server.keys.key_file import read_keys
 from server.metrics import Metrics
 from server.settings import Settings
 

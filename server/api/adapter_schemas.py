@@ -1,6 +1,7 @@
 """The bodies and answers of the admin API."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, Self
 
@@ -10,6 +11,7 @@ from adapters.derive.combine import SPARSE, Method
 from adapters.storage.names import NAME_PATTERN
 from adapters.storage.revision import Details, Revision
 from server.api.model_schemas import AdapterWeight
+from server.caller import Caller
 from server.services import Services
 
 MAX_COMBINED = 64
@@ -54,9 +56,11 @@ class AdapterRevision(BaseModel):
         description="When this revision was made.", examples=["2026-11-23T20:00:00Z"]
     )
     source: str = Field(description="Where it came from.", examples=["upload"])
-    by: str | None = Field(description="The key that made it.", examples=["ops"])
+    by: str | None = Field(
+        description="The key that made it; null where that is another tenant's.", examples=["ops"]
+    )
     recipe: dict[str, Any] | None = Field(
-        description="How it was combined out of others.",
+        description="How it was combined out of others; null where the key may not see them all.",
         examples=[{"method": "ties", "adapters": [{"name": "a@1", "weight": 1.0}]}],
     )
     damaged: bool = Field(
@@ -193,12 +197,13 @@ class CombineBody(AdminBody):
         return self
 
 
-def revision_of(services: Services, revision: Revision) -> AdapterRevision:
-    return AdapterRevision(**_shown(services, revision))
+def revision_of(services: Services, caller: Caller, revision: Revision) -> AdapterRevision:
+    return AdapterRevision(**_shown(services, caller, revision))
 
 
 def adapter_of(
     services: Services,
+    caller: Caller,
     revision: Revision,
     warnings: list[str] | None = None,
     unchanged: bool = False,
@@ -212,7 +217,7 @@ def adapter_of(
     if details is None:
         details = services.registry.stored.details(revision.name)
     return Adapter(
-        **_shown(services, revision),
+        **_shown(services, caller, revision),
         name=revision.name,
         parent=services.model_name,
         description=details.description,
@@ -224,14 +229,19 @@ def adapter_of(
     )
 
 
-def _shown(services: Services, revision: Revision) -> dict[str, Any]:
+def _shown(services: Services, caller: Caller, revision: Revision) -> dict[str, Any]:
+    by, recipe = revision.origin.by, revision.origin.recipe
     return {
         "revision": revision.number,
         "digest": revision.digest,
         "size": revision.size,
         "created": revision.created,
         "source": revision.origin.source,
-        "by": revision.origin.by,
-        "recipe": None if revision.origin.recipe is None else dict(revision.origin.recipe),
+        "by": by if caller.owns(by) else None,
+        "recipe": None if recipe is None or not _is_visible(recipe, caller) else dict(recipe),
         "damaged": services.registry.stored.is_damaged(revision),
     }
+
+
+def _is_visible(recipe: Mapping[str, Any], caller: Caller) -> bool:
+    return all(caller.sees(part["name"].partition("@")[0]) for part in recipe["adapters"])

@@ -32,7 +32,8 @@ from server.api.adapter_schemas import (
 from server.api.forms import NAME_FIELD, Form, read_form, upload_body
 from server.api.published import Published, read_published
 from server.api.staging import staged_upload
-from server.auth import Caller
+from server.auth import CallerDep
+from server.caller import Caller
 from server.errors import ApiError, error_response
 from server.openapi import CHANGES, ETAG, READS, errors, header
 from server.services import Services, get_services
@@ -56,6 +57,21 @@ Name = Annotated[
 ]
 
 
+async def _seen(name: Name, caller: CallerDep) -> str:
+    caller.check_sees(name)
+    return name
+
+
+async def _changed(name: Name, caller: CallerDep) -> str:
+    caller.check_changes(name)
+    return name
+
+
+SeenName = Annotated[str, Depends(_seen)]
+ChangedName = Annotated[str, Depends(_changed)]
+"""The adapter that a path names, which the caller's key may see, or change too."""
+
+
 async def _share(services: ServicesDep) -> AsyncIterator[Take]:
     """One upload's share of the upload budget, until the upload is answered."""
     with services.uploads.share() as take:
@@ -70,7 +86,7 @@ IfMatch = Annotated[
     ),
 ]
 DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.", examples=[True])]
-_NOT_ALLOWED = "The key lacks the role that this needs, or the source is not allowed."
+_NOT_ALLOWED = "The key may not do this, or the source is not allowed."
 _CREATED = {"headers": ETAG | {"Location": header("The new adapter.")}}
 _FILE: dict[str, object] = {"application/json": {}, "application/octet-stream": {}}
 
@@ -86,7 +102,7 @@ async def add(
     request: Request,
     response: Response,
     services: ServicesDep,
-    by: Caller,
+    caller: CallerDep,
     take: TakeDep,
     dry_run: DryRun = False,
 ) -> Adapter | CheckedUpload:
@@ -96,23 +112,29 @@ async def add(
     name = upload.name
     if name is not None:
         services.registry.check_name(name)
+        caller.check_creates(name)
     if dry_run:
         response.status_code = 200
-        return await _check(services, upload, take)
+        return await _check(services, caller, upload, take)
     if name is None:
         fix = "send the adapter's name beside its files or its source"
         raise InvalidAdapter([Fault("name", "is missing", fix)])
     # Before anything is unpacked or fetched; the store decides.
     if name in services.registry.stored:
         raise AdapterExists(name)
-    async with staged_upload(services, upload, take) as staged:
-        origin = Origin(source=staged.source, by=by)
+    async with staged_upload(services, caller, upload, take) as staged:
+        origin = Origin(source=staged.source, by=caller.name)
         revision, warnings = await to_thread.run_sync(
-            services.registry.add, name, staged.folder, origin, limiter=services.staging
+            services.registry.add,
+            name,
+            staged.folder,
+            origin,
+            caller.quota,
+            limiter=services.staging,
         )
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{name}"
-    return adapter_of(services, revision, warnings)
+    return adapter_of(services, caller, revision, warnings)
 
 
 async def _read(request: Request, services: Services, take: Take, named: bool) -> Form | Published:
@@ -122,8 +144,10 @@ async def _read(request: Request, services: Services, take: Take, named: bool) -
     return await read_form(request, named, take, services.settings.max_upload_bytes + MEBIBYTE)
 
 
-async def _check(services: Services, upload: Form | Published, take: Take) -> CheckedUpload:
-    async with staged_upload(services, upload, take) as staged:
+async def _check(
+    services: Services, caller: Caller, upload: Form | Published, take: Take
+) -> CheckedUpload:
+    async with staged_upload(services, caller, upload, take) as staged:
         vectors, warnings = await to_thread.run_sync(
             services.registry.check, staged.folder, limiter=services.staging
         )
@@ -132,9 +156,12 @@ async def _check(services: Services, upload: Form | Published, take: Take) -> Ch
 
 @router.post("/combine", status_code=201, responses=errors(404, 409, *READS) | {201: _CREATED})
 async def combine(
-    body: CombineBody, response: Response, services: ServicesDep, by: Caller
+    body: CombineBody, response: Response, services: ServicesDep, caller: CallerDep
 ) -> Adapter:
     """Make a new adapter out of others. It records how it was made."""
+    caller.check_creates(body.name)
+    for part in body.adapters:
+        caller.check_sees(part.name)
     made = partial(
         services.registry.combine,
         body.name,
@@ -143,39 +170,41 @@ async def combine(
         missing=body.missing,
         density=body.density,
         seed=body.seed,
-        by=by,
+        by=caller.name,
+        quota=caller.quota,
     )
     # It writes and checks files as an upload does.
     revision, warnings = await to_thread.run_sync(made, limiter=services.staging)
     response.headers["ETag"] = revision.etag
     response.headers["Location"] = f"/v1/adapters/{body.name}"
-    return adapter_of(services, revision, warnings)
+    return adapter_of(services, caller, revision, warnings)
 
 
 @router.get("")
 def list_adapters(
     services: ServicesDep,
+    caller: CallerDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
     after: Annotated[
         str | None, Query(description="The last name of the page before.", examples=["a"])
     ] = None,
 ) -> AdapterList:
-    """Every adapter, in order of names."""
-    names = services.registry.stored.names(after, limit + 1)
+    """Every adapter that the key may see, in order of names."""
+    names = caller.visible(services.registry.stored, after, limit + 1)
     page = []
     for name in names[:limit]:
         # It may have been deleted since the names were read.
         with suppress(UnknownAdapter):
-            page.append(adapter_of(services, services.registry.stored.current(name)))
+            page.append(adapter_of(services, caller, services.registry.stored.current(name)))
     return AdapterList(data=page, next=names[limit - 1] if len(names) > limit else None)
 
 
 @router.get("/{name:adapter}", responses=errors(404) | {200: {"headers": ETAG}})
-def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
+def get(name: SeenName, response: Response, services: ServicesDep, caller: CallerDep) -> Adapter:
     """One adapter's current revision."""
     revision = services.registry.stored.current(name)
     response.headers["ETag"] = revision.etag
-    return adapter_of(services, revision)
+    return adapter_of(services, caller, revision)
 
 
 @router.put(
@@ -185,11 +214,11 @@ def get(name: Name, response: Response, services: ServicesDep) -> Adapter:
     openapi_extra=upload_body({}, SourceBody),
 )
 async def replace(
-    name: Name,
+    name: ChangedName,
     request: Request,
     response: Response,
     services: ServicesDep,
-    by: Caller,
+    caller: CallerDep,
     take: TakeDep,
     if_match: IfMatch = None,
     dry_run: DryRun = False,
@@ -198,42 +227,45 @@ async def replace(
     services.registry.stored.current(name)
     upload = await _read(request, services, take, named=False)
     if dry_run:
-        return await _check(services, upload, take)
-    async with staged_upload(services, upload, take) as staged:
-        origin = Origin(source=staged.source, by=by)
+        return await _check(services, caller, upload, take)
+    async with staged_upload(services, caller, upload, take) as staged:
+        origin = Origin(source=staged.source, by=caller.name)
         revision, is_new, warnings = await to_thread.run_sync(
             services.registry.replace,
             name,
             staged.folder,
             if_match,
             origin,
+            caller.quota,
             limiter=services.staging,
         )
     services.engine.wake()
     response.headers["ETag"] = revision.etag
-    return adapter_of(services, revision, warnings, unchanged=not is_new)
+    return adapter_of(services, caller, revision, warnings, unchanged=not is_new)
 
 
 @router.patch("/{name:adapter}", responses=errors(404, 409, 412, *READS) | {200: {"headers": ETAG}})
 def describe(
-    name: Name,
+    name: ChangedName,
     body: DetailsBody,
     response: Response,
     services: ServicesDep,
-    by: Caller,
+    caller: CallerDep,
     if_match: IfMatch = None,
 ) -> Adapter:
     """Set description, tags, pinned or enabled. A disabled adapter's running requests finish."""
+    if body.pinned is not None:
+        caller.check_pins()
     change = DetailsChange(
         description=body.description,
         tags=None if body.tags is None else tuple(body.tags),
         pinned=body.pinned,
         enabled=body.enabled,
     )
-    revision, details = services.registry.describe(name, change, if_match, by)
+    revision, details = services.registry.describe(name, change, if_match, caller.name)
     services.engine.wake()
     response.headers["ETag"] = revision.etag
-    return adapter_of(services, revision, details=details)
+    return adapter_of(services, caller, revision, details=details)
 
 
 @router.delete(
@@ -242,37 +274,38 @@ def describe(
     response_class=Response,
     responses=errors(404, 412, *CHANGES),
 )
-def delete(name: Name, services: ServicesDep, by: Caller, if_match: IfMatch = None) -> None:
+def delete(
+    name: ChangedName, services: ServicesDep, caller: CallerDep, if_match: IfMatch = None
+) -> None:
     """The name is gone at once; running requests finish."""
-    services.registry.delete(name, if_match, by)
+    services.registry.delete(name, if_match, caller.name)
     services.engine.wake()
 
 
 @router.get("/{name:adapter}/revisions", responses=errors(404))
-def list_revisions(name: Name, services: ServicesDep) -> RevisionList:
+def list_revisions(name: SeenName, services: ServicesDep, caller: CallerDep) -> RevisionList:
     """The revisions that can be asked for as `name@revision` and rolled back to."""
-    return RevisionList(
-        data=[revision_of(services, each) for each in services.registry.stored.revisions(name)]
-    )
+    revisions = services.registry.stored.revisions(name)
+    return RevisionList(data=[revision_of(services, caller, each) for each in revisions])
 
 
 @router.post(
     "/{name:adapter}/rollback", responses=errors(404, 412, *READS) | {200: {"headers": ETAG}}
 )
 def roll_back(
-    name: Name,
+    name: ChangedName,
     body: RollbackBody,
     response: Response,
     services: ServicesDep,
-    by: Caller,
+    caller: CallerDep,
     if_match: IfMatch = None,
 ) -> Adapter:
     """A new revision with an old one's content."""
     # On a thread of the routes': no slow upload delays the way back to what worked.
-    revision, is_new = services.registry.roll_back(name, body.revision, if_match, by)
+    revision, is_new = services.registry.roll_back(name, body.revision, if_match, caller.name)
     services.engine.wake()
     response.headers["ETag"] = revision.etag
-    return adapter_of(services, revision, unchanged=not is_new)
+    return adapter_of(services, caller, revision, unchanged=not is_new)
 
 
 @router.get(
@@ -285,7 +318,7 @@ def roll_back(
     response_class=FileResponse,
 )
 def download(
-    name: Name,
+    name: SeenName,
     file: Annotated[
         Literal[
             "adapter_config.json",

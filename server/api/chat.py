@@ -19,7 +19,7 @@ from server.api.prompts import encode_conversation, encode_prediction, fit_to_wi
 from server.api.responses import documented_answers, respond
 from server.api.sampling import sampling_params
 from server.api.tool_formats import CallFormat, find_format
-from server.auth import Caller
+from server.auth import CallerDep
 from server.engine import Engine, ServedModel
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -37,13 +37,13 @@ async def create_chat_completion(
     body: ChatBody,
     request: Request,
     services: Annotated[Services, Depends(get_services)],
-    caller: Caller,
+    caller: CallerDep,
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_body(body, 1, services.settings.max_queue)
 
     def prepare() -> tuple[Order, Conversation]:
-        with leased(services, body) as (lease, vocabulary):
+        with leased(services, body, caller) as (lease, vocabulary):
             prompt, conversation = _prompt(services.engine, vocabulary, body)
             order = place_order(
                 services,

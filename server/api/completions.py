@@ -17,7 +17,7 @@ from server.api.preparing import prepared
 from server.api.prompts import encode_prompts, fit_to_window, truncated
 from server.api.responses import documented_answers, respond
 from server.api.sampling import sampling_params
-from server.auth import Caller
+from server.auth import CallerDep
 from server.engine import Engine, ServedModel
 from server.errors import ApiError
 from server.services import Services, get_services
@@ -38,13 +38,13 @@ async def create_completion(
     body: CompletionBody,
     request: Request,
     services: Annotated[Services, Depends(get_services)],
-    caller: Caller,
+    caller: CallerDep,
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_body(body, len(body.prompt), services.settings.max_queue)
 
     def prepare() -> Order:
-        with leased(services, body) as (lease, vocabulary):
+        with leased(services, body, caller) as (lease, vocabulary):
             prompts = _prompts(services.engine, vocabulary, body)
             return place_order(
                 services,

@@ -7,6 +7,7 @@ from typing import Self
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
+from server.caller import Caller
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.errors import ApiError
 from server.metrics import RequestMetrics
@@ -20,15 +21,22 @@ MAX_UNREAD = 1 << 16
 class _Running:
     """A submitted request that has not ended."""
 
-    def __init__(self, request: GenerationRequest, metrics: RequestMetrics) -> None:
+    def __init__(self, request: GenerationRequest, caller: Caller, metrics: RequestMetrics) -> None:
         self.request = request
+        self.caller = caller
         self.metrics = metrics
         self.tokens = 0
+
+    def take(self, tokens: int) -> None:
+        self.tokens += tokens
+        self.metrics.token(tokens)
+        self.caller.spend_tokens(tokens)
 
     def end(self, reason: FinishReason) -> None:
         # Metrics count a dead engine as an error like any other.
         dead = reason is FinishReason.ENGINE_DEAD
         outcome = FinishReason.ERROR if dead else reason
+        self.caller.end_request()
         self.metrics.finished(outcome.value, len(self.request.prompt), self.tokens)
 
 
@@ -36,8 +44,8 @@ class Generation:
     """An order that was submitted to the engine, which owns the order's leases from here on.
 
     An error in its `with` block cancels the requests that still run. A stream outlives the block,
-    and closes the generation itself. Starting raises what `Engine.submit` raises; nothing runs
-    then.
+    and closes the generation itself. Starting raises what `Engine.submit` raises, and ApiError 400
+    or 429 for the limits of the caller's scope; nothing runs then.
     """
 
     def __init__(self, services: Services, order: Order) -> None:
@@ -52,7 +60,9 @@ class Generation:
         self._stream = Stream(self._numbers)
         self._streams.open(self._numbers, self)
         label = services.metrics.label_of(services.model_name, order.adapter)
+        caller, count = order.caller, len(order.requests)
         try:
+            caller.check_order(count, self._prompt_tokens, services.settings.max_queue)
             self._engine.submit(*order.requests)
         except BaseException:
             self._streams.close(self._numbers)
@@ -60,8 +70,9 @@ class Generation:
                 if request.lease is not None:
                     request.lease.release()
             raise
+        caller.begin_order(count, self._prompt_tokens)
         self._running = {
-            request.id: _Running(request, services.metrics.request_started(label))
+            request.id: _Running(request, caller, services.metrics.request_started(label))
             for request in order.requests
         }
 
@@ -85,8 +96,7 @@ class Generation:
             return
         running = self._running[output.request_id]
         if output.token_ids:
-            running.tokens += len(output.token_ids)
-            running.metrics.token(len(output.token_ids))
+            running.take(len(output.token_ids))
             self._completion_tokens += len(output.token_ids)
         self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:

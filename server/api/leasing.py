@@ -8,6 +8,7 @@ from adapters.registry import Part
 from adapters.residency import Lease
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.model_schemas import ModelBody
+from server.caller import Caller
 from server.errors import ApiError
 from server.services import Services
 
@@ -23,17 +24,19 @@ def unknown_model(model: str) -> ApiError:
 
 
 @contextmanager
-def leased(services: Services, body: ModelBody) -> Iterator[tuple[Lease | None, Vocabulary]]:
+def leased(
+    services: Services, body: ModelBody, caller: Caller
+) -> Iterator[tuple[Lease | None, Vocabulary]]:
     """Within: a lease on what the request names (None for the base), and how its texts are read.
 
-    Blocking: the registry may read from disk. Raises ApiError 400, 404; AdapterDisabled.
+    Blocking: the registry may read from disk. Raises ApiError 400, 403, 404; AdapterDisabled.
     """
     base = Vocabulary(services.engine.model.tokenizer, services.engine.model.vocab_size)
     _check_mixture(services, body)
     if body.model == services.model_name and body.adapters is None:
         yield None, base
         return
-    with _lease(services, body) as lease:
+    with _lease(services, body, caller) as lease:
         yield lease, lease.vocabulary or base
 
 
@@ -53,7 +56,7 @@ def _check_mixture(services: Services, body: ModelBody) -> None:
         raise ApiError(400, problem, param="strength")
 
 
-def _lease(services: Services, body: ModelBody) -> Lease:
+def _lease(services: Services, body: ModelBody, caller: Caller) -> Lease:
     if body.adapters is not None:
         parts = [Part(part.name, part.weight) for part in body.adapters]
     elif body.strength is not None:
@@ -61,6 +64,8 @@ def _lease(services: Services, body: ModelBody) -> Lease:
     else:
         parts = []
     with _unknown_models():
+        for name in [part.name for part in parts] or [body.model]:
+            caller.check_uses(name)
         if parts:
             return services.registry.lease_mixture(parts, body.composition or "product")
         return services.registry.lease(body.model)

@@ -10,9 +10,9 @@ from typing import Annotated, BinaryIO
 from fastapi import APIRouter, Depends, Path, Query, Response
 from starlette.responses import StreamingResponse
 
-from adapters.errors import MergeNotDone
+from adapters.errors import MergeNotDone, UnknownMerge
 from server.api.merge_schemas import Merge, MergeBody, MergeList
-from server.auth import Caller
+from server.auth import CallerDep
 from server.openapi import READS, errors, header
 from server.services import Services, get_services
 
@@ -25,6 +25,16 @@ Id = Annotated[
         description="The merge's id.", examples=["merge-20261124061500123456-9f3a"], max_length=128
     ),
 ]
+
+
+def _own(id: Id, services: ServicesDep, caller: CallerDep) -> str:
+    if not caller.owns(services.merges.get(id).by):
+        raise UnknownMerge(id)
+    return id
+
+
+OwnId = Annotated[str, Depends(_own)]
+"""A merge that the caller may see."""
 _CHUNK = 1 << 20
 """Bytes of an archive that are sent at once."""
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -36,10 +46,12 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
     responses=errors(404, 409, 429, *READS)
     | {202: {"headers": {"Location": header("Where to ask how far it is.")}}},
 )
-def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller) -> Merge:
+def start(body: MergeBody, response: Response, services: ServicesDep, caller: CallerDep) -> Merge:
     """Fold adapters, as they are now, into a copy of the base model."""
+    for part in body.parts:
+        caller.check_sees(part.name)
     vectors, recipe = services.registry.mixture(body.parts, body.composition or "product")
-    job = services.merges.submit(vectors, recipe, by)
+    job = services.merges.submit(vectors, recipe, caller.name, caller.scope.max_merges)
     response.headers["Location"] = f"/v1/merges/{job.id}"
     return Merge.of(job)
 
@@ -47,6 +59,7 @@ def start(body: MergeBody, response: Response, services: ServicesDep, by: Caller
 @router.get("")
 def list_merges(
     services: ServicesDep,
+    caller: CallerDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Page size.", examples=[100])] = 100,
     after: Annotated[
         str | None,
@@ -56,8 +69,8 @@ def list_merges(
         ),
     ] = None,
 ) -> MergeList:
-    """Every merge that was not deleted, oldest first."""
-    page = services.merges.page(after, limit + 1)
+    """Every merge that was not deleted and that the key may see, oldest first."""
+    page = services.merges.page(after, limit + 1, caller.owns)
     return MergeList(
         data=[Merge.of(job) for job in page[:limit]],
         next=page[limit - 1].id if len(page) > limit else None,
@@ -65,7 +78,7 @@ def list_merges(
 
 
 @router.get("/{id}", responses=errors(404))
-def get(id: Id, services: ServicesDep) -> Merge:
+def get(id: OwnId, services: ServicesDep) -> Merge:
     """How far a merge is."""
     return Merge.of(services.merges.get(id))
 
@@ -76,7 +89,7 @@ def get(id: Id, services: ServicesDep) -> Merge:
     | {200: {"content": {"application/x-tar": {}}, "description": "The model's folder, as a tar."}},
     response_class=StreamingResponse,
 )
-def download(id: Id, services: ServicesDep) -> StreamingResponse:
+def download(id: OwnId, services: ServicesDep) -> StreamingResponse:
     """The merged model: a folder that plain transformers loads."""
     folder = services.merges.result(id)
     files = ExitStack()
@@ -99,7 +112,7 @@ def download(id: Id, services: ServicesDep) -> StreamingResponse:
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=errors(404, 503))
-def delete(id: Id, services: ServicesDep) -> None:
+def delete(id: OwnId, services: ServicesDep) -> None:
     """Cancel a merge that waits or runs; forget one that has ended, and its model with it."""
     services.merges.remove(id)
 

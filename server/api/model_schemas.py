@@ -83,3 +83,8 @@ class ModelBody(BaseModel):
     @property
     def choices_per_prompt(self) -> int:
         return 1
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that bounds the answer's length, and its value."""
+        return "max_tokens", None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
 from adapters.storage.revision import Revision
 from server.api.leasing import unknown_model
+from server.auth import CallerDep
 from server.openapi import errors
 from server.services import Services, get_services
 
@@ -72,6 +73,7 @@ class ModelList(BaseModel):
 @router.get("/v1/models/", include_in_schema=False)
 def list_models(
     services: Annotated[Services, Depends(get_services)],
+    caller: CallerDep,
     limit: Annotated[
         int | None, Query(ge=1, le=1000, description="Page size; default: all.", examples=[100])
     ] = None,
@@ -79,13 +81,13 @@ def list_models(
         str | None, Query(description="The last id of the page before.", examples=["a"])
     ] = None,
 ) -> ModelList:
-    """The base model and the current revision of every adapter."""
+    """The base model and the current revision of every adapter that the key may see."""
     # The base stands first, whatever its name.
     begins = after is None or after == services.model_name
     first = [_base(services)] if after is None else []
     room = None if limit is None else limit - len(first)
-    names = services.registry.stored.names(
-        None if begins else after, None if room is None else room + 1
+    names = caller.visible(
+        services.registry.stored, None if begins else after, None if room is None else room + 1
     )
     more = room is not None and len(names) > room
     page = [*first, *_adapters(services, names if room is None else names[:room])]
@@ -101,6 +103,7 @@ def list_models(
 async def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
     services: Annotated[Services, Depends(get_services)],
+    caller: CallerDep,
 ) -> Model:
     """The base model, an adapter, or one revision of an adapter (`name@revision`)."""
     # Not on a thread: it reads memory alone, and requests that hang may hold all threads.
@@ -109,6 +112,7 @@ async def get_model(
     stored = services.registry.stored
     name, at, number = model.partition("@")
     try:
+        caller.check_sees(name)
         if not at:
             return _adapter(services, name, stored.current(name))
         if not (number.isascii() and number.isdigit() and len(number) < 10):

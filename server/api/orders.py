@@ -12,6 +12,7 @@ from adapters.residency import Lease
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.model_schemas import ModelBody
 from server.api.schemas import INT64
+from server.caller import Caller
 from server.engine.request import GenerationRequest, SamplingParams
 from server.services import Services
 
@@ -37,6 +38,7 @@ class Order:
     """
 
     id: str
+    caller: Caller
     created: int
     """Unix time in seconds."""
     model: str
@@ -71,7 +73,7 @@ class Order:
 def place_order(
     services: Services,
     body: ModelBody,
-    caller: str | None,
+    caller: Caller,
     prefix: str,
     prompts: Sequence[Prompt],
     lease: Lease | None,
@@ -81,12 +83,13 @@ def place_order(
 ) -> Order:
     """Make an order on what is leased. Each of its requests has a lease of its own.
 
-    `caller` names the key that the HTTP request came with: a key's requests have one fair share of
-    the model. The order's id begins with `prefix`.
+    A key's requests have one fair share of the model. The order's id begins with `prefix`. Raises
+    ApiError 400 where the key's scope allows no prompt, or no answer, of this length.
     """
+    prompts = [_within_scope(caller, body, prompt) for prompt in prompts]
     order_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
-    salt = json.dumps([services.cache_scope(caller), body.cache_salt])
+    salt = json.dumps([services.cache_scope(caller.name), body.cache_salt])
     with ExitStack() as undo:
         requests = tuple(
             GenerationRequest(
@@ -96,7 +99,7 @@ def place_order(
                 params=params_of_choice(prompt.params, number % choices),
                 lease=None if lease is None else undo.enter_context(lease.again()),
                 adapter_name="" if body.model == services.model_name else body.model,
-                tenant=caller or "",
+                tenant=caller.name or "",
                 priority=body.priority or 0,
                 speculation=speculation,
                 prediction=prompt.prediction,
@@ -109,6 +112,7 @@ def place_order(
     adapter = None if lease is None else lease.label
     return Order(
         id=order_id,
+        caller=caller,
         created=int(time.time()),
         model=body.model,
         adapter=adapter,
@@ -117,6 +121,15 @@ def place_order(
         choices=choices,
         requests=requests,
     )
+
+
+def _within_scope(caller: Caller, body: ModelBody, prompt: Prompt) -> Prompt:
+    """The prompt, with an answer no longer than the key's scope allows. Raises ApiError 400."""
+    caller.check_prompt(len(prompt.token_ids) + len(prompt.target))
+    field, asked = body.token_limit
+    wanted = prompt.params.max_tokens
+    allowed = caller.answer_tokens(wanted, field, asked is not None)
+    return replace(prompt, params=replace(prompt.params, max_tokens=allowed))
 
 
 def params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:

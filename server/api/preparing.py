@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from adapters.vocabulary.sandbox import WouldWait, without_waiting
 from server.api.disconnects import unless_client_leaves
+from server.caller import Caller
 from server.engine.constraints.grammars import GrammarMissing, RequestGrammars
 from server.services import Services
 
@@ -18,7 +19,7 @@ _AT_ONCE = 2
 
 
 async def prepared(
-    request: Request, services: Services, caller: str | None, prepare: Callable[[], _T]
+    request: Request, services: Services, caller: Caller, prepare: Callable[[], _T]
 ) -> _T:
     """Run `prepare` on a thread; the caller submits what it returns right after.
 
@@ -27,8 +28,9 @@ async def prepared(
     read or run on threads that only requests for that adapter wait for. Raises ApiError where the
     client leaves meanwhile.
     """
-    tenant = caller or ""
-    grammars = RequestGrammars(services.engine.grammars, tenant, services.cache_scope(caller))
+    tenant = caller.name or ""
+    scope = services.cache_scope(caller.name)
+    grammars = RequestGrammars(services.engine.grammars, tenant, scope)
     own_files: CapacityLimiter | None = None
     while True:
         try:

@@ -23,7 +23,7 @@ from server.api.preparing import prepared
 from server.api.prompts import encode_choice, encode_pair
 from server.api.responses import documented_answers, whole_answer
 from server.api.texts import check_text
-from server.auth import Caller
+from server.auth import CallerDep
 from server.engine import ServedModel
 from server.engine.request import Output, SamplingParams
 from server.services import Services, get_services
@@ -112,14 +112,14 @@ async def rank(
     body: RankBody,
     request: Request,
     services: Annotated[Services, Depends(get_services)],
-    caller: Caller,
+    caller: CallerDep,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
     choices = sum(len(each.choices) for each in body.inputs)
     check_body(body, choices, services.settings.max_queue)
 
     def prepare() -> Order:
-        with leased(services, body) as (lease, vocabulary):
+        with leased(services, body, caller) as (lease, vocabulary):
             prompts = list(_prompts(services.engine.model, vocabulary, body))
             return place_order(services, body, caller, "rank", prompts, lease, vocabulary)
 

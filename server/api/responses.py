@@ -48,7 +48,7 @@ def documented_answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]
         "content": events,
         "headers": {"Infuse-Adapter": which},
     }
-    disabled = "The key lacks the role that this needs, or the adapter is disabled."
+    disabled = "The key may not do this, or the adapter is disabled."
     return {200: answer} | errors(404, 429, *READS, said={403: disabled})
 
 

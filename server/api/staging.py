@@ -10,6 +10,7 @@ from anyio import CapacityLimiter, to_thread
 
 from server.api.forms import Form
 from server.api.published import Published
+from server.caller import Caller
 from server.services import Services
 from server.uploads import Take
 
@@ -23,16 +24,17 @@ class StagedUpload:
 
 @asynccontextmanager
 async def staged_upload(
-    services: Services, upload: Form | Published, take: Take
+    services: Services, caller: Caller, upload: Form | Published, take: Take
 ) -> AsyncIterator[StagedUpload]:
     """Within: the upload's files, which were written on a thread or fetched. `take` is told of each
     piece before it is written."""
+    sources = services.sources.limited_to(caller.scope.source_prefixes)
     if isinstance(upload, Published):
         # Before it waits for a thread.
-        services.sources.check(upload.source)
+        sources.check(upload.source)
     async with _staging_folder(services) as folder:
         if isinstance(upload, Published):
-            source = await services.sources.fetch(upload.source, folder, take)
+            source = await sources.fetch(upload.source, folder, take)
         else:
             limit = services.settings.max_upload_bytes
             source = await to_thread.run_sync(

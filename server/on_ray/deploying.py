@@ -20,8 +20,8 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
-from server.auth import read_keys
 from server.engine.model_files import model_folder
+from server.keys.key_file import read_keys
 from server.listener import ANSWERING_SECONDS
 from server.on_ray.affinity import CALLBACK
 from server.on_ray.replica import APP, DEPLOYMENT, Replica

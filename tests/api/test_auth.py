@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.auth import BadKeysFile, read_keys
 from server.engine import GenerationRequest
+from server.keys.key_file import BadKeysFile, read_keys
 from server.services import Services
 from server.settings import Settings
 from tests.api.archives import form_of, read_adapter
@@ -253,7 +253,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "no keys": ([], "holds no key"),
     "no name": ([GOOD | {"name": ""}], "0.name"),
     "short": ([GOOD, GOOD | {"key": "secret"}], "1.key"),
-    "no key": ([{"name": "ci", "roles": ["admin"]}], "0.key: Field required"),
+    "no key": ([{"name": "ci", "roles": ["admin"]}], "0: a key has an id and a hash"),
     "no roles": ([GOOD | {"roles": []}], "0.roles"),
     "unknown role": ([GOOD | {"roles": ["root"]}], "0.roles"),
     "unknown field": ([GOOD | {"rolls": []}], "0.rolls"),

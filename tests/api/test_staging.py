@@ -16,6 +16,7 @@ from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import AdapterExists
 from server.api.forms import Form
 from server.api.staging import staged_upload
+from server.caller import Caller
 from server.services import Services
 from tests.api.oracle import upload
 from tests.api.test_health import MANY, StartServer
@@ -30,7 +31,7 @@ async def staged_until(services: Services, error: BaseException) -> Path:
     form = Form({"config": BytesIO(b"{}"), "weights": BytesIO(b"")}, None)
     with services.uploads.share() as take:
         try:
-            async with staged_upload(services, form, take) as staged:
+            async with staged_upload(services, Caller(), form, take) as staged:
                 names = sorted(path.name for path in staged.folder.iterdir())
                 assert names == [CONFIG_FILE, WEIGHTS_FILE]
                 raise error

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.auth import read_keys
+from server.keys.key_file import read_keys
 from server.settings import Settings
 from tests.docs.blocks import GUIDE, blocks
 

@@ -1,0 +1,194 @@
+"""`infuse keys …`: makes, lists, revokes and rotates the keys of a keys file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from server.keys.key_file import BadKeysFile, Entry, Key, edited, read_entries
+from server.keys.secrets import hash_key, new_key
+
+keys_app = typer.Typer(
+    no_args_is_help=True,
+    help="Make, list, revoke and rotate keys. A running server follows the file within seconds.",
+)
+
+File = Annotated[Path, typer.Option(envvar="INFUSE_KEYS_FILE", help="The keys file.")]
+Name = Annotated[str, typer.Argument(help="The key's name, which is its tenant's.")]
+Patterns = list[str] | None
+_HERE = Path("keys.json")
+_SEEN_ONCE = "The key is printed once; the file keeps a hash of it."
+
+
+@keys_app.command()
+def create(
+    name: Name,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="generate, admin or metrics; several times for several. [generate]"),
+    ] = None,
+    adapters: Annotated[
+        Patterns, typer.Option(help="Pattern of adapters to use, see and change, as 'acme/*'.")
+    ] = None,
+    use: Annotated[Patterns, typer.Option(help="Pattern of adapters to use.")] = None,
+    see: Annotated[Patterns, typer.Option(help="Pattern of adapters to see alone.")] = None,
+    change: Annotated[Patterns, typer.Option(help="Pattern of adapters to change.")] = None,
+    source: Annotated[
+        Patterns, typer.Option(help="Prefix of URLs to fetch adapters from, as hf://acme/.")
+    ] = None,
+    max_adapters: Annotated[int | None, typer.Option(help="Most adapters it may change.")] = None,
+    max_adapter_bytes: Annotated[int | None, typer.Option(help="Most bytes of these.")] = None,
+    max_merges: Annotated[int | None, typer.Option(help="Most merges that are kept.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="HTTP requests.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Tokens of prompts and answers.")
+    ] = None,
+    max_requests_at_once: Annotated[int | None, typer.Option(help="HTTP requests.")] = None,
+    max_queue_share: Annotated[
+        float | None, typer.Option(help="Share of the queue's places, up to 1.")
+    ] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.")] = None,
+    max_answer_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    file: File = _HERE,
+) -> None:
+    """Make a key and print it. Options that are not given set no limit.
+
+    Example: infuse keys create acme --role generate --role admin --adapters 'acme/*'
+    """
+    common = adapters or []
+    patterns = {
+        "use": [*common, *(use or [])],
+        "see": see or [],
+        "change": [*common, *(change or [])],
+    }
+    scope = {
+        "adapters": {each: given for each, given in patterns.items() if given} or None,
+        "sources": source,
+        "max_adapters": max_adapters,
+        "max_adapter_bytes": max_adapter_bytes,
+        "max_merges": max_merges,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_requests_at_once": max_requests_at_once,
+        "max_queue_share": max_queue_share,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_answer_tokens": max_answer_tokens,
+    }
+    limits = {each: given for each, given in scope.items() if given is not None}
+    key_id, key = new_key()
+    secret = {"id": key_id, "hash": hash_key(key)}
+    entry: Entry = {"name": name, **secret, "roles": role or ["generate"]}
+    if limits:
+        entry["scope"] = limits
+    _check(entry)
+    with _edited(file) as entries:
+        if any(each["name"] == name for each in entries):
+            raise BadKeysFile(
+                f"{file} has a key '{name}' already: take another name, or rotate or revoke it"
+            )
+        entries.append(entry)
+    _show(key)
+
+
+@keys_app.command("list")
+def list_keys(
+    file: File = _HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the keys: name, id, roles, end, scope. What opens the server is not among it.
+
+    Example: infuse keys list --json
+    """
+    with _told():
+        entries = [_without_secrets(each) for each in read_entries(file)]
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    for each in entries:
+        scope = json.dumps(each["scope"]) if "scope" in each else "-"
+        columns = [each["name"], each.get("id", "in plain"), ",".join(each["roles"])]
+        typer.echo("\t".join([*columns, each.get("expires", "-"), scope]))
+
+
+@keys_app.command()
+def revoke(name: Name, file: File = _HERE) -> None:
+    """Revoke a key. Requests that run finish.
+
+    Example: infuse keys revoke acme
+    """
+    with _edited(file) as entries:
+        kept = [each for each in entries if each["name"] != name]
+        if len(kept) == len(entries):
+            raise BadKeysFile(f"{file} has no key '{name}': `infuse keys list` shows what it has")
+        entries[:] = kept
+    typer.echo(f"{name} is revoked")
+
+
+@keys_app.command()
+def rotate(
+    name: Name,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, max=8760, help="Hours that the old key still works.")
+    ] = 0.0,
+    file: File = _HERE,
+) -> None:
+    """Make a new key with the same roles and scope, print it, and end the old one.
+
+    Example: infuse keys rotate acme --grace-hours 24
+    """
+    end = datetime.now(UTC) + timedelta(hours=grace_hours)
+    key_id, key = new_key()
+    secret = {"id": key_id, "hash": hash_key(key)}
+    with _edited(file) as entries:
+        known = [each for each in entries if each["name"] == name]
+        if not known:
+            raise BadKeysFile(f"{file} has no key '{name}': `infuse keys list` shows what it has")
+        newest = {k: v for k, v in known[-1].items() if k not in ("key", "expires")}
+        for each in known:
+            before = Key.model_validate(each).expires
+            each["expires"] = min(before or end, end).isoformat(timespec="seconds")
+        entries.append(newest | secret)
+    _show(key)
+
+
+def _check(entry: Entry) -> None:
+    """End the command where an option has a value that no key may have."""
+    try:
+        Key.model_validate(entry)
+    except ValidationError as error:
+        for each in error.errors(include_input=False):
+            where = ".".join(map(str, each["loc"])) or "the key"
+            problem = each["msg"].removeprefix("Value error, ")
+            typer.echo(f"infuse keys: {where}: {problem}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _without_secrets(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in ("key", "hash")}
+
+
+@contextmanager
+def _edited(file: Path) -> Iterator[list[Entry]]:
+    with _told(), edited(file) as entries:
+        yield entries
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with the keys file ends the command."""
+    try:
+        yield
+    except BadKeysFile as error:
+        typer.echo(f"infuse keys: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show(key: str) -> None:
+    """Only the key goes to the standard output, for scripts to take it."""
+    typer.echo(key)
+    typer.echo(_SEEN_ONCE, err=True)
