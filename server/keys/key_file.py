@@ -87,8 +87,9 @@ def read_keys(path: Path) -> list[Key]:
 
 def load_keys(path: Path) -> list[Key]:
     """Read the keys file, in which all keys may have been revoked. Raises BadKeysFile."""
-    keys = _parse(path, _read(path))
-    if path.stat().st_mode & stat.S_IROTH:
+    content, mode = _read(path)
+    keys = _parse(path, content)
+    if mode & stat.S_IROTH:
         log.warning("The keys file %s can be read by every user of this machine.", path)
     plain = sorted({key.name for key in keys if key.key is not None})
     if plain:
@@ -104,14 +105,16 @@ def load_keys(path: Path) -> list[Key]:
 
 def read_entries(path: Path) -> list[Entry]:
     """The keys as the file has them. Raises BadKeysFile."""
-    content = _read(path)
+    content, _ = _read(path)
     _parse(path, content)
     return list(json.loads(content))
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, int]:
+    """The file's content and its mode."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mode
     except OSError as error:
         raise BadKeysFile(f"the keys file {path} cannot be read: {error.strerror}") from None
 
