@@ -142,7 +142,7 @@ def _load_services(settings: Settings) -> Services:
             settings.source_timeout,
         ),
         streams=Streams(),
-        uploads=UploadBudget(settings.uploads_bytes),
+        uploads=UploadBudget(settings.uploads_bytes, settings.tenants_uploads_bytes),
         metrics=Metrics(engine.stats, registry.stats),
         model_name=name,
         preparing=FairTurns(2 * each, each),

@@ -173,7 +173,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="What all uploads in progress may take together, packed and unpacked; more are "
-        "answered 503. Default: four times --max-upload-bytes.",
+        "answered 503. Those of one key leave room for one more. Default: four times "
+        "--max-upload-bytes.",
         examples=[2147483648],
     )
     max_body_bytes: int = Field(
@@ -288,10 +289,20 @@ class Settings(BaseSettings):
         """Bytes that all uploads in progress may take together."""
         return self.max_uploads_bytes or 4 * (self.max_upload_bytes + MEBIBYTE)
 
+    @property
+    def tenants_uploads_bytes(self) -> int:
+        """Bytes that the uploads of one key may take together: where there is room for more than
+        one upload, one more finds room beside them."""
+        return max(self._one_upload, self.uploads_bytes - self._one_upload)
+
+    @property
+    def _one_upload(self) -> int:
+        """Bytes that an upload takes, packed and unpacked. A form takes some room around them."""
+        return 2 * self.max_upload_bytes + MEBIBYTE
+
     @model_validator(mode="after")
     def _holds_one_upload(self) -> Self:
-        # A form takes some room around its files.
-        needed = 2 * self.max_upload_bytes + MEBIBYTE
+        needed = self._one_upload
         if self.uploads_bytes < needed:
             raise ValueError(
                 f"max-uploads-bytes {self.uploads_bytes} is less than one upload of "

@@ -9,6 +9,7 @@ import stat
 import tarfile
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -97,19 +98,27 @@ class UploadBudget:
     it has sent.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, of_tenant: int) -> None:
+        """`of_tenant`: how many of the `total` bytes the uploads of one tenant may take."""
         self._left = total
+        self._of_tenant = of_tenant
+        self._taken: Counter[str] = Counter()
+        """Tenant -> the bytes that its uploads take."""
         self._mutex = threading.Lock()
 
     @contextmanager
-    def share(self) -> Iterator[Take]:
-        """Within: takes bytes for one upload, or raises ApiError 503. All are given back."""
+    def share(self, tenant: str | None = None) -> Iterator[Take]:
+        """Within: takes bytes for one upload, or raises ApiError 503. All are given back. Without a
+        tenant, all bytes may be taken."""
         taken = 0
 
         def take(count: int) -> None:
             nonlocal taken
             with self._mutex:
-                if count > self._left:
+                left = self._left
+                if tenant is not None:
+                    left = min(left, self._of_tenant - self._taken[tenant])
+                if count > left:
                     raise ApiError(
                         503,
                         "Other uploads in progress leave no room for this one; send it again.",
@@ -118,12 +127,16 @@ class UploadBudget:
                     )
                 self._left -= count
                 taken += count
+                if tenant is not None:
+                    self._taken[tenant] += count
 
         try:
             yield take
         finally:
             with self._mutex:
                 self._left += taken
+                if tenant is not None:
+                    self._taken[tenant] -= taken
 
 
 def save_files(config: IO[bytes], weights: IO[bytes], folder: Path, limit: int, take: Take) -> None:

@@ -72,9 +72,9 @@ ChangedName = Annotated[str, Depends(_changed)]
 """The adapter that a path names, which the caller's key may see, or change too."""
 
 
-async def _share(services: ServicesDep) -> AsyncIterator[Take]:
+async def _share(services: ServicesDep, caller: CallerDep) -> AsyncIterator[Take]:
     """One upload's share of the upload budget, until the upload is answered."""
-    with services.uploads.share() as take:
+    with services.uploads.share(caller.name) as take:
         yield take
 
 

@@ -333,6 +333,22 @@ def test_to_see_is_not_to_use_and_to_use_is_not_to_change(house: House) -> None:
     assert "adapters.change" in changed.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("name", [THEIRS, NOBODYS])
+def test_to_change_what_may_not_be_seen_is_to_change_what_is_not_there(
+    house: House, name: str
+) -> None:
+    with house.by("acme admin") as client:
+        answers = [
+            client.put(f"{ADAPTERS}/{name}", files=FORM["files"]),
+            client.patch(f"{ADAPTERS}/{name}", json={}),
+            client.post(f"{ADAPTERS}/{name}/rollback", json={"revision": 1}),
+            client.delete(f"{ADAPTERS}/{name}"),
+        ]
+
+    for each in answers:
+        assert error_of(each, 404)["message"] == f"There is no adapter named '{name}'."
+
+
 def test_a_tenant_adds_adapters_of_its_names_alone(house: House) -> None:
     with house.by("acme admin") as client:
         other = upload(client, "acme-2", house.folders["mlp"])
@@ -452,6 +468,26 @@ def test_merges_are_limited_in_number(limited: Limited, adapter_folders: dict[st
 
     assert first.status_code == 202
     assert error_of(refused, 403)["code"] == "quota_exceeded"
+
+
+def test_uploads_of_one_key_leave_room_for_an_upload_of_another(
+    start_server: Callable[..., tuple[str, Services]],
+    tmp_path: Path,
+    adapter_folders: dict[str, Path],
+) -> None:
+    keys = {"limited": KEYS["ops"], "ops": KEYS["ops"]}
+    url, services = start_server(keys_file=write_keys(tmp_path / "keys.json", keys))
+    uploads, most = services.uploads, services.settings.tenants_uploads_bytes
+    with httpx.Client(base_url=url) as client:
+        limited, other = as_key(client, "limited"), as_key(client, "ops")
+        with uploads.share("limited") as first, uploads.share("limited") as second:
+            first(most - 1000)
+            second(1000)
+            refused = upload(limited, "a", adapter_folders["mlp"])
+            assert upload(other, "b", adapter_folders["mlp"]).status_code == 201
+        assert upload(limited, "a", adapter_folders["mlp"]).status_code == 201
+
+    assert error_of(refused, 503)["code"] == "too_many_uploads"
 
 
 def test_requests_a_minute_are_limited_and_the_refused_are_told_when(limited: Limited) -> None:

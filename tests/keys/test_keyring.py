@@ -265,19 +265,16 @@ def test_a_file_of_the_same_length_and_time_is_seen_to_be_another(path: Path) ->
     assert found(keyring, old, new) == [None, "app"]
 
 
+Ask = Callable[[str, str], httpx.Response]
+
+
 @pytest.fixture
-def served(
-    path: Path, start_server: Callable[..., tuple[str, Services]]
-) -> Iterator[Callable[[str], int]]:
-    """What a running server with the file answers a key."""
-    infuse("create", "ops", path=path)
+def ask(path: Path, start_server: Callable[..., tuple[str, Services]]) -> Iterator[Ask]:
+    """Ask a running server with the file for a path, with a key."""
+    infuse("create", "first", path=path)
     url, _ = start_server(keys_file=path)
     with httpx.Client(base_url=url) as client:
-        yield (
-            lambda key: (
-                client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
-            )
-        )
+        yield lambda at, key: client.get(at, headers={"Authorization": f"Bearer {key}"})
 
 
 def infuse(*words: str, path: Path) -> str:
@@ -286,9 +283,10 @@ def infuse(*words: str, path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_a_running_server_follows_what_the_command_line_does(
-    served: Callable[[str], int], path: Path
-) -> None:
+def test_a_running_server_follows_what_the_command_line_does(ask: Ask, path: Path) -> None:
+    def served(key: str) -> int:
+        return ask("/v1/models", key).status_code
+
     first = infuse("create", "app", path=path)
     assert eventually(lambda: served(first) == 200)
 
@@ -299,3 +297,15 @@ def test_a_running_server_follows_what_the_command_line_does(
     infuse("revoke", "app", path=path)
     assert eventually(lambda: served(second) == 401)
     assert served(first) == 401
+
+
+def test_the_metrics_of_a_running_server_say_that_the_file_is_broken(ask: Ask, path: Path) -> None:
+    key = infuse("create", "prometheus", "--role", "metrics", path=path)
+    good = path.read_text()
+    assert eventually(lambda: "infuse_keys_file_broken 0.0" in ask("/metrics", key).text)
+
+    path.write_text(good[:-9])
+    assert eventually(lambda: "infuse_keys_file_broken 1.0" in ask("/metrics", key).text)
+
+    path.write_text(good)
+    assert eventually(lambda: "infuse_keys_file_broken 0.0" in ask("/metrics", key).text)
