@@ -109,7 +109,7 @@ run_with_volumes() {
         --env "INFUSE_URL=http://127.0.0.1:$port" --env "INFUSE_API_KEY=${key-}" "$name" -- "$@"
 }
 
-runs() { kill -0 "$started" 2> /dev/null; }
+runs() { kill -0 -- "-$started" 2> /dev/null; }
 inside() { run_with_volumes "$@"; }
 log() { cat "$work/log"; }
 
