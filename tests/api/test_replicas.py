@@ -232,6 +232,7 @@ def flags(place: Place, model_folder: Path) -> list[str]:
     return [*flags, "--replica-lease=5"]
 
 
+TEN_MINUTES = pytest.mark.timeout(600)
 LONG = pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])
 
 
@@ -248,12 +249,11 @@ def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged
         hold(servers, adapter_folders, rounds, kills)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("place", "count", "rounds", "kills"),
     [
-        ("on disk", 2, 6, 1),
-        pytest.param("in a bucket", 2, 6, 1, marks=pytest.mark.full),
+        pytest.param("on disk", 2, 6, 1, marks=TEN_MINUTES),
+        pytest.param("in a bucket", 2, 6, 1, marks=[TEN_MINUTES, pytest.mark.full]),
         pytest.param("on disk", SERVERS, *LONG.values, marks=LONG.marks),
     ],
     indirect=["place"],
