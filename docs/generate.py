@@ -23,7 +23,7 @@ from adapters.registry import RegistryStats
 from server.cli import app
 from server.engine import EngineStats
 from server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
-from server.metrics import Metrics
+from server.metrics import Metrics, build_info
 from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 
@@ -251,8 +251,10 @@ def metrics_page() -> str:
 _LABELS = """\
 `adapter` is the adapter's name, or the base's; `mixture` for several at once. The first hundred
 names that requests use have series of their own, all further ones are `other`. `outcome` is `stop`,
-`length`, `cancelled`, `constraint` or `error`. The repository's folder `docker/grafana/` has a
-dashboard of these."""
+`length`, `cancelled`, `constraint` or `error`. `route` is a path of the API as its OpenAPI document
+writes it, or `other`. `promtool check metrics` accepts all but the names that begin with `vllm:`,
+which inference gateways have set. The repository's folder `docker/grafana/` has a dashboard of
+these."""
 
 
 def _families() -> Iterator[Metric]:
@@ -260,9 +262,13 @@ def _families() -> Iterator[Metric]:
     required = [field.name for field in fields(EngineStats) if field.default is MISSING]
     engine = EngineStats(**dict.fromkeys(required, 1))
     registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
-    metrics = Metrics(lambda: engine, lambda: registry)
+    metrics = Metrics(lambda: engine, lambda: registry, build_info("native"))
     request = metrics.request_started("base")
+    request.started(0.0)
     request.token(1)
+    metrics.http.requests.labels("GET", "/v1/models", "200").inc()
+    metrics.http.seconds.labels("/v1/models").observe(0)
+    metrics.http.refused_connections.labels("request_timeout").inc()
     request.finished("stop", 1, 2)
     for family in text_string_to_metric_families(metrics.expose().decode()):
         if not family.name.endswith("_created"):

@@ -30,6 +30,7 @@ from adapters.storage.shared_bucket import SharedBucketStorage
 from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
+from server.access import Observe, Routes
 from server.api import adapters, chat, completions, health, merges, models, rank
 from server.auth import Authorize
 from server.engine.fair_turns import FairTurns
@@ -40,7 +41,7 @@ from server.errors import AnswerAll, ApiError, error_response, install_error_han
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.keys.keyring import Keyring
-from server.metrics import Metrics
+from server.metrics import Metrics, build_info
 from server.openapi import Application
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -100,6 +101,8 @@ def create_app(settings: Settings) -> FastAPI:
     most_at_once = max(1, settings.max_connections // 2)
     app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
+    routes = Routes(app.openapi()["paths"])
+    app.add_middleware(Observe, metrics=services.metrics.http, routes=routes)
     return app
 
 
@@ -143,7 +146,7 @@ def _load_services(settings: Settings) -> Services:
         ),
         streams=Streams(),
         uploads=UploadBudget(settings.uploads_bytes, settings.tenants_uploads_bytes),
-        metrics=Metrics(engine.stats, registry.stats),
+        metrics=Metrics(engine.stats, registry.stats, build_info(settings.engine)),
         model_name=name,
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),

@@ -19,6 +19,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp
 
 from server.errors import ApiError, error_body
+from server.metrics import HttpMetrics
 from server.services import Services
 from server.settings import Settings
 
@@ -58,6 +59,7 @@ class Connection(asyncio.Protocol):
     """
 
     limits: Limits
+    metrics: HttpMetrics
     transport: asyncio.Transport
     connections: set["Connection"]
     cycle: Any
@@ -141,6 +143,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: ApiError, answered: bool = True) -> None:
         """Close, and say why, unless another answer is under way."""
         if answered and self.is_idle:
+            self.metrics.refused_connections.labels(error.code).inc()
             body = error_body(error).encode()
             head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
             head += [f"{name}: {value}" for name, value in error.headers.items()]
@@ -164,8 +167,12 @@ class Server(uvicorn.Server):
         )
         config.load()
         limits = Limits(settings.max_connections, settings.receive_timeout, settings.send_timeout)
+        services: Services = state.services
+        self._metrics = services.metrics.http
+        self._metrics.most_connections.set(limits.connections)
         bases = (Connection, config.http_protocol_class)
-        config.http_protocol_class = type("Connection", bases, {"limits": limits})
+        attributes = {"limits": limits, "metrics": self._metrics}
+        config.http_protocol_class = type("Connection", bases, attributes)
         super().__init__(config)
         self._state = state
         self._drain_timeout = settings.drain_timeout
@@ -180,6 +187,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
             now = time.monotonic()
+            self._metrics.connections.set(len(self._connections))
             for connection in self._connections:
                 connection.check(now)
         return await super().on_tick(counter)

@@ -1,9 +1,19 @@
 """The server's metrics, as Prometheus reads them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -14,16 +24,32 @@ _MAX_ADAPTER_LABELS = 100
 """How many adapters have series of their own: the first that requests name. The others are counted
 as "other"."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_LONG_SECONDS = (*_SECONDS, 120.0, 300.0)
+
+
+def build_info(engine: str) -> dict[str, str]:
+    """The labels of `infuse_build_info`; `engine` is the setting."""
+    return {"version": version("infuse-server"), "engine": engine, "torch": version("torch")}
 
 
 class Metrics:
     """Counters and histograms of requests; gauges are read from their owners at each scrape."""
 
     def __init__(
-        self, engine: Callable[[], EngineStats], registry: Callable[[], RegistryStats]
+        self,
+        engine: Callable[[], EngineStats],
+        registry: Callable[[], RegistryStats],
+        build: Mapping[str, str],
     ) -> None:
+        """`build`: see `build_info`."""
         self._collectors = CollectorRegistry()
         self._collectors.register(_Gauges(engine, registry))
+        ProcessCollector(registry=self._collectors)
+        PlatformCollector(registry=self._collectors)
+        Info("infuse_build", "What this server is made of.", registry=self._collectors).info(
+            dict(build)
+        )
+        self.http = HttpMetrics(self._collectors)
         labels = ("adapter",)
         self.requests = Counter(
             "infuse_requests",
@@ -43,6 +69,12 @@ class Metrics:
             labels,
             registry=self._collectors,
         )
+        self.queue = Histogram(
+            "infuse_queue_seconds",
+            "Time from a request's submission until it first runs; on vLLM, until vLLM gets it.",
+            buckets=_SECONDS,
+            registry=self._collectors,
+        )
         self.first_token = Histogram(
             "infuse_time_to_first_token_seconds",
             "Time from a request's submission to its first token.",
@@ -58,7 +90,7 @@ class Metrics:
         self.duration = Histogram(
             "infuse_request_seconds",
             "Time from a request's submission to its end.",
-            buckets=(*_SECONDS, 120.0, 300.0),
+            buckets=_LONG_SECONDS,
             registry=self._collectors,
         )
         self.keys_file_broken = Gauge(
@@ -86,6 +118,42 @@ class Metrics:
         return generate_latest(self._collectors)
 
 
+class HttpMetrics:
+    """Counts and times of HTTP requests and connections."""
+
+    def __init__(self, collectors: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "infuse_http_requests",
+            "Answered HTTP requests, by method, route and status.",
+            ("method", "route", "status"),
+            registry=collectors,
+        )
+        self.seconds = Histogram(
+            "infuse_http_request_seconds",
+            "Time from an HTTP request's head to the end of its answer.",
+            ("route",),
+            buckets=_LONG_SECONDS,
+            registry=collectors,
+        )
+        self.in_flight = Gauge(
+            "infuse_http_requests_in_flight",
+            "HTTP requests that are not answered yet.",
+            registry=collectors,
+        )
+        self.connections = Gauge(
+            "infuse_http_connections", "Open connections.", registry=collectors
+        )
+        self.most_connections = Gauge(
+            "infuse_http_connections_limit", "The most open connections.", registry=collectors
+        )
+        self.refused_connections = Counter(
+            "infuse_http_connections_refused",
+            "Connections that were closed with an error before a route was asked, by its code.",
+            ("code",),
+            registry=collectors,
+        )
+
+
 class RequestMetrics:
     """Measures the times of one request."""
 
@@ -95,6 +163,10 @@ class RequestMetrics:
         self._started = time.perf_counter()
         self._first: float | None = None
         self._last = self._started
+
+    def started(self, at: float) -> None:
+        """Note when the request first ran, by `time.perf_counter`."""
+        self._metrics.queue.observe(max(0.0, at - self._started))
 
     def token(self, count: int) -> None:
         """Note that `count` tokens have come now."""
@@ -127,12 +199,19 @@ class _Gauges(Collector):
         engine, registry = self._engine(), self._registry()
         gauges = {
             "infuse_compiled": ("1 if the model is compiled.", int(engine.compiled)),
+            "infuse_engine_alive": (
+                "0 if the model thread has ended; only a restart helps.",
+                int(engine.alive),
+            ),
+            "infuse_engine_ready": ("1 if new requests are taken.", int(engine.ready)),
             "infuse_requests_running": ("Sequences in the running batch.", engine.running),
+            "infuse_requests_running_limit": ("Rows of the batch.", engine.most_running),
             "infuse_requests_waiting": ("Requests in the queue.", engine.waiting),
             "infuse_tokens_waiting": (
                 "Prompt tokens of the requests in the queue, and up to 64 answer tokens of each.",
                 engine.waiting_tokens,
             ),
+            "infuse_requests_waiting_limit": ("The queue capacity.", engine.most_waiting),
             "infuse_kv_tokens_used": (
                 "KV cache tokens reserved for running sequences.",
                 engine.kv_tokens_used,
@@ -141,13 +220,14 @@ class _Gauges(Collector):
                 "KV cache tokens kept for later requests.",
                 engine.kv_tokens_cached,
             ),
-            "infuse_kv_tokens_total": ("Size of the KV cache in tokens.", engine.kv_tokens_total),
+            "infuse_kv_tokens_limit": ("Size of the KV cache in tokens.", engine.kv_tokens_total),
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),
             "infuse_adapters_damaged": (
                 "Revisions whose stored files were found damaged; they are not served.",
                 registry.damaged,
             ),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
+            "infuse_adapters_resident_limit": ("Slots of the bank.", registry.capacity),
             "infuse_adapters_pinned": ("Adapters that running sequences use.", registry.pinned),
             "infuse_adapter_leases": ("Leases that requests hold on adapters.", registry.leases),
         }

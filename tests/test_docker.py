@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from adapters.registry import RegistryStats
 from server.engine import EngineStats
 from server.keys.key_file import read_keys
-from server.metrics import Metrics
+from server.metrics import Metrics, build_info
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +66,9 @@ def metric_names() -> set[str]:
     required = [field.name for field in fields(EngineStats) if field.default is MISSING]
     engine = EngineStats(**dict.fromkeys(required, 1))
     registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
-    metrics = Metrics(lambda: engine, lambda: registry)
+    metrics = Metrics(lambda: engine, lambda: registry, build_info("native"))
     request = metrics.request_started("sentiment")
+    request.started(0.0)
     request.token(1)
     request.token(1)
     request.finished("stop", 1, 2)

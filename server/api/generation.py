@@ -95,6 +95,8 @@ class Generation:
             self.close()
             return
         running = self._running[output.request_id]
+        if output.started is not None:
+            running.metrics.started(output.started)
         if output.token_ids:
             running.take(len(output.token_ids))
             self._completion_tokens += len(output.token_ids)

@@ -143,6 +143,8 @@ class Output:
 
     request_id: str
     token_ids: tuple[int, ...] = ()
+    started: float | None = field(default=None, compare=False)
+    """On the first output: when the request first ran, by `time.perf_counter`."""
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

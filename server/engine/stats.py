@@ -13,10 +13,14 @@ class EngineStats:
     """Whether new requests are taken: the engine has started and is not shutting down."""
     running: int
     """Sequences in the running batch."""
+    most_running: int = 0
+    """Rows of the batch."""
     running_adapters: frozenset[str] = frozenset()
     """The adapters of the running batch, as requests name them."""
     waiting: int = 0
     """Requests in the queue."""
+    most_waiting: int = 0
+    """The queue capacity."""
     waiting_adapters: frozenset[str] = frozenset()
     """The adapters of the requests in the queue, as these name them."""
     waiting_tokens: int = 0

@@ -1,18 +1,24 @@
 """The metrics of a real server's requests, as Prometheus scrapes them."""
 
+import json
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import Metrics
+from server.metrics import Metrics, build_info
 from server.services import Services
 from server.settings import Settings
 from tests.api.conftest import run_server
 from tests.api.oracle import upload
 from tests.api.test_adapters import ADAPTERS, PROMPT, complete
+from tests.api.test_gateway_metrics import StartServer
 from tests.api.test_streaming import COMPLETIONS, eventually
 
 IN_USE = (
@@ -92,7 +98,7 @@ def test_every_metric_has_a_name_of_ours_or_one_that_gateways_read_and_a_help_te
         "infuse_kv_tokens_cached",
         "infuse_prefix_cache_query_tokens",
         "infuse_prefix_cache_hit_tokens",
-        "infuse_kv_tokens_total",
+        "infuse_kv_tokens_limit",
         "infuse_adapters_registered",
         "infuse_adapters_resident",
         "infuse_adapters_pinned",
@@ -103,9 +109,23 @@ def test_every_metric_has_a_name_of_ours_or_one_that_gateways_read_and_a_help_te
         "infuse_steps",
         "infuse_drafted_tokens",
         "infuse_accepted_tokens",
+        "infuse_queue_seconds",
+        "infuse_http_requests",
+        "infuse_http_request_seconds",
+        "infuse_http_requests_in_flight",
+        "infuse_http_connections",
+        "infuse_http_connections_limit",
+        "infuse_engine_alive",
+        "infuse_engine_ready",
+        "infuse_requests_running_limit",
+        "infuse_requests_waiting_limit",
+        "infuse_adapters_resident_limit",
+        "infuse_build_info",
     }
     others = {family.name for family in families if not family.name.startswith("infuse_")}
-    assert others == {
+    of_python = {each for each in others if each.startswith(("process_", "python_"))}
+    assert of_python >= {"process_resident_memory_bytes", "process_open_fds", "python_info"}
+    assert others - of_python == {
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",
         "vllm:kv_cache_usage_perc",
@@ -127,7 +147,7 @@ def test_a_request_is_counted_under_its_adapter(
     assert changes[series("infuse_requests_total", adapter=label, outcome="length")] == 1
     assert changes[series("infuse_prompt_tokens_total", adapter=label)] == len(PROMPT["prompt"])
     assert changes[series("infuse_generated_tokens_total", adapter=label)] == 8
-    for clock in ("time_to_first_token", "time_per_output_token", "request"):
+    for clock in ("queue", "time_to_first_token", "time_per_output_token", "request"):
         assert changes[series(f"infuse_{clock}_seconds_count")] == 1
         assert 0 < changes[series(f"infuse_{clock}_seconds_sum")] < 60
     assert changes[series("infuse_steps_total")] >= 8
@@ -158,6 +178,8 @@ def test_a_client_that_leaves_is_counted_as_cancelled(client: httpx.Client) -> N
 @pytest.mark.parametrize("model", ["nobody", "mlp@99", "x" * 900, 'a"} 1\n', "other"])
 def test_an_unknown_model_makes_no_series(client: httpx.Client, model: str) -> None:
     complete(client, "mlp")
+    assert complete(client, "missing").status_code == 404
+    scrape(client)
     before = scrape(client)
 
     assert complete(client, model).status_code == 404
@@ -183,7 +205,7 @@ def test_the_gauges_say_what_runs_and_what_is_there(
     assert during["requests_waiting"] + 4 <= during["adapter_leases"] <= 40
     assert during["kv_tokens_used"] >= 4 * len(PROMPT["prompt"])
     assert not any(idle[series(f"infuse_{name}")] for name in IN_USE)
-    assert idle[series("infuse_kv_tokens_total")] > 0
+    assert idle[series("infuse_kv_tokens_limit")] > 0
     stats = alone[1].engine.stats()
     for part in ("weights", "kv_cache", "bank"):
         expected = getattr(stats, f"{part}_bytes")
@@ -221,7 +243,7 @@ def test_a_swap_is_counted_when_an_adapter_takes_a_slot(client: httpx.Client) ->
 
 def test_however_many_adapters_come_their_series_are_few(alone: tuple[str, Services]) -> None:
     services = alone[1]
-    metrics = Metrics(services.engine.stats, services.registry.stats)
+    metrics = Metrics(services.engine.stats, services.registry.stats, build_info("native"))
 
     for number in range(1000):
         metrics.request_started(f"a{number}").finished("stop", 1, 1)
@@ -246,3 +268,102 @@ def test_what_the_prefix_cache_spares_is_counted_and_reported(client: httpx.Clie
     assert changes[series("infuse_prefix_cache_query_tokens_total")] == 3 * len(prompt)
     assert changes[series("infuse_prefix_cache_hit_tokens_total")] == len(prompt) - 1
     assert changes[series("infuse_kv_tokens_cached")] >= len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route", "status"),
+    [
+        ("GET", "/v1/models", "/v1/models", "200"),
+        ("HEAD", "/v1/models", "/v1/models", "200"),
+        ("GET", "/v1/adapters/mlp", "/v1/adapters/{name}", "200"),
+        ("GET", "/v1/adapters/nobody", "/v1/adapters/{name}", "404"),
+        ("GET", "/v1/adapters/owner/name/revisions", "/v1/adapters/{name}/revisions", "404"),
+        ("PUT", "/v1/models", "/v1/models", "405"),
+        ("GET", "/nowhere", "other", "404"),
+        ("PROPFIND", "/v1/models", "/v1/models", "405"),
+    ],
+)
+def test_an_http_request_is_counted_under_its_route_and_status(
+    client: httpx.Client, method: str, path: str, route: str, status: str
+) -> None:
+    before = scrape(client)
+
+    client.request(method, path)
+
+    changes = moved(before, scrape(client))
+    known = "other" if method == "PROPFIND" else method
+    counted = series("infuse_http_requests_total", method=known, route=route, status=status)
+    assert changes[counted] == 1
+    assert changes[series("infuse_http_request_seconds_count", route=route)] == 1
+
+
+def test_a_request_that_is_refused_by_its_key_is_counted_under_its_route(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    keys = [{"name": "prometheus", "key": "reads-the-metrics", "roles": ["metrics"]}]
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    url, _ = start_server(keys_file=tmp_path / "keys.json")
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = "Bearer reads-the-metrics"
+        refused = series(
+            "infuse_http_requests_total", method="GET", route="/v1/models", status="401"
+        )
+        assert scrape(client)[refused] == 1
+
+
+def test_open_connections_and_refused_ones_are_counted(client: httpx.Client) -> None:
+    refused = series("infuse_http_connections_refused_total", code="invalid_request")
+    before = scrape(client).get(refused, 0.0)
+    host, port = client.base_url.host, client.base_url.port
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(b"no request at all\r\n\r\n")
+        assert connection.recv(99).startswith(b"HTTP/1.1 400")
+
+    assert scrape(client)[refused] == before + 1
+    assert eventually(lambda: scrape(client)[series("infuse_http_connections")] >= 1)
+    assert scrape(client)[series("infuse_http_connections_limit")] == 1000
+
+
+def test_the_limits_of_what_fills_up_stand_beside_it(client: httpx.Client) -> None:
+    found = scrape(client)
+
+    limits = ("requests_running", "requests_waiting", "adapters_resident")
+    assert [found[series(f"infuse_{name}_limit")] for name in limits] == [4, 256, 256]
+    assert found[series("infuse_engine_alive")] == found[series("infuse_engine_ready")] == 1
+    assert found[series("infuse_http_requests_in_flight")] == 1, "the scrape itself"
+
+
+def test_a_request_that_waits_for_a_batch_row_counts_as_queue_time(client: httpx.Client) -> None:
+    before = scrape(client)
+
+    client.post(COMPLETIONS, json=PROMPT | {"model": "mlp", "n": 9})
+
+    changes = moved(before, scrape(client))
+    queue, first = (
+        changes[series(f"infuse_{clock}_seconds_sum")] for clock in ("queue", "time_to_first_token")
+    )
+    assert changes[series("infuse_queue_seconds_count")] == 9
+    assert 0 < queue < first
+
+
+def test_the_build_is_named(client: httpx.Client) -> None:
+    labels = {"version": version("infuse-server"), "engine": "native", "torch": version("torch")}
+
+    assert scrape(client)[series("infuse_build_info", **labels)] == 1
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
+)
+def test_promtool_finds_no_fault_in_metrics_of_our_own(client: httpx.Client) -> None:
+    """Gateways set the names that begin with `vllm:`; a colon is not for servers, says promtool."""
+    complete(client, "mlp")
+    lines = client.get("/metrics").text.splitlines()
+    ours = "\n".join(line for line in lines if "vllm:" not in line) + "\n"
+
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=ours, capture_output=True, text=True, check=False
+    )
+
+    assert (checked.returncode, checked.stderr) == (0, "")

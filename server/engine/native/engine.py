@@ -54,6 +54,7 @@ class Engine:
         self._changed = threading.Condition()
         """Guards all attributes below, and wakes threads that wait for one of them to change."""
         self._state = _State.NEW
+        self._config = config
         self._admission = Admission(config.max_rows + config.max_queue)
         self._inbox = Inbox(self._changed, config.max_rows, self.core.chunk_tokens)
         self.expecting = self._inbox.expecting
@@ -108,7 +109,9 @@ class Engine:
             stats,
             alive=self._state is not _State.DEAD,
             ready=self._state is _State.RUNNING,
+            most_running=self._config.max_rows,
             waiting=waiting,
+            most_waiting=self._config.max_queue,
             waiting_adapters=stats.waiting_adapters | self._inbox.adapters,
             waiting_tokens=stats.waiting_tokens + self._inbox.tokens,
         )

@@ -13,7 +13,8 @@ def take(
     """Append a sequence's next tokens until one ends it, and return them as an output."""
     params = sequence.request.params
     scores = None
-    if params.prompt_logprobs is not None and sequence.answer_tokens == 0:
+    is_first = sequence.answer_tokens == 0
+    if params.prompt_logprobs is not None and is_first:
         scores = tuple(sequence.prompt_logprobs)
     taken: list[Sampled] = []
     text, error = "", ""
@@ -37,6 +38,7 @@ def take(
     return Output(
         request_id=sequence.request.id,
         token_ids=tuple(choice.token for choice in taken),
+        started=sequence.started if is_first else None,
         text=text,
         logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None),
         prompt_logprobs=scores,

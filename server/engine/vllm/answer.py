@@ -1,5 +1,6 @@
 """The answer of one request: its place in the queue, and its outputs out of vLLM's tokens."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ class Answer:
         self._tokens = 0
         self._cached = 0
         self._has_begun = False
+        self._started: float | None = None
+        """When it was given to vLLM; None before that, and after the first output has said it."""
 
     @property
     def used_tokens(self) -> int:
@@ -50,12 +53,17 @@ class Answer:
         reserved = min(self.request.params.max_tokens, HEADROOM)
         return self.used_tokens - self._tokens + max(self._tokens, reserved)
 
+    def start(self) -> None:
+        """Note that it is given to vLLM now."""
+        self._started = time.perf_counter()
+
     def take(self, result: Any) -> Output:
         """Return the output for vLLM's next `RequestOutput`. One with a finish reason is the last,
         though vLLM may not have ended the request."""
         params = self.request.params
         [step] = result.outputs
         self._cached = result.num_cached_tokens or 0
+        started, self._started = self._started, None
         taken: list[int] = []
         text, stop, reason = "", None, None
         for token in step.token_ids if params.max_tokens else ():
@@ -72,6 +80,7 @@ class Answer:
         return Output(
             request_id=self.request.id,
             token_ids=tuple(taken),
+            started=started,
             text=text,
             logprobs=_scores(taken, step.logprobs, params.logprobs),
             prompt_logprobs=self._prompt_scores(result.prompt_logprobs),

@@ -135,7 +135,9 @@ class Engine:
             running=running,
             # Copies, as the loop may change both meanwhile.
             running_adapters=_names(self._running.copy()),
+            most_running=self._config.max_rows,
             waiting=max(0, self._admission.admitted - running),
+            most_waiting=self._config.max_queue,
             waiting_adapters=_names(self._waiting.copy()),
             waiting_tokens=least_charge(answer.request for answer in self._waiting.copy().values()),
             kv_tokens_used=0 if is_idle else round(counts.kv_cache_usage * self._kv_tokens),
@@ -203,6 +205,7 @@ class Engine:
             self._overtaking = 0 if answer is first else self._overtaking + 1
             self._queue.start(answer)
             del self._waiting[answer.request.id]
+            answer.start()
             run = self._llm.loop.create_task(self._run(answer, slot))
             run.add_done_callback(partial(self._end, answer))
             self._started[answer.request.id] = run

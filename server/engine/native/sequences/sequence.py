@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
@@ -70,6 +71,8 @@ class Sequence:
         """The adapter's slot while the sequence runs; None while it waits."""
         self.turn: int | None = None
         """The number of the sequence's first start among all starts. None: it has not started."""
+        self.started = 0.0
+        """When the sequence first started, by `time.perf_counter`."""
         self.preempted = False
         """Whether it was ever preempted."""
         self.draws = Draws(request.params.seed)
@@ -133,6 +136,7 @@ class Sequence:
         self.slot = slot
         if self.turn is None:
             self.turn = turn
+            self.started = time.perf_counter()
 
     def preempt(self) -> None:
         """Wait again, without a row: all tokens must be computed again."""
