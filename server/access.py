@@ -1,14 +1,29 @@
-"""Follows each HTTP request: its place in the metrics."""
+"""Follows each HTTP request: its id, its line in the log, its place in the metrics."""
 
+import logging
 import re
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import request_id
 from server.metrics import HttpMetrics
 
+log = logging.getLogger(__name__)
+
+Fields = Callable[[], Mapping[str, object]]
+_QUIET = ("/metrics", "/health/live", "/health/ready")
+"""Scrapes and probes come every few seconds, so only those that fail are logged."""
+_MOST_PATH = 200
+"""How many characters of a path are logged."""
+_CALLER = "infuse.caller"
+"""Where `Authorize` leaves whose key the request came with."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
 """The label of a path that is no route's, and of a method that HTTP does not have."""
@@ -39,10 +54,23 @@ class _Request:
     started: float
     status: int = 500
     """The answer's. Until it begins: that of a request that raises."""
+    fields: Fields = dict
+    """What its line in the log says besides, as it is in the end."""
+
+
+_current: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+def describe(fields: Fields) -> None:
+    """Have the log's line of the current request say more: `fields` is called at its end."""
+    current = _current.get()
+    if current is not None:
+        current.fields = fields
 
 
 class Observe:
-    """ASGI middleware that counts each request. It must be the outermost, to see every answer."""
+    """ASGI middleware that counts and logs each request, and sends back its id. It must be the
+    outermost, to see every answer."""
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics, routes: Routes) -> None:
         self._app = app
@@ -54,11 +82,17 @@ class Observe:
             await self._app(scope, receive, send)
             return
         request = _Request(started=time.perf_counter())
+        id_ = request_id.id_of(Headers(scope=scope))
+        # A request has a task of its own, which ends with it.
+        request_id.current.set(id_)
+        _current.set(request)
+        header = (request_id.HEADER.lower().encode(), id_.encode())
 
         def noting(message: Message) -> Awaitable[None]:
             """Not a coroutine: it is called for every token of a stream."""
             if message["type"] == "http.response.start":
                 request.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
             return send(message)
 
         with self._metrics.in_flight.track_inprogress():
@@ -73,3 +107,23 @@ class Observe:
         seconds = time.perf_counter() - request.started
         self._metrics.requests.labels(method, route, str(request.status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
+        if request.status >= 400 or scope["path"] not in _QUIET:
+            level = logging.WARNING if request.status >= 500 else logging.INFO
+            fields = _line(scope, route, request, seconds)
+            log.log(level, "request", extra={k: v for k, v in fields.items() if v is not None})
+
+
+def _line(scope: Scope, route: str, request: _Request, seconds: float) -> dict[str, Any]:
+    caller = scope.get(_CALLER)
+    client = scope.get("client")
+    return {
+        "method": scope["method"],
+        # Without the query. Quoted again: no path can write a line of its own.
+        "path": quote(scope["path"])[:_MOST_PATH],
+        "route": route,
+        "status": request.status,
+        "seconds": round(seconds, 4),
+        "client": None if client is None else client[0],
+        "key": getattr(caller, "name", caller),
+        **request.fields(),
+    }

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from adapters.errors import AdapterError
-from server import openmp
+from server import logs, openmp
 from server.client import AdminClient, ClientError
 from server.keys.commands import keys_app
 from server.on_ray.settings import DeploySettings
@@ -119,6 +119,7 @@ def serve(context: typer.Context) -> None:
     from server.keys.key_file import BadKeysFile
     from server.listener import Server, freeze_heap
 
+    logs.take_over()
     try:
         application = create_app(settings)
     except (BadKeysFile, EngineError, AdapterError, OSError) as error:
@@ -183,9 +184,7 @@ def _settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
             said = each["msg"].removeprefix("Value error, ")
             typer.echo(f"infuse {command}: {where or 'settings'}: {said}", err=True)
         raise typer.Exit(2) from None
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_level, settings.log_format)
     return settings
 
 

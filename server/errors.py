@@ -47,6 +47,7 @@ from adapters.errors import (
     UnknownMerge,
     UnknownRevision,
 )
+from server import request_id
 from server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,
@@ -372,4 +373,6 @@ def _bare_scope(request: Request, method: str) -> Scope:
 async def _unforeseen(request: Request, error: Exception) -> Response:
     log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
     body = json.loads(error_body(ApiError(500, "The server failed; its log says why.")))
-    return JSONResponse(body, 500)
+    # Starlette sends this outside of all middleware.
+    id_ = request_id.current.get()
+    return JSONResponse(body, 500, headers=None if id_ is None else {request_id.HEADER: id_})

@@ -160,7 +160,10 @@ class Server(uvicorn.Server):
         """`state`: the application's, which has its services."""
         config = uvicorn.Config(
             app,
+            # What logs is set up once for all; `Observe` logs requests.
+            log_config=None,
             log_level=settings.log_level,
+            access_log=False,
             backlog=_BACKLOG,
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,

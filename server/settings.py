@@ -229,6 +229,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="How much to log.", examples=["info"]
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How each line of the log is written.", examples=["json"]
+    )
     pack_linears: bool = Field(True, description="Pack linear layers on the CPU.", examples=[True])
     speculation: bool = Field(
         False,

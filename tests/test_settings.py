@@ -48,6 +48,7 @@ VALUES = {
     "allow_anonymous": "true",
     "drain_timeout": "1.5",
     "log_level": "debug",
+    "log_format": "json",
     "pack_linears": "false",
     "speculation": "true",
     "compile": "true",

@@ -1,9 +1,11 @@
 """Runs one order in the engine: takes its outputs, counts its usage, and ends it for certain."""
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from server import access
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
@@ -55,6 +57,11 @@ class Generation:
         self._prompt_tokens = order.prompt_tokens
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
+        self._submitted = time.perf_counter()
+        self._first_started: float | None = None
+        self._first_token: float | None = None
+        self._reasons: set[str] = set()
+        """Why choices have ended."""
         self._is_unread = False
         """Whether it was cancelled because nobody reads it."""
         self._stream = Stream(self._numbers)
@@ -75,6 +82,7 @@ class Generation:
             request.id: _Running(request, caller, services.metrics.request_started(label))
             for request in order.requests
         }
+        access.describe(self._described)
 
     def __enter__(self) -> Self:
         return self
@@ -97,12 +105,15 @@ class Generation:
         running = self._running[output.request_id]
         if output.started is not None:
             running.metrics.started(output.started)
+            self._first_started = self._first_started or output.started
         if output.token_ids:
+            self._first_token = self._first_token or time.perf_counter()
             running.take(len(output.token_ids))
             self._completion_tokens += len(output.token_ids)
         self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:
             running.end(output.finish_reason)
+            self._reasons.add(output.finish_reason.value)
             if self._numbers[output.request_id] % self.order.choices == 0:
                 self._cached_tokens += output.cached_tokens
             del self._running[output.request_id]
@@ -127,6 +138,21 @@ class Generation:
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
+
+    def _described(self) -> Mapping[str, object]:
+        """What the log says of it: times are of the choice that ran first."""
+        return {
+            "answer": self.order.id,
+            "adapter": self.order.adapter,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "queue_seconds": self._seconds_until(self._first_started),
+            "first_token_seconds": self._seconds_until(self._first_token),
+            "finish": ",".join(sorted(self._reasons)),
+        }
+
+    def _seconds_until(self, at: float | None) -> float | None:
+        return None if at is None else round(at - self._submitted, 4)
 
     @property
     def ended(self) -> bool:
@@ -157,4 +183,5 @@ class Generation:
         for request_id, running in self._running.items():
             self._engine.cancel(request_id)
             running.end(FinishReason.CANCELLED)
+            self._reasons.add(FinishReason.CANCELLED.value)
         self._running.clear()
