@@ -253,8 +253,8 @@ _LABELS = """\
 names that requests use have series of their own, all further ones are `other`. `outcome` is `stop`,
 `length`, `cancelled`, `constraint` or `error`. `route` is a path of the API as its OpenAPI document
 writes it, or `other`. `promtool check metrics` accepts all but the names that begin with `vllm:`,
-which inference gateways have set. The repository's folder `docker/grafana/` has a dashboard of
-these."""
+which inference gateways have set. The repository's folder `deploy/monitoring/` has a dashboard of
+these, and [alerts](../guide/alerts.md)."""
 
 
 def _families() -> Iterator[Metric]:

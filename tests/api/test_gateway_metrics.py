@@ -162,10 +162,10 @@ def test_a_real_prometheus_scrapes_the_server_with_its_key_and_knows_every_name(
         }
 
     with prometheus(tmp_path, url, "reads-the-metrics") as api:
-        assert eventually(lambda: _found(api, "up == 1") != [])
+        assert eventually(lambda: found(api, "up == 1") != [])
         stored = set(api.get("/api/v1/label/__name__/values").json()["data"])
-        [requests] = _found(api, 'infuse_requests_total{adapter="mlp"}')
-        [adapters] = _found(api, "vllm:lora_requests_info")
+        [requests] = found(api, 'infuse_requests_total{adapter="mlp"}')
+        [adapters] = found(api, "vllm:lora_requests_info")
 
     assert exposed <= stored
     assert requests["value"][1] == "1"
@@ -176,7 +176,7 @@ def _bearer(key: dict[str, Any]) -> dict[str, str]:
     return {"Authorization": f"Bearer {key['key']}"}
 
 
-def _found(api: httpx.Client, query: str) -> list[Any]:
+def found(api: httpx.Client, query: str) -> list[Any]:
     result: list[Any] = api.get("/api/v1/query", params={"query": query}).json()["data"]["result"]
     return result
 

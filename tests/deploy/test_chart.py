@@ -17,6 +17,7 @@ from tests.docs.blocks import GUIDE, blocks
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "infuse"
+ALERTS = (ROOT / "deploy" / "monitoring" / "alerts.yaml").read_text()
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 BUCKET = {"store": {"bucket": "s3://my-bucket/adapters", "credentialsSecret": "bucket"}}
 SHARED_VOLUME = {"store": {"accessMode": "ReadWriteMany", "storageClassName": "nfs"}}
@@ -28,6 +29,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "hpa": BUCKET | {"autoscaling": {"kind": "hpa", "maxReplicas": 9}},
     "keda": BUCKET | {"autoscaling": {"kind": "keda"}},
     "monitored": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "alerts": {"prometheusRule": {"rules": ALERTS, "labels": {"release": "prometheus"}}},
     "anonymous": {"keys": {"anonymous": True}, "serviceMonitor": {"enabled": True}},
     "own-secrets": {"keys": {"secret": "mine"}, "imagePullSecrets": [{"name": "registry"}]},
     "own-claims": {"modelClaim": "llama", "store": {"existingClaim": "adapters"}},
@@ -56,7 +58,7 @@ VALUES |= {
     for block in blocks(page)
     if block.language == "yaml"
 }
-CUSTOM = {"ScaledObject", "ServiceMonitor"}
+CUSTOM = {"PrometheusRule", "ScaledObject", "ServiceMonitor"}
 """Kinds that operators define, not Kubernetes."""
 
 helm = pytest.importorskip("helm_python", reason="needs helm: pip install helm-python-sdk")
@@ -302,6 +304,13 @@ def test_prometheus_reads_the_metrics_with_its_own_key() -> None:
     assert objects["ServiceMonitor"]["metadata"]["labels"]["release"] == "prometheus"
     matched = objects["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
     assert matched.items() <= objects["Service"]["metadata"]["labels"].items()
+
+
+def test_the_rules_of_a_file_are_given_to_prometheus_as_they_are() -> None:
+    rule = render(VALUES["alerts"])["PrometheusRule"]
+
+    assert rule["spec"] == yaml.safe_load(ALERTS)
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
 def test_the_chart_has_the_version_of_the_project() -> None:
