@@ -91,6 +91,8 @@ class _Content:
     kept: int = 0
     """How many adapters with this content an operator has pinned to the device."""
     slot: int | None = None
+    label: str = ""
+    """The latest lease's."""
     retired: bool = False
     """The adapter was deleted or replaced: the last lease that ends frees the slot."""
 
@@ -109,6 +111,20 @@ class ResidencyStats:
     """Bytes that the whole modules of resident adapters take on the device."""
     host_bytes: int
     """Bytes of host memory that vectors take which nothing uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotUse:
+    """A slot of the device, and what uses it now."""
+
+    slot: int
+    label: str
+    """The label of the latest lease on its vectors; "" where an operator pinned them."""
+    pins: int
+    """How many running sequences use it."""
+    leases: int
+    kept: bool
+    """Whether an operator pinned it."""
 
 
 class Residency:
@@ -174,6 +190,7 @@ class Residency:
         with self._mutex:
             content = self._enter(key, digest, vectors)
             content.leases += 1
+            content.label = label
             content.retired = False
             self._leases += 1
             return Lease(self, label, content.vectors, vocabulary)
@@ -260,6 +277,15 @@ class Residency:
                 saved_bytes=self._saved_bytes,
                 host_bytes=self._unused_bytes,
             )
+
+    def slots(self) -> list[SlotUse]:
+        """The slots that are filled, the next one to be evicted first."""
+        with self._mutex:
+            return [
+                SlotUse(slot, content.label, content.pins, content.leases, bool(content.kept))
+                for digest, slot in self._resident.items()
+                for content in [self._contents[digest]]
+            ]
 
     def _enter(self, key: str | None, digest: str, vectors: AdapterVectors) -> _Content:
         """`digest` is the vectors'. Callers compute it before they take the mutex: the model thread

@@ -31,7 +31,7 @@ from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from server.access import Observe, Routes
-from server.api import adapters, chat, completions, health, merges, models, rank
+from server.api import adapters, chat, completions, debug, health, merges, models, rank
 from server.auth import Authorize
 from server.engine.fair_turns import FairTurns
 from server.engine.model_files import cache_dir
@@ -92,7 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     install_error_handlers(app)
-    for module in (completions, chat, rank, models, adapters, merges):
+    for module in (completions, chat, rank, models, adapters, merges, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)

@@ -16,7 +16,8 @@ from server.keys.usage import Usage
 
 _CALLER = "infuse.caller"
 _METRICS = "/metrics"
-_ADMIN = ("/v1/adapters", "/v1/merges")
+_DEBUG = "/debug/batch"
+_ADMIN = ("/v1/adapters", "/v1/merges", _DEBUG)
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 _ANYBODY = Caller()
 
@@ -81,7 +82,7 @@ def _check_role(key: Key, path: str) -> None:
         named = " or ".join(f"'{role}'" for role in roles)
         message = f"The key '{key.name}' lacks the role {named}, which {path} needs."
         raise ApiError(403, message, code="missing_role")
-    if path == _METRICS and key.scope.is_tenants:
+    if path in (_METRICS, _DEBUG) and key.scope.is_tenants:
         message = f"{path} shows the requests of all keys; the scope of '{key.name}' is its own."
         raise ApiError(403, message, code="out_of_scope")
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import (
     CollectorRegistry,
@@ -29,7 +29,12 @@ _LONG_SECONDS = (*_SECONDS, 120.0, 300.0)
 
 def build_info(engine: str) -> dict[str, str]:
     """The labels of `infuse_build_info`; `engine` is the setting."""
-    return {"version": version("infuse-server"), "engine": engine, "torch": version("torch")}
+    try:
+        ours = version("infuse-server")
+    except PackageNotFoundError:
+        # The server runs from a folder that is not installed.
+        ours = "unknown"
+    return {"version": ours, "engine": engine, "torch": version("torch")}
 
 
 class Metrics:

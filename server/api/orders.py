@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters.residency import Lease
 from adapters.vocabulary.vocabulary import Vocabulary
+from server import request_id
 from server.api.model_schemas import ModelBody
 from server.api.schemas import INT64
 from server.caller import Caller
@@ -102,6 +103,7 @@ def place_order(
                 tenant=caller.name or "",
                 priority=body.priority or 0,
                 speculation=speculation,
+                http_id=request_id.current.get() or "",
                 prediction=prompt.prediction,
                 order=order_id,
                 cache_salt=salt,

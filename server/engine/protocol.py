@@ -8,7 +8,7 @@ from typing import Protocol
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from server.engine.constraints.grammars import Grammars
-from server.engine.request import GenerationRequest, Output
+from server.engine.request import GenerationRequest, InFlight, Output
 from server.engine.stats import EngineStats
 
 
@@ -68,6 +68,9 @@ class Engine(Protocol):
         """Wake an idle engine, since adapters may have been pinned or unpinned."""
 
     def stats(self) -> EngineStats: ...
+
+    def in_flight(self) -> list[InFlight]:
+        """Every request that has not ended."""
 
     def stop(self, timeout: float) -> None:
         """Refuse new requests, let the running ones end for up to `timeout` seconds, and cancel the

@@ -1,5 +1,6 @@
 """The engine's requests and outputs: plain values, no tensors, no HTTP."""
 
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -110,6 +111,10 @@ class GenerationRequest:
     adapters of a tenant."""
     priority: int = 0
     """Among a tenant's requests, those with a lower value start earlier."""
+    http_id: str = ""
+    """The id of the HTTP request that it is of, by which the log names it."""
+    submitted: float = field(default_factory=time.perf_counter, compare=False)
+    """When it was made, by `time.perf_counter`."""
     order: str | None = None
     """The API call that the request belongs to. Requests of one call share their common prefix even
     without a prefix cache."""
@@ -125,6 +130,18 @@ class GenerationRequest:
     def adapter(self) -> str:
         """The label of its lease; "" for the base."""
         return "" if self.lease is None else self.lease.label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """How far a request is that has not ended. Times are by `time.perf_counter`."""
+
+    request: GenerationRequest
+    is_running: bool = False
+    answer_tokens: int = 0
+    started: float | None = None
+    """When it first ran. A waiting request that has it was preempted."""
+    first_token: float | None = None
 
 
 def adapter_names(requests: Iterable[GenerationRequest]) -> frozenset[str]:

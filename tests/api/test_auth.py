@@ -32,6 +32,7 @@ GENERATE: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/v1/models/tiny", {}),
 ]
 ADMIN: list[tuple[str, str, dict[str, Any]]] = [
+    ("GET", "/debug/batch", {}),
     ("GET", ADAPTERS, {}),
     ("POST", ADAPTERS, {}),
     ("POST", f"{ADAPTERS}?dry_run=true", {}),

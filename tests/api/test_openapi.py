@@ -42,6 +42,7 @@ STATUSES = {
     ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
     ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
+    ("get", "/debug/batch"): {200, *KEYED},
     ("get", "/metrics"): {200, *KEYED},
 }
 """Of each operation, what it may answer. That every answer of every test is among them is seen by
@@ -170,4 +171,4 @@ def test_the_page_says_where_a_key_goes(page: Json) -> None:
 
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     for _, path, operation in operations(page):
-        assert ("security" in operation) == path.startswith("/v1/"), path
+        assert ("security" in operation) == path.startswith(("/v1/", "/debug/")), path

@@ -20,7 +20,7 @@ from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.stepping import Failed, Lost, Ran, Stepping
 from server.engine.native.taking import take
 from server.engine.protocol import ServedModel
-from server.engine.request import FinishReason, GenerationRequest, Output, adapter_names
+from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, adapter_names
 from server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ _CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 class EngineCore:
     """Batches any number of requests over one model. It is made before any adapter is resident.
 
-    Only one thread may call it, but any may call `stats`. Every request that was added gets one
-    last output, which has a finish reason; its lease is released before `step` returns that.
+    Only one thread may call it, but any may call `stats` and `in_flight`. Every request that was
+    added gets one last output, which has a finish reason; its lease is released before `step`
+    returns that.
 
     Raises UnsupportedModel if the model cannot be run exactly, and DoesNotFit.
     """
@@ -170,6 +171,21 @@ class EngineCore:
     def close(self) -> None:
         """End the sampler's thread, which computes grammar masks. No call may follow."""
         self._sampler.close()
+
+    def in_flight(self) -> list[InFlight]:
+        """Every request that was added and has not ended. Any thread may call this."""
+        # Copies, as the thread that calls `step` changes both.
+        running = set(self._scheduler.running.copy())
+        return [
+            InFlight(
+                request=each.request,
+                is_running=each in running,
+                answer_tokens=each.answer_tokens,
+                started=each.started,
+                first_token=each.first_token,
+            )
+            for each in self._sequences.copy().values()
+        ]
 
     def stats(self) -> EngineStats:
         """What the core knows. `alive`, `ready` and `waiting` are for the engine to say."""

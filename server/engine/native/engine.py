@@ -15,7 +15,7 @@ from server.engine.native.config import EngineConfig
 from server.engine.native.core import EngineCore, release_anyway
 from server.engine.native.inbox import Inbox
 from server.engine.native.model.loading import LoadedModel
-from server.engine.request import FinishReason, GenerationRequest, Output
+from server.engine.request import FinishReason, GenerationRequest, InFlight, Output
 from server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class Engine:
         self, loaded: LoadedModel, ia3: IA3Slots, residency: Residency, config: EngineConfig
     ) -> None:
         self.core = EngineCore(loaded, ia3, residency, config)
-        """Belongs to the thread once that has started. Others only read `stats` and `running`."""
+        """Belongs to the thread once that has started. Others only read `stats`,
+        `in_flight` and `running`."""
         self.model = self.core.model
         self.grammars = Grammars(
             self.model.tokenizer, self.model.vocab_size, self.model.eos_token_ids
@@ -115,6 +116,13 @@ class Engine:
             waiting_adapters=stats.waiting_adapters | self._inbox.adapters,
             waiting_tokens=stats.waiting_tokens + self._inbox.tokens,
         )
+
+    def in_flight(self) -> list[InFlight]:
+        """Every request that has not ended, in order of arrival."""
+        known = {each.request.id: each for each in self.core.in_flight()}
+        with self._changed:
+            requests = list(self._in_flight.values())
+        return [known.get(each.id, InFlight(request=each)) for each in requests]
 
     def stop(self, timeout: float) -> None:
         """Refuse new requests, let the running ones end for up to `timeout` seconds, cancel the

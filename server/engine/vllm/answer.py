@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.fair_queue import HEADROOM
-from server.engine.request import FinishReason, GenerationRequest, Output, TokenLogprob
+from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, TokenLogprob
 
 
 class Answer:
@@ -42,7 +42,7 @@ class Answer:
         self._cached = 0
         self._has_begun = False
         self._started: float | None = None
-        """When it was given to vLLM; None before that, and after the first output has said it."""
+        self._first_token: float | None = None
 
     @property
     def used_tokens(self) -> int:
@@ -57,13 +57,24 @@ class Answer:
         """Note that it is given to vLLM now."""
         self._started = time.perf_counter()
 
+    def in_flight(self) -> InFlight:
+        """How far it is. Any thread may call this."""
+        return InFlight(
+            request=self.request,
+            is_running=self._started is not None,
+            answer_tokens=self._tokens,
+            started=self._started,
+            first_token=self._first_token,
+        )
+
     def take(self, result: Any) -> Output:
         """Return the output for vLLM's next `RequestOutput`. One with a finish reason is the last,
         though vLLM may not have ended the request."""
         params = self.request.params
         [step] = result.outputs
         self._cached = result.num_cached_tokens or 0
-        started, self._started = self._started, None
+        is_first = self._first_token is None
+        self._first_token = self._first_token or time.perf_counter()
         taken: list[int] = []
         text, stop, reason = "", None, None
         for token in step.token_ids if params.max_tokens else ():
@@ -80,7 +91,7 @@ class Answer:
         return Output(
             request_id=self.request.id,
             token_ids=tuple(taken),
-            started=started,
+            started=self._started if is_first else None,
             text=text,
             logprobs=_scores(taken, step.logprobs, params.logprobs),
             prompt_logprobs=self._prompt_scores(result.prompt_logprobs),

@@ -20,7 +20,7 @@ from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
 from server.engine.protocol import ServedModel
-from server.engine.request import FinishReason, GenerationRequest, Output, adapter_names
+from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, adapter_names
 from server.engine.stats import EngineStats
 from server.engine.vllm.answer import Answer
 from server.engine.vllm.config import EngineConfig
@@ -158,6 +158,12 @@ class Engine:
             drafted_tokens=0,
             accepted_tokens=0,
         )
+
+    def in_flight(self) -> list[InFlight]:
+        """Every request that has not ended, those first that vLLM has."""
+        # Copies, as the loop may change both meanwhile.
+        answers = [*self._running.copy().values(), *self._waiting.copy().values()]
+        return [answer.in_flight() for answer in answers]
 
     def stop(self, timeout: float) -> None:
         """Refuse new requests, let the running ones end for up to `timeout` seconds, cancel the

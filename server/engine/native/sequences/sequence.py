@@ -71,8 +71,10 @@ class Sequence:
         """The adapter's slot while the sequence runs; None while it waits."""
         self.turn: int | None = None
         """The number of the sequence's first start among all starts. None: it has not started."""
-        self.started = 0.0
+        self.started: float | None = None
         """When the sequence first started, by `time.perf_counter`."""
+        self.first_token: float | None = None
+        """When the first token of the answer was appended."""
         self.preempted = False
         """Whether it was ever preempted."""
         self.draws = Draws(request.params.seed)
@@ -151,6 +153,8 @@ class Sequence:
     def append(self, token: int) -> None:
         """Append the answer's next token."""
         self.tokens.append(token)
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
 
     def score_prompt(self, scores: abc.Sequence[TokenLogprob | None]) -> None:
         """Append the scores of the prompt's next tokens that had none."""
