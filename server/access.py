@@ -124,6 +124,6 @@ def _line(scope: Scope, route: str, request: _Request, seconds: float) -> dict[s
         "status": request.status,
         "seconds": round(seconds, 4),
         "client": None if client is None else client[0],
-        "key": getattr(caller, "name", caller),
+        "key": None if caller is None else caller.name,
         **request.fields(),
     }

@@ -171,7 +171,7 @@ class RequestMetrics:
 
     def started(self, at: float) -> None:
         """Note when the request first ran, by `time.perf_counter`."""
-        self._metrics.queue.observe(max(0.0, at - self._started))
+        self._metrics.queue.observe(at - self._started)
 
     def token(self, count: int) -> None:
         """Note that `count` tokens have come now."""

@@ -72,7 +72,9 @@ class SlotNow(BaseModel):
 
 class Batch(BaseModel):
     batch_rows: int = Field(description="How many sequences may run at once.", examples=[32])
-    running: list[RequestNow] = Field(description="The longest in flight first.", examples=[[]])
+    running: list[RequestNow] = Field(
+        description="The longest in flight first; on vLLM, what vLLM has.", examples=[[]]
+    )
     waiting: list[RequestNow] = Field(description="The longest in flight first.", examples=[[]])
     kv_tokens_used: int = Field(description="Tokens that running ones reserve.", examples=[512])
     kv_tokens_limit: int = Field(description="The size of the KV cache.", examples=[65536])

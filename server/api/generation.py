@@ -68,6 +68,11 @@ class Generation:
         self._streams.open(self._numbers, self)
         label = services.metrics.label_of(services.model_name, order.adapter)
         caller, count = order.caller, len(order.requests)
+        # The engine may run a request before `submit` returns.
+        self._running = {
+            request.id: _Running(request, caller, services.metrics.request_started(label))
+            for request in order.requests
+        }
         try:
             caller.check_order(count, self._prompt_tokens, services.settings.max_queue)
             self._engine.submit(*order.requests)
@@ -78,10 +83,6 @@ class Generation:
                     request.lease.release()
             raise
         caller.begin_order(count, self._prompt_tokens)
-        self._running = {
-            request.id: _Running(request, caller, services.metrics.request_started(label))
-            for request in order.requests
-        }
         access.describe(self._described)
 
     def __enter__(self) -> Self:

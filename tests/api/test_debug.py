@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.api.test_adapters import PROMPT
 from tests.api.test_gateway_metrics import StartServer
@@ -49,6 +50,7 @@ def batch(client: httpx.Client) -> dict[str, Any]:
     return dict(response.json())
 
 
+@pytest.mark.native
 def test_the_batch_shows_who_runs_and_waits_and_what_the_slots_hold(
     start_server: StartServer, adapter_folders: dict[str, Path], tmp_path: Path
 ) -> None:

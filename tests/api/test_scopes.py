@@ -144,6 +144,7 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
     ("GET", "/health/live"): NAMES_NOTHING,
     ("GET", "/health/ready"): NAMES_NOTHING,
     ("GET", "/metrics"): NAMES_NOTHING,
+    ("GET", "/debug/batch"): NAMES_NOTHING,
     ("GET", "/v1/models"): [lambda name: {"url": "/v1/models", "params": {"after": name}}],
     ("GET", "/v1/models/{model}"): [
         lambda name: {"url": f"/v1/models/{name}"},
@@ -280,7 +281,7 @@ def test_a_key_without_a_scope_is_told_the_two_apart(house: House, route: tuple[
 
 
 @pytest.mark.parametrize("kind", ["acme app", "acme admin"])
-@pytest.mark.parametrize("path", ["/v1/models", ADAPTERS, MERGES, "/metrics"])
+@pytest.mark.parametrize("path", ["/v1/models", ADAPTERS, MERGES, "/metrics", "/debug/batch"])
 @pytest.mark.parametrize(
     "query", ["", "?limit=1", "?limit=1000", "?after=a", "?limit=1&after=acme"]
 )
@@ -310,11 +311,14 @@ def test_a_tenant_finds_what_is_its_own(house: House) -> None:
         assert client.post(COMPLETIONS, **body(model="tiny", prompt="x")).status_code == 200
 
 
-def test_the_metrics_of_all_keys_are_not_for_one_tenant(house: House) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/debug/batch"])
+def test_what_shows_the_requests_of_all_keys_is_not_for_one_tenant(
+    house: House, path: str
+) -> None:
     with house.by("acme admin") as client:
-        assert error_of(client.get("/metrics"), 403)["code"] == "out_of_scope"
+        assert error_of(client.get(path), 403)["code"] == "out_of_scope"
     with house.by("ops") as client:
-        assert client.get("/metrics").status_code == 200
+        assert client.get(path).status_code == 200
 
 
 # To use, to see and to change
