@@ -37,11 +37,14 @@ serve: $(SERVE)/.installed
 
 # The engine's own tests, and those of the API that one server answers.
 ON_VLLM := completions chat streaming mixtures rank logprobs sampling constraints openai_client \
-	generation_lifecycle models
+	generation_lifecycle models auth adapters_life many_adapters errors flood gateway_metrics
+# Starts that do not compile, blocks that short prompts fill, and whatever adapters rescale.
+OF_API := INFUSE_ENGINE=vllm INFUSE_KV_CACHE_TOKENS=8192 INFUSE_IA3_TARGETS=all-linear,all-linear:input \
+	INFUSE_VLLM_OPTIONS='{"enforce_eager": true, "block_size": 32}'
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
-	INFUSE_ENGINE=vllm INFUSE_KV_CACHE_TOKENS=8192 .venv-vllm/bin/python -m pytest \
+	$(OF_API) .venv-vllm/bin/python -m pytest \
 		$(ON_VLLM:%=tests/api/test_%.py) $(ARGS)
 
 test coverage test-full: export OMP_NUM_THREADS := 1

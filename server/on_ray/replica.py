@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from adapters.errors import AdapterError
+from server import logs
 from server.api.health import ready
 from server.app import beside, create_app
 from server.engine.errors import EngineDead
@@ -30,9 +31,7 @@ class Replica:
     """What Serve makes a deployment of; it finds the methods by their names."""
 
     def __init__(self, settings: Settings) -> None:
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
-        )
+        logs.set_up(settings.log_level, settings.log_format)
         self._own = OwnFolder(settings.merges_dir or beside(settings.adapters_dir, "replicas"))
         caches = settings.adapters_cache_dir
         number = str(self._own.number)

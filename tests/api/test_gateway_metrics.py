@@ -117,7 +117,9 @@ def test_a_gateway_reads_the_load_and_the_adapters_as_requests_name_them(
     assert busy.running == 1
     assert 1 <= busy.queued <= 79
     assert 0 < busy.kv_cache <= 1
-    assert len(busy.running_adapters & both) == 1
+    # vLLM is given a request more than its batch has rows.
+    assert busy.running_adapters
+    assert busy.running_adapters <= both
     assert before <= busy.updated <= idle.updated <= time.time()
     assert (idle.queued, idle.kv_cache) == (0, 0)
     assert idle.running_adapters | idle.waiting_adapters == set()
