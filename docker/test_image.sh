@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image, runs it as its own user on a new volume, asks it, kills it, starts it again and
-# stops it. Exit code 0: all is well; 77: this machine can build no image. With Docker where an engine
-# answers; else with buildah, as root, on Debian:
+# stops it. Exit code 0: all is well; 77: this machine can build no image, or reaches no packages.
+# With Docker where an engine answers; else with buildah, as root, on Debian:
 #
 #     apt-get install buildah debootstrap crun procps && docker/test_image.sh
 #
@@ -53,6 +53,7 @@ torch_index=${TORCH_INDEX:-$(default_of TORCH_INDEX)}
 if [ -z "${TORCH_INDEX:-}" ] && ! reachable "$torch_index/torch/"; then
     torch_index=https://pypi.org/simple
 fi
+finds_packages "$torch_index" || skip 'a container here reaches no package index'
 say "building $image with $engine on $base, torch from $torch_index"
 begun=$SECONDS
 build --build-arg "TORCH_INDEX=$torch_index" "$@" > "$work/build.log" 2>&1 \

@@ -35,9 +35,31 @@ make_base() {
         && buildah commit --quiet --rm "$container" "$base" > /dev/null
 }
 
-build() {
-    local mount mounts=()
+# Whether pip finds packages, and torch in this index, from within a container.
+finds_packages() {
+    local torch_index=$1 status=0
+    read_mounts
+    buildah from --name "$name" "$base" > /dev/null
+    {
+        in_base python3 -m pip download --no-deps --dest /tmp/found uvicorn \
+            && in_base python3 -m pip download --no-deps --dest /tmp/found \
+                --index-url "$torch_index" "$(grep '^torch==' constraints.txt)"
+    } > "$work/found.log" 2>&1 || status=$?
+    buildah rm "$name" > /dev/null
+    [ "$status" = 0 ] || tail -n 5 "$work/found.log"
+    return "$status"
+}
+
+in_base() { buildah run --network host "${mounts[@]}" "$name" -- "$@"; }
+
+read_mounts() {
+    local mount
+    mounts=()
     while read -r mount; do mounts+=(--volume "$mount"); done < <(pip_settings)
+}
+
+build() {
+    read_mounts
     buildah bud --format docker --network host "${mounts[@]}" --build-arg "BASE_IMAGE=$base" \
         --tag "$image" "$@" .
 }
