@@ -11,8 +11,9 @@ from pythonjsonlogger.json import JsonFormatter
 
 from server import request_id
 
-_KNOWN = (*RESERVED_ATTRS, "color_message")
-"""What a record has beside the fields that its caller gave; uvicorn's colours are for terminals."""
+_KNOWN = (*RESERVED_ATTRS, "color_message", "vllm_process_name")
+"""What a record has beside the fields that its caller gave: uvicorn adds colours for terminals, and
+vLLM to every record the name of its process."""
 _PLAIN = re.compile(r"[^\s\"=]+")
 
 
