@@ -1,9 +1,6 @@
 """`GET /debug/batch`: what runs and waits, by whom, and where its time goes."""
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +8,14 @@ import httpx
 import pytest
 
 from tests.api.test_adapters import PROMPT
-from tests.api.test_gateway_metrics import StartServer
-from tests.api.test_streaming import COMPLETIONS, eventually
+from tests.api.test_gateway_metrics import StartServer, choices_of
+from tests.api.test_streaming import eventually
 
 KEYS = [
     {"name": "app", "key": "generates-and-no-more", "roles": ["generate"]},
     {"name": "ops", "key": "administers-adapters", "roles": ["admin"]},
 ]
 APP, OPS = ({"Authorization": f"Bearer {key['key']}"} for key in KEYS)
-
-
-@contextmanager
-def choices(client: httpx.Client, model: str, count: int, id_: str) -> Iterator[None]:
-    """Within: a request for so many long choices is in flight; its client leaves in the end."""
-    left = threading.Event()
-    body = PROMPT | {"model": model, "n": count, "max_tokens": 200, "ignore_eos": True}
-
-    def read() -> None:
-        with client.stream(
-            "POST", COMPLETIONS, json=body | {"stream": True}, headers=APP | {"X-Request-Id": id_}
-        ) as response:
-            for _ in response.iter_lines():
-                if left.is_set():
-                    return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        yield
-    finally:
-        left.set()
-        reader.join()
 
 
 def batch(client: httpx.Client) -> dict[str, Any]:
@@ -61,7 +35,7 @@ def test_the_batch_shows_who_runs_and_waits_and_what_the_slots_hold(
         preload_adapters=adapter_folders["mlp"].parent,
     )
     with httpx.Client(base_url=url, timeout=60) as client:
-        with choices(client, "queries", 40, "mine"):
+        with choices_of(client, "queries", **APP, **{"X-Request-Id": "mine"}):
             seen: list[dict[str, Any]] = []
 
             def decodes() -> bool:

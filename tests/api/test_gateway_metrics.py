@@ -76,13 +76,13 @@ def _names(separated: str) -> frozenset[str]:
 
 
 @contextmanager
-def choices_of(client: httpx.Client, model: str) -> Iterator[None]:
+def choices_of(client: httpx.Client, model: str, **headers: str) -> Iterator[None]:
     """Within: a request for many long choices is in flight; its client leaves in the end."""
     left = threading.Event()
     body = PROMPT | {"model": model, "n": 40, "max_tokens": 200, "stream": True}
 
     def read() -> None:
-        with client.stream("POST", COMPLETIONS, json=body) as response:
+        with client.stream("POST", COMPLETIONS, json=body, headers=headers) as response:
             for _ in response.iter_lines():
                 if left.is_set():
                     return
