@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import request_id
+from server.caller import SCOPE_KEY
 from server.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,6 @@ _QUIET = ("/metrics", "/health/live", "/health/ready")
 """Scrapes and probes come every few seconds, so only those that fail are logged."""
 _MOST_PATH = 200
 """How many characters of a path are logged."""
-_CALLER = "infuse.caller"
-"""Where `Authorize` leaves whose key the request came with."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
 """The label of a path that is no route's, and of a method that HTTP does not have."""
@@ -114,7 +113,7 @@ class Observe:
 
 
 def _line(scope: Scope, route: str, request: _Request, seconds: float) -> dict[str, Any]:
-    caller = scope.get(_CALLER)
+    caller = scope.get(SCOPE_KEY)
     client = scope.get("client")
     return {
         "method": scope["method"],

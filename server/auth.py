@@ -7,14 +7,13 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.caller import Caller
+from server.caller import SCOPE_KEY, Caller
 from server.engine.errors import QueueFull
 from server.errors import ApiError, error_response, from_engine_error
 from server.keys.key_file import Key, Role
 from server.keys.keyring import Keyring
 from server.keys.usage import Usage
 
-_CALLER = "infuse.caller"
 _METRICS = "/metrics"
 _DEBUG = "/debug/batch"
 _ADMIN = ("/v1/adapters", "/v1/merges", _DEBUG)
@@ -46,7 +45,7 @@ class Authorize:
         except ApiError as refusal:
             await error_response(refusal)(scope, receive, send)
             return
-        scope[_CALLER] = caller
+        scope[SCOPE_KEY] = caller
         try:
             await self._app(scope, receive, send)
         finally:
@@ -97,7 +96,7 @@ def _roles(path: str) -> tuple[Role, ...]:
 async def get_caller(request: Request) -> Caller:
     """FastAPI dependency: whose key a request came with. Async, as FastAPI runs others in a
     thread."""
-    caller: Caller = request.scope.get(_CALLER, _ANYBODY)
+    caller: Caller = request.scope.get(SCOPE_KEY, _ANYBODY)
     return caller
 
 

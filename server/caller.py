@@ -12,6 +12,8 @@ from server.errors import ApiError
 from server.keys.scope import Scope
 from server.keys.usage import Usage
 
+SCOPE_KEY = "infuse.caller"
+"""Where `Authorize` leaves the caller in a request's ASGI scope."""
 _EVERYTHING = Scope()
 
 

@@ -34,6 +34,9 @@ adapters_app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(keys_app, name="keys")
 
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands whose options are settings, which pydantic reads."""
+
 Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server's URL.")]
 ApiKey = Annotated[
     str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with the role admin.")
@@ -103,11 +106,7 @@ def merge(
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
+    context_settings=_PASSED_ON | {"help_option_names": []},
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
@@ -130,11 +129,7 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    },
+    context_settings=_PASSED_ON | {"help_option_names": []},
     help="Serve with several replicas on Ray. `infuse deploy --help` lists every setting.",
 )
 def deploy(context: typer.Context) -> None:
@@ -154,9 +149,7 @@ def deploy(context: typer.Context) -> None:
         _refuse(str(error), "deploy")
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@app.command(context_settings=_PASSED_ON)
 def warm(context: typer.Context) -> None:
     """Compile a model ahead, so that `infuse serve --compile` starts without compiling.
 
