@@ -58,7 +58,7 @@ class Plan:
     """The same with adapters or without."""
     on_vllm_turns: int
     """Of adapters on vLLM, beside vLLM as it is, by fours: each side is once on each process of its
-    kind."""
+    kind. Two turns are a pair."""
     on_vllm_lora_turns: int
     """Of adapters on vLLM beside its LoRA."""
     fill_turns: int
@@ -86,7 +86,7 @@ FULL = Plan(
     tokens=16,
     vllm_tokens=64,
     round_tokens=24,
-    on_vllm_turns=28,
+    on_vllm_turns=48,
     on_vllm_lora_turns=20,
     fill_turns=12,
     slow_peer_turns=2,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import geometric_mean
 from typing import Any
 
 import typer
@@ -41,22 +42,30 @@ class Turns:
         return [self.tokens[name] / each.seconds for each in rounds if each is not None]
 
     def ratio(
-        self, name: str, other: str, of: Callable[[str, Round], float] | None = None
+        self,
+        name: str,
+        other: str,
+        of: Callable[[str, Round], float] | None = None,
+        turns_each: int = 1,
     ) -> dict[str, Any] | None:
         """`name` over `other`, in the turns in which both took part; None where they never did.
 
         `of` says what is compared, of a side's name and round; left out, tokens a second.
+        `turns_each`: the geometric mean over so many turns, one after the other, is one pair. Two,
+        where sides change places and processes from turn to turn, and what one place or process is
+        better by would else pass for noise.
         """
         measure = of or (lambda side, each: self.tokens[side] / each.seconds)
-        return ratio_of(
-            [
-                measure(name, mine) / measure(other, theirs)
-                for mine, theirs in zip(
-                    self.rounds.get(name, []), self.rounds.get(other, []), strict=False
-                )
-                if mine is not None and theirs is not None
-            ]
-        )
+        found = [
+            measure(name, mine) / measure(other, theirs)
+            for mine, theirs in zip(
+                self.rounds.get(name, []), self.rounds.get(other, []), strict=False
+            )
+            if mine is not None and theirs is not None
+        ]
+        whole = len(found) // turns_each * turns_each
+        starts = range(0, whole, turns_each)
+        return ratio_of([geometric_mean(found[at : at + turns_each]) for at in starts])
 
 
 def report(*measured: Turns) -> dict[str, Any]:

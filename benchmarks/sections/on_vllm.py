@@ -46,8 +46,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     bench.stop("infuse-on-vllm")
     return report(base, lora, fills) | {
         "ratios": {
-            "adapters_over_base_on_vllm": base.ratio(ADAPTERS, BASE),
-            "base_on_vllm_over_vllm": base.ratio(BASE, PLAIN),
+            "adapters_over_base_on_vllm": base.ratio(ADAPTERS, BASE, turns_each=2),
+            "base_on_vllm_over_vllm": base.ratio(BASE, PLAIN, turns_each=2),
             "adapters_over_lora_on_vllm": lora.ratio(BESIDE_LORA, LORA),
             "tpot_beside_fills_on_vllm": fills.ratio(FILLS, NO_FILLS, _p99_tpot),
         },

@@ -23,6 +23,10 @@ from tests.on_ray.deployed import deployed
 NAMES = ("a", "b", "c")
 SERVERS = 3
 ASKING = 3
+PAUSE = 0.02
+"""Seconds between two requests of a client."""
+PAUSE_BESIDE_A_START = 0.2
+"""The same while a server starts, which takes the same cores."""
 KEPT = 10
 """How many revisions a server keeps."""
 
@@ -127,6 +131,7 @@ class Changes:
         self.folders = list(folders.values())
         self.choose = random.Random(seed)
         self.story = Story()
+        self.pause = PAUSE
 
     def round(self, kill: bool) -> None:
         name = self.choose.choice(NAMES)
@@ -149,7 +154,9 @@ class Changes:
                 if (shown := self.shown(each, name)) != known.shown:
                     self.story.lost.append(f"{name} is shown as {shown}, and is at {known}")
         if doomed is not None:
+            self.pause = PAUSE_BESIDE_A_START
             self.servers.replace(doomed)
+            self.pause = PAUSE
 
     def change(self, replica: Replica, name: str) -> Known:
         """Make a change; return what holds then. Raises httpx.HTTPError where the server dies."""
@@ -198,7 +205,7 @@ def under_requests(changes: Changes) -> Iterator[None]:
 
     def ask(seed: int) -> None:
         choose = random.Random(seed)
-        while not ended.wait(0.02):
+        while not ended.wait(changes.pause):
             changes.story.ask(choose.choice(changes.servers.alive), choose.choice(NAMES))
 
     with ThreadPoolExecutor(ASKING) as threads:

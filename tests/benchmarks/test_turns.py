@@ -101,6 +101,17 @@ def test_a_ratio_pairs_what_was_measured_in_one_turn() -> None:
     assert ratio["lower_95_bound_of_median"] is None
 
 
+def test_a_pair_of_two_turns_is_free_of_what_the_first_place_is_faster_by() -> None:
+    found = Turns(
+        rounds={"a": rounds(1.1, 1.0, 1.1, 1.0, 1.1), "b": rounds(1.0, 1.1, 1.0, 1.1, 1.0)},
+        tokens={"a": 10, "b": 10},
+    )
+    ratio = found.ratio("a", "b", turns_each=2)
+    assert ratio is not None
+    assert ratio["pairs"] == 2
+    assert ratio["least"] == ratio["greatest"] == pytest.approx(1.0)
+
+
 def test_any_two_sides_that_cross_over_have_each_others_engine_as_often_as_their_own() -> None:
     """Each engine takes 3% longer than the one before it, each side 10%."""
     slower = {"w": 1.0, "x": 1.03, "y": 1.03**2, "z": 1.03**3}
