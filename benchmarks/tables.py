@@ -159,7 +159,8 @@ def http(found: dict[str, Any]) -> list[str]:
 
 def on_vllm(found: dict[str, Any]) -> list[str]:
     return [
-        "Beside LoRA with half as many tokens. While slots are filled: milliseconds between the "
+        "Beside vLLM, a pair is the geometric mean of two turns, in which each side had both places "
+        "and both processes. Beside LoRA with half as many tokens. While slots are filled: milliseconds between the "
         "tokens of requests that run, and until the token of those that come, each for an adapter "
         "that has no slot yet, or all for one that has.",
         waits(found["waits"]),
@@ -243,7 +244,7 @@ def memory(found: dict[str, Any]) -> list[str]:
 
 
 def replicas(found: dict[str, Any]) -> list[str]:
-    named = {"plain_over_one": "plain ones over one", "ray_over_plain": "Ray over plain ones"}
+    named = {"plain_over_one": "Plain ones over one", "ray_over_plain": "Ray over plain ones"}
     told = ", ".join(
         f"{name} {ratio['median']:.3f}"
         for key, name in named.items()

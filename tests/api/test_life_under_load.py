@@ -1,7 +1,9 @@
 """Far more adapters than slots: replaced, deleted, mixed and evicted under requests."""
 
+import copy
 import random
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 from adapters.storage.store import AdapterStore
 from tests.api.conftest import ADAPTERS, ServeAdapters
 from tests.api.oracle import upload
@@ -24,7 +29,7 @@ from tests.api.test_streaming import COMPLETIONS, at_rest, eventually
 from tests.factories import save_adapter
 
 KINDS = 12
-"""Contents of different vectors. An adapter has the one of its number, until it is changed."""
+"""Adapters of different texts. One has the vectors of its number's, until it is changed."""
 ASKING = 12
 CHANGED = 40
 """The first so many adapters are replaced and deleted while they are asked for."""
@@ -50,17 +55,17 @@ def kinds(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def register(folder: Path, kinds: Mapping[str, Path], count: int) -> None:
-    """So many adapters, each with files of its own."""
-    files = {
-        kind: {file.name: file.read_bytes() for file in saved.iterdir()}
-        for kind, saved in kinds.items()
-    }
+    """So many adapters whose vectors all differ: those of one kind by rounding errors."""
+    kept = [load_file(saved / WEIGHTS_FILE) for saved in kinds.values()]
     store = AdapterStore(folder)
     for number in range(count):
+        tensors = copy.deepcopy(kept[number % KINDS])
+        bits = next(iter(tensors.values())).view(torch.int32).view(-1)
+        for place in range(number.bit_length()):
+            bits[place] ^= number >> place & 1
         with store.staging() as staged:
-            for name, data in files[str(number % KINDS)].items():
-                more = b" " * number if name == "adapter_config.json" else b""
-                (staged / name).write_bytes(data + more)
+            shutil.copy(kinds[str(number % KINDS)] / CONFIG_FILE, staged)
+            save_file(tensors, staged / WEIGHTS_FILE)
             store.create(name_of(number), staged)
     store.close()
 
