@@ -159,10 +159,10 @@ def http(found: dict[str, Any]) -> list[str]:
 
 def on_vllm(found: dict[str, Any]) -> list[str]:
     return [
-        "Beside vLLM, a pair is the geometric mean of two turns, in which each side had both places "
-        "and both processes. Beside LoRA with half as many tokens. While slots are filled: milliseconds between the "
-        "tokens of requests that run, and until the token of those that come, each for an adapter "
-        "that has no slot yet, or all for one that has.",
+        "Beside vLLM, a pair is the geometric mean of two turns, in which each side had both "
+        "places and both processes. Beside LoRA with half as many tokens. While slots are filled: "
+        "milliseconds between the tokens of requests that run, and until the token of those that "
+        "come, each for an adapter that has no slot yet, or all for one that has.",
         waits(found["waits"]),
         "All processes of an engine, from the command to the first answer, and once it has been "
         "measured:",

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
@@ -30,6 +31,7 @@ from adapters.storage.shared_bucket import SharedBucketStorage
 from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
+from adapters.storage.stored import StoredAdapters
 from server.access import Observe, Routes
 from server.api import adapters, chat, completions, debug, health, merges, models, rank
 from server.auth import Authorize
@@ -55,6 +57,10 @@ _SLOWEST = 16 << 10
 """A body has one second more for each so many bytes that have arrived."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI document only: `Authorize` has checked the key already."""
+_CATCHING_UP = 1.0
+"""Seconds for which a request waits until this server knows what others have changed."""
+_LOOK = 0.01
+"""Seconds between two looks whether it does."""
 _PRELOADED = Origin(source="preload")
 _CONFIGS_AT_ONCE = 32
 """Configs that are read together: each takes a bucket some 20 ms."""
@@ -98,6 +104,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
     app.add_middleware(HeadAsGet)
+    if settings.shared_store:
+        app.add_middleware(CatchUp, stored=services.registry.stored)
     most_at_once = max(1, settings.max_connections // 2)
     app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
@@ -278,6 +286,30 @@ class HeadAsGet:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
+
+
+class CatchUp:
+    """ASGI middleware that lets a request wait, for a second at most, while this server reads what
+    others have changed since it was stopped or had no processor."""
+
+    def __init__(self, app: ASGIApp, stored: StoredAdapters) -> None:
+        self._app = app
+        self._stored = stored
+        self._is_in_vain = False
+        """Whether a request has waited for so long, and nothing was read since."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stored.is_behind:
+            await self._wait()
+        else:
+            self._is_in_vain = False
+        await self._app(scope, receive, send)
+
+    async def _wait(self) -> None:
+        deadline = time.monotonic() + _CATCHING_UP
+        while self._stored.is_behind and not self._is_in_vain:
+            self._is_in_vain = time.monotonic() > deadline
+            await asyncio.sleep(_LOOK)
 
 
 class LimitBodies:

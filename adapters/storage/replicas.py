@@ -160,6 +160,8 @@ class Follower:
     def __init__(self, replicas: Replicas, follow: Callable[[], None]) -> None:
         self._replicas = replicas
         self._follow = follow
+        self.failures = 0
+        """How many attempts have failed since the latest that did not."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="store-follower", daemon=True)
         self._thread.start()
@@ -173,8 +175,9 @@ class Follower:
         while not self._stopped.wait(self._replicas.pause):
             try:
                 self._follow()
-                failure = ""
+                failure, self.failures = "", 0
             except (AdapterError, OSError) as error:
+                self.failures += 1
                 if str(error) != failure:
                     failure = str(error)
                     log.warning("Changes of other servers cannot be read now: %s", error)

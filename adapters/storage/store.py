@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 UPLOADED = Origin()
 Watcher = Callable[[Mapping[str, Revision | None]], object]
+_FAILURES = 2
+"""So many failures to follow other servers, one after the other, mean that it cannot be done."""
+
 _T = TypeVar("_T")
 
 
@@ -93,6 +96,14 @@ class AdapterStore:
         self._storage.check()
         if self._replicas is not None:
             self._replicas.check()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether changes of other servers may be unknown for a moment only: this process was
+        stopped or had no processor, and will read them as soon as it can. Cheap."""
+        if self._replicas is None or self._follower is None or self._replicas.is_current:
+            return False
+        return self._follower.failures < _FAILURES
 
     def staging(self) -> AbstractContextManager[Path]:
         """A private folder to write an upload in; it is removed afterwards."""

@@ -52,6 +52,8 @@ class Replicas:
         self._pids = pids
         self._logs = itertools.count()
         self.all: list[Replica] = []
+        self.replaced: list[Replica] = []
+        """Killed ones. Who has chosen one of them still asks it."""
 
     @property
     def alive(self) -> list[Replica]:
@@ -59,7 +61,7 @@ class Replicas:
 
     def replace(self, killed: Replica) -> None:
         """Start a server with the folders of one that was killed."""
-        killed.client.close()
+        self.replaced.append(killed)
         while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         self.wait_for(*self.begin(self.all.index(killed)), killed)
@@ -106,8 +108,9 @@ def replicas(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Replica
                 servers.wait_for(pid, log)
             yield servers
         finally:
-            for replica in servers.all:
+            for replica in [*servers.replaced, *servers.all]:
                 replica.client.close()
+            for replica in servers.all:
                 with suppress(ProcessLookupError):
                     os.kill(replica.pid, signal.SIGKILL)
             starter.stdin.close()

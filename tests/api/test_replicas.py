@@ -1,6 +1,8 @@
 """Several servers on one store, under requests, while adapters change and servers are killed."""
 
+import os
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -144,6 +146,9 @@ class Changes:
             if doomed is not None:
                 time.sleep(moment)
                 doomed.kill()
+                self.pause = PAUSE_BESIDE_A_START
+                self.servers.replace(doomed)
+                self.pause = PAUSE
             try:
                 known = change.result()
             except httpx.HTTPError:
@@ -153,10 +158,6 @@ class Changes:
             for each in self.servers.alive:
                 if (shown := self.shown(each, name)) != known.shown:
                     self.story.lost.append(f"{name} is shown as {shown}, and is at {known}")
-        if doomed is not None:
-            self.pause = PAUSE_BESIDE_A_START
-            self.servers.replace(doomed)
-            self.pause = PAUSE
 
     def change(self, replica: Replica, name: str) -> Known:
         """Make a change; return what holds then. Raises httpx.HTTPError where the server dies."""
@@ -254,6 +255,22 @@ def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged
     """And no acknowledged change is lost, and no request fails, also where servers are killed."""
     with replicas(tmp_path, SERVERS, flags) as servers:
         hold(servers, adapter_folders, rounds, kills)
+
+
+def test_a_server_that_was_stopped_answers_with_what_others_have_changed_since(
+    tmp_path: Path, flags: list[str], adapter_folders: dict[str, Path]
+) -> None:
+    with replicas(tmp_path, 2, flags) as servers:
+        one, stopped = servers.alive
+        upload(one.client, "a", adapter_folders["default"])
+        assert complete(stopped.client, "a").headers["Infuse-Adapter"] == "a@1"
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert upload(one.client, "a", adapter_folders["mlp"], "PUT").status_code == 200
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(complete, stopped.client, "a")
+            time.sleep(0.1)
+            os.kill(stopped.pid, signal.SIGCONT)
+            assert answer.result().headers["Infuse-Adapter"] == "a@2"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,21 @@
 """Servers that share a store: what an operator changes on one, and a bucket that is away."""
 
+import asyncio
+import math
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
+from adapters.storage.stored import StoredAdapters
+from server.app import CatchUp
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Place, Serve, complete, error_of, text_of
 from tests.api.stores import place as place
@@ -93,3 +102,38 @@ def test_a_server_that_does_not_reach_its_bucket_says_so_and_the_base_still_answ
             proxy.always(None)
             until(lambda: client.get("/health/ready").status_code == 200)
             assert complete(client, "mine").status_code == 200
+
+
+class Stored:
+    """A store that is behind for so many looks."""
+
+    def __init__(self, behind: float) -> None:
+        self._behind = behind
+        self.looks = 0
+
+    @property
+    def is_behind(self) -> bool:
+        self.looks += 1
+        return self.looks <= self._behind
+
+
+async def _ask(stored: Stored, requests: int) -> list[int]:
+    """How often each of the requests has looked."""
+    app = Starlette(routes=[Route("/", lambda _: PlainTextResponse("here"))])
+    transport = httpx.ASGITransport(CatchUp(app, cast(StoredAdapters, stored)))
+    looks = [0]
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        for _ in range(requests):
+            assert (await client.get("/")).text == "here"
+            looks.append(stored.looks)
+    return [after - before for before, after in pairwise(looks)]
+
+
+def test_a_request_waits_while_its_server_is_behind_and_no_other_does_where_that_was_in_vain() -> (
+    None
+):
+    assert asyncio.run(_ask(Stored(0), 2)) == [1, 1]
+    assert asyncio.run(_ask(Stored(5), 2)) == [6, 1]
+    first, *others = asyncio.run(_ask(Stored(math.inf), 3))
+    assert first > 5
+    assert others == [2, 2]

@@ -276,14 +276,52 @@ def test_a_server_that_cannot_reach_the_bucket_answers_no_more_until_it_can(fold
         assert store.names() == []
 
 
-def wait_until_current(store: AdapterStore) -> AdapterStore:
-    while True:
-        try:
+class Held(CutOff):
+    """A bucket that answers nothing for a while."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(LocalStore(folder, mkdir=True), f"file://{folder}")
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+    def _reach(self) -> None:
+        self.goes_on.wait()
+        super()._reach()
+
+
+def test_a_server_is_behind_until_it_has_read_on_or_failed_to(folder: Path) -> None:
+    objects = Held(folder)
+    with closing(AdapterStore(shared_bucket(folder, objects))) as store:
+        assert not store.is_behind
+        objects.goes_on.clear()
+        wait_until(lambda: store.is_behind)
+        with pytest.raises(StoreUnreachable):
             store.check()
-        except StoreUnreachable:
-            time.sleep(0.01)
-        else:
-            return store
+        objects.goes_on.set()
+        wait_until(lambda: not store.is_behind)
+        store.check()
+        objects.is_away = True
+        wait_until(lambda: store.is_behind or not is_current(store))
+        wait_until(lambda: not store.is_behind)
+        assert not is_current(store)
+
+
+def is_current(store: AdapterStore) -> bool:
+    try:
+        store.check()
+    except StoreUnreachable:
+        return False
+    return True
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    while not happens():
+        time.sleep(0.001)
+
+
+def wait_until_current(store: AdapterStore) -> AdapterStore:
+    wait_until(lambda: is_current(store))
+    return store
 
 
 def test_a_shared_folder_that_was_removed_is_not_made_again(folder: Path) -> None:
