@@ -25,6 +25,7 @@ AdapterError
 ├── TemplateRefused      a chat template refuses a conversation, or takes too long to render it
 ├── SandboxUnavailable   no process is available to read an adapter's tokenizer or chat template
 ├── StoreDamaged         files that were stored in the bucket are missing or changed
+├── BackupRefused        there is no backup or store to copy, or something at the destination
 ├── Overtaken            another server changed the store first; the store decides again
 └── SourceError          an adapter cannot be fetched from where it was published
     ├── BadSource          the URL has a form that this server does not read
@@ -189,6 +190,10 @@ class StoreUnreachable(AdapterError):
 
 
 class StoreDamaged(AdapterError):
+    pass
+
+
+class BackupRefused(AdapterError):
     pass
 
 

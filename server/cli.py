@@ -1,4 +1,5 @@
-"""`infuse serve`, `infuse deploy`, `infuse keys …`, and `infuse adapters …` for a server."""
+"""`infuse serve`, `infuse deploy`, commands for keys and for stores, and `infuse adapters …` for a
+server."""
 
 import json
 import logging
@@ -20,6 +21,7 @@ from server.client import AdminClient, ClientError
 from server.keys.commands import keys_app
 from server.on_ray.settings import DeploySettings
 from server.settings import Settings
+from server.store_commands import audit_app, backup, restore
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ adapters_app = typer.Typer(
 )
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(keys_app, name="keys")
+app.add_typer(audit_app, name="audit")
+app.command()(backup)
+app.command()(restore)
 
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands whose options are settings, which pydantic reads."""

@@ -13,8 +13,8 @@ from adapters.errors import BadSource
 from adapters.sources.source_url import parse_prefixes
 
 MEBIBYTE = 1 << 20
-_BUCKET = "^(s3|gs|az)://[^/]"
-BucketUrl = Annotated[str, StringConstraints(pattern=_BUCKET)]
+BUCKET = "^(s3|gs|az)://[^/]"
+BucketUrl = Annotated[str, StringConstraints(pattern=BUCKET)]
 
 
 class Settings(BaseSettings):
@@ -251,7 +251,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_folder_or_bucket(cls, value: object) -> object:
         """Refuse a URL of any other kind, which would be taken for a folder."""
-        if isinstance(value, str) and "://" in value and not re.match(_BUCKET, value):
+        if isinstance(value, str) and "://" in value and not re.match(BUCKET, value):
             raise ValueError(
                 f"'{value}' is no folder and no bucket: set a path, s3://…, gs://… or az://…"
             )

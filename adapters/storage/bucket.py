@@ -21,14 +21,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 from weakref import WeakValueDictionary
 
 from adapters.errors import AdapterError, StoreDamaged
 from adapters.storage.bucket_journal import BucketJournal
 from adapters.storage.bucket_lease import Lease
+from adapters.storage.chain import Event
 from adapters.storage.folder import ContentFolder, digest_of
-from adapters.storage.journal import Event
 from adapters.storage.objects import Objects
 from adapters.storage.replicas import Replicas
 from adapters.storage.revision import Revision
@@ -111,12 +112,10 @@ class BucketStorage:
 
     def _note(self, events: Iterable[Mapping[str, object]]) -> None:
         """Note where the contents of events are."""
-        for event in events:
-            if {"digest", "place"} <= event.keys():
-                digest, place = str(event["digest"]), str(event["place"])
-                self._places[digest] = place
-                if self._uploaded.get(digest) == place:
-                    del self._uploaded[digest]
+        for digest, place in places_of(events, self._places).items():
+            self._places[digest] = place
+            if self._uploaded.get(digest) == place:
+                del self._uploaded[digest]
 
     def turn(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -241,6 +240,23 @@ class BucketStorage:
 
     def _compact(self) -> None:
         self._journal.compact()
+
+
+def places_of(
+    events: Iterable[Mapping[str, object]], before: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return the folder of each content that events name. `before`: what earlier ones have said.
+
+    Events that were written to a folder on disk name none: what is restored of a backup of that
+    goes to a folder that no epoch uses.
+    """
+    places: dict[str, str] = {}
+    for event in events:
+        if "digest" in event:
+            digest = str(event["digest"])
+            known = places.get(digest) or before.get(digest) or f"{_PREFIX}/{digest}/{0:012}-0"
+            places[digest] = str(event.get("place", known))
+    return places
 
 
 def _quietly(work: Callable[[], None]) -> None:

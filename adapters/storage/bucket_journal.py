@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from itertools import takewhile
 
 from adapters.errors import Overtaken, StoreLocked, StoreUnreachable
-from adapters.storage.journal import Event
+from adapters.storage.chain import Entry, Event, chained_line, digest_of_line, follow, readable
 from adapters.storage.objects import Objects
 from adapters.storage.replicas import Replicas
 
@@ -63,6 +63,8 @@ class BucketJournal:
         self._writer = writer
         self._last = 0
         """The number of the last event."""
+        self._digest = ""
+        """Of all events up to the last."""
         self._compacted = 0
         """The number of the last event that is in a segment."""
         self._in_doubt = False
@@ -86,19 +88,27 @@ class BucketJournal:
     def read(self) -> list[Event]:
         """Return every event, oldest first. No process that opened the journal before can append
         any more."""
-        return _events(self._open(_LOOKS))
+        return readable(self._open(_LOOKS), self._objects.url)
 
-    def _open(self, looks: int) -> dict[int, bytes]:
+    def lines(self) -> list[bytes]:
+        """Return every event as it was written, without opening the journal. Events that are gone
+        are empty."""
+        lines = self._lines()
+        return [lines.get(number, b"") for number in range(1, self._last + 1)]
+
+    def _open(self, looks: int) -> list[Entry]:
         """Create an event "opened"; return all events before it."""
         for _ in range(looks):
-            lines = self._lines()
+            entries = list(follow(self.lines()))
+            self._digest = entries[-1].digest if entries else ""
             opened = self._line("opened", {})
             ours = self._objects.create(self._key(1), opened) or self._now_at_next() == opened
             mine = _Span(self._last + 1, self._last + 1)
             # A listing is not atomic: events that it missed are in a segment by now.
             if ours and not any(s.last >= mine.last and s != mine for s in self._spans()):
-                self._last = self.epoch = mine.last
-                return lines
+                self._take_up(opened)
+                self.epoch = self._last
+                return entries
         raise StoreLocked(f"other servers write to {self._objects.url}")
 
     def append(self, event: Mapping[str, object]) -> None:
@@ -109,15 +119,16 @@ class BucketJournal:
         if not self._objects.create(self._key(1), line) and self._now_at_next() != line:
             raise self._taken()
         self._in_doubt = False
-        self._last += 1
+        self._take_up(line)
 
     def settle(self) -> Sequence[Event]:
         """Return the event that was in doubt, if it is in the journal; else use up its number."""
         if not self._in_doubt:
             return ()
-        event = {}
-        if not self._objects.create(self._key(1), self._line("void", {})):
-            event = json.loads(self._now_at_next())
+        event, line = {}, self._line("void", {})
+        if not self._objects.create(self._key(1), line):
+            line = self._now_at_next()
+            event = json.loads(line)
             if event.get("writer") != self._writer:
                 raise self._taken()
         happened = event and event["event"] != "void"
@@ -125,7 +136,7 @@ class BucketJournal:
             # It is in the journal: a process that opened it later has put it into a segment.
             raise self._taken()
         self._in_doubt = False
-        self._last += 1
+        self._take_up(line)
         return (event,) if happened else ()
 
     def compact(self, last: int | None = None) -> None:
@@ -200,15 +211,26 @@ class BucketJournal:
         return found
 
     def _line(self, event: str, values: Mapping[str, object]) -> bytes:
+        """Return the line of an event, if it is the next one."""
         now = datetime.now(UTC).isoformat()
         whole = {"time": now, "event": event, **values, "writer": self._writer}
-        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+        return chained_line(whole, self._digest)
+
+    def _take_up(self, line: bytes) -> None:
+        """Go on after a line of this process."""
+        self._last += 1
+        self._digest = digest_of_line(line)
 
     def _taken(self) -> StoreLocked:
         return StoreLocked(
             f"another server has taken over the adapters in {self._objects.url}; this one changes "
             "none any more"
         )
+
+
+def segment_of(count: int) -> str:
+    """Return the key of an object with the first `count` events."""
+    return _Span(1, count).key
 
 
 class SharedBucketJournal(BucketJournal):
@@ -224,14 +246,14 @@ class SharedBucketJournal(BucketJournal):
 
     def read(self) -> list[Event]:
         """Return every event that was not returned before, oldest first."""
-        before = self._last
+        before = self._last, self._digest
         try:
-            lines = self._open(_LOOKS_AMONG_OTHERS)
+            entries = self._open(_LOOKS_AMONG_OTHERS)
         except BaseException:
-            self._last = before
+            self._last, self._digest = before
             raise
         self._in_doubt = False
-        return _events({number: line for number, line in lines.items() if number > before})
+        return readable(entries[before[0] :], self._objects.url)
 
     def append(self, event: Mapping[str, object]) -> None:
         """Raises Overtaken where another process has appended an event that was not read here, and
@@ -244,7 +266,7 @@ class SharedBucketJournal(BucketJournal):
         self._in_doubt = False
         if not is_ours:
             raise Overtaken(f"Another server has changed {self._objects.url} first.")
-        self._last += 1
+        self._take_up(line)
 
     def settle(self) -> list[Event]:
         """Return every event that was not returned before, oldest first. Raises StoreUnreachable
@@ -260,12 +282,13 @@ class SharedBucketJournal(BucketJournal):
                 break
             at_once = min(2 * at_once, _AT_ONCE)
         self._replicas.check()
-        numbered = dict(enumerate(lines, start=self._last + 1))
-        self.epoch = max((n for n, line in numbered.items() if _is_fence(line)), default=self.epoch)
-        self._last += len(lines)
-        if lines:
+        entries = list(follow(lines, self._last, self._digest))
+        if entries:
             self._in_doubt = False
-        return _events(numbered)
+            self._last, self._digest = entries[-1].number, entries[-1].digest
+        opened = [each.number for each in entries if _opens(each.event)]
+        self.epoch = max(opened, default=self.epoch)
+        return readable(entries, self._objects.url)
 
 
 def _cover(spans: Iterable[_Span]) -> list[_Span]:
@@ -289,25 +312,10 @@ def _numbered(objects: Iterable[tuple[_Span, bytes | None]]) -> dict[int, bytes]
     return lines
 
 
-def _events(lines: Mapping[int, bytes]) -> list[Event]:
-    """Return the events that change an adapter, oldest first."""
-    return [event for event in _parsed(lines) if "name" in event]
-
-
-def _parsed(lines: Mapping[int, bytes]) -> Iterable[Event]:
-    for number in sorted(lines):
-        try:
-            event = json.loads(lines[number])
-        except ValueError:
-            event = None
-        if isinstance(event, dict):
-            yield event
-        else:
-            log.warning("Event %d is damaged and skipped.", number)
-
-
 def _is_fence(line: bytes) -> bool:
-    try:
-        return bool(json.loads(line)["event"] == "opened")
-    except (ValueError, KeyError, TypeError):
-        return False
+    [entry] = follow([line])
+    return _opens(entry.event)
+
+
+def _opens(event: Event | None) -> bool:
+    return event is not None and event.get("event") == "opened"

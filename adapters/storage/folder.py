@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 from adapters.errors import StoreFull, StoreLocked, StoreUnreachable
-from adapters.storage.journal import Event, Journal, is_at, sync
+from adapters.storage.chain import Event
+from adapters.storage.journal import Journal, is_at, sync
 from adapters.storage.replicas import Replicas
 from adapters.storage.revision import Revision
 from adapters.storage.storage import Kept

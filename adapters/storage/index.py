@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from adapters.errors import UnknownAdapter, UnknownRevision
-from adapters.storage.journal import Event
+from adapters.storage.chain import Event
 from adapters.storage.revision import Details, Revision, details_from_json, revision_from_json
 
 log = logging.getLogger(__name__)

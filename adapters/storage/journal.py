@@ -1,16 +1,15 @@
-"""A journal is a file of events, one JSON line each, that only grows and survives a crash."""
+"""A journal is a file of events, one JSON line each, that only grows and survives a crash.
+
+Each event has the digest of those before it: see chain.py.
+"""
 
 import errno
-import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-log = logging.getLogger(__name__)
-
-Event = dict[str, Any]
+from adapters.storage.chain import Event, chained_line, digest_of_line, follow, readable
 
 
 class Journal:
@@ -22,6 +21,8 @@ class Journal:
         self.last = 0
         """Where the last event that was read or appended ends, in bytes."""
         self._lines = 0
+        self._digest = ""
+        """Of all lines that were read or appended."""
         sync(path.parent)
 
     def close(self) -> None:
@@ -45,29 +46,22 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             self._cut(self.last + whole)
-        events = []
-        for line in data[:whole].splitlines():
-            self._lines += 1
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict):
-                events.append(event)
-            else:
-                log.warning("Line %d of %s is damaged and skipped.", self._lines, self._path)
+        entries = list(follow(data[:whole].split(b"\n")[:-1], self._lines, self._digest))
+        if entries:
+            self._lines, self._digest = entries[-1].number, entries[-1].digest
         self.last += whole
-        return events
+        return readable(entries, str(self._path))
 
     def append(self, event: Mapping[str, object]) -> None:
         """Append an event. Raises OSError where the disk is full or fails, or the file is no longer
         in place; then nothing of the event is left."""
         size = os.fstat(self.file.fileno()).st_size
-        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        line = chained_line(event, self._digest)
+        data = line + b"\n"
         try:
             written = 0
-            while written < len(line):
-                written += self.file.write(line[written:])
+            while written < len(data):
+                written += self.file.write(data[written:])
             os.fsync(self.file.fileno())
             if not self.is_in_place:
                 # The next start would not find what was written into a removed file.
@@ -75,8 +69,9 @@ class Journal:
         except OSError:
             self._cut(size)
             raise
-        self.last = size + len(line)
+        self.last = size + len(data)
         self._lines += 1
+        self._digest = digest_of_line(line)
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self.file.fileno(), size)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from adapters.errors import AdapterError, StoreUnreachable
-from adapters.storage.journal import Event
+from adapters.storage.chain import Event
 
 if TYPE_CHECKING:
     from adapters.storage.objects import Objects

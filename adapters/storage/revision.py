@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from adapters.storage.journal import Event
+from adapters.storage.chain import Event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from adapters.storage.bucket import BucketStorage
 from adapters.storage.bucket_journal import SharedBucketJournal
 from adapters.storage.bucket_lease import SharedLease
-from adapters.storage.journal import Event
+from adapters.storage.chain import Event
 from adapters.storage.objects import Objects
 from adapters.storage.replicas import LEASE_SECONDS, Replicas
 

@@ -16,8 +16,8 @@ from typing import IO, Any
 from obstore.store import LocalStore
 
 from adapters.errors import StoreUnreachable
+from adapters.storage.chain import Event
 from adapters.storage.folder import FolderStorage
-from adapters.storage.journal import Event
 from adapters.storage.objects import Objects
 from adapters.storage.replicas import LEASE_SECONDS, Replicas
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapters.storage.journal import Event
+from adapters.storage.chain import Event
 from adapters.storage.replicas import Replicas
 from adapters.storage.revision import Revision
 

@@ -24,9 +24,9 @@ from adapters.errors import (
     StoreUnreachable,
     UnknownAdapter,
 )
+from adapters.storage.chain import Event
 from adapters.storage.folder import FolderStorage, digest_of, read_files
 from adapters.storage.index import Index
-from adapters.storage.journal import Event
 from adapters.storage.names import check_name
 from adapters.storage.quota import Quota
 from adapters.storage.replicas import Follower

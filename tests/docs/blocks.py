@@ -16,6 +16,7 @@ GUIDE = [
             "generation",
             "combine-and-merge",
             "production",
+            "operations",
             "alerts",
             "vllm",
             "as-a-library",

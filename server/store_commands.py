@@ -1,0 +1,148 @@
+"""`infuse backup`, `infuse restore` and `infuse audit …`, for a folder or a bucket of adapters."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters.errors import AdapterError
+from adapters.storage.audit import audit, entries_of
+from adapters.storage.backup import back_up
+from adapters.storage.backup import restore as restore_from
+from adapters.storage.chain import Event
+from server.settings import BUCKET
+
+audit_app = typer.Typer(
+    no_args_is_help=True, help="Show who changed which adapter, and check that nobody edited it."
+)
+_FOLDER = "data/adapters"
+Store = Annotated[
+    str, typer.Option(envvar="INFUSE_ADAPTERS_DIR", help="Where the adapters are kept.")
+]
+
+
+def backup(
+    destination: Annotated[
+        str, typer.Argument(help="An empty folder, or s3://, gs:// or az:// with a free prefix.")
+    ],
+    adapters_dir: Store = _FOLDER,
+) -> None:
+    """Copy all adapters, with their revisions and history, as they are at one moment. Servers may
+    run meanwhile.
+
+    Example: infuse backup s3://my-backups/monday --adapters-dir ./data/adapters
+    """
+    with _told("backup"):
+        made = back_up(_place(adapters_dir), _place(destination))
+    typer.echo(f"{destination} holds {made.adapters} adapters, as of event {made.events}")
+    if made.damaged:
+        typer.echo(
+            f"infuse backup: the files of {', '.join(made.damaged)} are damaged and not in the "
+            "backup, all others are: upload these again, or delete them",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def restore(
+    source: Annotated[str, typer.Argument(help="What `infuse backup` has written.")],
+    adapters_dir: Store = _FOLDER,
+) -> None:
+    """Make the adapters of a backup anew, in a folder or bucket that has none. Servers start there
+    afterwards.
+
+    Example: infuse restore s3://my-backups/monday --adapters-dir ./data/adapters
+    """
+    with _told("restore"):
+        made = restore_from(_place(source), _place(adapters_dir))
+    typer.echo(f"{adapters_dir} holds {made.adapters} adapters, as of event {made.events}")
+    if made.damaged:
+        typer.echo(f"The backup was made without the files of {', '.join(made.damaged)}", err=True)
+
+
+@audit_app.command()
+def verify(
+    head: Annotated[
+        str | None,
+        typer.Option(help="What this command printed before, kept out of the store's reach."),
+    ] = None,
+    adapters_dir: Store = _FOLDER,
+) -> None:
+    """Check that no change was edited, removed, added or moved since it was recorded.
+
+    Example: infuse audit verify --adapters-dir s3://my-bucket/adapters
+    """
+    with _told("audit verify"):
+        found = audit(_place(adapters_dir), head)
+    for fault in found.faults:
+        typer.echo(f"infuse audit verify: {fault}", err=True)
+    if found.faults:
+        raise typer.Exit(1)
+    if found.unchained:
+        typer.echo(
+            f"Events 1 to {found.unchained} were recorded without a chain, by an older release: "
+            "they are checked as they were at the first chained event.",
+            err=True,
+        )
+    typer.echo(f"{len(found.entries)} events are as they were recorded; head: {found.head}")
+
+
+@audit_app.command("list")
+def list_changes(
+    adapters_dir: Store = _FOLDER,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as JSON.")] = False,
+) -> None:
+    """List all changes: number, time, key, adapter, what was done.
+
+    Example: infuse audit list --adapters-dir ./data/adapters
+    """
+    with _told("audit list"):
+        entries = entries_of(_place(adapters_dir))
+    for entry in entries:
+        event = entry.event or {"event": "damaged"}
+        if as_json:
+            typer.echo(json.dumps({"number": entry.number, **event}))
+        elif event.get("event") not in _UNSEEN:
+            typer.echo("\t".join([str(entry.number), *_columns(event)]))
+
+
+_UNSEEN = ("opened", "void")
+"""Events in a bucket that change no adapter."""
+
+
+def _columns(event: Event) -> list[str]:
+    who = [str(event.get(each) or "-") for each in ("time", "by", "name")]
+    match event.get("event"):
+        case "revision":
+            done = f"revision {event.get('number')} by {event.get('source')}"
+        case "details":
+            names = ("description", "tags", "pinned", "enabled")
+            done = f"details {json.dumps({n: event.get(n) for n in names}, ensure_ascii=False)}"
+        case other:
+            done = str(other)
+    # Whoever named a source must not write lines of this list.
+    return ["".join(c if c.isprintable() else "?" for c in text) for text in [*who, done]]
+
+
+def _place(text: str) -> Path | str:
+    if "://" not in text:
+        return Path(text)
+    if re.match(BUCKET, text):
+        return text
+    raise typer.BadParameter(
+        f"'{text}' is no folder and no bucket: give a path, s3://…, gs://… or az://…"
+    )
+
+
+@contextmanager
+def _told(command: str) -> Iterator[None]:
+    """What goes wrong ends the command."""
+    try:
+        yield
+    except (AdapterError, OSError) as error:
+        typer.echo(f"infuse {command}: {error}", err=True)
+        raise typer.Exit(1) from None
