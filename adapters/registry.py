@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -233,6 +234,11 @@ class AdapterRegistry:
         """Delete a name: running requests finish on it, new ones do not find it."""
         with self._changing_name(name):
             self._store.delete(name, if_match, by)
+
+    def drop_replaced_before(self, moment: datetime, most: int) -> int:
+        """Drop the revisions that were replaced before a moment, of so many names at most; return
+        how many."""
+        return self._store.drop_replaced_before(moment, most)
 
     def lease(self, model: str) -> Lease:
         """Lease the current revision of `name`, or the revision `name@number`."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,9 @@ _CATCHING_UP = 1.0
 _LOOK = 0.01
 """Seconds between two looks whether it does."""
 _PRELOADED = Origin(source="preload")
+_HOUR = 3600.0
+_NAMES_AT_ONCE = 10
+"""Of how many adapters old revisions are dropped together."""
 _CONFIGS_AT_ONCE = 32
 """Configs that are read together: each takes a bucket some 20 ms."""
 
@@ -76,13 +79,17 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.engine.start(services.streams.deliver)
-        following = None if keyring is None else asyncio.create_task(keyring.follow())
+        tasks = [] if keyring is None else [asyncio.create_task(keyring.follow())]
+        if settings.keep_days is not None:
+            dropping = _drop_old_revisions(services.registry, timedelta(days=settings.keep_days))
+            tasks.append(asyncio.create_task(dropping))
         log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
         try:
             yield
         finally:
-            if following is not None:
-                following.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             # Requests that hang may hold all threads of the default limiter.
             own = CapacityLimiter(1)
             await to_thread.run_sync(services.merges.close, limiter=own)
@@ -112,6 +119,20 @@ def create_app(settings: Settings) -> FastAPI:
     routes = Routes(app.openapi()["paths"])
     app.add_middleware(Observe, metrics=services.metrics.http, routes=routes)
     return app
+
+
+async def _drop_old_revisions(registry: AdapterRegistry, age: timedelta) -> None:
+    """Drop revisions that were replaced longer ago, a few at a time: the server may stop between
+    them."""
+    limiter = CapacityLimiter(1)
+    while True:
+        drop = partial(registry.drop_replaced_before, datetime.now(UTC) - age, _NAMES_AT_ONCE)
+        try:
+            while dropped := await to_thread.run_sync(drop, limiter=limiter):
+                log.info("Dropped %d revisions that were replaced %s ago.", dropped, age)
+        except (AdapterError, OSError) as error:
+            log.warning("Old revisions are dropped within the next hour: %s", error)
+        await asyncio.sleep(_HOUR)
 
 
 def load_services(settings: Settings) -> Services:

@@ -87,6 +87,14 @@ class Settings(BaseSettings):
     keep_revisions: int = Field(
         10, ge=1, le=10_000, description="Revisions that are kept of each adapter.", examples=[10]
     )
+    keep_days: float | None = Field(
+        None,
+        gt=0,
+        le=36_500,
+        description="Days that a revision is kept after a newer one has replaced it. Default: as "
+        "long as --keep-revisions allows.",
+        examples=[90],
+    )
     merges_dir: Path | None = Field(
         None,
         description="Where merged models are kept. Default: `merges` in the adapters folder.",

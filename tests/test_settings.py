@@ -19,6 +19,7 @@ VALUES = {
     "shared_store": "true",
     "replica_lease": "4.5",
     "keep_revisions": "3",
+    "keep_days": "90.5",
     "merges_dir": "/merges",
     "preload_adapters": "/examples",
     "host": "127.0.0.2",

@@ -70,7 +70,7 @@ class ContentFolder:
     def staging(self) -> Iterator[Path]:
         """A private folder to write files in; gone afterwards."""
         with room():
-            self._staging.mkdir(exist_ok=True)
+            self._staging.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._staging))
         try:
             with room():
@@ -108,6 +108,7 @@ class ContentFolder:
             # Renamed first: a partly removed folder must not be taken for the content.
             doomed = self._staging / f"{digest}.removed"
             with suppress(OSError):
+                self._staging.mkdir(exist_ok=True)
                 self.path(digest).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 

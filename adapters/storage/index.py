@@ -149,6 +149,8 @@ class Index:
                 adapter.edits += 1
                 if adapter.reachable:
                     adapter.reachable[-1] = replace(adapter.reachable[-1], edits=adapter.edits)
+            case "drop":
+                return self._forget(adapter, min(int(event["dropped"]), len(adapter.reachable) - 1))
             case "delete":
                 adapter.details, adapter.edits = Details(), 0
                 adapter.last_number = max(adapter.last_number, int(event.get("number", 0)))

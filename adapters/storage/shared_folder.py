@@ -1,13 +1,17 @@
 """Storage of a store in a folder that several servers share.
 
-turn           held by the one server that changes something
-replicas/      the servers, see replicas.py
+turn              held by the one server that changes something
+replicas/         the servers, see replicas.py
+staging/<id>/     what one server is staging
+staging/<id>.lock held by that server; another one that starts removes what no server holds
 
 What else is in the folder is as in folder.py. A server that does not share is kept out by `lock`.
 """
 
 import fcntl
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +48,14 @@ class SharedFolderStorage(FolderStorage):
         self._turn = (folder / "turn").open("a+")
         self._objects = _InPlace(folder, self.check)
         self.replicas = Replicas(self._objects, lease_seconds)
+        try:
+            with self.turn():
+                self._remove_abandoned()
+                self._stage_apart()
+        except BaseException:
+            self._turn.close()
+            super().close()
+            raise
 
     def _own(self) -> None:
         # Alone, this server empties the staging folder.
@@ -51,7 +63,25 @@ class SharedFolderStorage(FolderStorage):
             super()._own()
         _lock(self.lock, fcntl.LOCK_SH, _OPENING)
 
+    def _remove_abandoned(self) -> None:
+        """Remove what servers were staging that were killed."""
+        for path in self._staging.glob("*.lock"):
+            with path.open("a") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink()
+
+    def _stage_apart(self) -> None:
+        self._staging = self._staging / uuid.uuid4().hex
+        self._staging.mkdir()
+        self._staging_lock = self._staging.with_suffix(".lock").open("a")
+        fcntl.flock(self._staging_lock, fcntl.LOCK_EX)
+
     def close(self) -> None:
+        with suppress(OSError):
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.with_suffix(".lock").unlink()
+        self._staging_lock.close()
         self.replicas.leave()
         self._objects.close()
         self._turn.close()

@@ -6,11 +6,14 @@ acknowledged change is there. Start-up reads the journal alone.
 """
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -198,6 +201,26 @@ class AdapterStore:
             self._append("delete", name, by, {"number": self._index.last_number(name)})
 
         self._change(change)
+
+    def drop_replaced_before(self, moment: datetime, most: int = sys.maxsize) -> int:
+        """Drop the revisions that were replaced by a newer one before a moment, of `most` names at
+        most; return how many. The current one of each name stays."""
+        outdated = (name for name in self.names() if self._replaced_before(name, moment))
+        names = list(islice(outdated, most))
+        return sum(self._change(partial(self._drop_replaced, name, moment)) for name in names)
+
+    def _drop_replaced(self, name: str, moment: datetime) -> int:
+        dropped = self._replaced_before(name, moment)
+        if dropped:
+            self._append("drop", name, None, {"dropped": dropped})
+        return dropped
+
+    def _replaced_before(self, name: str, moment: datetime) -> int:
+        """Return how many revisions of a name were replaced before a moment."""
+        with suppress(UnknownAdapter):
+            newer = self._index.revisions(name)[-2::-1]
+            return len(list(takewhile(lambda revision: revision.created < moment, newer)))
+        return 0
 
     def current(self, name: str) -> Revision:
         """Raises UnknownAdapter."""

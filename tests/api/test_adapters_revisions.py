@@ -1,6 +1,7 @@
 """How an adapter is changed and deleted: revisions, ETags, and what requests see of it."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,26 @@ def test_a_restarted_server_has_every_adapter_as_it_was(
         assert texts[0] == texts[1]
         assert complete(client, "deleted").status_code == 404
         assert upload(client, "deleted", mlp).json()["revision"] == 2
+
+
+def test_with_keep_days_a_server_drops_what_was_replaced_long_ago(
+    tmp_path: Path, model_folder: Path, adapter_folders: dict[str, Path]
+) -> None:
+    settings = Settings(model=str(model_folder), adapters_dir=tmp_path, keep_days=1)
+    with run_server(settings) as (url, _), httpx.Client(base_url=url) as client:
+        upload(client, "mine", adapter_folders["mlp"])
+        upload(client, "mine", adapter_folders["queries"], "PUT")
+        assert numbers(client) == [2, 1]
+    journal = tmp_path / "journal.jsonl"
+    today = f'"created":"{datetime.now(UTC):%Y-%m-%d}'
+    assert today in journal.read_text()
+    journal.write_text(journal.read_text().replace(today, '"created":"2025-01-01'))
+    with run_server(settings) as (url, _), httpx.Client(base_url=url) as client:
+        while numbers(client) != [2]:
+            pass
+        assert client.get("/v1/adapters/mine").json()["revision"] == 2
+
+
+def numbers(client: httpx.Client) -> list[int]:
+    revisions = client.get("/v1/adapters/mine/revisions").json()["data"]
+    return [each["revision"] for each in revisions]

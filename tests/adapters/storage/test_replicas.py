@@ -1,10 +1,13 @@
 """Several servers on one store: what one acknowledges holds on all."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +34,9 @@ from tests.adapters.storage.replicas import (
     replica,
     shared_bucket,
 )
-from tests.adapters.storage.store_contents import content_of, create, replace
+from tests.adapters.storage.store_contents import content_of, create, replace, write
 
+REPOSITORY = Path(__file__).parents[3]
 Open = Callable[..., AdapterStore]
 
 
@@ -380,6 +384,43 @@ def test_a_long_history_is_compacted_and_every_server_follows(folder: Path) -> N
     assert len(list(folder.glob("journal/*"))) < COMPACT_EVERY / 2
     with closing(open_bucket(folder)) as alone:
         assert alone.details("support").tags == ("l",)
+
+
+def test_old_revisions_that_one_server_drops_are_gone_on_all(stores: list[AdapterStore]) -> None:
+    create(stores[0], "support", "a")
+    replace(stores[1], "support", "b")
+    assert stores[2].drop_replaced_before(datetime.now(UTC)) == 1
+    for store in stores:
+        assert [each.number for each in store.revisions("support")] == [2]
+        assert content_of(store, store.current("support")) == "b"
+
+
+def test_what_a_killed_server_was_staging_is_removed_by_the_next_one_and_no_other_staging(
+    folder: Path,
+) -> None:
+    code = "import sys; from pathlib import Path;"
+    code += "from tests.adapters.storage.replicas import replica;"
+    code += "staging = replica('a folder', Path(sys.argv[1])).staging();"
+    code += "(staging.__enter__() / 'weights').touch();"
+    code += "print('staged', flush=True); sys.stdin.read()"
+    with closing(replica("a folder", folder)) as store, store.staging() as staged:
+        killed = subprocess.Popen(
+            [sys.executable, "-c", code, folder],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"staged\n"
+        killed.kill()
+        killed.communicate()
+        assert len(list(folder.rglob("staging/*/*/weights"))) == 1
+        with closing(replica("a folder", folder)) as other:
+            assert list(folder.rglob("staging/*/*/weights")) == []
+            write(staged, "a")
+            store.create("support", staged)
+            assert content_of(other, other.current("support")) == "a"
+    assert list(folder.glob("staging/*")) == []
 
 
 # Servers that do not share

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,33 @@ def test_ten_thousand_adapters_are_one_journal(folder: Path) -> None:
     store.delete("a00000")
     assert len(store) == 10_000
     store.close()
+
+
+def test_revisions_that_were_replaced_long_ago_are_dropped_and_current_ones_stay(
+    store: AdapterStore, folder: Path, open_store: OpenStore
+) -> None:
+    for name in ("support", "single"):
+        create(store, name, name)
+    replace(store, "support", "b")
+    replace(store, "support", "c")
+    moment = store.current("support").created
+
+    assert store.drop_replaced_before(moment) == 1
+    assert store.drop_replaced_before(moment) == 0
+    assert (numbers(store), numbers(store, "single")) == ([3, 2], [1])
+    assert store.drop_replaced_before(moment + timedelta(days=1)) == 1
+    assert len(list((folder / "content").iterdir())) == 2
+    with reopened(store, open_store) as again:
+        assert (numbers(again), numbers(again, "single")) == ([3], [1])
+        assert content_of(again, again.current("support")) == "c"
+        replace(again, "support", "a")
+        assert numbers(again) == [4, 3]
+
+
+def test_old_revisions_are_dropped_a_few_names_at_a_time(store: AdapterStore) -> None:
+    for name in ("a", "b", "c"):
+        create(store, name, "x")
+        replace(store, name, "y")
+    later = datetime.now(UTC)
+
+    assert [store.drop_replaced_before(later, 2) for _ in range(3)] == [2, 1, 0]

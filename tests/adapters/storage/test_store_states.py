@@ -143,7 +143,7 @@ class StoreMachine(RuleBasedStateMachine):
     def the_folder_holds_no_more_than_what_is_reachable(self) -> None:
         reachable = {content for each in self.alive.values() for content in each.values()}
         assert len(list(self.folder.glob("content/*"))) == len(reachable)
-        assert list(self.folder.parent.glob("*/staging/*")) == []
+        assert list(self.folder.parent.glob("*/staging/*/*")) == []
 
 
 class BucketMachine(StoreMachine):
