@@ -37,6 +37,8 @@ _OTHER_VARIABLES = {
     "is in a bucket. Default: `~/.cache/infuse`.",
     "`HF_TOKEN`, `AWS_*`, `GOOGLE_*`, `AZURE_*`": "Credentials for the hub and for buckets, as "
     "their own tools read them.",
+    "`OTEL_*`": "Where [traces](../guide/production.md#traces) go, and which of them, as "
+    "OpenTelemetry's SDK reads them.",
     "`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`": "How long threads that compute wait for each other "
     "before they sleep. Infuse sets the first one where you set neither "
     "([decision 28](../decisions/0028-short-waits.md)).",

@@ -1,9 +1,9 @@
-"""Follows each HTTP request: its id, its line in the log, its place in the metrics."""
+"""Follows each HTTP request: its id, its line in the log, its place in the metrics, its trace."""
 
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import request_id
+from server.answered import Answered
 from server.caller import SCOPE_KEY
 from server.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
 
-Fields = Callable[[], Mapping[str, object]]
 _QUIET = ("/metrics", "/health/live", "/health/ready")
-"""Scrapes and probes come every few seconds, so only those that fail are logged."""
+"""Scrapes and probes come every few seconds, so only those that fail are told of."""
 _MOST_PATH = 200
 """How many characters of a path are logged."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -46,6 +46,53 @@ class Routes:
         return next((name for pattern, name in self._patterns if pattern.fullmatch(path)), _OTHER)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedRequest:
+    """An HTTP request whose answer has ended. Times are by `time.perf_counter`."""
+
+    id: str
+    """Its `X-Request-Id`."""
+    method: str
+    path: str
+    """Without the query, and quoted again: no path can write a line of its own."""
+    route: str
+    status: int
+    started: float
+    ended: float
+    client: str | None
+    """The address."""
+    key: str | None
+    """The name of its key."""
+    headers: Headers
+    answered: Answered | None
+    """What was generated; None where nothing was."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its line in the log."""
+        answered = self.answered
+        named = {
+            "method": self.method,
+            "path": self.path,
+            "route": self.route,
+            "status": self.status,
+            "seconds": round(self.ended - self.started, 4),
+            "client": self.client,
+            "key": self.key,
+        }
+        if answered is not None:
+            named |= {
+                "answer": answered.id,
+                "adapter": answered.adapter,
+                "prompt_tokens": answered.prompt_tokens,
+                "completion_tokens": answered.completion_tokens,
+                "queue_seconds": answered.queue_seconds,
+                "first_token_seconds": answered.first_token_seconds,
+                "finish": ",".join(answered.finish_reasons),
+            }
+        return {name: each for name, each in named.items() if each is not None}
+
+
 @dataclass(slots=True)
 class _Request:
     """What is known of a request that runs."""
@@ -53,28 +100,37 @@ class _Request:
     started: float
     status: int = 500
     """The answer's. Until it begins: that of a request that raises."""
-    fields: Fields = dict
-    """What its line in the log says besides, as it is in the end."""
+    answered: Callable[[], Answered] | None = None
+    """What is generated for it, to be called at its end."""
 
 
 _current: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
-def describe(fields: Fields) -> None:
-    """Have the log's line of the current request say more: `fields` is called at its end."""
+def describe(answered: Callable[[], Answered]) -> None:
+    """Have what is told of the current request tell of its answer: `answered` is called when both
+    have ended."""
     current = _current.get()
     if current is not None:
-        current.fields = fields
+        current.answered = answered
 
 
 class Observe:
-    """ASGI middleware that counts and logs each request, and sends back its id. It must be the
-    outermost, to see every answer."""
+    """ASGI middleware that counts and logs each request, tells of it, and sends back its id. It
+    must be the outermost, to see every answer."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, routes: Routes) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: HttpMetrics,
+        routes: Routes,
+        tell: Sequence[Callable[[EndedRequest], None]],
+    ) -> None:
+        """`tell`: what is called with each request at its end, but for scrapes and probes."""
         self._app = app
         self._metrics = metrics
         self._routes = routes
+        self._tell = tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,31 +154,31 @@ class Observe:
             try:
                 await self._app(scope, receive, noting)
             finally:
-                self._end(scope, request)
+                self._end(scope, id_, request)
 
-    def _end(self, scope: Scope, request: _Request) -> None:
+    def _end(self, scope: Scope, id_: str, request: _Request) -> None:
         route = self._routes.name(scope["path"])
         method = scope["method"] if scope["method"] in _METHODS else _OTHER
-        seconds = time.perf_counter() - request.started
+        ended = time.perf_counter()
         self._metrics.requests.labels(method, route, str(request.status)).inc()
-        self._metrics.seconds.labels(route).observe(seconds)
-        if request.status >= 400 or scope["path"] not in _QUIET:
-            level = logging.WARNING if request.status >= 500 else logging.INFO
-            fields = _line(scope, route, request, seconds)
-            log.log(level, "request", extra={k: v for k, v in fields.items() if v is not None})
-
-
-def _line(scope: Scope, route: str, request: _Request, seconds: float) -> dict[str, Any]:
-    caller = scope.get(SCOPE_KEY)
-    client = scope.get("client")
-    return {
-        "method": scope["method"],
-        # Without the query. Quoted again: no path can write a line of its own.
-        "path": quote(scope["path"])[:_MOST_PATH],
-        "route": route,
-        "status": request.status,
-        "seconds": round(seconds, 4),
-        "client": None if client is None else client[0],
-        "key": None if caller is None else caller.name,
-        **request.fields(),
-    }
+        self._metrics.seconds.labels(route).observe(ended - request.started)
+        if request.status < 400 and scope["path"] in _QUIET:
+            return
+        caller, client = scope.get(SCOPE_KEY), scope.get("client")
+        told = EndedRequest(
+            id=id_,
+            method=scope["method"],
+            path=quote(scope["path"])[:_MOST_PATH],
+            route=route,
+            status=request.status,
+            started=request.started,
+            ended=ended,
+            client=None if client is None else client[0],
+            key=None if caller is None else caller.name,
+            headers=Headers(scope=scope),
+            answered=None if request.answered is None else request.answered(),
+        )
+        level = logging.WARNING if told.status >= 500 else logging.INFO
+        log.log(level, "request", extra=told.fields)
+        for tell in self._tell:
+            tell(told)

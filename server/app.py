@@ -45,6 +45,7 @@ from server.jobs import MergeJobs
 from server.keys.keyring import Keyring
 from server.metrics import Metrics, build_info
 from server.openapi import Application
+from server.otlp import open_traces
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 from server.streams import Streams
@@ -75,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     services = load_services(settings)
     if keyring is not None:
         services.metrics.keys_file_broken.set_function(lambda: keyring.is_broken)
+    traces = open_traces(build_info(settings.engine)["version"])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +99,8 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
             services.probing.shutdown(wait=False)
+            if traces is not None:
+                await to_thread.run_sync(traces.close, limiter=own)
 
     app = Application(
         title="Infuse",
@@ -117,7 +121,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
     routes = Routes(app.openapi()["paths"])
-    app.add_middleware(Observe, metrics=services.metrics.http, routes=routes)
+    tell = [] if traces is None else [traces.tell]
+    app.add_middleware(Observe, metrics=services.metrics.http, routes=routes, tell=tell)
     return app
 
 

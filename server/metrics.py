@@ -166,7 +166,8 @@ class RequestMetrics:
         self._metrics = metrics
         self._label = label
         self._started = time.perf_counter()
-        self._first: float | None = None
+        self.first_token: float | None = None
+        """When the first token came, by `time.perf_counter`."""
         self._last = self._started
 
     def started(self, at: float) -> None:
@@ -178,9 +179,9 @@ class RequestMetrics:
         if count == 0:
             return
         self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last
-            self._metrics.first_token.observe(self._first - self._started)
+        if self.first_token is None:
+            self.first_token = self._last
+            self._metrics.first_token.observe(self.first_token - self._started)
 
     def finished(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
         """`outcome`: stop, length, cancelled, constraint or error."""
@@ -189,8 +190,9 @@ class RequestMetrics:
         metrics.prompt_tokens.labels(self._label).inc(prompt_tokens)
         metrics.generated_tokens.labels(self._label).inc(completion_tokens)
         metrics.duration.observe(time.perf_counter() - self._started)
-        if self._first is not None and completion_tokens > 1:
-            metrics.per_token.observe((self._last - self._first) / (completion_tokens - 1))
+        if self.first_token is not None and completion_tokens > 1:
+            decoding = self._last - self.first_token
+            metrics.per_token.observe(decoding / (completion_tokens - 1))
 
 
 class _Gauges(Collector):

@@ -74,6 +74,13 @@ def test_ray_is_imported_in_one_room(path: Path) -> None:
         assert not any(f"{module}.".startswith("ray.") for module in imports(path))
 
 
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_opentelemetry_is_imported_in_one_file(path: Path) -> None:
+    """It is not installed everywhere."""
+    if path != ROOT / "server/traces.py":
+        assert not any(module.startswith("opentelemetry") for module in imports(path))
+
+
 PACKAGES = sorted({path.parent for path in CODE})
 
 

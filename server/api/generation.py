@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from server import access
+from server.answered import Answered, Choice
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
@@ -28,18 +29,31 @@ class _Running:
         self.caller = caller
         self.metrics = metrics
         self.tokens = 0
+        self.started: float | None = None
 
-    def take(self, tokens: int) -> None:
-        self.tokens += tokens
-        self.metrics.token(tokens)
-        self.caller.spend_tokens(tokens)
+    def take(self, output: Output) -> None:
+        if output.started is not None:
+            self.started = output.started
+            self.metrics.started(output.started)
+        tokens = len(output.token_ids)
+        if tokens:
+            self.tokens += tokens
+            self.metrics.token(tokens)
+            self.caller.spend_tokens(tokens)
 
-    def end(self, reason: FinishReason) -> None:
+    def end(self, number: int, reason: FinishReason) -> Choice:
         # Metrics count a dead engine as an error like any other.
         dead = reason is FinishReason.ENGINE_DEAD
         outcome = FinishReason.ERROR if dead else reason
         self.caller.end_request()
         self.metrics.finished(outcome.value, len(self.request.prompt), self.tokens)
+        return Choice(
+            number=number,
+            started=self.started,
+            first_token=self.metrics.first_token,
+            ended=time.perf_counter(),
+            finish=reason,
+        )
 
 
 class Generation:
@@ -58,10 +72,7 @@ class Generation:
         self._numbers = {request.id: number for number, request in enumerate(order.requests)}
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
         self._submitted = time.perf_counter()
-        self._first_started: float | None = None
-        self._first_token: float | None = None
-        self._reasons: set[str] = set()
-        """Why choices have ended."""
+        self._ended: list[Choice] = []
         self._is_unread = False
         """Whether it was cancelled because nobody reads it."""
         self._stream = Stream(self._numbers)
@@ -83,7 +94,7 @@ class Generation:
                     request.lease.release()
             raise
         caller.begin_order(count, self._prompt_tokens)
-        access.describe(self._described)
+        access.describe(self.answered)
 
     def __enter__(self) -> Self:
         return self
@@ -103,22 +114,18 @@ class Generation:
             self._is_unread = True
             self.close()
             return
-        running = self._running[output.request_id]
-        if output.started is not None:
-            running.metrics.started(output.started)
-            self._first_started = self._first_started or output.started
-        if output.token_ids:
-            self._first_token = self._first_token or time.perf_counter()
-            running.take(len(output.token_ids))
-            self._completion_tokens += len(output.token_ids)
+        self._running[output.request_id].take(output)
+        self._completion_tokens += len(output.token_ids)
         self._predicted_tokens += output.predicted_tokens
         if output.finish_reason is not None:
-            running.end(output.finish_reason)
-            self._reasons.add(output.finish_reason.value)
             if self._numbers[output.request_id] % self.order.choices == 0:
                 self._cached_tokens += output.cached_tokens
-            del self._running[output.request_id]
+            self._end(output.request_id, output.finish_reason)
         self._stream.take(output)
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        running = self._running.pop(request_id)
+        self._ended.append(running.end(self._numbers[request_id], reason))
 
     @property
     def usage(self) -> Usage:
@@ -140,20 +147,20 @@ class Generation:
             "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
 
-    def _described(self) -> Mapping[str, object]:
-        """What the log says of it: times are of the choice that ran first."""
-        return {
-            "answer": self.order.id,
-            "adapter": self.order.adapter,
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "queue_seconds": self._seconds_until(self._first_started),
-            "first_token_seconds": self._seconds_until(self._first_token),
-            "finish": ",".join(sorted(self._reasons)),
-        }
-
-    def _seconds_until(self, at: float | None) -> float | None:
-        return None if at is None else round(at - self._submitted, 4)
+    def answered(self) -> Answered:
+        """What is known of it, once it has ended."""
+        order = self.order
+        return Answered(
+            id=order.id,
+            model=order.model,
+            adapter=order.adapter,
+            fingerprint=order.fingerprint,
+            submitted=self._submitted,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=self._completion_tokens,
+            choices=tuple(self._ended),
+        )
 
     @property
     def ended(self) -> bool:
@@ -181,8 +188,6 @@ class Generation:
         """Cancel the requests that still run; a second time does nothing."""
         self._stream.end()
         self._streams.close(self._running)
-        for request_id, running in self._running.items():
+        for request_id in list(self._running):
             self._engine.cancel(request_id)
-            running.end(FinishReason.CANCELLED)
-            self._reasons.add(FinishReason.CANCELLED.value)
-        self._running.clear()
+            self._end(request_id, FinishReason.CANCELLED)

@@ -275,6 +275,7 @@ class EngineCore:
         """End a request with an output that has no further tokens."""
         last = Output(
             request_id=sequence.request.id,
+            started=None if sequence.answer_tokens else sequence.started,
             cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
             error=error,

@@ -103,6 +103,15 @@ class Answer:
             else "",
         )
 
+    def end(self, reason: FinishReason, error: str = "") -> Output:
+        """The last output where vLLM has none."""
+        return Output(
+            request_id=self.request.id,
+            started=self._started if self._first_token is None else None,
+            finish_reason=reason,
+            error=error,
+        )
+
     def _append(self, token: int) -> tuple[str, str | int | None, FinishReason | None]:
         """Append a token. Returns its text; and what stopped the answer and why, if it ends."""
         params = self.request.params

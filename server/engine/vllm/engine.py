@@ -248,15 +248,15 @@ class Engine:
             assert last is not None, "vLLM sends no result after the last one"
             return last
         except asyncio.CancelledError:
-            return Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
+            return answer.end(FinishReason.CANCELLED)
         except EngineDeadError:
             self._die()
-            return Output(request_id=request.id, finish_reason=FinishReason.ENGINE_DEAD)
+            return answer.end(FinishReason.ENGINE_DEAD)
         except BaseException as error:
             log.exception("A request failed in vLLM.")
             # vLLM's own error says nothing: its cause does.
             reason = f"The model failed: {error.__cause__ or error}"
-            return Output(request_id=request.id, finish_reason=FinishReason.ERROR, error=reason)
+            return answer.end(FinishReason.ERROR, reason)
 
     def _end(self, answer: Answer, run: asyncio.Task[Output]) -> None:
         """Release what a started request holds, and send its last output."""
@@ -267,7 +267,7 @@ class Engine:
             self._residency.unpin(request.lease)
             self._residency.settle()
         # A run that is cancelled before its first step ends without an output.
-        cancelled = Output(request_id=request.id, finish_reason=FinishReason.CANCELLED)
+        cancelled = answer.end(FinishReason.CANCELLED)
         self._send_last(request, cancelled if run.cancelled() else run.result())
         self._start_next()
 
@@ -285,8 +285,7 @@ class Engine:
         elif request_id in self._waiting:
             answer = self._waiting.pop(request_id)
             self._queue.remove(answer)
-            last = Output(request_id=request_id, finish_reason=FinishReason.CANCELLED)
-            self._send_last(answer.request, last)
+            self._send_last(answer.request, answer.end(FinishReason.CANCELLED))
 
     async def _cancel_all(self) -> None:
         running = list(self._started.values())
@@ -304,8 +303,7 @@ class Engine:
         for answer in list(self._waiting.values()):
             del self._waiting[answer.request.id]
             self._queue.remove(answer)
-            last = Output(request_id=answer.request.id, finish_reason=FinishReason.ENGINE_DEAD)
-            self._send_last(answer.request, last)
+            self._send_last(answer.request, answer.end(FinishReason.ENGINE_DEAD))
 
     def _emit(self, output: Output) -> None:
         """Deliver an output, together with all others that come now."""
