@@ -249,7 +249,7 @@ class Bench:
         own = self.scratch / name
         where = (
             *("--adapters-dir", self.scratch / "shared", "--shared-store"),
-            *("--merges-dir", own, "--preload-adapters", self._preloaded()),
+            *("--merges-dir", own, "--usage-dir", own, "--preload-adapters", self._preloaded()),
         )
         engine = self.engine(
             name,

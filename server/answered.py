@@ -51,6 +51,11 @@ class Answered:
         return self._seconds_until([each.first_token for each in self.choices])
 
     @property
+    def running_seconds(self) -> float:
+        """For which its choices ran, each for itself."""
+        return sum(each.ended - each.started for each in self.choices if each.started is not None)
+
+    @property
     def finish_reasons(self) -> list[str]:
         """Why its choices ended, each reason once."""
         return sorted({each.finish.value for each in self.choices})

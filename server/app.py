@@ -33,7 +33,7 @@ from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from adapters.storage.stored import StoredAdapters
 from server.access import Observe, Routes
-from server.api import adapters, chat, completions, debug, health, merges, models, rank
+from server.api import adapters, chat, completions, debug, health, merges, models, rank, usage
 from server.auth import Authorize
 from server.engine.fair_turns import FairTurns
 from server.engine.model_files import cache_dir
@@ -43,6 +43,7 @@ from server.errors import AnswerAll, ApiError, error_response, install_error_han
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.keys.keyring import Keyring
+from server.metering import Meter
 from server.metrics import Metrics, build_info
 from server.openapi import Application
 from server.otlp import open_traces
@@ -71,7 +72,8 @@ _CONFIGS_AT_ONCE = 32
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Loads the model, which takes a while. Raises BadKeysFile, EngineError and AdapterError."""
+    """Loads the model, which takes a while. Raises BadKeysFile, BadUsageFile, EngineError and
+    AdapterError."""
     keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
     services = load_services(settings)
     if keyring is not None:
@@ -98,6 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
             # The drain has let requests finish: nobody waits for outputs now.
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
+            await to_thread.run_sync(services.meter.close, limiter=own)
             services.probing.shutdown(wait=False)
             if traces is not None:
                 await to_thread.run_sync(traces.close, limiter=own)
@@ -109,7 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.services = services
     install_error_handlers(app)
-    for module in (completions, chat, rank, models, adapters, merges, debug):
+    for module in (completions, chat, rank, models, adapters, merges, usage, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)
@@ -163,11 +166,15 @@ def _load_services(settings: Settings) -> Services:
         registry.wake = engine.wake
         if settings.preload_adapters is not None:
             preload(registry, settings.preload_adapters)
-        merges = MergeJobs(_merges_folder(settings), settings.model, opened.name)
+        meter = Meter(_folder(settings, settings.usage_dir, "usage"))
+        merges_folder = _folder(settings, settings.merges_dir, "merges")
+        merges = MergeJobs(merges_folder, settings.model, opened.name)
     except BaseException:
         store.close()
         raise
     each = _turns_of_a_key(settings)
+    metrics = Metrics(engine.stats, registry.stats, build_info(settings.engine))
+    metrics.unwritten_usage.set_function(lambda: meter.unwritten)
     return Services(
         settings=settings,
         engine=engine,
@@ -180,7 +187,8 @@ def _load_services(settings: Settings) -> Services:
         ),
         streams=Streams(),
         uploads=UploadBudget(settings.uploads_bytes, settings.tenants_uploads_bytes),
-        metrics=Metrics(engine.stats, registry.stats, build_info(settings.engine)),
+        metrics=metrics,
+        meter=meter,
         model_name=name,
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),
@@ -220,15 +228,17 @@ def _storage(settings: Settings) -> Path | Storage:
     return SharedBucketStorage(Objects.at(place), Objects.at(place, lease / 4), cache, lease)
 
 
-def _merges_folder(settings: Settings) -> Path:
+def _folder(settings: Settings, given: Path | None, what: str) -> Path:
+    """The folder of this server's merges or usage. A store that servers share has none of them."""
     place = settings.adapters_dir
     if isinstance(place, Path) and not settings.shared_store:
-        return settings.merges_dir or place / "merges"
-    return settings.merges_dir or beside(place, "merges")
+        return given or place / what
+    return given or beside(place, what)
 
 
 def beside(store: Path | str, what: str) -> Path:
-    """A folder on this machine for the cache of a bucket, or the merges of one of its servers."""
+    """A folder on this machine for the cache of a bucket, or the merges or the usage of its
+    servers here."""
     name = store if isinstance(store, str) else str(store.resolve())
     return cache_dir() / "buckets" / hashlib.sha256(name.encode()).hexdigest()[:16] / what
 

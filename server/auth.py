@@ -16,7 +16,7 @@ from server.keys.usage import Usage
 
 _METRICS = "/metrics"
 _DEBUG = "/debug/batch"
-_ADMIN = ("/v1/adapters", "/v1/merges", _DEBUG)
+_ADMIN = ("/v1/adapters", "/v1/merges", "/v1/usage", _DEBUG)
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 _ANYBODY = Caller()
 

@@ -122,11 +122,12 @@ def serve(context: typer.Context) -> None:
     from server.engine import EngineError
     from server.keys.key_file import BadKeysFile
     from server.listener import Server, freeze_heap
+    from server.metering import BadUsageFile
 
     logs.take_over()
     try:
         application = create_app(settings)
-    except (BadKeysFile, EngineError, AdapterError, OSError) as error:
+    except (BadKeysFile, BadUsageFile, EngineError, AdapterError, OSError) as error:
         _refuse(str(error))
     freeze_heap()
     Server(application, settings, application.state).run(sockets=[listening])

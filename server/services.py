@@ -1,6 +1,6 @@
 """The objects that the routes work with, made once by `create_app`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from adapters.sources.sources import Sources
 from server.engine import Engine
 from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
+from server.metering import Meter, Query, Row
 from server.metrics import Metrics
 from server.settings import Settings
 from server.streams import Streams
@@ -30,6 +31,7 @@ class Services:
     merges: MergeJobs
     sources: Sources
     metrics: Metrics
+    meter: Meter
     streams: Streams
     uploads: UploadBudget
     model_name: str
@@ -56,6 +58,10 @@ class Services:
     """The threads that read the metrics: requests that hang may hold all others."""
     join_metrics: Callable[[bytes], Awaitable[bytes]] | None = None
     """Adds the metrics of other servers to this one's, where one address stands for several."""
+    ask_meters: Callable[[Query], Awaitable[Mapping[str, Sequence[Row]]]] | None = None
+    """Machine -> its usage, where one address stands for servers of several machines."""
+    reading_usage: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    """The threads that read the usage."""
 
     def cache_scope(self, caller: str | None) -> str:
         """The caches that a key's requests use: the key's own, unless keys share theirs."""

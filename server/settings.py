@@ -100,6 +100,11 @@ class Settings(BaseSettings):
         description="Where merged models are kept. Default: `merges` in the adapters folder.",
         examples=["/data/merges"],
     )
+    usage_dir: Path | None = Field(
+        None,
+        description="Where the usage of keys is kept. Default: `usage` in the adapters folder.",
+        examples=["/data/usage"],
+    )
     preload_adapters: Path | None = Field(
         None,
         description="A folder of adapter folders; those that fit the model are added at start.",

@@ -21,6 +21,7 @@ VALUES = {
     "keep_revisions": "3",
     "keep_days": "90.5",
     "merges_dir": "/merges",
+    "usage_dir": "/usage",
     "preload_adapters": "/examples",
     "host": "127.0.0.2",
     "port": "8123",

@@ -1,7 +1,9 @@
 """Runs one order in the engine: takes its outputs, counts its usage, and ends it for certain."""
 
+import asyncio
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -13,10 +15,14 @@ from server.api.orders import Order
 from server.caller import Caller
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.errors import ApiError
+from server.metering import Amount
 from server.metrics import RequestMetrics
 from server.services import Services
 from server.streams import Stream
 
+_ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
+"""How a choice ends where neither its client nor the server cuts it short."""
+_WRITE_SECONDS = 1.0
 MAX_UNREAD = 1 << 16
 """A generation is cancelled when more outputs than this, some tens of megabytes, are unread."""
 
@@ -73,15 +79,19 @@ class Generation:
         self._completion_tokens = self._predicted_tokens = self._cached_tokens = 0
         self._submitted = time.perf_counter()
         self._ended: list[Choice] = []
+        self._has_failed = False
+        self._meter = services.meter
+        self._written: Future[None] | None = None
+        """Done once its usage is on the disk."""
         self._is_unread = False
         """Whether it was cancelled because nobody reads it."""
         self._stream = Stream(self._numbers)
         self._streams.open(self._numbers, self)
-        label = services.metrics.label_of(services.model_name, order.adapter)
+        self._label = services.metrics.label_of(services.model_name, order.adapter)
         caller, count = order.caller, len(order.requests)
         # The engine may run a request before `submit` returns.
         self._running = {
-            request.id: _Running(request, caller, services.metrics.request_started(label))
+            request.id: _Running(request, caller, services.metrics.request_started(self._label))
             for request in order.requests
         }
         try:
@@ -120,12 +130,28 @@ class Generation:
         if output.finish_reason is not None:
             if self._numbers[output.request_id] % self.order.choices == 0:
                 self._cached_tokens += output.cached_tokens
+            self._has_failed |= output.finish_reason not in _ANSWERED
             self._end(output.request_id, output.finish_reason)
         self._stream.take(output)
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         running = self._running.pop(request_id)
         self._ended.append(running.end(self._numbers[request_id], reason))
+        if not self._running and not self._has_failed:
+            amount = Amount(
+                requests=1,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                completion_tokens=self._completion_tokens,
+                microseconds=round(self.answered().running_seconds * 1e6),
+            )
+            self._written = self._meter.add(self.order.caller.name or "", self._label, amount)
+
+    async def metered(self) -> None:
+        """Wait until the usage is written: an answer that has arrived whole is counted, whatever
+        happens to the server. A disk that hangs does not hold it up for long."""
+        if self._written is not None:
+            await asyncio.wait([asyncio.wrap_future(self._written)], timeout=_WRITE_SECONDS)
 
     @property
     def usage(self) -> Usage:
@@ -182,6 +208,7 @@ class Generation:
         for number, output in await self.next():
             raise_if_failed(output)
             parts[number].append(output)
+        await self.metered()
         return [join(outputs) for outputs in parts]
 
     def close(self) -> None:

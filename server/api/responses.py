@@ -104,6 +104,7 @@ async def _events(
             if events and not generation.ended:
                 yield b"".join(events)
                 events.clear()
+        await generation.metered()
         if body.wants_usage_chunk:
             events.append(_event(writer.usage_chunk(generation.usage)))
     except ApiError as error:

@@ -4,7 +4,9 @@ import logging
 import os
 import socket
 from dataclasses import replace
+from typing import Any
 
+from anyio import to_thread
 from fastapi import FastAPI
 from ray import serve
 
@@ -15,6 +17,7 @@ from server.app import beside, create_app
 from server.engine.errors import EngineDead
 from server.errors import ApiError
 from server.listener import freeze_heap
+from server.metering import Query, Row
 from server.on_ray.folders import OwnFolder
 from server.on_ray.metrics import joined
 from server.services import Services
@@ -22,7 +25,8 @@ from server.settings import Settings
 
 APP = "infuse"
 DEPLOYMENT = "Infuse"
-_SCRAPE_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
+"""Seconds that the other replicas have to tell what they know."""
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,9 @@ class Replica:
         }
         self._application = create_app(settings.model_copy(update=folders))
         services: Services = self._application.state.services
-        self._services = replace(services, join_metrics=self._join_metrics)
+        self._services = replace(
+            services, join_metrics=self._join_metrics, ask_meters=self._ask_meters
+        )
         self._application.state.services = self._services
         self._name = f"{socket.gethostname()}/{number}"
         log.info("Replica %s is process %d.", self._name, os.getpid())
@@ -74,12 +80,27 @@ class Replica:
     def own_metrics(self) -> tuple[str, bytes]:
         return self._name, self._services.metrics.expose()
 
+    async def own_usage(self, query: Query) -> tuple[str, list[Row]]:
+        services = self._services
+        rows = await to_thread.run_sync(services.meter.rows, query, limiter=services.reading_usage)
+        return socket.gethostname(), rows
+
     async def _join_metrics(self, text: bytes) -> bytes:
         """This replica's metrics, and those of all others that answer."""
-        others = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast("own_metrics")
-        try:
-            found = await others.results_async(timeout_s=_SCRAPE_SECONDS, return_exceptions=True)
-        except TimeoutError:
-            found = []
-        texts = dict(each for each in found if not isinstance(each, BaseException))
+        texts = dict(await _all_say("own_metrics"))
         return joined(texts | {self._name: text})
+
+    async def _ask_meters(self, query: Query) -> dict[str, list[Row]]:
+        """Machine -> its usage, of all that answer. The replicas of a machine share a file."""
+        machine, rows = await self.own_usage(query)
+        return dict(await _all_say("own_usage", query)) | {machine: rows}
+
+
+async def _all_say(method: str, *arguments: Any) -> list[Any]:
+    """What the method of each replica that answers returns."""
+    asked = serve.get_deployment_handle(DEPLOYMENT, APP).broadcast(method, *arguments)
+    try:
+        found = await asked.results_async(timeout_s=_ANSWER_SECONDS, return_exceptions=True)
+    except TimeoutError:
+        return []
+    return [each for each in found if not isinstance(each, BaseException)]

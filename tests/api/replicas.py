@@ -20,7 +20,7 @@ import psutil
 from tests.api.replica_starter import ENDED
 
 _STARTUP_SECONDS = 120
-_OWN = ("merges", "adapters-cache")
+_OWN = ("merges", "adapters-cache", "usage")
 """The folders that each server has for itself."""
 
 

@@ -31,6 +31,7 @@ class Place:
             "adapters_dir": self.folder if bucket is None else bucket,
             "adapters_cache_dir": self.cache,
             "merges_dir": tmp_path / "merges",
+            "usage_dir": tmp_path / "usage",
         }
 
     def change(self, file: str, change: Callable[[bytes], bytes]) -> None:

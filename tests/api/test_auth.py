@@ -33,6 +33,7 @@ GENERATE: list[tuple[str, str, dict[str, Any]]] = [
 ]
 ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/debug/batch", {}),
+    ("GET", "/v1/usage", {}),
     ("GET", ADAPTERS, {}),
     ("POST", ADAPTERS, {}),
     ("POST", f"{ADAPTERS}?dry_run=true", {}),

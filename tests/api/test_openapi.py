@@ -42,6 +42,7 @@ STATUSES = {
     ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
     ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
+    ("get", "/v1/usage"): {200, 400, *KEYED, 500},
     ("get", "/debug/batch"): {200, *KEYED},
     ("get", "/metrics"): {200, *KEYED},
 }

@@ -18,7 +18,7 @@ from tests.api.oracle import upload
 from tests.api.test_auth import error_of
 from tests.api.test_streaming import eventually
 
-ADAPTERS, MERGES = "/v1/adapters", "/v1/merges"
+ADAPTERS, MERGES, USAGE = "/v1/adapters", "/v1/merges", "/v1/usage"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MINE, THEIRS, NOBODYS = "acme/support", "globex/offers", "globex/absent"
 ABSENT_MERGE = "merge-20261124061500123456-9f3a"
@@ -98,6 +98,8 @@ def house(
                     ended = eventually(lambda path=path: tenant.get(path).json()["progress"] == 1)
                     assert ended
                     house.merges[admin] = job
+            with house.by("globex app") as tenant:
+                assert tenant.post(COMPLETIONS, **body(model=THEIRS, prompt="x")).is_success
             yield house
 
 
@@ -145,6 +147,11 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
     ("GET", "/health/ready"): NAMES_NOTHING,
     ("GET", "/metrics"): NAMES_NOTHING,
     ("GET", "/debug/batch"): NAMES_NOTHING,
+    ("GET", USAGE): [
+        lambda name: {"url": USAGE, "params": {"adapter": name}},
+        lambda name: {"url": USAGE, "params": {"key": name}},
+        lambda name: {"url": USAGE, "params": {"adapter": name, "format": "csv"}},
+    ],
     ("GET", "/v1/models"): [lambda name: {"url": "/v1/models", "params": {"after": name}}],
     ("GET", "/v1/models/{model}"): [
         lambda name: {"url": f"/v1/models/{name}"},
@@ -282,7 +289,9 @@ def test_a_key_without_a_scope_is_told_the_two_apart(house: House, route: tuple[
 
 
 @pytest.mark.parametrize("kind", ["acme app", "acme admin"])
-@pytest.mark.parametrize("path", ["/v1/models", ADAPTERS, MERGES, "/metrics", "/debug/batch"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", ADAPTERS, MERGES, USAGE, "/metrics", "/debug/batch"]
+)
 @pytest.mark.parametrize(
     "query", ["", "?limit=1", "?limit=1000", "?after=a", "?limit=1&after=acme"]
 )

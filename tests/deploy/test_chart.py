@@ -142,6 +142,7 @@ def test_the_schema_knows_every_setting_but_those_that_the_chart_makes() -> None
         "merges-dir",
         "port",
         "shared-store",
+        "usage-dir",
     }
 
     assert known == {name.replace("_", "-") for name in Settings.model_fields} - made

@@ -86,7 +86,7 @@ def _processes(root: psutil.Process) -> list[psutil.Process]:
 @contextmanager
 def deployed(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Deployment]:
     """Within: so many replicas run; all that Ray has started has ended afterwards."""
-    own = [f"--merges-dir={folder / 'merges'}", f"--adapters-cache-dir={folder / 'caches'}"]
+    own = [f"--{kind}-dir={folder / kind}" for kind in ("merges", "adapters-cache", "usage")]
     arguments = ["deploy", "--port=0", f"--replicas={count}", *own, *flags]
     log = folder / "log"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}

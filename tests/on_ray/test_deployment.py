@@ -1,5 +1,6 @@
 """Replicas of `infuse deploy`, as clients see them."""
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from openai import OpenAI
 
 from server.settings import MEBIBYTE
 from tests.api.archives import form_of, read_adapter
+from tests.api.collectors import Collector, collector
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, COMPLETIONS, complete
+from tests.api.test_traces import by_name, check_whole, named, point_to
 from tests.on_ray.deployed import Deployment, deployed
 
 pytest.importorskip("ray")
@@ -20,16 +23,27 @@ PROMPT = "The order arrived"
 
 
 @pytest.fixture(scope="module")
+def collected() -> Iterator[Collector]:
+    with collector() as collected:
+        yield collected
+
+
+@pytest.fixture(scope="module")
 def deployment(
-    model_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    collected: Collector,
+    model_folder: Path,
+    adapter_folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("deployment")
     flags = [f"--model={model_folder}", "--served-model-name=tiny", "--max-batch-rows=8"]
     flags += [f"--adapters-dir={folder / 'store'}", "--shared-store", "--replica-lease=5"]
-    with deployed(folder, 3, flags) as deployment:
-        for name, adapter in adapter_folders.items():
-            assert upload(deployment.client, name, adapter).status_code == 201
-        yield deployment
+    with pytest.MonkeyPatch.context() as patch:
+        point_to(patch, collected.url)
+        with deployed(folder, 3, flags) as deployment:
+            for name, adapter in adapter_folders.items():
+                assert upload(deployment.client, name, adapter).status_code == 201
+            yield deployment
 
 
 @pytest.fixture
@@ -106,6 +120,29 @@ def test_merges_are_found_whichever_replica_is_asked_for_other_things(
 
     for _ in range(6):
         assert client.get(f"/v1/merges/{made.json()['id']}").status_code == 200
+
+
+def test_a_request_has_its_trace_on_whichever_replica_it_runs(
+    client: httpx.Client, collected: Collector
+) -> None:
+    body = {"model": "mlp", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True}
+    client.post(COMPLETIONS, json=body, headers=named("on-ray"))
+
+    spans = by_name(collected.trace("on-ray"))
+    check_whole(spans, f"POST {COMPLETIONS}", "text_completion mlp")
+
+
+def test_the_usage_of_all_replicas_is_one_report(client: httpx.Client) -> None:
+    def requests() -> int:
+        report = client.get("/v1/usage").json()
+        assert report["machines"] == [socket.gethostname()]
+        return sum(each["requests"] for each in report["data"])
+
+    before = requests()
+    for model in ("mlp", "queries", "default", "tiny"):
+        assert complete(client, model).status_code == 200
+
+    assert requests() == before + 4
 
 
 def test_every_replica_has_its_series(deployment: Deployment) -> None:

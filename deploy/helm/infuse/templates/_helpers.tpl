@@ -45,6 +45,7 @@ true
 {{- define "infuse.environment" -}}
 INFUSE_ADAPTERS_DIR: {{ .Values.store.bucket | default (printf "%s/adapters" (include "infuse.volumePath" .)) | quote }}
 INFUSE_MERGES_DIR: /data/merges
+INFUSE_USAGE_DIR: /data/usage
 INFUSE_DRAIN_TIMEOUT: {{ .Values.drainSeconds | quote }}
 {{- if .Values.keys.anonymous }}
 INFUSE_ALLOW_ANONYMOUS: "true"
