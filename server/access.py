@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,10 @@ _QUIET = ("/metrics", "/health/live", "/health/ready")
 _MOST_PATH = 200
 """How many characters of a path are logged."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_TRACE_CONTEXT = ("traceparent", "tracestate")
+"""W3C Trace Context."""
+_MOST_CONTEXT = 512
+"""The longest `tracestate` that its specification has servers pass on."""
 _OTHER = "other"
 """The label of a path that is no route's, and of a method that HTTP does not have."""
 
@@ -63,7 +67,8 @@ class EndedRequest:
     """The address."""
     key: str | None
     """The name of its key."""
-    headers: Headers
+    trace_context: Mapping[str, str]
+    """The headers by which its client says of which trace it is a part."""
     answered: Answered | None
     """What was generated; None where nothing was."""
 
@@ -175,10 +180,15 @@ class Observe:
             ended=ended,
             client=None if client is None else client[0],
             key=None if caller is None else caller.name,
-            headers=Headers(scope=scope),
+            trace_context=_trace_context(Headers(scope=scope)),
             answered=None if request.answered is None else request.answered(),
         )
         level = logging.WARNING if told.status >= 500 else logging.INFO
         log.log(level, "request", extra=told.fields)
         for tell in self._tell:
             tell(told)
+
+
+def _trace_context(headers: Headers) -> dict[str, str]:
+    given = {name: headers.get(name, "") for name in _TRACE_CONTEXT}
+    return {name: each for name, each in given.items() if 0 < len(each) <= _MOST_CONTEXT}

@@ -1,8 +1,19 @@
 """What is known of an answer at its end: its tokens, and when each of its choices ran."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from server.engine.request import FinishReason
+
+
+class Stage(NamedTuple):
+    """Times are by `time.perf_counter`."""
+
+    name: str
+    begin: float
+    end: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,11 +21,25 @@ class Choice:
     """A choice that has ended. Times are by `time.perf_counter`."""
 
     number: int
+    lacked_slot: float | None
+    """When it was its turn, and there was no slot for its adapter. None: there was one."""
     started: float | None
     """When it first ran. None: it ended before its first output."""
     first_token: float | None
     ended: float
     finish: FinishReason
+
+    def stages(self, submitted: float) -> Iterator[Stage]:
+        """Where its time went, from its submission to its end without a gap."""
+        times = {
+            "queue": submitted,
+            "slot": self.lacked_slot,
+            "prefill": self.started,
+            "decode": self.first_token,
+        }
+        begun = [(name, at) for name, at in times.items() if at is not None]
+        for (name, begin), (_, end) in pairwise([*begun, ("", self.ended)]):
+            yield Stage(name, begin, end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

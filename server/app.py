@@ -43,6 +43,7 @@ from server.errors import AnswerAll, ApiError, error_response, install_error_han
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.keys.keyring import Keyring
+from server.latest import LatestAnswers
 from server.metering import Meter
 from server.metrics import Metrics, build_info
 from server.openapi import Application
@@ -124,7 +125,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
     app.add_middleware(AnswerAll)
     routes = Routes(app.openapi()["paths"])
-    tell = [] if traces is None else [traces.tell]
+    tell = [services.latest.tell] if traces is None else [services.latest.tell, traces.tell]
     app.add_middleware(Observe, metrics=services.metrics.http, routes=routes, tell=tell)
     return app
 
@@ -189,6 +190,7 @@ def _load_services(settings: Settings) -> Services:
         uploads=UploadBudget(settings.uploads_bytes, settings.tenants_uploads_bytes),
         metrics=metrics,
         meter=meter,
+        latest=LatestAnswers(),
         model_name=name,
         preparing=FairTurns(2 * each, each),
         started=datetime.now(UTC),

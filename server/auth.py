@@ -15,7 +15,7 @@ from server.keys.keyring import Keyring
 from server.keys.usage import Usage
 
 _METRICS = "/metrics"
-_DEBUG = "/debug/batch"
+_DEBUG = "/debug/"
 _ADMIN = ("/v1/adapters", "/v1/merges", "/v1/usage", _DEBUG)
 _OPEN = ("/health", "/docs", "/redoc", "/openapi.json")
 _ANYBODY = Caller()
@@ -81,7 +81,8 @@ def _check_role(key: Key, path: str) -> None:
         named = " or ".join(f"'{role}'" for role in roles)
         message = f"The key '{key.name}' lacks the role {named}, which {path} needs."
         raise ApiError(403, message, code="missing_role")
-    if path in (_METRICS, _DEBUG) and key.scope.is_tenants:
+    shows_all = path == _METRICS or path.startswith(_DEBUG)
+    if shows_all and key.scope.is_tenants:
         message = f"{path} shows the requests of all keys; the scope of '{key.name}' is its own."
         raise ApiError(403, message, code="out_of_scope")
 

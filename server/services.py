@@ -16,8 +16,10 @@ from adapters.sources.sources import Sources
 from server.engine import Engine
 from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
+from server.latest import LatestAnswers
 from server.metering import Meter, Query, Row
 from server.metrics import Metrics
+from server.preparations import Preparations
 from server.settings import Settings
 from server.streams import Streams
 from server.uploads import UploadBudget
@@ -32,6 +34,7 @@ class Services:
     sources: Sources
     metrics: Metrics
     meter: Meter
+    latest: LatestAnswers
     streams: Streams
     uploads: UploadBudget
     model_name: str
@@ -39,6 +42,7 @@ class Services:
     started: datetime
     preparing: FairTurns
     """Bounds how many requests are prepared at once, each on a thread."""
+    preparations: Preparations = field(default_factory=Preparations)
     own_files: WeakValueDictionary[str, CapacityLimiter] = field(
         default_factory=WeakValueDictionary
     )

@@ -7,7 +7,7 @@ environment variables say where they go and which are sampled.
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from uuid import uuid4
 
 from opentelemetry.context import Context
@@ -19,7 +19,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.access import EndedRequest
-from server.answered import Answered, Choice
+from server.answered import Answered
 from server.engine.request import FinishReason
 
 _OPERATIONS = {
@@ -56,7 +56,7 @@ class Traces:
         clock = _Clock()
         span = self._tracer.start_span(
             f"{request.method} {request.route}",
-            self._traceparent.extract(request.headers),
+            self._traceparent.extract(request.trace_context),
             SpanKind.SERVER,
             _of_request(request),
             start_time=clock.at(request.started),
@@ -85,9 +85,9 @@ class Traces:
             span.set_status(Status(StatusCode.ERROR))
         inside = set_span_in_context(span)
         for choice in answered.choices[:_MOST_CHOICES]:
-            for name, begin, end in _stages(choice, answered.submitted):
+            for stage in choice.stages(answered.submitted):
                 attributes: _Attributes = {"infuse.choice": choice.number}
-                self._span(name, inside, clock, begin, end, attributes)
+                self._span(stage.name, inside, clock, stage.begin, stage.end, attributes)
         span.end(clock.at(answered.ended))
         self._span("send", parent, clock, answered.ended, request.ended)
 
@@ -121,18 +121,6 @@ class _Clock:
 
     def at(self, seconds: float) -> int:
         return self._offset + round(seconds * 1e9)
-
-
-def _stages(choice: Choice, submitted: float) -> Iterator[tuple[str, float, float]]:
-    """The spans of a choice: name, begin, end. A choice that ended before its first output is not
-    known to have left the queue."""
-    started = choice.ended if choice.started is None else choice.started
-    yield "queue", submitted, started
-    if choice.started is not None:
-        first = choice.ended if choice.first_token is None else choice.first_token
-        yield "prefill", started, first
-    if choice.first_token is not None:
-        yield "decode", choice.first_token, choice.ended
 
 
 def _of_request(request: EndedRequest) -> _Attributes:

@@ -35,9 +35,12 @@ class _Running:
         self.caller = caller
         self.metrics = metrics
         self.tokens = 0
+        self.lacked_slot: float | None = None
         self.started: float | None = None
 
     def take(self, output: Output) -> None:
+        if output.lacked_slot is not None:
+            self.lacked_slot = output.lacked_slot
         if output.started is not None:
             self.started = output.started
             self.metrics.started(output.started)
@@ -55,6 +58,7 @@ class _Running:
         self.metrics.finished(outcome.value, len(self.request.prompt), self.tokens)
         return Choice(
             number=number,
+            lacked_slot=self.lacked_slot,
             started=self.started,
             first_token=self.metrics.first_token,
             ended=time.perf_counter(),

@@ -10,6 +10,7 @@ from adapters.vocabulary.sandbox import WouldWait, without_waiting
 from server.api.disconnects import unless_client_leaves
 from server.caller import Caller
 from server.engine.constraints.grammars import GrammarMissing, RequestGrammars
+from server.preparations import Awaits, Preparation
 from server.services import Services
 
 _T = TypeVar("_T")
@@ -28,7 +29,18 @@ async def prepared(
     read or run on threads that only requests for that adapter wait for. Raises ApiError where the
     client leaves meanwhile.
     """
-    tenant = caller.name or ""
+    with services.preparations.begin(caller.name or "") as preparation:
+        return await _prepared(request, services, caller, prepare, preparation)
+
+
+async def _prepared(
+    request: Request,
+    services: Services,
+    caller: Caller,
+    prepare: Callable[[], _T],
+    preparation: Preparation,
+) -> _T:
+    tenant = preparation.tenant
     scope = services.cache_scope(caller.name)
     grammars = RequestGrammars(services.engine.grammars, tenant, scope)
     own_files: CapacityLimiter | None = None
@@ -36,8 +48,11 @@ async def prepared(
         try:
             with grammars.asked():
                 if own_files is not None:
+                    preparation.awaits = Awaits.FILES
                     return await to_thread.run_sync(prepare, limiter=own_files)
+                preparation.awaits = Awaits.TURN
                 async with services.preparing.turn(tenant):
+                    preparation.awaits = None
                     # Inside its turn: an idle engine waits for no request that waits for another.
                     with services.engine.expecting():
                         # The turns bound the threads.
@@ -46,6 +61,7 @@ async def prepared(
         except WouldWait as wait:
             own_files = services.own_files.setdefault(wait.key, CapacityLimiter(_AT_ONCE))
         except GrammarMissing as missing:
+            preparation.awaits = Awaits.GRAMMAR
             await unless_client_leaves(request, grammars.compile(missing))
 
 

@@ -132,12 +132,29 @@ class GenerationRequest:
         return "" if self.lease is None else self.lease.label
 
 
+class WaitsFor(StrEnum):
+    """What keeps a request from running."""
+
+    TURN = "turn"
+    """Others are before it in the queue."""
+    ROW = "row"
+    """Every row of the batch is taken."""
+    SLOT = "slot"
+    """Every slot of the bank is in use, and none has its adapter."""
+    BLOCKS = "blocks"
+    """The KV cache has no room for its prompt."""
+    PREFIX = "prefix"
+    """A running request computes how its prompt begins."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
     """How far a request is that has not ended. Times are by `time.perf_counter`."""
 
     request: GenerationRequest
     is_running: bool = False
+    waits_for: WaitsFor = WaitsFor.TURN
+    """While it does not run."""
     answer_tokens: int = 0
     started: float | None = None
     """When it first ran. A waiting request that has it was preempted."""
@@ -162,6 +179,8 @@ class Output:
     token_ids: tuple[int, ...] = ()
     started: float | None = field(default=None, compare=False)
     """On the first output: when the request first ran, by `time.perf_counter`."""
+    lacked_slot: float | None = field(default=None, compare=False)
+    """On the first output: when it was its turn and there was no slot for its adapter, if so."""
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

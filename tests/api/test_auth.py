@@ -33,6 +33,7 @@ GENERATE: list[tuple[str, str, dict[str, Any]]] = [
 ]
 ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/debug/batch", {}),
+    ("GET", "/debug/slowest", {}),
     ("GET", "/v1/usage", {}),
     ("GET", ADAPTERS, {}),
     ("POST", ADAPTERS, {}),

@@ -44,6 +44,7 @@ STATUSES = {
     ("get", "/health/ready"): {200, 503},
     ("get", "/v1/usage"): {200, 400, *KEYED, 500},
     ("get", "/debug/batch"): {200, *KEYED},
+    ("get", "/debug/slowest"): {200, 400, *KEYED},
     ("get", "/metrics"): {200, *KEYED},
 }
 """Of each operation, what it may answer. That every answer of every test is among them is seen by

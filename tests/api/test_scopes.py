@@ -147,6 +147,7 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
     ("GET", "/health/ready"): NAMES_NOTHING,
     ("GET", "/metrics"): NAMES_NOTHING,
     ("GET", "/debug/batch"): NAMES_NOTHING,
+    ("GET", "/debug/slowest"): NAMES_NOTHING,
     ("GET", USAGE): [
         lambda name: {"url": USAGE, "params": {"adapter": name}},
         lambda name: {"url": USAGE, "params": {"key": name}},
@@ -290,7 +291,8 @@ def test_a_key_without_a_scope_is_told_the_two_apart(house: House, route: tuple[
 
 @pytest.mark.parametrize("kind", ["acme app", "acme admin"])
 @pytest.mark.parametrize(
-    "path", ["/v1/models", ADAPTERS, MERGES, USAGE, "/metrics", "/debug/batch"]
+    "path",
+    ["/v1/models", ADAPTERS, MERGES, USAGE, "/metrics", "/debug/batch", "/debug/slowest"],
 )
 @pytest.mark.parametrize(
     "query", ["", "?limit=1", "?limit=1000", "?after=a", "?limit=1&after=acme"]
@@ -321,7 +323,7 @@ def test_a_tenant_finds_what_is_its_own(house: House) -> None:
         assert client.post(COMPLETIONS, **body(model="tiny", prompt="x")).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/debug/batch"])
+@pytest.mark.parametrize("path", ["/metrics", "/debug/batch", "/debug/slowest"])
 def test_what_shows_the_requests_of_all_keys_is_not_for_one_tenant(house: House, path: str) -> None:
     with house.by("acme admin") as client:
         assert error_of(client.get(path), 403)["code"] == "out_of_scope"

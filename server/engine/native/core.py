@@ -180,6 +180,7 @@ class EngineCore:
             InFlight(
                 request=each.request,
                 is_running=each in running,
+                waits_for=self._scheduler.waits_for(each),
                 answer_tokens=each.answer_tokens,
                 started=each.started,
                 first_token=each.first_token,
@@ -273,9 +274,11 @@ class EngineCore:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> None:
         """End a request with an output that has no further tokens."""
+        is_first = not sequence.answer_tokens
         last = Output(
             request_id=sequence.request.id,
-            started=None if sequence.answer_tokens else sequence.started,
+            started=sequence.started if is_first else None,
+            lacked_slot=sequence.lacked_slot if is_first else None,
             cached_tokens=sequence.cached_tokens or 0,
             finish_reason=reason,
             error=error,

@@ -39,6 +39,7 @@ def take(
         request_id=sequence.request.id,
         token_ids=tuple(choice.token for choice in taken),
         started=sequence.started if is_first else None,
+        lacked_slot=sequence.lacked_slot if is_first else None,
         text=text,
         logprobs=tuple(choice.logprob for choice in taken if choice.logprob is not None),
         prompt_logprobs=scores,

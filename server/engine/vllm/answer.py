@@ -8,7 +8,14 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.fair_queue import HEADROOM
-from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, TokenLogprob
+from server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    InFlight,
+    Output,
+    TokenLogprob,
+    WaitsFor,
+)
 
 
 class Answer:
@@ -42,6 +49,7 @@ class Answer:
         self._cached = 0
         self._has_begun = False
         self._started: float | None = None
+        self._lacked_slot: float | None = None
         self._first_token: float | None = None
 
     @property
@@ -57,11 +65,17 @@ class Answer:
         """Note that it is given to vLLM now."""
         self._started = time.perf_counter()
 
-    def in_flight(self) -> InFlight:
-        """How far it is. Any thread may call this."""
+    def lack_slot(self) -> None:
+        """Note that it is its turn, and no slot is free for its adapter."""
+        if self._lacked_slot is None:
+            self._lacked_slot = time.perf_counter()
+
+    def in_flight(self, waits_for: WaitsFor) -> InFlight:
+        """How far it is. `waits_for`: while it waits. Any thread may call this."""
         return InFlight(
             request=self.request,
             is_running=self._started is not None,
+            waits_for=waits_for,
             answer_tokens=self._tokens,
             started=self._started,
             first_token=self._first_token,
@@ -92,6 +106,7 @@ class Answer:
             request_id=self.request.id,
             token_ids=tuple(taken),
             started=self._started if is_first else None,
+            lacked_slot=self._lacked_slot if is_first else None,
             text=text,
             logprobs=_scores(taken, step.logprobs, params.logprobs),
             prompt_logprobs=self._prompt_scores(result.prompt_logprobs),
@@ -105,9 +120,11 @@ class Answer:
 
     def end(self, reason: FinishReason, error: str = "") -> Output:
         """The last output where vLLM has none."""
+        is_first = self._first_token is None
         return Output(
             request_id=self.request.id,
-            started=self._started if self._first_token is None else None,
+            started=self._started if is_first else None,
+            lacked_slot=self._lacked_slot if is_first else None,
             finish_reason=reason,
             error=error,
         )

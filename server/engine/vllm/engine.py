@@ -20,7 +20,14 @@ from server.engine.constraints.grammars import Grammars
 from server.engine.errors import EngineDead, EngineStopping, QueueFull
 from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
 from server.engine.protocol import ServedModel
-from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, adapter_names
+from server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    InFlight,
+    Output,
+    WaitsFor,
+    adapter_names,
+)
 from server.engine.stats import EngineStats
 from server.engine.vllm.answer import Answer
 from server.engine.vllm.config import EngineConfig
@@ -81,6 +88,8 @@ class Engine:
         self._started: dict[str, asyncio.Task[Output]] = {}
         self._running: dict[str, Answer] = {}
         """The answers of the started requests."""
+        self._slotless: Answer | None = None
+        """The first request in the queue, where its adapter has no slot."""
         self._overtaking = 0
         """How many requests have started before the first one, whose adapter has no slot."""
         self._outputs: list[Output] = []
@@ -163,7 +172,13 @@ class Engine:
         """Every request that has not ended, those first that vLLM has."""
         # Copies, as the loop may change both meanwhile.
         answers = [*self._running.copy().values(), *self._waiting.copy().values()]
-        return [answer.in_flight() for answer in answers]
+        return [answer.in_flight(self._waits_for(answer)) for answer in answers]
+
+    def _waits_for(self, answer: Answer) -> WaitsFor:
+        """What keeps a request in our queue. Any thread may call this."""
+        if len(self._started) >= self._most_started:
+            return WaitsFor.ROW
+        return WaitsFor.SLOT if answer is self._slotless else WaitsFor.TURN
 
     def stop(self, timeout: float) -> None:
         """Refuse new requests, let the running ones end for up to `timeout` seconds, cancel the
@@ -202,6 +217,9 @@ class Engine:
             if first is None:
                 return
             answer, slot = first, self._pin(first)
+            self._slotless = first if slot is None else None
+            if slot is None:
+                first.lack_slot()
             if slot is None and self._overtaking < MAX_OVERTAKEN:
                 resident = self._queue.first(self._is_resident)
                 if resident is not None:

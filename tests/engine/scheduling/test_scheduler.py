@@ -18,7 +18,7 @@ from server.engine.native.cache.kv_cache import StripCache
 from server.engine.native.scheduling.scheduler import Scheduler
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Step
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.request import GenerationRequest, SamplingParams, WaitsFor
 from tests.factories import tiny_tokenizer
 
 WINDOW = 256
@@ -232,6 +232,43 @@ def test_a_waiting_request_holds_no_slot(registry: AdapterRegistry) -> None:
     assert (registry.stats().pinned, registry.stats().leases) == (SLOTS, 3)
     while list(machine.scheduler):
         machine.step()
+
+
+def waits(machine: Machine, *sequences: Sequence) -> list[WaitsFor]:
+    return [machine.scheduler.waits_for(each) for each in sequences]
+
+
+def test_what_finds_no_slot_waits_for_one_and_what_is_behind_it_for_its_turn(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    added = [machine.add(Ask(1, 3, name, 0))[0] for name in (*ADAPTERS, ADAPTERS[-1])]
+    machine.step()
+
+    assert waits(machine, *added[2:]) == [WaitsFor.SLOT, WaitsFor.TURN]
+    machine.run()
+    lacked, started = added[2].lacked_slot, added[2].started
+    assert lacked is not None
+    assert started is not None
+    assert lacked <= started
+    assert added[0].lacked_slot is added[1].lacked_slot is None
+
+
+def test_what_finds_no_row_no_room_or_its_prefix_being_computed_waits_for_that(
+    registry: AdapterRegistry,
+) -> None:
+    full, small, shared = Machine(registry, rows=1), Machine(registry), Machine(registry)
+    _, row = (full.add(Ask(10, 3, None, 0))[0] for _ in range(2))
+    _, _, blocks, behind = (small.add(Ask(120, 40, None, 0))[0] for _ in range(4))
+    _, prefix = shared.add(Ask(100, 5, None, 0, choices=(1, 1)))
+    for machine in (full, small, shared):
+        machine.step()
+
+    assert waits(full, row) == [WaitsFor.ROW]
+    assert waits(small, blocks, behind) == [WaitsFor.BLOCKS, WaitsFor.TURN]
+    assert waits(shared, prefix) == [WaitsFor.PREFIX]
+    for machine in (full, small, shared):
+        machine.run()
 
 
 def test_the_lowest_in_rank_give_way_and_come_back(registry: AdapterRegistry) -> None:

@@ -15,6 +15,7 @@ from server.engine.native.scheduling.prefixes import Prefixes
 from server.engine.native.scheduling.speculation import Speculation
 from server.engine.native.sequences.sequence import Sequence
 from server.engine.native.sequences.step import Step
+from server.engine.request import WaitsFor
 
 _FIRST_SHARE = 4
 """The prompt of the highest rank gets at least a step's prompt tokens divided by this."""
@@ -111,6 +112,8 @@ class Scheduler:
         """Waiting sequences whose prefix another sequence is computing."""
         self._turns = itertools.count()
         self._claim = _Claim(max_rows)
+        self._lacking: dict[Sequence, WaitsFor] = {}
+        """What was missing for a sequence when the latest step could not admit it."""
         self.running: list[Sequence] = []
         """The running sequences, in order of admission."""
         self.preemptions = 0
@@ -123,6 +126,13 @@ class Scheduler:
         yield from self.running
         yield from self._awaiting_prefix
         yield from self._queue
+
+    def waits_for(self, sequence: Sequence) -> WaitsFor:
+        """What keeps a waiting sequence from running. Any thread may call this."""
+        if sequence in self._awaiting_prefix:
+            return WaitsFor.PREFIX
+        full = len(self.running) >= self._max_rows
+        return self._lacking.get(sequence, WaitsFor.ROW if full else WaitsFor.TURN)
 
     def add(self, sequence: Sequence) -> None:
         self.prefixes.add(sequence)
@@ -197,6 +207,7 @@ class Scheduler:
         return grown
 
     def _admit(self) -> None:
+        self._lacking = {}
         for follower in [s for s in self._awaiting_prefix if not self.prefixes.must_wait(s)]:
             self._awaiting_prefix.remove(follower)
             self._queue.add(follower)
@@ -214,8 +225,11 @@ class Scheduler:
             if slot is None:
                 slots_left = False
                 self._claim.make(sequence)
+                self._lacking[sequence] = WaitsFor.SLOT
+                sequence.lack_slot()
                 continue
             if not self._begin(sequence):
+                self._lacking[sequence] = WaitsFor.BLOCKS
                 return
             self._start(sequence, slot)
 

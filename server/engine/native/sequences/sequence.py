@@ -73,6 +73,8 @@ class Sequence:
         """The number of the sequence's first start among all starts. None: it has not started."""
         self.started: float | None = None
         """When the sequence first started, by `time.perf_counter`."""
+        self.lacked_slot: float | None = None
+        """When it was its turn, before it first started, and no slot was free for its adapter."""
         self.first_token: float | None = None
         """When the first token of the answer was appended."""
         self.preempted = False
@@ -139,6 +141,11 @@ class Sequence:
         if self.turn is None:
             self.turn = turn
             self.started = time.perf_counter()
+
+    def lack_slot(self) -> None:
+        """Note that no slot is free for its adapter."""
+        if self.turn is None and self.lacked_slot is None:
+            self.lacked_slot = time.perf_counter()
 
     def preempt(self) -> None:
         """Wait again, without a row: all tokens must be computed again."""
