@@ -14,6 +14,9 @@ from tests.api.test_tools import WEATHER, ask, check
 from tests.chat_templates import HERMES
 from tests.factories import TOKENS, tiny_tokenizer
 
+pytestmark = pytest.mark.native
+"""On vLLM calls under `auto` are free."""
+
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
