@@ -253,10 +253,10 @@ def metrics_page() -> str:
 _LABELS = """\
 `adapter` is the adapter's name, or the base's; `mixture` for several at once. The first hundred
 names that requests use have series of their own, all further ones are `other`. `outcome` is `stop`,
-`length`, `cancelled`, `constraint` or `error`. `route` is a path of the API as its OpenAPI document
-writes it, or `other`. `promtool check metrics` accepts all but the names that begin with `vllm:`,
-which inference gateways have set. The repository's folder `deploy/monitoring/` has a dashboard of
-these, and [alerts](../guide/alerts.md)."""
+`length`, `cancelled`, `constraint`, `timeout` or `error`. `route` is a path of the API as its
+OpenAPI document writes it, or `other`. `promtool check metrics` accepts all but the names that
+begin with `vllm:`, which inference gateways have set. The repository's folder `deploy/monitoring/`
+has a dashboard of these, and [alerts](../guide/alerts.md)."""
 
 
 def _families() -> Iterator[Metric]:
@@ -290,7 +290,8 @@ def cli_page() -> str:
         "What went wrong is said on the standard error output. The exit status is 2 where the "
         "arguments, or the settings or the model of `infuse serve`, `infuse deploy` and `infuse "
         "warm`, cannot be used; 1 where the server refuses or cannot be reached, a merge fails, a "
-        "keys file cannot be used, or a model does not compile.",
+        "keys file cannot be used, a model does not compile, or the model of a "
+        "running server ends or hangs.",
         *parts,
     )
 

@@ -120,6 +120,12 @@ def describe(answered: Callable[[], Answered]) -> None:
         current.answered = answered
 
 
+def arrived() -> float:
+    """When the headers of the current request had arrived, by `time.perf_counter`."""
+    current = _current.get()
+    return time.perf_counter() if current is None else current.started
+
+
 class Observe:
     """ASGI middleware that counts and logs each request, tells of it, and sends back its id. It
     must be the outermost, to see every answer."""

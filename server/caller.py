@@ -90,6 +90,11 @@ class Caller:
 
     # How much it uses.
 
+    @property
+    def weight(self) -> float:
+        """Its share of the model, beside others'."""
+        return self.scope.weight or 1.0
+
     def check_order(self, requests: int, tokens: int, capacity: int) -> None:
         """Check that so many requests to the engine may be submitted now, with so many tokens in
         their prompts. `capacity`: the queue's. Raises ApiError 400, 429."""
@@ -104,9 +109,14 @@ class Caller:
                 raise ApiError(400, message, code="scope_exceeded")
             if usage.queued + requests > most:
                 raise self._too_many(f"{most} choices and prompts in the queue", 1.0)
-        seconds = usage.tokens.seconds_until(tokens, scope.tokens_per_minute)
+        self.check_tokens(tokens)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Check that prompts of so many tokens keep to its rate now. Raises ApiError 429."""
+        per_minute = self.scope.tokens_per_minute
+        seconds = self.usage.tokens.seconds_until(tokens, per_minute)
         if seconds:
-            raise self._too_many(f"{scope.tokens_per_minute} tokens a minute", seconds)
+            raise self._too_many(f"{per_minute} tokens a minute", seconds)
 
     def begin_order(self, requests: int, tokens: int) -> None:
         self.usage.queued += requests

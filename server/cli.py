@@ -130,8 +130,9 @@ def serve(context: typer.Context) -> None:
     except (BadKeysFile, BadUsageFile, EngineError, AdapterError, OSError) as error:
         _refuse(str(error))
     freeze_heap()
-    Server(application, settings, application.state).run(sockets=[listening])
-    _leave_threads()
+    server = Server(application, settings, application.state)
+    server.run(sockets=[listening])
+    _leave_threads(int(server.has_failed))
 
 
 @app.command(
@@ -187,16 +188,18 @@ def _settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
     return settings
 
 
-def _leave_threads() -> None:
-    """End the process, also where a thread still works for a request that was answered without
-    it."""
+def _leave_threads(status: int) -> None:
+    """End the process with this status, also where a thread still works for a request that was
+    answered without it."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(_THREAD_SECONDS)
             if thread.is_alive():
                 log.warning("A thread is still at work; the server ends without it.")
                 logging.shutdown()
-                os._exit(0)
+                os._exit(status)
+    if status:
+        raise typer.Exit(status)
 
 
 def bind(host: str, port: int, command: str = "serve") -> socket.socket:

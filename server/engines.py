@@ -53,6 +53,8 @@ def _open_native(settings: Settings) -> Opened:
     config = EngineConfig(
         max_rows=settings.max_batch_rows,
         max_queue=settings.max_queue,
+        max_queue_seconds=settings.max_queue_seconds,
+        hang_timeout=settings.hang_timeout,
         max_model_len=settings.max_model_len,
         kv_cache_tokens=settings.kv_cache_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
@@ -80,6 +82,8 @@ def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
     config = EngineConfig(
         max_rows=settings.max_batch_rows,
         max_queue=settings.max_queue,
+        max_queue_seconds=settings.max_queue_seconds,
+        hang_timeout=settings.hang_timeout,
         max_model_len=settings.max_model_len,
         max_adapters=settings.max_resident_adapters,
         dtype=settings.dtype,

@@ -55,6 +55,7 @@ from server.engine.errors import (
     EngineError,
     EngineStopping,
     QueueFull,
+    WaitTooLong,
 )
 
 log = logging.getLogger(__name__)
@@ -291,6 +292,9 @@ def from_engine_error(error: EngineError) -> ApiError:
         case QueueFull(retry_after=seconds):
             headers = {"Retry-After": str(seconds)}
             return ApiError(429, str(error), code="queue_full", headers=headers)
+        case WaitTooLong(retry_after=seconds):
+            headers = {"Retry-After": str(seconds)}
+            return ApiError(429, str(error), code="wait_too_long", headers=headers)
         case BadConstraint(where=where):
             return ApiError(400, str(error), code="invalid_constraint", param=where)
         case ConstraintsUnavailable():

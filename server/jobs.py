@@ -11,7 +11,6 @@ failed.
 import fcntl
 import logging
 import os
-import queue
 import secrets
 import shutil
 import threading
@@ -109,10 +108,12 @@ class MergeJobs:
             self._lock_file.close()
             raise StoreLocked(f"another server uses the merges folder {folder}") from None
         self._mutex = threading.RLock()
+        self._submitted = threading.Condition(self._mutex)
         self._jobs: dict[str, StoredMerge] = {}
         self._tasks: dict[str, _Task] = {}
         """Job id -> the task of a job that has not ended."""
-        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._served: dict[str | None, int] = {}
+        """Key -> the number of its latest merge that was begun, among all."""
         self._stopping = threading.Event()
         self._began = 0.0
         """When the running merge began, in seconds of `time.monotonic`."""
@@ -122,8 +123,9 @@ class MergeJobs:
 
     def close(self) -> None:
         """Stop the running merge. Jobs that have not ended are failed at the next start."""
-        self._stopping.set()
-        self._queue.put(None)
+        with self._submitted:
+            self._stopping.set()
+            self._submitted.notify()
         self._worker.join()
         self._lock_file.close()
 
@@ -157,7 +159,7 @@ class MergeJobs:
                 raise TooManyMerges(MAX_WAITING, self._seconds_until_one_ends())
             self._keep(job)
             self._tasks[job.id] = _Task(job.id, base, vectors)
-            self._queue.put(self._tasks[job.id])
+            self._submitted.notify()
         return job
 
     def _seconds_until_one_ends(self) -> float:
@@ -228,14 +230,8 @@ class MergeJobs:
 
     def _work(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
-        while (task := self._queue.get()) is not None and not self._stopping.is_set():
-            with self._mutex:
-                if task.cancelled.is_set():
-                    continue
-                self._began = time.monotonic()
-                job = self._jobs[task.id] = self._jobs[task.id].model_copy(
-                    update={"state": "running"}
-                )
+        while (task := self._next()) is not None:
+            job = self._jobs[task.id]
             output = self._folder / task.id
             try:
                 self._check_folder()
@@ -254,6 +250,22 @@ class MergeJobs:
                 # Whatever ends a merge, a panic in a library's Rust code too, ends no other.
                 log.error("The merge %s failed.", job.id, exc_info=error)
                 self._end(job, "failed", error=f"{type(error).__name__}: {error}")
+
+    def _next(self) -> _Task | None:
+        """Wait for a merge and begin it: the oldest of the key whose last one began longest ago.
+        None: the server stops."""
+        with self._submitted:
+            self._submitted.wait_for(lambda: self._tasks or self._stopping.is_set())
+            if self._stopping.is_set():
+                return None
+            job = min(
+                (self._jobs[each] for each in self._tasks),
+                key=lambda job: (self._served.get(job.by, 0), job.id),
+            )
+            self._served[job.by] = max(self._served.values(), default=0) + 1
+            self._began = time.monotonic()
+            self._jobs[job.id] = job.model_copy(update={"state": "running"})
+            return self._tasks[job.id]
 
     def _succeed(self, task: _Task, output: Path) -> None:
         with self._mutex:

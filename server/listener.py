@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -31,6 +32,8 @@ _BACKLOG = 2048
 """Connections that the system holds until they are accepted: uvicorn's default."""
 ANSWERING_SECONDS = 5.0
 """Seconds that requests have, after the drain, to answer that they were ended."""
+ENDING_SECONDS = 30.0
+"""Seconds that the application has to end, after all that, where its model has failed."""
 WRITING_SECONDS = 1.0
 """Seconds that clients have, after that, to read the answer."""
 
@@ -179,6 +182,11 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._drain_timeout = settings.drain_timeout
+        self.has_failed = False
+        """Whether the server ends because its model has ended or hangs."""
+        patience = settings.drain_timeout + ANSWERING_SECONDS + ENDING_SECONDS
+        self._last_resort = threading.Timer(patience, os._exit, (1,))
+        self._last_resort.daemon = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -193,7 +201,17 @@ class Server(uvicorn.Server):
             self._metrics.connections.set(len(self._connections))
             for connection in self._connections:
                 connection.check(now)
+            self._watch_engine()
         return await super().on_tick(counter)
+
+    def _watch_engine(self) -> None:
+        """End the server where its model has ended: whoever supervises it starts it again."""
+        services: Services = self._state.services
+        if not self.should_exit and not services.engine.stats().alive:
+            log.critical("The model has ended, and so does the server, with status 1.")
+            self.has_failed = self.should_exit = True
+            # What hangs may hold what the end waits for.
+            self._last_resort.start()
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """The first signal begins the drain, after which the process ends with 0; the second ends
@@ -208,6 +226,7 @@ class Server(uvicorn.Server):
         draining = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
         await draining
+        self._last_resort.cancel()
 
     async def _drain(self) -> None:
         """Let requests finish within the drain's time. After it, end those in the engine with an

@@ -189,7 +189,7 @@ class RequestMetrics:
             self._metrics.first_token.observe(self.first_token - self._started)
 
     def finished(self, outcome: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """`outcome`: stop, length, cancelled, constraint or error."""
+        """`outcome`: stop, length, cancelled, constraint, timeout or error."""
         metrics = self._metrics
         metrics.requests.labels(self._label, outcome).inc()
         metrics.prompt_tokens.labels(self._label).inc(prompt_tokens)
@@ -212,7 +212,7 @@ class _Gauges(Collector):
         gauges = {
             "infuse_compiled": ("1 if the model is compiled.", int(engine.compiled)),
             "infuse_engine_alive": (
-                "0 if the model thread has ended; only a restart helps.",
+                "0 if the model has ended or hangs; only a restart helps.",
                 int(engine.alive),
             ),
             "infuse_engine_ready": ("1 if new requests are taken.", int(engine.ready)),
@@ -224,6 +224,14 @@ class _Gauges(Collector):
                 engine.waiting_tokens,
             ),
             "infuse_requests_waiting_limit": ("The queue capacity.", engine.most_waiting),
+            "infuse_estimated_wait_seconds": (
+                "How long a new request would wait in the queue.",
+                engine.wait_seconds,
+            ),
+            "infuse_overloaded": (
+                "1 if requests are nearly refused; /health/ready is 503 then.",
+                int(engine.overloaded),
+            ),
             "infuse_kv_tokens_used": (
                 "KV cache tokens reserved for running sequences.",
                 engine.kv_tokens_used,

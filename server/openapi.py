@@ -45,7 +45,7 @@ _ERRORS: dict[int, Json] = {
     500: {"description": "The server failed, or what it has stored is damaged."},
     502: {"description": "The source failed."},
     503: {"description": "Not now: the server, or its storage.", "headers": _RETRY_AFTER},
-    504: {"description": "The source took too long."},
+    504: {"description": "The source, or the request, took too long."},
     507: {"description": "The disk or the bucket is full."},
 }
 CHANGES = (503, 507)

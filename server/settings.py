@@ -179,6 +179,20 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         256, ge=1, description="Queue capacity in requests; more are answered 429.", examples=[256]
     )
+    max_queue_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="Longest wait in the queue: a request that would wait longer, by the server's "
+        "estimate, is answered 429 at once, and one that has waited so long 503.",
+        examples=[60.0],
+    )
+    max_request_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="Longest time of a generation request, from its arrival to the end of its "
+        "answer; then it ends with 504. A client asks for less with X-Request-Timeout.",
+        examples=[600.0],
+    )
     max_upload_bytes: int = Field(
         512 * MEBIBYTE, ge=1, description="Largest upload, also unpacked.", examples=[536870912]
     )
@@ -238,6 +252,14 @@ class Settings(BaseSettings):
         ge=0,
         description="Seconds that running requests have to finish at shutdown.",
         examples=[30.0],
+    )
+    hang_timeout: float = Field(
+        300.0,
+        ge=1,
+        description="Seconds that a step of the model may take without being taken for a hang, "
+        "which ends the server with status 1; or ten times what it should take by those before, "
+        "where that is more.",
+        examples=[300.0],
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="How much to log.", examples=["info"]

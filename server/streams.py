@@ -69,8 +69,10 @@ class Stream:
             self._reader_waits_for_all = False
 
     def end(self) -> None:
-        """Expect no more outputs."""
+        """Expect no more outputs: a reader waits no longer."""
         self._open = set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class Streams:

@@ -28,7 +28,12 @@ _OPERATIONS = {
     "/v1/rank": "rank",
 }
 """Route -> `gen_ai.operation.name`. The conventions have none for ranking."""
-_FAILED = (FinishReason.ERROR, FinishReason.ENGINE_DEAD, FinishReason.CONSTRAINT)
+_FAILED = (
+    FinishReason.ERROR,
+    FinishReason.ENGINE_DEAD,
+    FinishReason.CONSTRAINT,
+    FinishReason.TIMEOUT,
+)
 _MOST_CHOICES = 16
 """How many choices of an answer have spans. An answer may have hundreds."""
 _FLUSH_SECONDS = 3.0

@@ -11,6 +11,7 @@ from server.api.chat_schemas import ChatBody, ChatCompletion
 from server.api.chat_writer import ChatWriter, Conversation
 from server.api.checking import check_body
 from server.api.constraining import chat_grammar
+from server.api.deadlines import DeadlineDep
 from server.api.generation import Generation
 from server.api.leasing import leased
 from server.api.orders import Order, Prompt, place_order
@@ -38,6 +39,7 @@ async def create_chat_completion(
     request: Request,
     services: Annotated[Services, Depends(get_services)],
     caller: CallerDep,
+    deadline: DeadlineDep,
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
     check_body(body, 1, services.settings.max_queue)
@@ -53,11 +55,12 @@ async def create_chat_completion(
                 [prompt],
                 lease,
                 vocabulary,
+                deadline,
                 speculation=body.speculation,
             )
             return order, conversation
 
-    order, conversation = await prepared(request, services, caller, prepare)
+    order, conversation = await prepared(request, services, caller, deadline, prepare)
     with Generation(services, order) as generation:
         return await respond(request, body, generation, ChatWriter(body, order, conversation))
 

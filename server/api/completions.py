@@ -10,6 +10,7 @@ from server.api.checking import check_body
 from server.api.completion_schemas import Completion, CompletionBody
 from server.api.completion_writer import CompletionWriter
 from server.api.constraining import Held, answer_grammar
+from server.api.deadlines import DeadlineDep
 from server.api.generation import Generation
 from server.api.leasing import leased
 from server.api.orders import Order, Prompt, place_order
@@ -39,6 +40,7 @@ async def create_completion(
     request: Request,
     services: Annotated[Services, Depends(get_services)],
     caller: CallerDep,
+    deadline: DeadlineDep,
 ) -> Response:
     """Continue one or several prompts with the base model or an adapter, as OpenAI's API does."""
     check_body(body, len(body.prompt), services.settings.max_queue)
@@ -54,10 +56,11 @@ async def create_completion(
                 prompts,
                 lease,
                 vocabulary,
+                deadline,
                 speculation=body.speculation,
             )
 
-    order = await prepared(request, services, caller, prepare)
+    order = await prepared(request, services, caller, deadline, prepare)
     with Generation(services, order) as generation:
         return await respond(request, body, generation, CompletionWriter(body, order))
 

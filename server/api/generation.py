@@ -14,7 +14,7 @@ from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
 from server.caller import Caller
 from server.engine.request import FinishReason, GenerationRequest, Output
-from server.errors import ApiError
+from server.errors import RETRY_SOON, ApiError
 from server.metering import Amount
 from server.metrics import RequestMetrics
 from server.services import Services
@@ -87,8 +87,8 @@ class Generation:
         self._meter = services.meter
         self._written: Future[None] | None = None
         """Done once its usage is on the disk."""
-        self._is_unread = False
-        """Whether it was cancelled because nobody reads it."""
+        self._failure: ApiError | None = None
+        """Why the server has ended it before the engine did."""
         self._stream = Stream(self._numbers)
         self._streams.open(self._numbers, self)
         self._label = services.metrics.label_of(services.model_name, order.adapter)
@@ -99,6 +99,8 @@ class Generation:
             for request in order.requests
         }
         try:
+            if order.deadline.seconds_left <= 0:
+                raise order.deadline.exceeded()
             caller.check_order(count, self._prompt_tokens, services.settings.max_queue)
             self._engine.submit(*order.requests)
         except BaseException:
@@ -109,6 +111,9 @@ class Generation:
             raise
         caller.begin_order(count, self._prompt_tokens)
         access.describe(self.answered)
+        self._queue_seconds = services.settings.max_queue_seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._seconds_left, self._check_time)
 
     def __enter__(self) -> Self:
         return self
@@ -125,8 +130,8 @@ class Generation:
     def take(self, output: Output) -> None:
         """Count an output the moment it arrives, and keep it until it is read."""
         if self._stream.unread > MAX_UNREAD:
-            self._is_unread = True
-            self.close()
+            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
+            self._fail(ApiError(408, problem, code="unread_answer"), FinishReason.CANCELLED)
             return
         self._running[output.request_id].take(output)
         self._completion_tokens += len(output.token_ids)
@@ -141,7 +146,10 @@ class Generation:
     def _end(self, request_id: str, reason: FinishReason) -> None:
         running = self._running.pop(request_id)
         self._ended.append(running.end(self._numbers[request_id], reason))
-        if not self._running and not self._has_failed:
+        if self._running:
+            return
+        self._timer.cancel()
+        if not self._has_failed:
             amount = Amount(
                 requests=1,
                 prompt_tokens=self._prompt_tokens,
@@ -156,6 +164,39 @@ class Generation:
         happens to the server. A disk that hangs does not hold it up for long."""
         if self._written is not None:
             await asyncio.wait([asyncio.wrap_future(self._written)], timeout=_WRITE_SECONDS)
+
+    def _check_time(self) -> None:
+        """End it where its time is over, or nothing of it has started within the queue's time."""
+        left = self._seconds_left
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._check_time)
+        elif self.order.deadline.seconds_left <= 0:
+            self._fail(self.order.deadline.exceeded(), FinishReason.TIMEOUT)
+        else:
+            message = (
+                f"The request has waited {self._queue_seconds:g} s in the queue, as long as this "
+                "server lets one wait (--max-queue-seconds): send it again later."
+            )
+            error = ApiError(503, message, code="queue_timeout", headers=RETRY_SOON)
+            self._fail(error, FinishReason.TIMEOUT)
+
+    @property
+    def _seconds_left(self) -> float:
+        """How long it may go on as it is: waiting, or running."""
+        left = self.order.deadline.seconds_left
+        in_queue = self._submitted + self._queue_seconds - time.perf_counter()
+        return left if left <= in_queue or self._has_started else in_queue
+
+    @property
+    def _has_started(self) -> bool:
+        """Whether a choice has left the queue."""
+        has_ended = len(self._running) < len(self.order.requests)
+        return has_ended or any(map(self._engine.has_started, self._running))
+
+    def _fail(self, error: ApiError, reason: FinishReason) -> None:
+        self._failure = error
+        self._has_failed |= error.status >= 500
+        self.close(reason)
 
     @property
     def usage(self) -> Usage:
@@ -199,11 +240,11 @@ class Generation:
 
     async def next(self) -> list[tuple[int, Output]]:
         """The unread outputs, each with its choice's number: at least one, and none after the last.
-        Raises ApiError where too many were left unread."""
-        if self._is_unread:
-            problem = f"{MAX_UNREAD} outputs were left unread; the rest was cancelled. Read faster."
-            raise ApiError(408, problem, code="unread_answer")
-        return [(self._numbers[each.request_id], each) for each in await self._stream.next()]
+        Raises ApiError where too many were left unread, or the time is over."""
+        outputs = await self._stream.next()
+        if self._failure is not None:
+            raise self._failure
+        return [(self._numbers[each.request_id], each) for each in outputs]
 
     async def whole(self) -> list[Output]:
         """Each choice's outputs joined to one, in order. Raises ApiError where a choice failed."""
@@ -215,10 +256,11 @@ class Generation:
         await self.metered()
         return [join(outputs) for outputs in parts]
 
-    def close(self) -> None:
+    def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Cancel the requests that still run; a second time does nothing."""
+        self._timer.cancel()
         self._stream.end()
         self._streams.close(self._running)
         for request_id in list(self._running):
             self._engine.cancel(request_id)
-            self._end(request_id, FinishReason.CANCELLED)
+            self._end(request_id, reason)

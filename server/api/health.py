@@ -1,6 +1,7 @@
 """Routes that tell orchestrators and Prometheus how the server is."""
 
 import asyncio
+import math
 from typing import Annotated, Literal
 
 from anyio import to_thread
@@ -26,7 +27,8 @@ class Health(BaseModel):
 
 
 @router.get(
-    "/health/live", responses=errors(said={503: "The model thread has ended: restart the server."})
+    "/health/live",
+    responses=errors(said={503: "The model has ended or hangs: restart the server."}),
 )
 async def live(services: ServicesDep) -> Health:
     """The process answers, and can compute. Where it says no, restart it."""
@@ -38,9 +40,20 @@ async def live(services: ServicesDep) -> Health:
 @router.get("/health/ready", responses=errors(503))
 async def ready(services: ServicesDep) -> Health:
     """Requests are welcome, and changes of adapters would last."""
-    if not services.engine.stats().ready:
+    stats = services.engine.stats()
+    if not stats.alive:
+        raise EngineDead
+    if not stats.ready:
         raise ApiError(
             503, "The server takes no requests now.", code="not_ready", headers=RETRY_SOON
+        )
+    if stats.overloaded:
+        raise ApiError(
+            503,
+            f"The server is overloaded: {stats.waiting} requests wait ({stats.most_waiting} may), "
+            f"and a new one would for about {math.ceil(stats.wait_seconds)} s.",
+            code="overloaded",
+            headers=RETRY_SOON,
         )
     try:
         # All probes share one thread: a disk that hangs holds no more, and not the server.

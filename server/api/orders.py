@@ -11,6 +11,7 @@ from typing import Any
 from adapters.residency import Lease
 from adapters.vocabulary.vocabulary import Vocabulary
 from server import request_id
+from server.api.deadlines import Deadline
 from server.api.model_schemas import ModelBody
 from server.api.schemas import INT64
 from server.caller import Caller
@@ -47,6 +48,7 @@ class Order:
     """`name@revision`, how several adapters are mixed, or None for the base model."""
     fingerprint: str
     vocabulary: Vocabulary
+    deadline: Deadline
     choices: int
     """How many choices each prompt has."""
     requests: tuple[GenerationRequest, ...]
@@ -79,6 +81,7 @@ def place_order(
     prompts: Sequence[Prompt],
     lease: Lease | None,
     vocabulary: Vocabulary,
+    deadline: Deadline,
     *,
     speculation: bool | None = None,
 ) -> Order:
@@ -101,12 +104,14 @@ def place_order(
                 lease=None if lease is None else undo.enter_context(lease.again()),
                 adapter_name="" if body.model == services.model_name else body.model,
                 tenant=caller.name or "",
+                weight=caller.weight,
                 priority=body.priority or 0,
                 speculation=speculation,
                 http_id=request_id.current.get() or "",
                 prediction=prompt.prediction,
                 order=order_id,
                 cache_salt=salt,
+                patience=deadline.seconds_left,
             )
             for number, prompt in enumerate(each for each in prompts for _ in range(choices))
         )
@@ -120,6 +125,7 @@ def place_order(
         adapter=adapter,
         fingerprint=adapter or services.model_name,
         vocabulary=vocabulary,
+        deadline=deadline,
         choices=choices,
         requests=requests,
     )

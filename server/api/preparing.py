@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import anyio
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
 from adapters.vocabulary.sandbox import WouldWait, without_waiting
+from server.api.deadlines import Deadline
 from server.api.disconnects import unless_client_leaves
 from server.caller import Caller
 from server.engine.constraints.grammars import GrammarMissing, RequestGrammars
@@ -20,17 +22,28 @@ _AT_ONCE = 2
 
 
 async def prepared(
-    request: Request, services: Services, caller: Caller, prepare: Callable[[], _T]
+    request: Request,
+    services: Services,
+    caller: Caller,
+    deadline: Deadline,
+    prepare: Callable[[], _T],
 ) -> _T:
     """Run `prepare` on a thread; the caller submits what it returns right after.
 
     It runs again where it has to wait. A grammar that is not compiled yet, which may take seconds,
     is compiled first: neither a thread nor the engine waits meanwhile. What an adapter brings is
     read or run on threads that only requests for that adapter wait for. Raises ApiError where the
-    client leaves meanwhile.
+    client leaves meanwhile, the deadline comes, or the caller's rate is used up.
     """
-    with services.preparations.begin(caller.name or "") as preparation:
+    # Where not even one token is left, the prompt need not be tokenised.
+    caller.check_tokens(1)
+    # What waits is cancelled then; a thread ends its work, and the result counts.
+    with (
+        anyio.move_on_after(deadline.seconds_left),
+        services.preparations.begin(caller.name or "") as preparation,
+    ):
         return await _prepared(request, services, caller, prepare, preparation)
+    raise deadline.exceeded()
 
 
 async def _prepared(

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from adapters.vocabulary.vocabulary import Vocabulary
 from server.api.answer_schemas import Usage
 from server.api.checking import check_body
+from server.api.deadlines import DeadlineDep
 from server.api.disconnects import unless_client_leaves
 from server.api.generation import Generation
 from server.api.leasing import leased
@@ -113,6 +114,7 @@ async def rank(
     request: Request,
     services: Annotated[Services, Depends(get_services)],
     caller: CallerDep,
+    deadline: DeadlineDep,
 ) -> Response:
     """Score choices by how likely the model finds them after the prompt."""
     choices = sum(len(each.choices) for each in body.inputs)
@@ -121,9 +123,9 @@ async def rank(
     def prepare() -> Order:
         with leased(services, body, caller) as (lease, vocabulary):
             prompts = list(_prompts(services.engine.model, vocabulary, body))
-            return place_order(services, body, caller, "rank", prompts, lease, vocabulary)
+            return place_order(services, body, caller, "rank", prompts, lease, vocabulary, deadline)
 
-    order = await prepared(request, services, caller, prepare)
+    order = await prepared(request, services, caller, deadline, prepare)
     with Generation(services, order) as generation:
         outputs = await unless_client_leaves(request, generation.whole())
     answer = RankAnswer(

@@ -49,7 +49,7 @@ def documented_answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]
         "headers": {"Infuse-Adapter": which},
     }
     disabled = "The key may not do this, or the adapter is disabled."
-    return {200: answer} | errors(404, 429, *READS, said={403: disabled})
+    return {200: answer} | errors(404, 429, 504, *READS, said={403: disabled})
 
 
 async def respond(

@@ -13,6 +13,7 @@ from server.engine.errors import (
     ModelNotFound,
     QueueFull,
     UnsupportedModel,
+    WaitTooLong,
 )
 from server.engine.protocol import Engine, ServedModel
 from server.engine.request import (
@@ -42,4 +43,5 @@ __all__ = [
     "ServedModel",
     "TokenLogprob",
     "UnsupportedModel",
+    "WaitTooLong",
 ]

@@ -3,45 +3,62 @@
 A tenant that floods the queue is refused itself; other tenants are still admitted.
 """
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from server.engine.errors import QueueFull, WaitTooLong
 from server.engine.request import GenerationRequest
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
 """The bounds of the time after which a refused request should be sent again."""
+_OVERLOADED_FROM, _OVERLOADED_TO = 0.9, 0.7
+"""The load at which the overload begins, and the load at which it is over."""
+_NEWCOMER = "\0"
+"""The name of a tenant that has no requests: no key has it."""
 _REMEMBERED = 64
-"""How many of the latest ended requests the pace is measured over."""
+"""How many of the latest ended requests the pace is measured over; twice the rows where that is
+more, as the rows of a batch may end together."""
 
 
 class _Pace:
-    """Measures how fast requests end, without the time when none is in flight."""
+    """Measures how fast requests end while all rows are in use.
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    Its clock goes by the share of the rows that are in use: a request that ran alone says little of
+    how fast a full batch ends.
+    """
+
+    def __init__(self, rows: int, now: Callable[[], float]) -> None:
+        self._rows = rows
         self._now = now
         self._busy = 0.0
-        """Seconds with a request in flight, up to the end of the last busy period."""
-        self._since: float | None = None
-        """When the present busy period began. None: no request is in flight."""
-        self._ends = deque([0.0], maxlen=_REMEMBERED + 1)
-        """The busy seconds at which the latest requests ended, after the time that they are counted
+        """What the clock said when the number of requests last changed."""
+        self._since = now()
+        """When that was."""
+        self._share = 0.0
+        """The share of the rows that are in use since."""
+        self._ends = deque([0.0], maxlen=max(_REMEMBERED, 2 * rows) + 1)
+        """What the clock said when the latest requests ended, after the time that they are counted
         from."""
 
     @property
     def _clock(self) -> float:
-        return self._busy if self._since is None else self._busy + self._now() - self._since
+        return self._busy + self._share * (self._now() - self._since)
 
-    def begin(self) -> None:
-        if self._since is None:
-            self._since = self._now()
+    def change(self, in_flight: int) -> None:
+        """Note that so many requests are in flight from now on."""
+        self._busy, self._since = self._clock, self._now()
+        self._share = min(1.0, in_flight / self._rows)
 
     def end(self) -> None:
         self._ends.append(self._clock)
 
-    def rest(self) -> None:
-        """End a busy period: no request is in flight any more."""
-        self._busy, self._since = self._clock, None
+    @property
+    def is_known(self) -> bool:
+        """Whether so many requests have ended that the first of them, which may have begun
+        together, do not mislead."""
+        return len(self._ends) > self._rows
 
     def seconds_until(self, ends: int) -> float:
         """Estimate the seconds until this many more requests have ended. Before any has ended, the
@@ -52,26 +69,44 @@ class _Pace:
 
 
 class Admission:
-    """Admits `capacity` requests, and beyond that only those of tenants and adapters with few.
+    """Admits requests that need not wait too long: as many as there are rows and places in the
+    queue, and beyond that only those of tenants and adapters with few.
 
-    Once `capacity` requests are in flight, a tenant that has less than an even share of them is
-    still admitted until twice as many are; and a tenant's adapter that has less than an even share
-    of the tenant's, until one and a half times as many are.
+    Once so many requests are in flight, a tenant that has less than its share of them is still
+    admitted until twice as many are; and a tenant's adapter that has less than an even share of the
+    tenant's, until one and a half times as many are. None is refused for its wait before as
+    many requests have ended as there are rows: until then nobody knows how long it is.
     """
 
-    def __init__(self, capacity: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._capacity = capacity
+    def __init__(
+        self,
+        *,
+        rows: int,
+        queue: int,
+        longest_wait: float = math.inf,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`rows`: how many requests run at once; `queue`: how many may wait beside them;
+        `longest_wait`: for how many seconds."""
+        self._rows = rows
+        self._capacity = rows + queue
+        self._longest_wait = longest_wait
         self.admitted = 0
         """How many requests are in flight."""
         self._of: dict[str, Counter[str]] = {}
         """Tenant -> adapter -> how many requests are in flight."""
+        self._weights: dict[str, float] = {}
+        """Tenant with requests in flight -> its weight."""
         self._now = now
-        self._pace = _Pace(now)
+        self._pace = _Pace(rows, now)
         self._promised: dict[str, deque[float]] = {}
         """Tenant -> the times at which its refused requests were told to come back."""
+        self._was_overloaded = False
 
     def admit(self, requests: Sequence[GenerationRequest]) -> bool:
         """Admit all of these requests, or none."""
+        if self._wait_beyond(requests[0]) > 0:
+            return False
         for number, request in enumerate(requests):
             if self.admitted >= self._limit_for(request):
                 for admitted in requests[:number]:
@@ -79,15 +114,23 @@ class Admission:
                 return False
             self.admitted += 1
             self._of.setdefault(request.tenant, Counter())[request.adapter] += 1
-        self._pace.begin()
+            self._weights[request.tenant] = request.weight
+        self._pace.change(self.admitted)
         return True
+
+    def refusal(self, requests: Sequence[GenerationRequest]) -> QueueFull | WaitTooLong:
+        """Why these requests are not admitted, and when they should be sent again."""
+        first, seconds = requests[0], self.seconds_until_free(requests)
+        if self._wait_beyond(first) > 0:
+            wait = self._wait(first.tenant, first.weight)
+            return WaitTooLong(wait, min(self._longest_wait, first.patience), seconds)
+        return QueueFull(max(0, self.admitted - self._rows), seconds)
 
     def leave(self, request: GenerationRequest) -> None:
         """Note that a request has ended."""
         self._pace.end()
         self._discount(request)
-        if not self.admitted:
-            self._pace.rest()
+        self._pace.change(self.admitted)
 
     def _discount(self, request: GenerationRequest) -> None:
         adapters = self._of[request.tenant]
@@ -96,17 +139,65 @@ class Admission:
         if not adapters[request.adapter]:
             del adapters[request.adapter]
         if not adapters:
-            del self._of[request.tenant]
+            del self._of[request.tenant], self._weights[request.tenant]
 
     def _limit_for(self, request: GenerationRequest) -> int:
         """The number of requests in flight from which on such a request is refused."""
         adapters = self._of.get(request.tenant, Counter())
         mine = adapters.total()
-        if mine < self._capacity // len(self._of.keys() | {request.tenant}):
+        all_weights = self._weight_of_all(request.tenant, request.weight)
+        if mine < self._capacity * request.weight // all_weights:
             return 2 * self._capacity
         if adapters[request.adapter] < mine // len(adapters.keys() | {request.adapter}):
             return self._capacity + self._capacity // 2
         return self._capacity
+
+    @property
+    def wait_seconds(self) -> float:
+        """Estimate how long a newcomer's request would wait. Any thread may read this."""
+        return self._wait(_NEWCOMER if self._has_tenants else "", 1.0)
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether a newcomer's request is nearly refused, or was and is not far from it yet. The
+        flood of one of several tenants is no overload. Any thread may read this."""
+        limit = 2 * self._capacity if self._has_tenants else self._capacity
+        load = max(self.admitted / limit, self.wait_seconds / self._longest_wait)
+        begins = _OVERLOADED_TO if self._was_overloaded else _OVERLOADED_FROM
+        self._was_overloaded = load >= begins
+        return self._was_overloaded
+
+    @property
+    def _has_tenants(self) -> bool:
+        """Without keys all requests are of one tenant, whose name is empty."""
+        return any(self._of)
+
+    def _wait(self, tenant: str, weight: float) -> float:
+        """Estimate the seconds until a further request of this tenant would start."""
+        ends = self._ends_before(tenant, weight)
+        return self._pace.seconds_until(ends) if ends and self._pace.is_known else 0.0
+
+    def _ends_before(self, tenant: str, weight: float) -> int:
+        """Estimate how many requests end before a further one of this tenant starts.
+
+        Tenants start in proportion to their weights, and nobody waits for more than all that came
+        before.
+        """
+        in_order = self.admitted + 1 - self._rows
+        own = self._of.get(tenant, Counter()).total()
+        by_share = math.ceil((own + 1) * self._weight_of_all(tenant, weight) / weight) - self._rows
+        return 0 if in_order <= 0 else max(1, min(in_order, by_share))
+
+    def _weight_of_all(self, tenant: str, weight: float) -> float:
+        """The weights of a tenant and of all others that have requests in flight."""
+        others = sum(self._weights.values()) - self._weights.get(tenant, 0.0)
+        return others + weight
+
+    def _wait_beyond(self, request: GenerationRequest) -> float:
+        """By how many seconds a request would wait longer than it can, or than it may."""
+        return self._wait(request.tenant, request.weight) - min(
+            self._longest_wait, request.patience
+        )
 
     def seconds_until_free(self, requests: Sequence[GenerationRequest]) -> float:
         """Estimate the seconds until these refused requests can be admitted.
@@ -119,6 +210,9 @@ class Admission:
         turn = (len(promised) + len(requests)) * len(self._promised)
         ends = max(self.admitted - self._limit_for(requests[0]) + turn, 1)
         seconds = self._pace.seconds_until(ends)
+        beyond = self._wait_beyond(requests[0])
+        if beyond > 0:
+            seconds = max(seconds, beyond + self._pace.seconds_until(turn))
         if seconds < MOST_SECONDS:
             promised.extend([self._now() + seconds] * len(requests))
         return min(max(seconds, LEAST_SECONDS), MOST_SECONDS)

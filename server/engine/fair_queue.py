@@ -1,8 +1,8 @@
 """The waiting queue: it chooses the next request fairly among tenants and each tenant's adapters.
 
 It counts virtual tokens, after "Fairness in Serving Large Language Models" (Sheng et al., OSDI
-2024), on two levels: the tenant that has used the fewest tokens is next, and within it the adapter
-that has used the fewest. An idle tenant saves up no credit. A tenant is an API key.
+2024), on two levels: the tenant that has used the fewest tokens for its weight is next, and within
+it the adapter that has used the fewest. An idle tenant saves up no credit. A tenant is an API key.
 """
 
 from bisect import insort
@@ -68,9 +68,10 @@ Q = TypeVar("Q", bound=Queued)
 
 @dataclass(eq=False, slots=True)
 class _Share:
-    """The tokens that a tenant, or one of its adapters, has used."""
+    """The tokens that a tenant, or one of its adapters, has used, divided by the weight of the
+    tenant."""
 
-    ended: int = 0
+    ended: float = 0.0
     """Tokens of sequences that have ended."""
     started: set[Queued] = field(default_factory=set)
     """Sequences that were admitted and have not ended."""
@@ -78,8 +79,8 @@ class _Share:
     """How many sequences wait to be admitted."""
 
     @property
-    def used(self) -> int:
-        return self.ended + sum(sequence.charge for sequence in self.started)
+    def used(self) -> float:
+        return self.ended + sum(each.charge / each.request.weight for each in self.started)
 
 
 S = TypeVar("S", bound=_Share)
@@ -91,7 +92,7 @@ class _Shares(Generic[S]):
     def __init__(self, make: Callable[[], S]) -> None:
         self._make = make
         self._shares: dict[str, S] = {}
-        self._clock = 0
+        self._clock = 0.0
         """The most that any share had used when one of its sequences started."""
         self._sweep_at = _SWEEP_FROM
 
@@ -122,7 +123,7 @@ class _Shares(Generic[S]):
     def end(self, name: str, sequence: Queued) -> None:
         share = self._shares[name]
         share.started.remove(sequence)
-        share.ended += sequence.used_tokens
+        share.ended += sequence.used_tokens / sequence.request.weight
 
     def _sweep(self) -> None:
         """Remove idle shares that have used no more than the clock says."""
@@ -179,9 +180,6 @@ class _Tenant(_Share, Generic[Q]):
                 )
         return None
 
-    def _turn_of(self, head: Q) -> tuple[int, int]:
-        return self.adapters[head.request.adapter].used, head.seq_id
-
     def count_overtaking(self, sequence: Q) -> None:
         """Note whether a sequence that is about to start overtakes others of a worse priority."""
         best, *worse = sorted(self._classes)
@@ -198,7 +196,8 @@ class FairQueue(Generic[Q]):
     """The waiting sequences, and the tokens that started ones are charged to tenants and adapters.
 
     Preempted sequences come first, in order of rank, then the tenant that has used the fewest
-    tokens. Within a tenant a better priority goes first, but a worse one is not overtaken for ever.
+    tokens for its weight. Within a tenant a better priority goes first, but a worse one is not
+    overtaken for ever.
     """
 
     def __init__(self) -> None:

@@ -51,11 +51,14 @@ class Engine(Protocol):
         """Queue requests, all of them or none; never blocks. The engine owns their leases once this
         has returned. If this raises, the caller keeps them.
 
-        Raises QueueFull, EngineStopping, EngineDead.
+        Raises QueueFull, WaitTooLong, EngineStopping, EngineDead.
         """
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
+
+    def has_started(self, request_id: str) -> bool:
+        """Whether a request that has not ended has left the queue."""
 
     def expecting(self) -> AbstractContextManager[None]:
         """Announce a request. The context prepares it; it is submitted right after, unless the

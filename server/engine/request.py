@@ -1,5 +1,6 @@
 """The engine's requests and outputs: plain values, no tensors, no HTTP."""
 
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     CONSTRAINT = "constraint"
     """The grammar became too complex while the answer was generated; `error` says how."""
+    TIMEOUT = "timeout"
+    """Its time was over. The API ends it, not the engine."""
     ERROR = "error"
     """This request failed; `error` says why."""
     ENGINE_DEAD = "engine_dead"
@@ -107,10 +110,15 @@ class GenerationRequest:
     """The adapter as the API call named it, `name` or `name@revision`; "" for the base and for
     mixtures."""
     tenant: str = ""
-    """The tenant whose fair share of the model it uses. Tenants have equal shares, and so have the
-    adapters of a tenant."""
+    """The tenant whose fair share of the model it uses. The adapters of a tenant have equal shares
+    of its own."""
+    weight: float = 1.0
+    """The tenant's share beside others': with 2, twice as many tokens as a tenant with 1."""
     priority: int = 0
     """Among a tenant's requests, those with a lower value start earlier."""
+    patience: float = field(default=math.inf, compare=False)
+    """Seconds that it can wait for its start. Where the queue takes longer, by the engine's
+    estimate, it is refused."""
     http_id: str = ""
     """The id of the HTTP request that it is of, by which the log names it."""
     submitted: float = field(default_factory=time.perf_counter, compare=False)

@@ -8,7 +8,7 @@ class EngineStats:
     """A snapshot of an engine. Counters count since its start."""
 
     alive: bool = True
-    """False: the model thread has ended on an error, and only a restart helps."""
+    """False: the model has ended on an error, or hangs, and only a restart helps."""
     ready: bool = True
     """Whether new requests are taken: the engine has started and is not shutting down."""
     running: int
@@ -21,6 +21,10 @@ class EngineStats:
     """Requests in the queue."""
     most_waiting: int = 0
     """The queue capacity."""
+    wait_seconds: float = 0.0
+    """How long a new request would wait in the queue, by the engine's estimate."""
+    overloaded: bool = False
+    """Whether the queue is nearly full, or the wait nearly as long as it may be."""
     waiting_adapters: frozenset[str] = frozenset()
     """The adapters of the requests in the queue, as these name them."""
     waiting_tokens: int = 0

@@ -44,6 +44,9 @@ def create(
     max_adapters: Annotated[int | None, typer.Option(help="Most adapters it may change.")] = None,
     max_adapter_bytes: Annotated[int | None, typer.Option(help="Most bytes of these.")] = None,
     max_merges: Annotated[int | None, typer.Option(help="Most merges that are kept.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Its share of the model beside others. [1]")
+    ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="HTTP requests.")] = None,
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Tokens of prompts and answers.")
@@ -72,6 +75,7 @@ def create(
         "max_adapters": max_adapters,
         "max_adapter_bytes": max_adapter_bytes,
         "max_merges": max_merges,
+        "weight": weight,
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "max_requests_at_once": max_requests_at_once,

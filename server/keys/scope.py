@@ -50,6 +50,9 @@ class Scope(BaseModel):
     """The bytes of all their revisions."""
     max_merges: Annotated[int, Field(ge=0)] | None = None
     """How many merges of its own are kept, waiting ones included."""
+    weight: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Its share of the model beside others whose requests wait: with 2, twice as many tokens as a
+    key with 1, which is what a key without a weight has."""
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     """Tokens of prompts and answers."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ LONG: dict[str, Any] = {
 }
 
 
-def events(response: httpx.Response) -> Iterator[Chunk]:
+def events(response: httpx.Response) -> Generator[Chunk]:
     """A stream's chunks, up to `[DONE]`, which must come."""
     for line in response.iter_lines():
         if line == "data: [DONE]":

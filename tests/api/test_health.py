@@ -1,15 +1,20 @@
 """Probes of orchestrators: is the process alive, and is it ready for requests?"""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from server.api import health
+from server.app import create_app
 from server.services import Services
+from server.settings import Settings
+from tests.api.conftest import run_by_modules
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
 from tests.factories import panic
@@ -41,25 +46,69 @@ def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> N
 
 @pytest.mark.native
 @pytest.mark.parametrize("fails", [panic, lambda: 1 / 0])
-def test_a_server_whose_model_thread_has_ended_is_to_be_restarted(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
+def test_where_the_model_thread_has_ended_everything_says_so(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[[], object],
 ) -> None:
-    url, _ = start_server()
+    """Without the listener, which ends the server then."""
+    run_by_modules(monkeypatch)
+    settings = Settings(
+        model=str(model_folder), served_model_name="tiny", adapters_dir=tmp_path / "store"
+    )
+    app = create_app(settings)
     body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
     monkeypatch.setattr(SCHEDULE, lambda _: fails())
 
-    answer = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            return [
+                await client.post(COMPLETIONS, json=body),
+                await client.post(COMPLETIONS, json=body),
+                await client.get("/health/live"),
+                await client.get("/health/ready"),
+                await client.get("/metrics"),
+            ]
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-    assert "must be restarted" in answer.json()["error"]["message"]
-    assert int(answer.headers["retry-after"]) >= 1
-    for path in ("/health/live", "/health/ready"):
-        response = httpx.get(f"{url}{path}")
-        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
-    refused = httpx.post(f"{url}{COMPLETIONS}", json=body, timeout=30)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    *answers, metrics = asyncio.run(ask())
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "engine_dead")
+        assert error["type"] == "server_error"
+        assert "must be restarted" in error["message"]
+        assert int(answer.headers["retry-after"]) >= 1
     counted = 'infuse_requests_total{adapter="tiny",outcome="error"} 1.0'
-    assert counted in httpx.get(f"{url}/metrics").text.splitlines()
+    assert counted in metrics.text.splitlines()
+
+
+def test_a_server_whose_queue_is_nearly_full_is_not_ready_and_says_why(
+    start_server: StartServer,
+) -> None:
+    url, _ = start_server(max_batch_rows=1, max_queue=9)
+    nine = LONG | {"model": "tiny", "stream": True, "n": 9}
+
+    with httpx.Client(base_url=url, timeout=60) as client:
+        with client.stream("POST", COMPLETIONS, json=nine) as response:
+            chunks = events(response)
+            next(chunks)
+            overloaded = client.get("/health/ready")
+            alive = client.get("/health/live")
+            metrics = client.get("/metrics").text.splitlines()
+            chunks.close()
+        recovers = eventually(lambda: client.get("/health/ready").status_code == 200)
+
+    error = overloaded.json()["error"]
+    assert (overloaded.status_code, error["code"]) == (503, "overloaded")
+    assert "8 requests wait (9 may)" in error["message"]
+    assert int(overloaded.headers["retry-after"]) >= 1
+    assert alive.status_code == 200
+    assert "infuse_overloaded 1.0" in metrics
+    assert recovers
 
 
 @pytest.mark.native

@@ -12,6 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.checkpoint.checkpoint import AdapterVectors
+from server.jobs import MergeJobs
 from tests.api.conftest import Gate, RunningServer
 from tests.api.oracle import Oracle, upload
 from tests.api.test_adapters_life import BODY, error_of, text_of
@@ -154,6 +156,20 @@ def test_a_merge_waits_runs_and_succeeds(client: httpx.Client, gate: Gate) -> No
     gate.open.set()
 
     assert ended(client, first)["progress"] == ended(client, second)["progress"] == 1.0
+
+
+def test_merges_begin_in_turns_among_keys(model_folder: Path, tmp_path: Path, gate: Gate) -> None:
+    jobs = MergeJobs(tmp_path, str(model_folder), "tiny")
+    recipe = {"method": "product", "adapters": [{"name": "a@1", "digest": "0", "weight": 1.0}]}
+    flood = [jobs.submit(AdapterVectors({}), recipe, "flood").id for _ in range(3)]
+    other = [jobs.submit(AdapterVectors({}), recipe, "other").id for _ in range(2)]
+    gate.open.set()
+    assert eventually(lambda: all(jobs.get(each).ended for each in (*flood, *other)), 60)
+    ended = sorted(jobs.page(None, 10), key=lambda job: str(job.finished))
+    jobs.close()
+
+    first, *_ = flood
+    assert [job.id for job in ended] == [first, other[0], flood[1], other[1], flood[2]]
 
 
 def test_requests_are_answered_while_a_merge_runs(client: httpx.Client, gate: Gate) -> None:

@@ -20,9 +20,9 @@ KEYED = (401, 403, 429, 503)
 BODY = (408, 413)
 """One that comes too slowly, or is too large."""
 STATUSES = {
-    ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
-    ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 507},
-    ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 507},
+    ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("get", "/v1/models"): {200, 400, *KEYED},
     ("get", "/v1/models/{model}"): {200, *KEYED, 404},
     ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},

@@ -530,6 +530,18 @@ def test_tokens_a_minute_are_limited_prompts_and_answers_together(limited: Limit
     assert client.get("/v1/models").status_code == 200
 
 
+def test_whose_tokens_are_used_up_is_refused_before_the_prompt_is_read(limited: Limited) -> None:
+    client = limited(tokens_per_minute=10)
+    too_long = [5] * 5000
+
+    first = error_of(complete(client, too_long), 400)
+    complete(client, [5] * 10)
+    refused = complete(client, too_long)
+
+    assert first["code"] == "context_length_exceeded"
+    assert error_of(refused, 429)["code"] == "rate_limited"
+
+
 def test_a_prompt_of_more_tokens_than_a_minute_has_is_answered_and_paid_back(
     limited: Limited,
 ) -> None:

@@ -33,6 +33,7 @@ class Arrival:
     adapter: str = ""
     """"" is the base."""
     tenant: str = ""
+    weight: float = 1.0
     priority: int = 0
     patience: float | None = None
     """Seconds after which the client leaves."""
@@ -142,6 +143,7 @@ class Simulation:
             params=SamplingParams(max_tokens=arrival.answer),
             lease=lease,
             tenant=arrival.tenant,
+            weight=arrival.weight,
             priority=arrival.priority,
         )
         journey = Journey(arrival, Sequence(request, seq_id, _TOKENIZER))

@@ -55,6 +55,7 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
         *("create", "acme", "--role", "generate", "--role", "admin"),
         *("--adapters", "acme/*", "--see", "shared-*", "--source", "hf://acme/"),
         *("--max-adapters", 3, "--tokens-per-minute", 1000, "--max-queue-share", 0.25),
+        *("--weight", 2.5),
     )
 
     assert entries(path)[0]["roles"] == ["generate", "admin"]
@@ -62,6 +63,7 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
         "adapters": {"use": ["acme/*"], "see": ["shared-*"], "change": ["acme/*"]},
         "sources": ["hf://acme/"],
         "max_adapters": 3,
+        "weight": 2.5,
         "tokens_per_minute": 1000,
         "max_queue_share": 0.25,
     }
@@ -73,6 +75,7 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
         (("--role", "root"), "roles.0: "),
         (("--adapters", "a b"), "scope.adapters.use.0: "),
         (("--max-adapters", 0), "scope.max_adapters: "),
+        (("--weight", 0), "scope.weight: "),
         (("--source", "org/"), "scope.sources: The URL begins with none of hf://"),
         (("--role", "metrics", "--adapters", "a"), "the role metrics shows the requests of all"),
     ],

@@ -355,6 +355,28 @@ def test_when_vllms_process_is_killed_while_a_slot_is_filled_the_request_ends(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("name", ["EngineCore", "Worker"])
+def test_when_a_process_of_vllm_hangs_it_is_killed_and_every_request_says_so(
+    start: Callable[..., VllmHarness], llama: PreTrainedModel, name: str
+) -> None:
+    engine = start(llama, {}, hang_timeout=5.0, options={"enforce_eager": True})
+    processes = engine.processes()
+    found = [each for each in processes if name in each.name()]
+    if not found:
+        pytest.skip("one process is both")
+    engine.ask([5], max_tokens=2)
+    engine.submit("runs", [5], max_tokens=250)
+    while not engine.answers["runs"].tokens:
+        engine.read()
+    found[0].suspend()
+    engine.wait()
+
+    assert engine.answers["runs"].finish is FinishReason.ENGINE_DEAD
+    assert not engine.engine.stats().alive
+    engine.assert_idle()
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
+
+
 _SERVER = """
 import os, signal, sys
 from pathlib import Path

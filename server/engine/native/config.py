@@ -1,5 +1,6 @@
 """The settings of our own engine."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,10 @@ class EngineConfig:
     """The most requests in one batch."""
     max_queue: int = 256
     """The queue capacity: how many requests may wait beside those that run."""
+    max_queue_seconds: float = math.inf
+    """How long a request may have to wait, by the engine's estimate, to be admitted."""
+    hang_timeout: float = 300.0
+    """Seconds that a step may take of which nothing is known."""
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     prefill_chunk_tokens: int | None = None

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections import abc
+from collections.abc import Callable
 
 from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
@@ -85,6 +86,8 @@ class EngineCore:
             speculation=self._speculation,
         )
         self._sampler = Sampler(self.model.eos_token_ids)
+        self.costs = self._speculation.costs
+        """How long steps take, as far as they are known."""
         self._stepping = Stepping(execution.runner, self._sampler, self._cache)
         self._seq_ids = itertools.count()
         self._sequences: dict[str, Sequence] = {}
@@ -103,6 +106,10 @@ class EngineCore:
     def running(self) -> int:
         """The size of the running batch in rows."""
         return len(self._scheduler.running)
+
+    def announce(self, begins: Callable[[int], None]) -> None:
+        """Have `begins` called before each forward, with the number of its tokens."""
+        self._stepping.begins = begins
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. If that fails, the request ends with the next step."""
@@ -123,6 +130,11 @@ class EngineCore:
         """End a request with the next step, unless it has ended already."""
         if request_id in self._sequences:
             self._end(self._sequences[request_id], FinishReason.CANCELLED)
+
+    def has_started(self, request_id: str) -> bool:
+        """Whether a sequence has left the queue. Any thread may call this."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.has_started
 
     def step(self) -> list[Output]:
         """Compute the next tokens of the running rows, or parts of their prompts.

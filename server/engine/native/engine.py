@@ -1,7 +1,9 @@
 """Runs the core on the model thread: queues requests, steps, and delivers outputs."""
 
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
@@ -10,13 +12,14 @@ from adapters.model.slots import IA3Slots
 from adapters.residency import Residency
 from server.engine.admission import Admission
 from server.engine.constraints.grammars import Grammars
-from server.engine.errors import EngineDead, EngineStopping, QueueFull
+from server.engine.errors import EngineDead, EngineStopping
 from server.engine.native.config import EngineConfig
 from server.engine.native.core import EngineCore, release_anyway
 from server.engine.native.inbox import Inbox
 from server.engine.native.model.loading import LoadedModel
 from server.engine.request import FinishReason, GenerationRequest, InFlight, Output
 from server.engine.stats import EngineStats
+from server.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class _State(Enum):
     STOPPING = auto()
     """The requests in flight are cancelled."""
     DEAD = auto()
-    """The thread ended on an error."""
+    """The thread ended on an error, or hangs."""
 
 
 _STEPS = (_State.RUNNING, _State.DRAINING)
@@ -56,12 +59,19 @@ class Engine:
         """Guards all attributes below, and wakes threads that wait for one of them to change."""
         self._state = _State.NEW
         self._config = config
-        self._admission = Admission(config.max_rows + config.max_queue)
+        self._admission = Admission(
+            rows=config.max_rows, queue=config.max_queue, longest_wait=config.max_queue_seconds
+        )
         self._inbox = Inbox(self._changed, config.max_rows, self.core.chunk_tokens)
         self.expecting = self._inbox.expecting
+        self.has_started = self.core.has_started
         self._cancelled: set[str] = set()
         self._in_flight: dict[str, GenerationRequest] = {}
         """Request id -> a request whose last output has not been delivered."""
+        self._hangs = False
+        """Whether the thread has been given up. What it still delivers is dropped."""
+        self._watchdog = Watchdog(config.hang_timeout, self._give_up)
+        self.core.announce(self._begin_forward)
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
         self._deliver: Callable[[list[Output]], None] = lambda _: None
 
@@ -70,12 +80,13 @@ class Engine:
         self._deliver = deliver
         self._state = _State.RUNNING
         self._thread.start()
+        self._watchdog.start()
 
     def submit(self, *requests: GenerationRequest) -> None:
         """Queue requests, all of them or none; never blocks. The engine owns their leases once this
         has returned. If this raises, the caller keeps them.
 
-        Raises QueueFull, EngineStopping, EngineDead.
+        Raises QueueFull, WaitTooLong, EngineStopping, EngineDead.
         """
         for request in requests:
             tokens = len(request.prompt)
@@ -87,8 +98,7 @@ class Engine:
             if self._state is not _State.RUNNING:
                 raise EngineStopping
             if not self._admission.admit(requests):
-                waiting = self._admission.admitted - self.core.running
-                raise QueueFull(waiting, self._admission.seconds_until_free(requests))
+                raise self._admission.refusal(requests)
             self._in_flight |= {request.id: request for request in requests}
             self._inbox.put(requests)
 
@@ -113,6 +123,8 @@ class Engine:
             most_running=self._config.max_rows,
             waiting=waiting,
             most_waiting=self._config.max_queue,
+            wait_seconds=self._admission.wait_seconds,
+            overloaded=self._admission.is_overloaded,
             waiting_adapters=stats.waiting_adapters | self._inbox.adapters,
             waiting_tokens=stats.waiting_tokens + self._inbox.tokens,
         )
@@ -137,7 +149,7 @@ class Engine:
             if self._state is _State.DRAINING:
                 self._state = _State.STOPPING
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self._hangs:
             self._thread.join()
 
     def _loop(self) -> None:
@@ -149,6 +161,7 @@ class Engine:
             log.exception("The model thread ends.")
             with self._changed:
                 self._state = _State.DEAD
+        self._watchdog.end()
         cancelled = self._state is _State.STOPPING
         reason = FinishReason.CANCELLED if cancelled else FinishReason.ENGINE_DEAD
         outputs = self.core.abandon(reason)
@@ -161,10 +174,13 @@ class Engine:
         False: the thread must stop.
         """
         with self._changed:
+            self._watchdog.begin()
             self.core.settle()
             while not (self.core or self._inbox) and self._state in _STEPS:
                 self._cancelled.clear()
+                self._watchdog.rest()
                 self._changed.wait()
+                self._watchdog.begin()
                 self.core.settle()
             if not self.core:
                 self._inbox.gather()
@@ -176,6 +192,23 @@ class Engine:
         for request_id in cancelled:
             self.core.cancel(request_id)
         return going
+
+    def _begin_forward(self, tokens: int) -> None:
+        chunks = max(1.0, tokens / self.core.chunk_tokens)
+        self._watchdog.begin(self.core.costs.seconds(tokens), chunks)
+
+    def _give_up(self) -> None:
+        """End all requests, as the thread hangs; no thread can be ended from outside."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        log.critical("The model thread hangs; the server must be restarted.\n%s", stack)
+        self._state, self._hangs = _State.DEAD, True
+        with self._changed:
+            requests = list(self._in_flight.values())
+            self._in_flight.clear()
+        dead = FinishReason.ENGINE_DEAD
+        self._deliver([Output(request_id=each.id, finish_reason=dead) for each in requests])
+        self._leave(requests)
 
     def _left_over(self, outputs: list[Output], reason: FinishReason) -> list[Output]:
         """Make the last outputs of requests that the core never got, or has lost: all that are in
@@ -191,13 +224,16 @@ class Engine:
         if not outputs:
             return
         last = [each.request_id for each in outputs if each.finish_reason is not None]
-        ended: list[GenerationRequest] = []
-        if last:
-            with self._changed:
-                ended = [self._in_flight.pop(request_id) for request_id in last]
+        with self._changed:
+            if self._hangs:
+                return
+            ended = [self._in_flight.pop(request_id) for request_id in last]
         self._deliver(outputs)
         if ended:
-            with self._changed:
-                for request in ended:
-                    self._admission.leave(request)
-                self._changed.notify_all()
+            self._leave(ended)
+
+    def _leave(self, requests: list[GenerationRequest]) -> None:
+        with self._changed:
+            for request in requests:
+                self._admission.leave(request)
+            self._changed.notify_all()

@@ -60,6 +60,8 @@ class Stepping:
         self._runner = runner
         self._sampler = sampler
         self._cache = cache
+        self.begins: abc.Callable[[int], None] = lambda _: None
+        """Called before each forward, with the number of its tokens."""
         self.retries = 0
         """Forwards that failed and were run again in parts."""
         self._most_tokens = math.inf
@@ -108,6 +110,7 @@ class Stepping:
         self._try_more()
 
     def _attempt(self, step: Step) -> Ran:
+        self.begins(step.tokens)
         started = time.perf_counter()
         logits = self._runner.run(step)
         prompts = []

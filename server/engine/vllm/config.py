@@ -1,5 +1,6 @@
 """The settings of the vLLM engine, and the names by which its processes pass things on."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,10 @@ class EngineConfig:
     """The most requests in one batch."""
     max_queue: int = 256
     """The queue capacity: how many requests may wait beside those that run."""
+    max_queue_seconds: float = math.inf
+    """How long a request may have to wait, by the engine's estimate, to be admitted."""
+    hang_timeout: float = 300.0
+    """Seconds that a step may take of which nothing is known."""
     max_model_len: int | None = None
     max_adapters: int = 64
     """How many adapters can be resident at once."""

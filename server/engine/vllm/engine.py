@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from enum import Enum, auto
@@ -17,7 +18,7 @@ from adapters.model.bank import BASE_SLOT
 from adapters.residency import Residency
 from server.engine.admission import Admission
 from server.engine.constraints.grammars import Grammars
-from server.engine.errors import EngineDead, EngineStopping, QueueFull
+from server.engine.errors import EngineDead, EngineStopping
 from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
 from server.engine.protocol import ServedModel
 from server.engine.request import (
@@ -33,12 +34,15 @@ from server.engine.vllm.answer import Answer
 from server.engine.vllm.config import EngineConfig
 from server.engine.vllm.llm import Llm
 from server.engine.vllm.sampling import vllm_params
+from server.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _AHEAD = 1.25
 """How many times as many requests as a batch has rows are with vLLM, so that it need not wait for
 us when one ends. The others wait in our queue, which is fair among tenants and adapters."""
+_FORGETTING = 0.99
+"""The share of the longest step's time that is still expected a step later."""
 
 
 class _State(Enum):
@@ -79,8 +83,12 @@ class Engine:
         self._changed = threading.Condition()
         """Guards the state and the admission, and wakes who waits for the last request."""
         self._state = _State.NEW
-        self._admission = Admission(config.max_rows + config.max_queue)
+        self._admission = Admission(
+            rows=config.max_rows, queue=config.max_queue, longest_wait=config.max_queue_seconds
+        )
         self._deliver: Callable[[list[Output]], None] = lambda _: None
+        self._watchdog = Watchdog(config.hang_timeout, self._give_up)
+        llm.counts.stepped = self._note_step
         # What follows belongs to the loop.
         self._numbers = itertools.count()
         self._queue: FairQueue[Answer] = FairQueue()
@@ -90,6 +98,8 @@ class Engine:
         """The answers of the started requests."""
         self._slotless: Answer | None = None
         """The first request in the queue, where its adapter has no slot."""
+        self._step_began = self._step_seconds = 0.0
+        """When vLLM's present step began, and about how long the longest of late took."""
         self._overtaking = 0
         """How many requests have started before the first one, whose adapter has no slot."""
         self._outputs: list[Output] = []
@@ -100,13 +110,14 @@ class Engine:
         self._deliver = deliver
         with self._changed:
             self._state = _State.RUNNING
+        self._watchdog.start()
         self.wake()
 
     def submit(self, *requests: GenerationRequest) -> None:
         """Queue requests, all of them or none; never blocks. The engine owns their leases once this
         has returned. If this raises, the caller keeps them.
 
-        Raises QueueFull, EngineStopping, EngineDead.
+        Raises QueueFull, WaitTooLong, EngineStopping, EngineDead.
         """
         with self._changed:
             if self._is_dead:
@@ -114,14 +125,17 @@ class Engine:
             if self._state is not _State.RUNNING:
                 raise EngineStopping
             if not self._admission.admit(requests):
-                waiting = self._admission.admitted - self._llm.counts.running
-                raise QueueFull(waiting, self._admission.seconds_until_free(requests))
+                raise self._admission.refusal(requests)
             # Under the lock, so that `stop` finds whatever has been admitted.
             self._llm.loop.call_soon_threadsafe(self._take, requests)
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request. It still gets a last output, CANCELLED, unless it has ended already."""
         self._llm.loop.call_soon_threadsafe(self._cancel, request_id)
+
+    def has_started(self, request_id: str) -> bool:
+        """Whether a request that has not ended has left the queue."""
+        return request_id in self._started
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
@@ -147,6 +161,8 @@ class Engine:
             most_running=self._config.max_rows,
             waiting=max(0, self._admission.admitted - running),
             most_waiting=self._config.max_queue,
+            wait_seconds=self._admission.wait_seconds,
+            overloaded=self._admission.is_overloaded,
             waiting_adapters=_names(self._waiting.copy()),
             waiting_tokens=least_charge(answer.request for answer in self._waiting.copy().values()),
             kv_tokens_used=0 if is_idle else round(counts.kv_cache_usage * self._kv_tokens),
@@ -187,6 +203,7 @@ class Engine:
             if self._state is _State.RUNNING:
                 self._state = _State.DRAINING
             self._changed.wait_for(lambda: not self._admission.admitted, timeout)
+        self._watchdog.end()
         if self._llm.is_open:
             self._llm.run(self._cancel_all())
             self._llm.close()
@@ -230,6 +247,9 @@ class Engine:
             self._queue.start(answer)
             del self._waiting[answer.request.id]
             answer.start()
+            if not self._started:
+                self._step_began = time.perf_counter()
+                self._watchdog.begin(self._step_seconds)
             run = self._llm.loop.create_task(self._run(answer, slot))
             run.add_done_callback(partial(self._end, answer))
             self._started[answer.request.id] = run
@@ -280,6 +300,8 @@ class Engine:
         """Release what a started request holds, and send its last output."""
         request = answer.request
         del self._started[request.id], self._running[request.id]
+        if not self._started:
+            self._watchdog.rest()
         self._queue.end(answer)
         if request.lease is not None:
             self._residency.unpin(request.lease)
@@ -311,6 +333,19 @@ class Engine:
             self._cancel(request_id)
         await asyncio.gather(*running, return_exceptions=True)
         await asyncio.sleep(0)  # What was emitted is delivered.
+
+    def _note_step(self) -> None:
+        """A step has ended, and the next one begins if anything is left to do."""
+        now = time.perf_counter()
+        self._step_seconds = max(now - self._step_began, _FORGETTING * self._step_seconds)
+        self._step_began = now
+        if self._started:
+            self._watchdog.begin(self._step_seconds)
+
+    def _give_up(self) -> None:
+        """Kill vLLM, as it hangs: its requests end by that, and this engine with them."""
+        log.critical("vLLM hangs and is killed; the server must be restarted.")
+        self._llm.kill()
 
     def _die(self) -> None:
         with self._changed:

@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import psutil
@@ -147,6 +148,14 @@ class Llm:
     @property
     def is_open(self) -> bool:
         return self._thread.is_alive()
+
+    def kill(self) -> None:
+        """Kill vLLM's processes, also those that are stopped or hang."""
+        for core in self.engine.engine_core.resources.engine_manager.processes:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(core.pid)
+                for each in [*process.children(recursive=True), process]:
+                    each.kill()
 
     def close(self) -> None:
         """End vLLM's processes and the loop."""

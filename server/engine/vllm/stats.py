@@ -1,5 +1,6 @@
 """Counts what vLLM reports after each step."""
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -12,6 +13,8 @@ class Counts:
         self.running = 0
         self.kv_cache_usage = 0.0
         """The share of the KV cache that is in use."""
+        self.stepped: Callable[[], None] = lambda: None
+        """Called after each step."""
 
     def logger(self, _config: Any, _engine: int = 0) -> Any:
         """vLLM's factory of a logger, which reports to these counts."""
@@ -39,6 +42,7 @@ class Counts:
             self.prefix_hit_tokens += scheduler.prefix_cache_stats.hits
         if iteration is not None:
             self.steps += 1
+            self.stepped()
             self.preemptions += iteration.num_preempted_reqs
             self.prompt_tokens += iteration.prompt_token_stats.computed
             self.generated_tokens += iteration.num_generation_tokens

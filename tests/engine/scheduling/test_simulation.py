@@ -118,6 +118,74 @@ def largest_lead(one: tuple[int, int], other: tuple[int, int], level: str) -> in
     return max(leads) - min(leads)
 
 
+tenants = st.lists(
+    st.tuples(sizes, st.floats(0.1, 10), st.booleans()), min_size=2, max_size=5
+).filter(lambda each: sum(always for *_, always in each) >= 2)
+
+
+@settings(max_examples=25)
+@given(tenants)
+def test_tenants_whose_requests_always_wait_share_by_their_weights_what_others_leave(
+    given_tenants: list[tuple[tuple[int, int], float, bool]],
+) -> None:
+    """Some tenants always have requests waiting, the others now and then. The simulation asserts
+    that no row idles while a request waits."""
+    simulation = Simulation(rows=ROWS)
+    kinds = {
+        str(number): {"prompt": prompt, "answer": answer, "weight": weight}
+        for number, ((prompt, answer), weight, _) in enumerate(given_tenants)
+    }
+    always = {str(number) for number, (*_, is_always) in enumerate(given_tenants) if is_always}
+
+    def waiting(tenant: str) -> int:
+        return sum(s.slot is None and s.tenant == tenant for s in simulation.scheduler)
+
+    widest = dict.fromkeys(always, (0.0, 0.0))
+    while simulation.steps < 1500:
+        for tenant, kind in kinds.items():
+            most = 3 if tenant in always or simulation.steps % 400 == 0 else 0
+            while waiting(tenant) < most:
+                simulation.arrive(Arrival(at=simulation.now, tenant=tenant, **kind))  # type: ignore[arg-type]
+        simulation.step()
+        virtual = {
+            tenant: simulation.served.get((tenant, ""), 0) / kinds[tenant]["weight"]
+            for tenant in always
+        }
+        first = virtual[min(always)]
+        for tenant, used in virtual.items():
+            low, high = widest[tenant]
+            widest[tenant] = min(low, used - first), max(high, used - first)
+
+    unit = {tenant: UNIT / kinds[tenant]["weight"] for tenant in always}
+    for tenant, (low, high) in widest.items():
+        assert high - low <= 2 * (unit[tenant] + unit[min(always)])
+
+
+def test_the_lightest_tenant_is_not_starved_by_heavy_ones() -> None:
+    heavy = [
+        Arrival(at=0, prompt=50, answer=20, tenant=f"heavy-{n}", weight=100)
+        for n in range(3)
+        for _ in range(200)
+    ]
+    light = Arrival(at=0.1, prompt=50, answer=20, tenant="light", weight=0.01)
+    journeys = Simulation(rows=ROWS).run([*heavy, light])
+
+    [journey] = [each for each in journeys if each.is_like(tenant="light")]
+    assert journey.started is not None
+    before = sum((each.started or 0) < journey.started for each in journeys)
+    assert before <= 2 * ROWS, "one that comes anew has used nothing since"
+
+
+def test_a_tenant_alone_gets_everything_however_light_it_is() -> None:
+    alone = [Arrival(at=0, prompt=50, answer=20, tenant="a", weight=w) for w in [0.01] * 20]
+    light = Simulation(rows=ROWS)
+    light.run(alone)
+    usual = Simulation(rows=ROWS)
+    usual.run([Arrival(**{**vars(each), "weight": 1.0}) for each in alone])
+
+    assert light.now == usual.now
+
+
 def test_a_flood_adds_little_to_the_first_token_of_others() -> None:
     quiet, flooded = ttft_without_and_with_a_flood()
 

@@ -41,8 +41,11 @@ class StepCosts:
         self._known = dict(sorted({**self._known, octave: (usual, known)}.items()))
 
     def seconds(self, tokens: int) -> float:
-        """Estimate the seconds of a step: interpolate between known steps, or scale the nearest."""
+        """Estimate the seconds of a step: interpolate between known steps, or scale the nearest.
+        0 where no step is known."""
         known = list(self._known.values())
+        if not known:
+            return 0.0
         above = bisect_left([each for each, _ in known], tokens)
         if above == 0 or above == len(known):
             nearest, seconds = known[min(above, len(known) - 1)]

@@ -1,0 +1,35 @@
+"""`infuse serve` with a model that hangs, or loses its device, as soon as a file says so.
+
+python -m tests.failing_server FILE serve …
+"""
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from server.cli import main
+
+_WHAT = Path(sys.argv.pop(1))
+_make = LlamaForCausalLM.__init__
+
+
+def _fail(*_: object) -> None:
+    what = _WHAT.read_text() if _WHAT.exists() else ""
+    if what == "hangs":
+        threading.Event().wait()
+    elif what == "dies":
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def _make_failing(model: LlamaForCausalLM, *given: Any, **named: Any) -> None:
+    _make(model, *given, **named)
+    model.register_forward_pre_hook(_fail)
+
+
+if __name__ == "__main__":
+    LlamaForCausalLM.__init__ = _make_failing
+    main()
