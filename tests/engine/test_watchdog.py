@@ -109,6 +109,7 @@ def test_a_model_thread_that_comes_back_delivers_nothing_and_gives_everything_ba
     start: Callable[..., Harness], gate: threading.Event
 ) -> None:
     base = run_by_modules(tiny_model("llama"))
+    others = set(threading.enumerate())
     engine = start(base, hang_timeout=1.0)
     base.register_forward_pre_hook(held_by(gate))
     gate.clear()
@@ -116,7 +117,7 @@ def test_a_model_thread_that_comes_back_delivers_nothing_and_gives_everything_ba
     engine.wait()
     assert engine.registry.stats().leases == 1, "its step may still read the adapter"
     gate.set()
-    [thread] = [each for each in threading.enumerate() if each.name == "model"]
+    [thread] = [each for each in {*threading.enumerate()} - others if each.name == "model"]
     thread.join(30)
 
     assert engine.registry.stats().leases == 0
