@@ -62,7 +62,7 @@ class Replicas:
     def replace(self, killed: Replica) -> None:
         """Start a server with the folders of one that was killed."""
         self.replaced.append(killed)
-        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+        while not _has_ended(killed.pid):
             time.sleep(0.01)
         self.wait_for(*self.begin(self.all.index(killed)), killed)
 
@@ -86,6 +86,12 @@ class Replicas:
             self.all.append(replica)
         else:
             self.all[self.all.index(killed)] = replica
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether it is a zombie and its last thread has gone, so that it holds no lock any more."""
+    is_zombie = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return is_zombie and len(os.listdir(f"/proc/{pid}/task")) == 1
 
 
 @contextmanager
