@@ -39,6 +39,7 @@ from server.settings import MEBIBYTE
 from tests.api.archives import form_of, read_adapter, tar_of, zip_of
 from tests.api.conftest import RunningServer, ServeAdapters
 from tests.api.test_auth import KEYS, bearer, keys_file
+from tests.api.test_deadlines import HEADER
 from tests.api.test_openapi import STATUSES
 
 SECONDS = 30
@@ -48,8 +49,18 @@ VARIATIONS = 7
 FEW = 4
 MANY = {"get": 150, "delete": 150, "post": 270, "put": 270, "patch": 270}
 """Made up requests of an operation: with their variations more than 20,000."""
+
+
+def no_failure_of_the_server(context: Any, answer: Any, case: Case) -> bool | None:
+    """The time that a request itself allows may be over."""
+    if answer.status_code == 504 and HEADER in case.headers:
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        return None
+    return not_a_server_error(context, answer, case)
+
+
 CHECKS = [
-    not_a_server_error,
+    no_failure_of_the_server,
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,
