@@ -12,6 +12,18 @@ from pathlib import Path
 _STARTUP_SECONDS = 240
 
 
+def address_of(
+    server: "subprocess.Popen[bytes]", log: Path, seconds: float = _STARTUP_SECONDS
+) -> str:
+    """Wait until a server's log has its address. Fails where the server ends, or takes longer."""
+    deadline = time.monotonic() + seconds
+    while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return found[1]
+
+
 @contextmanager
 def served_by(
     command: Sequence[str | Path], log: Path, cwd: Path | None = None, env: Mapping[str, str] = {}
@@ -27,12 +39,7 @@ def served_by(
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + _STARTUP_SECONDS
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield found[1]
+        yield address_of(server, log)
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)

@@ -1,6 +1,5 @@
 """A server whose model hangs or ends: what runs hears of it, and the process ends with status 1."""
 
-import re
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from server.settings import Settings
 from tests.api.conftest import save_model
 from tests.api.test_generation_lifecycle import events
 from tests.api.test_streaming import COMPLETIONS, eventually
+from tests.served import address_of
 
 ENGINE = Settings().engine
 HANG_SECONDS = 3
@@ -71,12 +71,7 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[], Served]]:
             server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         servers.callback(server.wait)
         servers.callback(server.kill)
-        deadline = time.monotonic() + 240
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        return Served(server, found[1], log, what)
+        return Served(server, address_of(server, log), log, what)
 
     with ExitStack() as servers:
         yield start

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -28,6 +27,7 @@ from tests.api.conftest import RunningServer, run_server
 from tests.api.test_health import MANY
 from tests.api.test_streaming import at_rest, eventually
 from tests.factories import CHAT_TEMPLATE, save_tiny_model
+from tests.served import address_of
 
 INFUSE = Path(sys.executable).with_name("infuse")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -61,12 +61,7 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[float], Proc
             server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         servers.callback(server.wait)
         servers.callback(server.kill)
-        deadline = time.monotonic() + 120
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        return server, found[1]
+        return server, address_of(server, log, 120)
 
     with ExitStack() as servers:
         yield start

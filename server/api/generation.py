@@ -258,7 +258,6 @@ class Generation:
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Cancel the requests that still run; a second time does nothing."""
-        self._timer.cancel()
         self._stream.end()
         self._streams.close(self._running)
         for request_id in list(self._running):

@@ -3,12 +3,10 @@
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from tests.api.archives import CONFIG, WEIGHTS, form_of, read_adapter
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, error_of
 from tests.api.test_health import StartServer
+from tests.served import address_of
 
 SIZE = 160 * MEBIBYTE
 MAY_RISE = SIZE // 2
@@ -43,12 +42,7 @@ def process(
         command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 240
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield found[1], server.pid
+        yield address_of(server, log), server.pid
     finally:
         server.terminate()
         assert server.wait(60) in (0, -signal.SIGTERM)

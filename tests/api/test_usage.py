@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import signal
 import subprocess
 import threading
@@ -22,6 +21,7 @@ from server.services import Services
 from tests.api.test_auth import error_of
 from tests.api.test_scopes import COMPLETIONS, KEYS, as_key, write_keys
 from tests.api.test_streaming import CHAT, eventually
+from tests.served import address_of
 from tests.test_listener import INFUSE
 
 USAGE = "/v1/usage"
@@ -250,10 +250,7 @@ def serving(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes]
             [*command, "--adapters-dir", folder / "store"], stdout=output, stderr=output
         )
     try:
-        assert eventually(lambda: "answers on http" in log.read_text(), 240), log.read_text()
-        found = re.search(r"answers on (http://\S+)", log.read_text())
-        assert found is not None
-        with httpx.Client(base_url=found[1], timeout=60) as client:
+        with httpx.Client(base_url=address_of(process, log), timeout=60) as client:
             yield process, client
     finally:
         process.terminate()

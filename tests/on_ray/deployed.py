@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.served import address_of
+
 _STARTUP_SECONDS = 240
 _COMMAND = "from server.cli import main; main()"
 _RUNNING = re.compile(r'^infuse_requests_running\{replica="(.*)"\}', re.MULTILINE)
@@ -100,12 +102,7 @@ def deployed(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Deploym
         )
     process = psutil.Process(started.pid)
     try:
-        deadline = time.monotonic() + _STARTUP_SECONDS
-        while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
-            assert started.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        deployment = Deployment(process, found[1], count)
+        deployment = Deployment(process, address_of(started, log), count)
         with deployment.client:
             yield deployment
     finally:
