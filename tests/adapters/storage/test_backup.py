@@ -167,18 +167,22 @@ def test_a_backup_has_nothing_of_a_deleted_adapter(make_place: MakePlace) -> Non
 def test_a_content_that_is_removed_before_it_is_copied_leads_to_a_later_moment(
     make_place: MakePlace, kind: str, proxy: BadS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first content that arrives in the backup has a server delete everything else."""
+    """A server deletes everything else before a first content has arrived in the backup."""
     live, saved, again = make_place(kind), make_place("bucket"), make_place("folder")
     with closing(live.open()) as store:
         for number in range(20):
             create(store, f"a{number}", f"{number}")
-        once = threading.Lock()
+        changing, changed = threading.Lock(), threading.Event()
 
         def change(request: str) -> None:
-            if request.startswith("PUT") and "/content/" in request and once.acquire(False):
+            if not request.startswith("PUT") or "/content/" not in request:
+                return
+            if changing.acquire(blocking=False):
                 for number in range(19):
                     store.delete(f"a{number}")
                 create(store, "late", "late")
+                changed.set()
+            assert changed.wait(60)
 
         proxy.fault = change
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
