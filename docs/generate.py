@@ -23,7 +23,7 @@ from adapters.registry import RegistryStats
 from server.cli import app
 from server.engine import EngineStats
 from server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
-from server.metrics import Metrics, build_info
+from server.observability.metrics import Metrics, build_info
 from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 

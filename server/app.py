@@ -32,7 +32,6 @@ from adapters.storage.shared_folder import SharedFolderStorage
 from adapters.storage.storage import Storage
 from adapters.storage.store import AdapterStore
 from adapters.storage.stored import StoredAdapters
-from server.access import Observe, Routes
 from server.api import adapters, chat, completions, debug, health, merges, models, rank, usage
 from server.auth import Authorize
 from server.engine.fair_turns import FairTurns
@@ -43,11 +42,12 @@ from server.errors import AnswerAll, ApiError, error_response, install_error_han
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
 from server.keys.keyring import Keyring
-from server.latest import LatestAnswers
-from server.metering import Meter
-from server.metrics import Metrics, build_info
+from server.observability.access import Observe, Routes
+from server.observability.latest import LatestAnswers
+from server.observability.metering import Meter
+from server.observability.metrics import Metrics, build_info
+from server.observability.otlp import open_traces
 from server.openapi import Application
-from server.otlp import open_traces
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
 from server.streams import Streams

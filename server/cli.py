@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from adapters.errors import AdapterError
-from server import logs, openmp
+from server import openmp
 from server.client import AdminClient, ClientError
 from server.keys.commands import keys_app
+from server.observability import logs
 from server.on_ray.settings import DeploySettings
 from server.settings import Settings
 from server.store_commands import audit_app, backup, restore
@@ -122,7 +123,7 @@ def serve(context: typer.Context) -> None:
     from server.engine import EngineError
     from server.keys.key_file import BadKeysFile
     from server.listener import Server, freeze_heap
-    from server.metering import BadUsageFile
+    from server.observability.metering import BadUsageFile
 
     logs.take_over()
     try:

@@ -20,7 +20,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp
 
 from server.errors import ApiError, error_body
-from server.metrics import HttpMetrics
+from server.observability.metrics import HttpMetrics
 from server.services import Services
 from server.settings import Settings
 

@@ -16,9 +16,9 @@ from adapters.sources.sources import Sources
 from server.engine import Engine
 from server.engine.fair_turns import FairTurns
 from server.jobs import MergeJobs
-from server.latest import LatestAnswers
-from server.metering import Meter, Query, Row
-from server.metrics import Metrics
+from server.observability.latest import LatestAnswers
+from server.observability.metering import Meter, Query, Row
+from server.observability.metrics import Metrics
 from server.preparations import Preparations
 from server.settings import Settings
 from server.streams import Streams

@@ -77,7 +77,7 @@ def test_ray_is_imported_in_one_room(path: Path) -> None:
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_opentelemetry_is_imported_in_one_file(path: Path) -> None:
     """It is not installed everywhere."""
-    if path != ROOT / "server/traces.py":
+    if path != ROOT / "server/observability/traces.py":
         assert not any(module.startswith("opentelemetry") for module in imports(path))
 
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from adapters.registry import RegistryStats
 from server.engine import EngineStats
 from server.keys.key_file import read_keys
-from server.metrics import Metrics, build_info
+from server.observability.metrics import Metrics, build_info
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[1]

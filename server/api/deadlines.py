@@ -7,8 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Header
 
-from server import access
 from server.errors import ApiError
+from server.observability import access
 from server.services import Services, get_services
 
 HEADER = "X-Request-Timeout"

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from adapters.residency import SlotUse
-from server.access import EndedRequest
 from server.engine.request import InFlight, WaitsFor
+from server.observability.access import EndedRequest
 from server.preparations import Awaits, Preparation
 from server.services import Services, get_services
 

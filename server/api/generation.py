@@ -7,16 +7,16 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from server import access
-from server.answered import Answered, Choice
 from server.api.answer_schemas import CompletionTokensDetails, Usage
 from server.api.endings import join, raise_if_failed
 from server.api.orders import Order
 from server.caller import Caller
 from server.engine.request import FinishReason, GenerationRequest, Output
 from server.errors import RETRY_SOON, ApiError
-from server.metering import Amount
-from server.metrics import RequestMetrics
+from server.observability import access
+from server.observability.answered import Answered, Choice
+from server.observability.metering import Amount
+from server.observability.metrics import RequestMetrics
 from server.services import Services
 from server.streams import Stream
 

@@ -11,10 +11,10 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import AfterValidator, BaseModel, Field
 
-from server import metering
 from server.auth import CallerDep
 from server.errors import ApiError
-from server.metering import HOUR, BadUsageFile, Row
+from server.observability import metering
+from server.observability.metering import HOUR, BadUsageFile, Row
 from server.openapi import errors
 from server.services import Services, get_services
 

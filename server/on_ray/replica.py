@@ -11,13 +11,13 @@ from fastapi import FastAPI
 from ray import serve
 
 from adapters.errors import AdapterError
-from server import logs
 from server.api.health import ready
 from server.app import beside, create_app
 from server.engine.errors import EngineDead
 from server.errors import ApiError
 from server.listener import freeze_heap
-from server.metering import Query, Row
+from server.observability import logs
+from server.observability.metering import Query, Row
 from server.on_ray.folders import OwnFolder
 from server.on_ray.metrics import joined
 from server.services import Services

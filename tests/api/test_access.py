@@ -28,10 +28,10 @@ KEYS = [
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     """The fields of each line of a request so far, in order."""
-    caplog.set_level(logging.INFO, "server.access")
+    caplog.set_level(logging.INFO, "server.observability.access")
 
     def lines() -> list[dict[str, Any]]:
-        return [vars(each) for each in caplog.records if each.name == "server.access"]
+        return [vars(each) for each in caplog.records if each.name == "server.observability.access"]
 
     return lines
 

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.access import EndedRequest
-from server.answered import Answered
-from server.latest import LatestAnswers
+from server.observability.access import EndedRequest
+from server.observability.answered import Answered
+from server.observability.latest import LatestAnswers
 from server.request_id import HEADER as REQUEST
 from tests.api.test_adapters import PROMPT
 from tests.api.test_gateway_metrics import StartServer, choices_of

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import Metrics, build_info
+from server.observability.metrics import Metrics, build_info
 from server.services import Services
 from server.settings import Settings
 from tests.api.conftest import run_server

@@ -10,7 +10,8 @@ import pytest
 
 CODE = """
 import logging, warnings
-from server import logs, request_id
+from server import request_id
+from server.observability import logs
 
 logs.set_up("info", FORMAT)
 log = logging.getLogger("some.library")
@@ -67,7 +68,7 @@ def test_json_is_one_object_a_line_with_the_same_fields() -> None:
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_line_break_in_a_field_makes_no_line(form: str) -> None:
     code = (
-        f"import logging\nfrom server import logs\nlogs.set_up('info', {form!r})\n"
+        f"import logging\nfrom server.observability import logs\nlogs.set_up('info', {form!r})\n"
         "logging.getLogger('a').info('x', extra={'key': 'a\\nERROR root: forged'})"
     )
     process = subprocess.run(
@@ -79,7 +80,7 @@ def test_a_line_break_in_a_field_makes_no_line(form: str) -> None:
 
 def test_a_library_that_writes_lines_of_its_own_writes_ours() -> None:
     code = (
-        "import logging\nfrom server import logs\nlogs.set_up('info', 'json')\n"
+        "import logging\nfrom server.observability import logs\nlogs.set_up('info', 'json')\n"
         "library = logging.getLogger('library')\nlibrary.propagate = False\n"
         "library.addHandler(logging.StreamHandler())\n"
         "logs.take_over()\nlibrary.warning('Once.')"

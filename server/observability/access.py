@@ -13,9 +13,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import request_id
-from server.answered import Answered
 from server.caller import SCOPE_KEY
-from server.metrics import HttpMetrics
+from server.observability.answered import Answered
+from server.observability.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.access import EndedRequest
-from server.answered import Answered
 from server.engine.request import FinishReason
+from server.observability.access import EndedRequest
+from server.observability.answered import Answered
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",

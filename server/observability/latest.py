@@ -3,7 +3,7 @@
 import heapq
 from collections import deque
 
-from server.access import EndedRequest
+from server.observability.access import EndedRequest
 
 _KEPT = 1000
 
