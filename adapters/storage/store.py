@@ -5,7 +5,6 @@ appended: after a crash at any moment a name is at its old or its new revision, 
 acknowledged change is there. Start-up reads the journal alone.
 """
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -22,21 +21,17 @@ from adapters.errors import (
     AdapterExists,
     Overtaken,
     RevisionConflict,
-    RevisionDamaged,
-    StoreDamaged,
-    StoreUnreachable,
     UnknownAdapter,
 )
 from adapters.storage.chain import Event
-from adapters.storage.folder import FolderStorage, digest_of, read_files
+from adapters.storage.folder import FolderStorage, digest_of
 from adapters.storage.index import Index
 from adapters.storage.names import check_name
 from adapters.storage.quota import Quota
 from adapters.storage.replicas import Follower
 from adapters.storage.revision import Details, DetailsChange, Origin, Revision, revision_to_json
+from adapters.storage.revision_files import RevisionFiles
 from adapters.storage.storage import Kept, Storage
-
-log = logging.getLogger(__name__)
 
 UPLOADED = Origin()
 Watcher = Callable[[Mapping[str, Revision | None]], object]
@@ -62,6 +57,7 @@ class AdapterStore:
         self._keep_revisions = keep_revisions
         self._storage = FolderStorage(storage) if isinstance(storage, Path) else storage
         self._replicas = self._storage.replicas
+        self._revision_files = RevisionFiles(self._storage)
         self._index = Index()
         self._changes = threading.Lock()
         """Held through a change, also while it waits for the storage."""
@@ -71,10 +67,6 @@ class AdapterStore:
         """The number of the last event that the running change knows."""
         self._unused: set[str] = set()
         """Digests that the running change may leave without a reachable revision."""
-        self._mutex = threading.Lock()
-        """Guards the field below."""
-        self._damaged: set[str] = set()
-        """Digests of damaged contents, which are not read again until they are stored anew."""
         self._tell: Watcher = lambda _: None
         try:
             self._recover()
@@ -168,8 +160,8 @@ class AdapterStore:
             wanted = self._index.revision(name, number)
             if wanted.digest == current.digest:
                 return current, False
-            if self._read(wanted, ()) is None:
-                self._read_again(wanted, ())
+            if self._revision_files.read(wanted, ()) is None:
+                self._revision_files.read_again(wanted, ())
             origin = replace(wanted.origin, source=f"rollback to {number}", by=by)
             return self._add_revision(name, None, wanted.digest, wanted.size, origin), True
 
@@ -265,12 +257,12 @@ class AdapterStore:
         StoreUnreachable where they cannot be read now; UnknownAdapter and UnknownRevision where the
         revision was deleted meanwhile.
         """
-        found = self._read(revision, names)
+        found = self._revision_files.read(revision, names)
         if found is None:
             with self._newest():
                 # A revision that was deleted meanwhile only seems damaged: this raises then.
                 self._index.revision(revision.name, revision.number)
-                found = self._read_again(revision, names)
+                found = self._revision_files.read_again(revision, names)
         return found
 
     def verified(self, revision: Revision) -> Path:
@@ -280,13 +272,12 @@ class AdapterStore:
 
     def is_damaged(self, revision: Revision) -> bool:
         """Whether `read` has found a revision's files damaged."""
-        return revision.digest in self._damaged
+        return self._revision_files.is_damaged(revision)
 
     @property
     def damaged(self) -> int:
         """How many reachable revisions were found damaged."""
-        with self._mutex:
-            return sum(self._index.users(digest) for digest in self._damaged)
+        return sum(self._index.users(digest) for digest in self._revision_files.damaged)
 
     def was_deleted(self, name: str) -> bool:
         """Whether an adapter of this name was deleted, and there is none now."""
@@ -333,8 +324,7 @@ class AdapterStore:
     def _keep(self, staged: Path, digest: str) -> Kept:
         self._unused.add(digest)
         kept = self._storage.keep(staged, digest, in_use=self._index.users(digest) > 0)
-        with self._mutex:
-            self._damaged.discard(digest)
+        self._revision_files.forget([digest])
         return kept
 
     def _append(
@@ -387,36 +377,7 @@ class AdapterStore:
         """Remove those of the contents that no reachable revision has."""
         unused = [digest for digest in digests if self._index.users(digest) <= 0]
         self._storage.remove(unused)
-        with self._mutex:
-            self._damaged.difference_update(unused)
-
-    def _read(self, revision: Revision, names: Container[str]) -> dict[str, bytes] | None:
-        """Read a revision's files; None where they seem damaged."""
-        if revision.digest in self._damaged:
-            raise RevisionDamaged(revision.name, revision.number)
-        try:
-            digest, _, found = read_files(self._storage.files(revision), names)
-        except (StoreDamaged, FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
-        except OSError as error:
-            raise StoreUnreachable(
-                f"The files of {revision.name}@{revision.number} cannot be read: {error.strerror}."
-            ) from error
-        return found if digest == revision.digest else None
-
-    def _read_again(self, revision: Revision, names: Container[str]) -> dict[str, bytes]:
-        """Read files that seem damaged once more, now that nothing changes them; from a bucket,
-        fetch them again first. If they still differ, they are damaged."""
-        with suppress(StoreDamaged):
-            self._storage.refresh(revision)
-            found = self._read(revision, names)
-            if found is not None:
-                return found
-        with self._mutex:
-            self._damaged.add(revision.digest)
-        damaged = RevisionDamaged(revision.name, revision.number)
-        log.error("%s Its digest is %s.", damaged, revision.digest)
-        raise damaged
+        self._revision_files.forget(unused)
 
     @contextmanager
     def _newest(self) -> Iterator[None]:
@@ -430,9 +391,8 @@ class AdapterStore:
     def _take_in(self, events: Iterable[Event]) -> None:
         """Take in events that another server has appended."""
         applied = self._index.apply(events)
-        with self._mutex:
-            # Who stored the content has seen that it is whole.
-            self._damaged.difference_update(applied.stored)
+        # Who stored the content has seen that it is whole.
+        self._revision_files.forget(applied.stored)
         self._storage.forget(applied.dropped)
         if applied.before:
             self._tell(applied.before)
