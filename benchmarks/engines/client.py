@@ -31,6 +31,7 @@ def ask(
     in_flight: int | None = None,
     *,
     elsewhere: bool = False,
+    key: str = "",
     **fields: Any,
 ) -> Round:
     """Several servers are asked in turn. `fields` are added to every request's body. `elsewhere`:
@@ -42,7 +43,7 @@ def ask(
     """
     urls = [url] if isinstance(url, str) else url
     asked = list(zip(itertools.cycle(urls), requests))
-    bodies = [_request(url, each, fields) for url, each in asked]
+    bodies = [_request(url, each, key, fields) for url, each in asked]
     return uvloop.run(_ask(asked, bodies, in_flight, _MUCH if elsewhere else 1))
 
 
@@ -114,7 +115,7 @@ class _Exchange(asyncio.Protocol):
             yield begun, at
 
 
-def _request(url: str, request: Request, fields: Mapping[str, Any]) -> bytes:
+def _request(url: str, request: Request, key: str, fields: Mapping[str, Any]) -> bytes:
     body = json.dumps(
         {
             "model": request.adapter or BASE,
@@ -128,7 +129,8 @@ def _request(url: str, request: Request, fields: Mapping[str, Any]) -> bytes:
     ).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        + (f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n")
     )
     return head.encode() + body
 
