@@ -8,15 +8,15 @@ machine only that means something.
 
 import asyncio
 import io
+import itertools
 import json
-import multiprocessing
 import tempfile
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,10 +120,7 @@ def main(
             upload(server.url, archives[0])
             report = measure(server.url, model, archives, turns, seconds, rate)
     output.write_text(json.dumps(report, indent=1) + "\n")
-    for name, kind in report["floods"].items():
-        typer.echo(
-            f"{name:14} p99 {kind['ttft_ms']['p99']:6.0f} ms, {kind['p99_over_without']:.2f}"
-        )
+    typer.echo(table(report))
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -227,59 +224,45 @@ def measure(
 
 @contextmanager
 def flooding(url: str, name: str, archives: Sequence[bytes], sent: Counter[int]) -> Iterator[None]:
-    """Flood from a process of its own; count the statuses of the answers in `sent`."""
-    context = multiprocessing.get_context("spawn")
-    stop, results = context.Event(), context.Queue()
-    first = sent.total()
-    process = context.Process(target=flood, args=(url, name, archives, first, stop, results))
-    process.start()
+    """Flood from a thread of its own; count the statuses of the answers in `sent`."""
+    stop = threading.Event()
+    flood = threading.Thread(target=lambda: asyncio.run(_flood(url, name, archives, sent, stop)))
+    flood.start()
     try:
-        assert results.get(timeout=60) == "begun"
         yield
     finally:
         stop.set()
-        sent.update(results.get(timeout=120))
-        process.join()
-
-
-def flood(
-    url: str, name: str, archives: Sequence[bytes], first: int, stop: Event, results: Any
-) -> None:
-    asyncio.run(_flood(url, name, archives, first, stop, results))
+        flood.join()
 
 
 async def _flood(
-    url: str, name: str, archives: Sequence[bytes], first: int, stop: Event, results: Any
+    url: str, name: str, archives: Sequence[bytes], sent: Counter[int], stop: threading.Event
 ) -> None:
     kind = KINDS[name]
-    sent: Counter[int] = Counter()
     merges: list[str] = []
+
+    async def send(number: int) -> None:
+        if name == "uploads":
+            archive = archives[number % len(archives)]
+            answer = await client.put(kind.path, files={"archive": archive})
+        else:
+            if merges:
+                # So that another can begin.
+                await client.delete(f"{kind.path}/{merges.pop()}")
+            answer = await client.post(kind.path, json=kind.body(number))
+        if name == "merges" and answer.status_code == 202:
+            merges.append(answer.json()["id"])
+        sent[answer.status_code] += 1
 
     async with (
         httpx.AsyncClient(base_url=url, headers=headers_of(name), timeout=120) as client,
         asyncio.TaskGroup() as group,
     ):
-
-        async def send(number: int) -> None:
-            if name == "uploads":
-                archive = archives[number % len(archives)]
-                answer = await client.put(kind.path, files={"archive": archive})
-            else:
-                if name == "merges" and merges:
-                    # So that another can begin.
-                    await client.delete(f"{kind.path}/{merges.pop()}")
-                answer = await client.post(kind.path, json=kind.body(number))
-            if name == "merges" and answer.status_code == 202:
-                merges.append(answer.json()["id"])
-            sent[answer.status_code] += 1
-
-        results.put("begun")
-        number = first
-        while not stop.is_set():
+        for number in itertools.count(sent.total()):
+            if stop.is_set():
+                return
             group.create_task(send(number))
-            number += 1
             await asyncio.sleep(60 / (MANY * kind.a_minute))
-    results.put(sent)
 
 
 if __name__ == "__main__":
