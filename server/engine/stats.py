@@ -35,8 +35,9 @@ class EngineStats:
     """The size of the KV cache in tokens."""
     kv_block_tokens: int | None
     """Tokens of a block of the prefix cache. None: its blocks differ in size."""
-    kv_tokens_cached: int
-    """Tokens in cached blocks, which are evicted when a sequence needs the room."""
+    kv_tokens_cached: int | None
+    """Tokens in cached blocks, which are evicted when a sequence needs the room. None: the engine
+    does not tell."""
     prefix_queried_tokens: int
     """Tokens of the prompts that were admitted."""
     prefix_hit_tokens: int

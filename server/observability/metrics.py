@@ -1,5 +1,6 @@
 """The server's metrics, as Prometheus reads them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -237,8 +238,8 @@ class _Gauges(Collector):
                 engine.kv_tokens_used,
             ),
             "infuse_kv_tokens_cached": (
-                "KV cache tokens kept for later requests.",
-                engine.kv_tokens_cached,
+                "KV cache tokens kept for later requests; NaN where the engine does not tell.",
+                math.nan if engine.kv_tokens_cached is None else engine.kv_tokens_cached,
             ),
             "infuse_kv_tokens_limit": ("Size of the KV cache in tokens.", engine.kv_tokens_total),
             "infuse_adapters_registered": ("Adapters in the store.", registry.registered),

@@ -128,6 +128,7 @@ class Llm:
             )
         self.compiled = bool(settings.compilation_config.mode)
         self.bank_bytes = sum(await self.engine.collective_rpc("ia3_bytes"))
+        self.kv_cache_bytes = sum(await self.engine.collective_rpc("ia3_kv_cache_bytes"))
         self.slots.send = self._fill
 
     async def _fill(self, slot: int, vectors: bytes) -> None:

@@ -111,6 +111,15 @@ class IA3Worker(Worker):  # type: ignore[misc]
         """Bytes of this worker's banks."""
         return self._layers.nbytes
 
+    def ia3_kv_cache_bytes(self) -> int:
+        """Bytes of this worker's part of the KV cache. Layers of hybrid models share memory."""
+        sizes: dict[int, int] = {}
+        for cache in self.model_runner.kv_caches:
+            for tensor in cache if isinstance(cache, list) else [cache]:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
+
     @torch.inference_mode()
     def ia3_fill(self, slot: int, vectors: bytes) -> None:
         """Fill a slot. `vectors`: a safetensors file, with the number of each vector's target."""
