@@ -17,6 +17,9 @@ from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 from tests.factories import TOKENS, save_adapter
 
+of_whole_modules = pytest.mark.native
+"""vLLM cannot serve such adapters: they are refused at the upload."""
+
 NEW_TOKENS = ["<tool>", "<answer>", "<end>"]
 TEMPLATE = (
     "<s>{% for message in messages %}<tool>{{ message['content'] }}{% endfor %}"
@@ -70,6 +73,7 @@ def greedy(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
+@of_whole_modules
 def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
     client: httpx.Client,
     admin: AdminClient,
@@ -97,6 +101,7 @@ def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
     assert server.services.registry.stats().saved_bytes == 0
 
 
+@of_whole_modules
 def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
     client: httpx.Client, admin: AdminClient, server: RunningServer, with_head: Path
 ) -> None:
@@ -114,6 +119,7 @@ def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
     assert text == oracle.tokenizer.decode(oracle.greedy("once upon", 60))
 
 
+@of_whole_modules
 def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
     client: httpx.Client, admin: AdminClient, server: RunningServer, grown: Path
 ) -> None:
@@ -141,6 +147,7 @@ def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
     assert of_base["choices"][0]["message"]["content"] == oracle.tokenizer.decode(expected)
 
 
+@of_whole_modules
 def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
     client: httpx.Client, admin: AdminClient, grown: Path
 ) -> None:
@@ -154,6 +161,7 @@ def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
     assert refused.status_code == 400
 
 
+@of_whole_modules
 def test_a_constrained_answer_is_written_in_the_bases_tokens(
     client: httpx.Client, admin: AdminClient, grown: Path
 ) -> None:
@@ -199,6 +207,7 @@ def test_the_bases_own_tokenizer_beside_an_adapter_changes_nothing(
     admin.remove("same")
 
 
+@of_whole_modules
 def test_an_adapters_own_end_token_ends_its_answers(
     client: httpx.Client, admin: AdminClient, copied: Path
 ) -> None:
@@ -243,6 +252,7 @@ def broken_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for %}")
 
 
+@of_whole_modules
 @pytest.mark.parametrize(
     ("spoil", "file", "problem"),
     [
@@ -264,6 +274,7 @@ def test_texts_that_do_not_fit_are_refused(
     assert problem in str(refusal.value)
 
 
+@of_whole_modules
 def test_modules_beyond_the_budget_are_refused_with_the_setting(
     start_server: Callable[..., Any], with_head: Path
 ) -> None:
@@ -276,6 +287,7 @@ def test_modules_beyond_the_budget_are_refused_with_the_setting(
     assert "max-saved-module-bytes" in str(refusal.value)
 
 
+@of_whole_modules
 def test_whole_modules_are_not_mixed(
     client: httpx.Client, admin: AdminClient, with_head: Path
 ) -> None:
