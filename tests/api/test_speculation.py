@@ -1,7 +1,8 @@
 """`speculation` and OpenAI's `prediction`: the same answers, sooner."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -9,9 +10,13 @@ import pytest
 from tests.api.conftest import RunningServer
 from tests.api.test_chat import MESSAGES, chat
 
-pytestmark = pytest.mark.usefixtures("free_tokens")
-
+Test = TypeVar("Test", bound=Callable[..., None])
 LOOP = [5, 9, 11] * 8
+
+
+def drafting(test: Test) -> Test:
+    """On vLLM neither field has an effect."""
+    return pytest.mark.native(pytest.mark.usefixtures("free_tokens")(test))
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,7 @@ def counted(client: httpx.Client) -> float:
     return float(value)
 
 
+@drafting
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_may_ask_for_it(client: httpx.Client, base: str, stream: bool) -> None:
     body = {"model": base, "prompt": LOOP, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
@@ -52,6 +58,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@drafting
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_prediction_that_comes_true_is_accepted(
     client: httpx.Client, base: str, parts: bool
@@ -71,6 +78,7 @@ def test_a_prediction_that_comes_true_is_accepted(
     }
 
 
+@drafting
 def test_each_choice_rejects_what_it_does_not_say(client: httpx.Client, base: str) -> None:
     prediction = {"type": "content", "content": "zyx"}
     body = {"messages": MESSAGES, "max_tokens": 4, "temperature": 0, "n": 2, "model": base}

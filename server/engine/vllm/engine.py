@@ -134,8 +134,10 @@ class Engine:
         self._llm.loop.call_soon_threadsafe(self._cancel, request_id)
 
     def has_started(self, request_id: str) -> bool:
-        """Whether a request that has not ended has left the queue."""
-        return request_id in self._started
+        """Whether a request that has not ended has left the queue: ours, and vLLM's, which takes a
+        few ahead and runs them in the order in which they come."""
+        first = list(self._started.copy())[: max(1, self._llm.counts.running)]
+        return request_id in first
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
