@@ -1,4 +1,4 @@
-"""Checks API keys, their roles and their limits, before a request's body is read."""
+"""Checks API keys and tokens, their roles and their limits, before a request's body is read."""
 
 from collections import defaultdict
 from typing import Annotated
@@ -9,9 +9,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.caller import SCOPE_KEY, Caller
 from server.engine.errors import QueueFull
-from server.errors import ApiError, error_response, from_engine_error
+from server.errors import RETRY_SOON, ApiError, error_response, from_engine_error
+from server.keys.issuer import IssuerUnavailable
 from server.keys.key_file import Key, Role
-from server.keys.keyring import Keyring
+from server.keys.keyring import Keyring, NoEntry
+from server.keys.tokens import BadToken
 from server.keys.usage import Usage
 
 _METRICS = "/metrics"
@@ -22,8 +24,8 @@ _ANYBODY = Caller()
 
 
 class Authorize:
-    """ASGI middleware that checks a request's key before its body is read. Without keys every
-    request is allowed."""
+    """ASGI middleware that checks a request's key or token before its body is read. Without keys
+    every request is allowed."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring | None, most_at_once: int) -> None:
         """`most_at_once`: how many requests one key may have running."""
@@ -52,13 +54,10 @@ class Authorize:
             caller.end_http()
 
     async def _caller(self, keyring: Keyring, scope: Scope, path: str) -> Caller:
-        """Who calls a path. Raises ApiError 401, 403, 429."""
+        """Who calls a path. Raises ApiError 401, 403, 429, 503."""
         header = Headers(scope=scope).get("authorization", "")
         scheme, _, given = header.partition(" ")
-        try:
-            key = await keyring.find(given.strip()) if scheme.lower() == "bearer" else None
-        except QueueFull as error:
-            raise from_engine_error(error) from None
+        key = await _entry(keyring, given.strip()) if scheme.lower() == "bearer" else None
         if key is None:
             raise ApiError(
                 401,
@@ -68,6 +67,25 @@ class Authorize:
             )
         _check_role(key, path)
         return Caller(key.name, key.scope, self._usage[key.name])
+
+
+async def _entry(keyring: Keyring, given: str) -> Key | None:
+    """Raises ApiError 401, 403, 429, 503."""
+    try:
+        return await keyring.find(given)
+    except QueueFull as error:
+        raise from_engine_error(error) from None
+    except BadToken as error:
+        message = f"The token is not valid: {error}."
+        challenge = f'Bearer error="invalid_token", error_description="{message}"'
+        headers = {"WWW-Authenticate": challenge}
+        raise ApiError(401, message, code="invalid_token", headers=headers) from None
+    except NoEntry:
+        message = "The token is valid, and no entry of the server's keys file covers its claims."
+        raise ApiError(403, message, code="unknown_claims") from None
+    except IssuerUnavailable:
+        message = "The token cannot be checked: its issuer does not tell the server its keys."
+        raise ApiError(503, message, code="issuer_unavailable", headers=RETRY_SOON) from None
 
 
 def _is_open(path: str) -> bool:
