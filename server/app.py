@@ -123,7 +123,13 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.shared_store:
         app.add_middleware(CatchUp, stored=services.registry.stored)
     most_at_once = max(1, settings.max_connections // 2)
-    app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
+    app.add_middleware(
+        Authorize,
+        keyring=keyring,
+        admin_port=settings.admin_port,
+        open_docs=settings.open_docs,
+        most_at_once=most_at_once,
+    )
     app.add_middleware(AnswerAll)
     routes = Routes(app.openapi()["paths"])
     tell = [services.latest.tell] if traces is None else [services.latest.tell, traces.tell]

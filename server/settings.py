@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.", examples=[8000])
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="A port of its own for adapters, merges, usage, /metrics and /debug, which "
+        "--port does not have then. Health and documentation are on both.",
+        examples=[8001],
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto: the GPU if there is one.", examples=["cpu"]
     )
@@ -257,6 +265,9 @@ class Settings(BaseSettings):
         description="With --oidc-issuer: the audience (`aud`) that tokens must be for.",
         examples=["infuse"],
     )
+    open_docs: bool = Field(
+        True, description="Answer /docs and /openapi.json without a key.", examples=[False]
+    )
     allow_anonymous: bool = Field(
         False,
         description="Listen beyond this machine without keys; something else guards the server.",
@@ -369,6 +380,12 @@ class Settings(BaseSettings):
                 f"max-uploads-bytes {self.uploads_bytes} is less than one upload of "
                 f"max-upload-bytes takes, packed and unpacked: set {needed} or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_two_ports(self) -> Self:
+        if self.admin_port == self.port:
+            raise ValueError(f"admin-port and port are both {self.port}: set another one")
         return self
 
     @model_validator(mode="after")
