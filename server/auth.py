@@ -82,7 +82,8 @@ class Authorize:
         if self._admin_port is None or _is_at(path, (_HEALTH, *_DOCS)):
             return True
         is_admins = _is_at(path, (_METRICS,)) or path.startswith(_ADMIN)
-        return is_admins == (scope["server"][1] == self._admin_port)
+        _, port = scope["server"]
+        return is_admins is bool(port == self._admin_port)
 
 
 async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:

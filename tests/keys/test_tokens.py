@@ -325,10 +325,13 @@ def test_bad_claims_in_the_file_are_refused_with_the_place(
         Keyring(path)
 
 
-def test_without_an_issuer_a_token_opens_nothing(path: Path, issuer: LocalIssuer) -> None:
+def test_without_an_issuer_a_token_opens_nothing_and_the_log_says_so(
+    path: Path, issuer: LocalIssuer, caplog: pytest.LogCaptureFixture
+) -> None:
     write(path, APP)
 
     assert name_of(Keyring(path), issuer.token()) is None
+    assert "with claims open nothing without an issuer" in caplog.text
 
 
 def test_a_key_in_plain_may_look_like_a_token(keyring: Keyring, path: Path) -> None:
