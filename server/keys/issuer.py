@@ -100,7 +100,7 @@ class Issuer:
             at = self.url.rstrip("/") + _DISCOVERY
             discovery = _Discovery.model_validate_json(await _get(client, at))
             if discovery.issuer != self.url:
-                raise ValueError(f"{at} is of the issuer '{discovery.issuer}'")
+                raise ValueError(f"{at} is of the issuer {discovery.issuer[:200]!r}")
             if urlsplit(discovery.jwks_uri).scheme not in ("https", urlsplit(self.url).scheme):
                 raise ValueError(f"{at} leads to keys that do not come over HTTPS")
             found = _KeySet.model_validate_json(await _get(client, discovery.jwks_uri))
