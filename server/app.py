@@ -41,7 +41,7 @@ from server.engines import open_engine
 from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
 from server.gzip_bodies import GunzipBodies
 from server.jobs import MergeJobs
-from server.keys.keyring import Keyring
+from server.keys.keyring import open_keyring
 from server.observability.access import Observe, Routes
 from server.observability.latest import LatestAnswers
 from server.observability.metering import Meter
@@ -75,10 +75,11 @@ _CONFIGS_AT_ONCE = 32
 def create_app(settings: Settings) -> FastAPI:
     """Loads the model, which takes a while. Raises BadKeysFile, BadUsageFile, EngineError and
     AdapterError."""
-    keyring = None if settings.keys_file is None else Keyring(settings.keys_file)
+    keyring = open_keyring(settings.keys_file, settings.oidc_issuer, settings.oidc_audience)
     services = load_services(settings)
     if keyring is not None:
         services.metrics.keys_file_broken.set_function(lambda: keyring.is_broken)
+        services.metrics.issuer_unreachable.set_function(lambda: keyring.lacks_issuer)
     traces = open_traces(build_info(settings.engine)["version"])
 
     @asynccontextmanager
@@ -122,7 +123,13 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.shared_store:
         app.add_middleware(CatchUp, stored=services.registry.stored)
     most_at_once = max(1, settings.max_connections // 2)
-    app.add_middleware(Authorize, keyring=keyring, most_at_once=most_at_once)
+    app.add_middleware(
+        Authorize,
+        keyring=keyring,
+        admin_port=settings.admin_port,
+        open_docs=settings.open_docs,
+        most_at_once=most_at_once,
+    )
     app.add_middleware(AnswerAll)
     routes = Routes(app.openapi()["paths"])
     tell = [services.latest.tell] if traces is None else [services.latest.tell, traces.tell]

@@ -117,7 +117,8 @@ def merge(
 )
 def serve(context: typer.Context) -> None:
     settings = _settings("serve", context.args, Settings)
-    listening = bind(settings.host, settings.port)
+    ports = [port for port in (settings.port, settings.admin_port) if port is not None]
+    listening = [bind(settings.host, port) for port in ports]
     # These import torch and transformers: seconds that nothing else here need wait for.
     from server.app import create_app
     from server.engine import EngineError
@@ -132,7 +133,7 @@ def serve(context: typer.Context) -> None:
         _refuse(str(error))
     freeze_heap()
     server = Server(application, settings, application.state)
-    server.run(sockets=[listening])
+    server.run(sockets=listening)
     _leave_threads(int(server.has_failed))
 
 

@@ -57,6 +57,7 @@ from server.engine.errors import (
     QueueFull,
     WaitTooLong,
 )
+from server.headers import SAFE
 
 log = logging.getLogger(__name__)
 
@@ -333,10 +334,14 @@ def _fault(error: Mapping[str, Any]) -> Fault:
     return Fault(".".join(where) or "body", error["msg"].removeprefix("Value error, "), fix)
 
 
+def nothing_at(method: str, path: str) -> ApiError:
+    return ApiError(404, f"There is nothing at {method} {path}; /docs lists what is.")
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {
-        404: f"There is nothing at {request.method} {request.url.path}; /docs lists what is.",
+        404: nothing_at(request.method, request.url.path).message,
         405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",
     }
     message = messages.get(error.status_code, str(error.detail))
@@ -379,4 +384,4 @@ async def _unforeseen(request: Request, error: Exception) -> Response:
     body = json.loads(error_body(ApiError(500, "The server failed; its log says why.")))
     # Starlette sends this outside of all middleware.
     id_ = request_id.current.get()
-    return JSONResponse(body, 500, headers=None if id_ is None else {request_id.HEADER: id_})
+    return JSONResponse(body, 500, headers=SAFE | ({} if id_ is None else {request_id.HEADER: id_}))

@@ -20,6 +20,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp
 
 from server.errors import ApiError, error_body
+from server.headers import SAFE
 from server.observability.metrics import HttpMetrics
 from server.services import Services
 from server.settings import Settings
@@ -149,7 +150,7 @@ class Connection(asyncio.Protocol):
             self.metrics.refused_connections.labels(error.code).inc()
             body = error_body(error).encode()
             head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
-            head += [f"{name}: {value}" for name, value in error.headers.items()]
+            head += [f"{name}: {value}" for name, value in (SAFE | error.headers).items()]
             head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
             head += ["Connection: close", "", ""]
             self.transport.write("\r\n".join(head).encode() + body)
@@ -191,9 +192,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets is not None
-        host, port = sockets[0].getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        log.info("Infuse answers on http://%s:%d (/docs says what it can do).", shown, port)
+        for listening, what in zip(sockets, ("Infuse", "Administration"), strict=False):
+            host, port = listening.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            log.info("%s answers on http://%s:%d (/docs says what it can do).", what, shown, port)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:

@@ -25,8 +25,8 @@ _RETRY_AFTER = {"Retry-After": header("Seconds after which to come back.", kind=
 _ERRORS: dict[int, Json] = {
     400: {"description": "What was sent has faults, all of them listed."},
     401: {
-        "description": "No valid API key was given.",
-        "headers": {"WWW-Authenticate": header("Always `Bearer`.")},
+        "description": "No valid API key or token was given.",
+        "headers": {"WWW-Authenticate": header("`Bearer`, and what is wrong with a token.")},
     },
     403: {"description": "The key lacks the role that this needs, or its scope forbids it."},
     404: {"description": "There is nothing of this name."},

@@ -14,6 +14,9 @@ from adapters.sources.source_url import parse_prefixes
 
 MEBIBYTE = 1 << 20
 BUCKET = "^(s3|gs|az)://[^/]"
+_QUOTABLE = r"[!#-\[\]-~]+"
+"""What may stand within quotes in a header."""
+_ISSUER = rf"https://{_QUOTABLE}|http://(localhost|127\.0\.0\.1)(:\d+)?(/{_QUOTABLE})?"
 BucketUrl = Annotated[str, StringConstraints(pattern=BUCKET)]
 
 
@@ -112,6 +115,14 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.", examples=[8000])
+    admin_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="A port of its own for adapters, merges, usage, /metrics and /debug, which "
+        "--port does not have then. Health and documentation are on both.",
+        examples=[8001],
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto: the GPU if there is one.", examples=["cpu"]
     )
@@ -242,6 +253,21 @@ class Settings(BaseSettings):
         "server follows its changes.",
         examples=["keys.json"],
     )
+    oidc_issuer: str | None = Field(
+        None,
+        description="Take tokens (JWT) of this OIDC issuer beside keys; entries of the keys file "
+        "say by `claims` what each may do.",
+        examples=["https://login.example.com/realms/acme"],
+    )
+    oidc_audience: str | None = Field(
+        None,
+        pattern=f"^{_QUOTABLE}$",
+        description="With --oidc-issuer: the audience (`aud`) that tokens must be for.",
+        examples=["infuse"],
+    )
+    open_docs: bool = Field(
+        True, description="Answer /docs and /openapi.json without a key.", examples=[False]
+    )
     allow_anonymous: bool = Field(
         False,
         description="Listen beyond this machine without keys; something else guards the server.",
@@ -322,6 +348,14 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from None
         return prefixes
 
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _has_tls(cls, issuer: str | None) -> str | None:
+        """Without TLS, whoever is between could give other keys than the issuer's."""
+        if issuer is not None and not re.fullmatch(_ISSUER, issuer):
+            raise ValueError(f"'{issuer}' is no issuer's URL, which begins with https://")
+        return issuer
+
     @property
     def uploads_bytes(self) -> int:
         """Bytes that all uploads in progress may take together."""
@@ -345,6 +379,23 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max-uploads-bytes {self.uploads_bytes} is less than one upload of "
                 f"max-upload-bytes takes, packed and unpacked: set {needed} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_two_ports(self) -> Self:
+        if self.admin_port == self.port:
+            raise ValueError(f"admin-port and port are both {self.port}: set another one")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_whose_tokens_it_takes(self) -> Self:
+        if (self.oidc_issuer is None) is not (self.oidc_audience is None):
+            raise ValueError("oidc-issuer and oidc-audience go together: set both, or neither")
+        if self.oidc_issuer is not None and self.keys_file is None:
+            raise ValueError(
+                "oidc-issuer needs --keys-file, whose entries say what tokens may do: "
+                "`infuse keys create NAME --claim CLAIM=PATTERN` writes one"
             )
         return self
 

@@ -282,6 +282,8 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
     response = response_of(answer)
     assert response.status_code == status, answer
     assert response.headers["content-type"] == "application/json"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-content-type-options"] == "nosniff"
     error = response.json()["error"]
     assert list(error) == ["message", "type", "param", "code", "details"]
     return dict(error)

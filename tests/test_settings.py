@@ -25,6 +25,7 @@ VALUES = {
     "preload_adapters": "/examples",
     "host": "127.0.0.2",
     "port": "8123",
+    "admin_port": "8124",
     "device": "cpu",
     "dtype": "bfloat16",
     "quantization": "int8",
@@ -47,6 +48,9 @@ VALUES = {
     "source_prefixes": "hf://org/,s3://bucket/a",
     "source_timeout": "2.5",
     "keys_file": __file__,
+    "oidc_issuer": "https://login.example.com/realms/acme",
+    "oidc_audience": "infuse",
+    "open_docs": "false",
     "allow_anonymous": "true",
     "drain_timeout": "1.5",
     "hang_timeout": "2.5",
@@ -118,7 +122,7 @@ def test_every_setting_is_described_with_an_example_that_fits() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         [example] = field.examples or [None]
-        if name not in ("host", "keys_file"):
+        if name not in ("host", "keys_file", "oidc_issuer", "oidc_audience"):
             Settings(**{name: example})
 
 
@@ -156,10 +160,44 @@ def test_the_world_needs_keys_or_a_word_that_it_is_guarded(host: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("issuer", "problem"),
+    [
+        ("http://login.example.com", "begins with https://"),
+        ("http://localhost.example.com", "begins with https://"),
+        ("http://127.0.0.1@example.com", "begins with https://"),
+        ("login.example.com", "begins with https://"),
+        ('https://login.example.com/"', "begins with https://"),
+        (None, "oidc-issuer and oidc-audience go together"),
+    ],
+)
+def test_an_issuer_has_tls_and_an_audience(issuer: str | None, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        Settings(oidc_issuer=issuer, oidc_audience="infuse", keys_file=Path(__file__))
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    [
+        "https://login.example.com",
+        "https://login.example.com/realms/acme/",
+        "http://127.0.0.1:9000",
+        "http://localhost/dex",
+    ],
+)
+def test_an_issuer_needs_a_keys_file(issuer: str) -> None:
+    Settings(oidc_issuer=issuer, oidc_audience="infuse", keys_file=Path(__file__))
+
+    with pytest.raises(ValidationError, match="oidc-issuer needs --keys-file"):
+        Settings(oidc_issuer=issuer, oidc_audience="infuse")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("port", -1),
         ("port", 65536),
+        ("admin_port", 0),
+        ("admin_port", 8000),
         ("host", "example.org"),
         ("device", "tpu"),
         ("dtype", "int8"),

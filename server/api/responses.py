@@ -74,7 +74,7 @@ class GenerationStream(EventSourceResponse):
 
     def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
         self._generation = generation
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"X-Accel-Buffering": "no"}
         super().__init__(
             _events(generation, writer, body), headers=headers | generation.order.headers
         )

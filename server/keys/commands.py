@@ -57,11 +57,18 @@ def create(
     ] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.")] = None,
     max_answer_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    claim: Annotated[
+        Patterns,
+        typer.Option(help="NAME=PATTERN of a claim: lets in tokens that have it; makes no key."),
+    ] = None,
     file: File = _HERE,
 ) -> None:
-    """Make a key and print it. Options that are not given set no limit.
+    """Make a key and print it, or let in tokens by their claims. Options that are not given set
+    no limit.
 
     Example: infuse keys create acme --role generate --role admin --adapters 'acme/*'
+
+    Example: infuse keys create acme --adapters 'acme/*' --claim groups=acme
     """
     common = adapters or []
     patterns = {
@@ -85,8 +92,8 @@ def create(
     }
     limits = {each: given for each, given in scope.items() if given is not None}
     key_id, key = new_key()
-    secret = {"id": key_id, "hash": hash_key(key)}
-    entry: Entry = {"name": name, **secret, "roles": role or ["generate"]}
+    opens = {"claims": _claims(claim)} if claim else {"id": key_id, "hash": hash_key(key)}
+    entry: Entry = {"name": name, **opens, "roles": role or ["generate"]}
     if limits:
         entry["scope"] = limits
     _check(entry)
@@ -96,7 +103,10 @@ def create(
                 f"{file} has a key '{name}' already: take another name, or rotate or revoke it"
             )
         entries.append(entry)
-    _show(key)
+    if claim:
+        typer.echo(f"Tokens with {_shown(entry)} are {name}'s; no key was made.", err=True)
+    else:
+        _show(key)
 
 
 @keys_app.command("list")
@@ -104,7 +114,7 @@ def list_keys(
     file: File = _HERE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the keys: name, id, roles, end, scope. What opens the server is not among it.
+    """List the keys: name, id or claims, roles, end, scope. No key is among it.
 
     Example: infuse keys list --json
     """
@@ -115,7 +125,7 @@ def list_keys(
         return
     for each in entries:
         scope = json.dumps(each["scope"]) if "scope" in each else "-"
-        columns = [each["name"], each.get("id", "in plain"), ",".join(each["roles"])]
+        columns = [each["name"], _shown(each), ",".join(each["roles"])]
         typer.echo("\t".join([*columns, each.get("expires", "-"), scope]))
 
 
@@ -149,7 +159,7 @@ def rotate(
     key_id, key = new_key()
     secret = {"id": key_id, "hash": hash_key(key)}
     with _edited(file) as entries:
-        known = [each for each in entries if each["name"] == name]
+        known = [each for each in entries if each["name"] == name and not each.get("claims")]
         if not known:
             raise BadKeysFile(f"{file} has no key '{name}': `infuse keys list` shows what it has")
         newest = {k: v for k, v in known[-1].items() if k not in ("key", "expires")}
@@ -170,6 +180,22 @@ def _check(entry: Entry) -> None:
             problem = each["msg"].removeprefix("Value error, ")
             typer.echo(f"infuse keys: {where}: {problem}", err=True)
         raise typer.Exit(2) from None
+
+
+def _claims(given: list[str]) -> dict[str, list[str]]:
+    """The patterns of each claim's name, of `name=pattern`."""
+    claims: dict[str, list[str]] = {}
+    for each in given:
+        name, _, pattern = each.partition("=")
+        claims.setdefault(name, []).append(pattern)
+    return claims
+
+
+def _shown(entry: Entry) -> str:
+    """What opens the server as an entry, as far as everybody may see it."""
+    claims = entry.get("claims") or {}
+    patterns = [f"{name}={each}" for name, several in claims.items() for each in several]
+    return ",".join(patterns) or str(entry.get("id", "in plain"))
 
 
 def _without_secrets(entry: Entry) -> dict[str, Any]:

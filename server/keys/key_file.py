@@ -1,4 +1,5 @@
-"""The keys file: JSON, a list of keys, each with its name, roles and scope."""
+"""The keys file: JSON, a list of entries, each with its name, roles and scope, and a key or the
+claims of tokens."""
 
 import fcntl
 import json
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from adapters.storage.journal import sync
+from server.keys.claims import ClaimPatterns
 from server.keys.scope import Scope
 from server.keys.secrets import HASH_PATTERN, ID_PATTERN
 
@@ -35,6 +37,8 @@ Role = Literal["generate", "admin", "metrics"]
 they show every key's requests."""
 Entry = dict[str, Any]
 """A key as the file has it."""
+_SECRETS = ("key", "id", "hash", "claims")
+"""The fields that say what opens the server."""
 
 
 class Key(BaseModel):
@@ -44,19 +48,22 @@ class Key(BaseModel):
 
     name: str = Field(min_length=1)
     key: SecretStr | None = Field(None, min_length=16)
-    """In plain. None: `id` and `hash` are there instead."""
+    """In plain. None: `id` and `hash`, or `claims`, are there instead."""
     id: Annotated[str, StringConstraints(pattern=ID_PATTERN)] | None = None
     hash: Annotated[str, StringConstraints(pattern=HASH_PATTERN)] | None = None
+    claims: ClaimPatterns | None = None
+    """Tokens with such claims are this entry's. There is no key then."""
     roles: frozenset[Role] = Field(min_length=1)
     scope: Scope = Scope()
     expires: AwareDatetime | None = None
 
     @model_validator(mode="after")
     def _has_one_secret(self) -> Self:
-        given = (self.key is not None, self.id is not None, self.hash is not None)
-        if given not in ((True, False, False), (False, True, True)):
+        given = {name for name in _SECRETS if getattr(self, name) is not None}
+        if given not in ({"key"}, {"id", "hash"}, {"claims"}):
             raise ValueError(
-                "a key has an id and a hash, as `infuse keys create` writes them, or in plain a key"
+                "a key has an id and a hash, as `infuse keys create` writes them, or claims of "
+                "tokens, or in plain a key"
             )
         return self
 

@@ -1,4 +1,5 @@
-"""The keyring finds the key that a request gives, and follows changes of the keys file."""
+"""The keyring finds the entry of the key or token that a request gives, and follows changes of the
+keys file."""
 
 import asyncio
 import hmac
@@ -10,8 +11,11 @@ from pathlib import Path
 from anyio import CapacityLimiter, to_thread
 
 from server.engine.fair_turns import FairTurns
+from server.keys.claims import Claims, covers
+from server.keys.issuer import Issuer
 from server.keys.key_file import BadKeysFile, Key, load_keys, read_keys
 from server.keys.secrets import digest_of, id_of, is_hash_of
+from server.keys.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,10 @@ _MOST_WAITING = 32
 _Stamp = tuple[int, int, int]
 
 
+class NoEntry(Exception):
+    """A token is valid, and no entry of the keys file covers its claims."""
+
+
 class Keyring:
     """Holds the keys of a file. Belongs to one event loop.
 
@@ -31,9 +39,11 @@ class Keyring:
     nobody whose key is known, nor the first request of another key for long.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises BadKeysFile."""
+    def __init__(self, path: Path, tokens: Tokens | None = None) -> None:
+        """`tokens`: checks those of an issuer; None: keys alone open the server. Raises
+        BadKeysFile."""
         self._path = path
+        self._tokens = tokens
         self._seen = self._stamp()
         self.is_broken = False
         """Whether the file has changed to something that cannot be used."""
@@ -42,15 +52,22 @@ class Keyring:
         self._checking = FairTurns(1, 1, _MOST_WAITING)
         self._take(read_keys(path))
 
+    @property
+    def lacks_issuer(self) -> bool:
+        """Whether the issuer has not told its keys when it was asked last."""
+        return self._tokens is not None and self._tokens.issuer.is_unreachable
+
     async def find(self, given: str) -> Key | None:
-        """The entry of a key; None where there is none, or it has expired. Raises QueueFull where
-        too many keys wait to be checked."""
+        """The entry of a key or token; None where there is none, or it has expired. Raises
+        QueueFull where too many wait to be checked, and BadToken, IssuerUnavailable, NoEntry."""
         digest = digest_of(given)
         found = self._plain_key(digest)
         if found is None:
             found = self._by_id.get(id_of(given) or "")
             if found is not None and not await self._is_right(given, digest, found):
                 found = None
+        if found is None and self._tokens is not None and given.count(".") == 2:
+            found = self._entry_of(await self._tokens.claims(given))
         return None if found is None or found.has_expired else found
 
     def _plain_key(self, digest: bytes) -> Key | None:
@@ -59,6 +76,13 @@ class Keyring:
             if hmac.compare_digest(digest, expected):
                 found = key
         return found
+
+    def _entry_of(self, claims: Claims) -> Key:
+        """The first entry that covers the claims. Raises NoEntry."""
+        for key in self._with_claims:
+            if not key.has_expired and covers(key.claims or {}, claims):
+                return key
+        raise NoEntry
 
     async def _is_right(self, given: str, digest: bytes, key: Key) -> bool:
         assert key.id is not None
@@ -75,7 +99,13 @@ class Keyring:
         return True
 
     async def follow(self) -> None:
-        """Look at the file again and again, until cancelled."""
+        """Follow the file, and the keys of the issuer, until cancelled."""
+        followed = [self._follow_file()]
+        if self._tokens is not None:
+            followed.append(self._tokens.issuer.follow())
+        await asyncio.gather(*followed)
+
+    async def _follow_file(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await self.look()
@@ -101,6 +131,9 @@ class Keyring:
         self._plain = [
             (key, digest_of(key.key.get_secret_value())) for key in keys if key.key is not None
         ]
+        self._with_claims = [key for key in keys if key.claims is not None]
+        if self._with_claims and self._tokens is None:
+            log.warning("Entries of %s with claims open nothing without an issuer.", self._path)
         self._by_id = {key.id: key for key in keys if key.id is not None}
         hashes = {key.hash for key in keys}
         self._checked = {each: known for each, known in self._checked.items() if known in hashes}
@@ -112,3 +145,13 @@ class Keyring:
         except OSError:
             return None
         return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def open_keyring(path: Path | None, issuer: str | None, audience: str | None) -> Keyring | None:
+    """The keyring of a keys file, which takes tokens of an issuer for an audience where there are
+    these; None where there is no file. Raises BadKeysFile."""
+    if path is None:
+        return None
+    if issuer is None or audience is None:
+        return Keyring(path)
+    return Keyring(path, Tokens(Issuer(issuer), audience))

@@ -25,13 +25,13 @@ class AdapterPatterns(BaseModel):
     change: tuple[Pattern, ...] = ()
 
     def may_use(self, name: str) -> bool:
-        return _matches(name, self.use)
+        return matches(name, self.use)
 
     def may_change(self, name: str) -> bool:
-        return _matches(name, self.change)
+        return matches(name, self.change)
 
     def may_see(self, name: str) -> bool:
-        return _matches(name, (*self.use, *self.see, *self.change))
+        return matches(name, (*self.use, *self.see, *self.change))
 
 
 class Scope(BaseModel):
@@ -84,5 +84,6 @@ class Scope(BaseModel):
         return parse_prefixes(",".join(self.sources or ()))
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns, which are a shell's, matches."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

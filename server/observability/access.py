@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import request_id
 from server.caller import SCOPE_KEY
+from server.headers import RAW_SAFE
 from server.observability.answered import Answered
 from server.observability.metrics import HttpMetrics
 
@@ -127,8 +128,8 @@ def arrived() -> float:
 
 
 class Observe:
-    """ASGI middleware that counts and logs each request, tells of it, and sends back its id. It
-    must be the outermost, to see every answer."""
+    """ASGI middleware that counts and logs each request, tells of it, and sends back its id and the
+    headers that every answer has. It must be the outermost, to see every answer."""
 
     def __init__(
         self,
@@ -152,13 +153,13 @@ class Observe:
         # A request has a task of its own, which ends with it.
         request_id.current.set(id_)
         _current.set(request)
-        header = (request_id.HEADER.lower().encode(), id_.encode())
+        added = [*RAW_SAFE, (request_id.HEADER.lower().encode(), id_.encode())]
 
         def noting(message: Message) -> Awaitable[None]:
             """Not a coroutine: it is called for every token of a stream."""
             if message["type"] == "http.response.start":
                 request.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = [*message.get("headers", ()), *added]
             return send(message)
 
         with self._metrics.in_flight.track_inprogress():

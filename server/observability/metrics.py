@@ -104,6 +104,11 @@ class Metrics:
             "1 if the keys file has changed and cannot be used, so the keys before are.",
             registry=self._collectors,
         )
+        self.issuer_unreachable = Gauge(
+            "infuse_oidc_issuer_unreachable",
+            "1 if the OIDC issuer does not tell its keys, so those before are used.",
+            registry=self._collectors,
+        )
         self.unwritten_usage = Gauge(
             "infuse_usage_requests_unwritten",
             "Requests whose usage is not written yet. Above 0 for long: it cannot be written.",

@@ -63,6 +63,12 @@ class DeploySettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _has_one_port(self) -> Self:
+        if self.admin_port is not None:
+            raise ValueError("admin-port is for infuse serve: Ray's proxy listens on one port")
+        return self
+
+    @model_validator(mode="after")
     def _has_room(self) -> Self:
         if self.most_replicas < self.replicas:
             raise ValueError(

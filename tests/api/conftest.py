@@ -4,7 +4,6 @@ With INFUSE_ENGINE=vllm in the environment, it is a server of that engine.
 """
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters.derive.base_checkpoint import BaseCheckpoint
 from server.app import create_app
+from server.cli import bind
 from server.listener import Server
 from server.services import Services
 from server.settings import MEBIBYTE, Settings
@@ -48,13 +48,12 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     app = create_app(settings)
     strays: list[str] = []
     app.add_middleware(Documented, document=app.openapi(), strays=strays)
-    # A socket that does not say TCP gets no TCP_NODELAY from asyncio, and answers 40 ms late.
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.bind(("127.0.0.1", 0))
+    ports = [0] if settings.admin_port is None else [0, settings.admin_port]
+    listening = [bind("127.0.0.1", port) for port in ports]
     drain = min(settings.drain_timeout, 5.0)
     quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": drain})
     server = Server(app, quiet, app.state)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listening})
     thread.start()
     try:
         deadline = time.monotonic() + 60
@@ -62,7 +61,7 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
             assert thread.is_alive(), "the server did not start"
             assert time.monotonic() < deadline, "the server does not come up"
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.services
+        yield f"http://127.0.0.1:{listening[0].getsockname()[1]}", app.state.services
     finally:
         server.should_exit = True
         thread.join(30)

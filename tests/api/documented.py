@@ -10,6 +10,8 @@ from server.api.disconnects import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 """Statuses that no OpenAPI document names."""
+NOTHING = b"There is nothing at "
+"""The answer for what is on another port."""
 UNDOCUMENTED = (405, CLIENT_GONE)
 """Of a method that there is not, so of no operation; and what nobody is left to read."""
 
@@ -50,7 +52,7 @@ class Documented:
 
     def _look(self, scope: Scope, operation: dict[str, Any], start: Message, body: bytes) -> None:
         status = str(start["status"])
-        if UNFORESEEN in body or start["status"] in UNDOCUMENTED:
+        if UNFORESEEN in body or NOTHING in body or start["status"] in UNDOCUMENTED:
             return
         where = f"{scope['method']} {scope['path']}: {status}"
         documented = operation["responses"].get(status)

@@ -77,6 +77,8 @@ def test_the_answer_of_a_server_that_fails_has_its_id_and_so_has_the_log(
     response = client.get("/metrics", headers={"X-Request-Id": "mine"})
 
     assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-content-type-options"] == "nosniff"
     assert only(lines)["status"] == 500
 
 

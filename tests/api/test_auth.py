@@ -117,6 +117,17 @@ def test_health_and_the_documentation_are_open(client: httpx.Client, path: str) 
     assert client.get(path).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+def test_the_documentation_needs_a_key_where_that_is_set(
+    start_server: Callable[..., tuple[str, Services]], tmp_path: Path, path: str
+) -> None:
+    url, _ = start_server(keys_file=keys_file(tmp_path / "keys.json"), open_docs=False)
+
+    assert httpx.get(url + path).status_code == 401
+    assert {httpx.get(url + path, headers=bearer(role)).status_code for role in KEYS} == {200}
+    assert httpx.get(f"{url}/health/live").status_code == 200
+
+
 def test_even_what_does_not_exist_needs_a_key(client: httpx.Client) -> None:
     assert client.get("/v1/secret").status_code == 401
     assert client.get("/v1/secret", headers=bearer("generate")).status_code == 404
@@ -231,6 +242,28 @@ def test_a_key_for_everything_does_everything(
     assert client.post(ADAPTERS, data={"name": "mlp"}, files=form).status_code == 201
     assert client.post("/v1/completions", json=PROMPT | {"model": "mlp"}).status_code == 200
     assert client.delete(f"{ADAPTERS}/mlp").status_code == 204
+
+
+@pytest.mark.parametrize("role", ["everything", "metrics", "no key"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"), [*GENERATE, *ADMIN, *(("GET", path, {}) for path in OPEN)]
+)
+def test_no_answer_is_kept_on_its_way_or_taken_for_something_else(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any], role: str
+) -> None:
+    answer = client.request(method, path, **body, headers=bearer(role))
+
+    assert answer.headers.get_list("cache-control") == ["no-store"]
+    assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+
+
+def test_no_stream_is_kept_on_its_way(client: httpx.Client) -> None:
+    body = PROMPT | {"model": "tiny", "stream": True, "max_tokens": 1}
+
+    answer = client.post("/v1/completions", json=body, headers=bearer("generate"))
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers.get_list("cache-control") == ["no-store"]
 
 
 def test_no_key_is_logged_or_shown(

@@ -17,6 +17,7 @@ from tests.api.conftest import run_by_modules, run_server
 from tests.api.oracle import upload
 from tests.api.test_auth import error_of
 from tests.api.test_streaming import eventually
+from tests.issuers import AUDIENCE, LocalIssuer, local_issuer
 
 ADAPTERS, MERGES, USAGE = "/v1/adapters", "/v1/merges", "/v1/usage"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -31,6 +32,11 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "globex app": {"roles": ["generate"], "scope": {"adapters": {"use": ["globex/*"]}}},
     "globex admin": {"roles": ["admin"], "scope": {"adapters": {"change": ["globex/*"]}}},
+    "acme token": {
+        "roles": ["generate", "admin"],
+        "claims": {"sub": ["acme token"]},
+        "scope": {"adapters": {"use": ["acme/*"], "change": ["acme/*"]}},
+    },
     "ops": {"roles": ["generate", "admin"]},
     "prometheus": {"roles": ["metrics"]},
     "reader": {
@@ -45,14 +51,22 @@ def key_of(name: str) -> str:
 
 
 def write_keys(path: Path, keys: dict[str, dict[str, Any]]) -> Path:
-    entries = [{"name": name, "key": key_of(name), **rest} for name, rest in keys.items()]
+    entries = [
+        {"name": name, **rest} | ({} if "claims" in rest else {"key": key_of(name)})
+        for name, rest in keys.items()
+    ]
     path.write_text(json.dumps(entries))
     return path
 
 
 def as_key(client: httpx.Client, name: str) -> httpx.Client:
     """A client of the same server with this key."""
-    headers = {"Authorization": f"Bearer {key_of(name)}"}
+    return as_bearer(client, key_of(name))
+
+
+def as_bearer(client: httpx.Client, given: str) -> httpx.Client:
+    """A client of the same server with this key or token."""
+    headers = {"Authorization": f"Bearer {given}"}
     return httpx.Client(base_url=client.base_url, timeout=60, headers=headers)
 
 
@@ -65,9 +79,12 @@ class House:
     folders: dict[str, Path]
     merges: dict[str, str]
     """Who made a merge -> its id."""
+    issuer: LocalIssuer
 
     def by(self, name: str) -> httpx.Client:
-        """A client with the key of this name; without a key where there is none."""
+        """A client with the key or token of this name; with a wrong key where there is none."""
+        if "claims" in KEYS.get(name, {}):
+            return as_bearer(self.client, self.issuer.token(sub=name))
         return as_key(self.client, name)
 
 
@@ -76,17 +93,19 @@ def house(
     model_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
-    settings = Settings(
-        model=str(model_folder),
-        served_model_name="tiny",
-        adapters_dir=folder / "store",
-        keys_file=write_keys(folder / "keys.json", KEYS),
-        source_prefixes="hf://acme/,hf://globex/",
-    )
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, local_issuer() as issuer:
+        settings = Settings(
+            model=str(model_folder),
+            served_model_name="tiny",
+            adapters_dir=folder / "store",
+            keys_file=write_keys(folder / "keys.json", KEYS),
+            oidc_issuer=issuer.url,
+            oidc_audience=AUDIENCE,
+            source_prefixes="hf://acme/,hf://globex/",
+        )
         run_by_modules(patch)
         with run_server(settings) as (url, services), httpx.Client(base_url=url) as client:
-            house = House(client, services, adapter_folders, {})
+            house = House(client, services, adapter_folders, {}, issuer)
             for admin, name, kind in (
                 ("acme admin", MINE, "mlp"),
                 ("globex admin", THEIRS, "queries"),
@@ -201,10 +220,11 @@ KINDS = {
     "no key": None,
     "acme app": "globex admin",
     "acme admin": "globex admin",
+    "acme token": "globex admin",
     "globex app": "acme admin",
     "prometheus": "globex admin",
 }
-"""Kind of key -> whose things are another's for it. A key without a scope may see all."""
+"""Kind of caller -> whose things are another's for it. A key without a scope may see all."""
 
 
 def asked(client: httpx.Client, method: str, probe: Probe, name: str) -> tuple[int, str, str]:
@@ -289,7 +309,7 @@ def test_a_key_without_a_scope_is_told_the_two_apart(house: House, route: tuple[
     assert found != absent
 
 
-@pytest.mark.parametrize("kind", ["acme app", "acme admin"])
+@pytest.mark.parametrize("kind", ["acme app", "acme admin", "acme token"])
 @pytest.mark.parametrize(
     "path",
     ["/v1/models", ADAPTERS, MERGES, USAGE, "/metrics", "/debug/batch", "/debug/slowest"],

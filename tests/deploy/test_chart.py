@@ -31,6 +31,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "monitored": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     "alerts": {"prometheusRule": {"rules": ALERTS, "labels": {"release": "prometheus"}}},
     "anonymous": {"keys": {"anonymous": True}, "serviceMonitor": {"enabled": True}},
+    "admin-port": {
+        "service": {"type": "LoadBalancer", "adminPort": 9000},
+        "networkPolicy": {"adminFrom": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}]},
+        "serviceMonitor": {"enabled": True},
+    },
     "own-secrets": {"keys": {"secret": "mine"}, "imagePullSecrets": [{"name": "registry"}]},
     "own-claims": {"modelClaim": "llama", "store": {"existingClaim": "adapters"}},
     "gpu": {
@@ -66,14 +71,20 @@ EVERY_VALUES = pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 
 
 def render(values: dict[str, Any], release: str = "infuse") -> dict[str, dict[str, Any]]:
-    """Kind -> the object that helm renders of it."""
+    """Kind -> the object that helm renders of it; that of administration is `AdminService`."""
     with helm.Chart.load(CHART) as chart:
         chart.validate_schema(values)
         files: dict[str, str] = chart.render(values, name=release, namespace="models")
     texts = [text for name, text in files.items() if name.endswith(".yaml")]
     objects = [each for text in texts for each in yaml.safe_load_all(text) if each]
-    assert len({each["kind"] for each in objects}) == len(objects)
-    return {each["kind"]: each for each in objects}
+    named = {_name(each): each for each in objects}
+    assert len(named) == len(objects)
+    return named
+
+
+def _name(rendered: dict[str, Any]) -> str:
+    is_admins = rendered["metadata"]["name"].endswith("-admin")
+    return f"{'Admin' if is_admins else ''}{rendered['kind']}"
 
 
 def pod_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -90,9 +101,9 @@ def container_of(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
 @EVERY_VALUES
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
 def test_what_helm_renders_is_valid_for_kubernetes(values: dict[str, Any], version: str) -> None:
-    for kind, each in render(values).items():
+    for each in render(values).values():
         assert each["metadata"]["name"]
-        if kind not in CUSTOM:
+        if each["kind"] not in CUSTOM:
             kubernetes_validate.validate(each, version, strict=True)
 
 
@@ -134,6 +145,7 @@ def test_the_schema_knows_every_setting_but_those_that_the_chart_makes() -> None
     known = set(SCHEMA["properties"]["settings"]["propertyNames"]["enum"])
     made = {
         "adapters-dir",
+        "admin-port",
         "allow-anonymous",
         "drain-timeout",
         "engine",
@@ -272,6 +284,25 @@ def test_no_keys_are_made_where_none_are_needed(name: str) -> None:
 def test_a_server_without_keys_is_guarded_by_its_network_policy() -> None:
     with pytest.raises(helm.HelmError, match="networkPolicy"):
         render({"keys": {"anonymous": True}, "networkPolicy": {"enabled": False}})
+
+
+def test_administration_has_a_service_that_only_pods_reach_and_prometheus_asks_there() -> None:
+    values = VALUES["admin-port"]
+    objects = render(values)
+    public, admin = objects["Service"]["spec"], objects["AdminService"]["spec"]
+
+    assert public["type"] == "LoadBalancer"
+    assert [each["targetPort"] for each in public["ports"]] == ["http"]
+    assert admin.get("type", "ClusterIP") == "ClusterIP"
+    [port] = admin["ports"]
+    assert (port["port"], port["targetPort"]) == (9000, "admin")
+    ports = {each["name"]: each["containerPort"] for each in container_of(objects)["ports"]}
+    assert str(ports["admin"]) == objects["ConfigMap"]["data"]["INFUSE_ADMIN_PORT"]
+    [endpoint] = objects["ServiceMonitor"]["spec"]["endpoints"]
+    assert endpoint["port"] == port["name"]
+    rules = {each["ports"][0]["port"]: each for each in objects["NetworkPolicy"]["spec"]["ingress"]}
+    assert rules["admin"]["from"] == values["networkPolicy"]["adminFrom"]
+    assert "AdminService" not in render({})
 
 
 def test_gpus_are_limits_of_the_container() -> None:

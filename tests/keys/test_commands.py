@@ -69,9 +69,28 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
     }
 
 
+def test_claims_let_tokens_in_and_make_no_key(keys: Keys, path: Path) -> None:
+    made = keys(
+        *("create", "acme", "--claim", "groups=acme", "--claim", "groups=acme-*"),
+        *("--claim", "sub=a=b", "--adapters", "acme/*"),
+    )
+    listed = keys("list")
+
+    assert (made.exit_code, made.stdout) == (0, "")
+    assert "groups=acme,groups=acme-*,sub=a=b" in made.stderr
+    (entry,) = entries(path)
+    assert entry["claims"] == {"groups": ["acme", "acme-*"], "sub": ["a=b"]}
+    assert "groups=acme,groups=acme-*,sub=a=b" in listed.stdout
+    assert keys("rotate", "acme").exit_code == 1
+    assert keys("revoke", "acme").exit_code == 0
+    assert entries(path) == []
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (("--claim", "groups"), "claims.groups.0: "),
+        (("--claim", "=x"), "claims."),
         (("--role", "root"), "roles.0: "),
         (("--adapters", "a b"), "scope.adapters.use.0: "),
         (("--max-adapters", 0), "scope.max_adapters: "),

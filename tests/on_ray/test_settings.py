@@ -30,6 +30,15 @@ def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
     assert said == ["infuse deploy: settings: max-replicas 2 is less than replicas 3"]
 
 
+def test_a_port_for_administration_is_refused_as_ray_s_proxy_has_one() -> None:
+    status, said = deploy("--shared-store", "--admin-port=8001")
+
+    assert status == 2
+    assert said == [
+        "infuse deploy: settings: admin-port is for infuse serve: Ray's proxy listens on one port"
+    ]
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "server.on_ray.deploying", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)

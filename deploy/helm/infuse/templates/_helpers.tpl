@@ -52,6 +52,9 @@ INFUSE_ALLOW_ANONYMOUS: "true"
 {{- else }}
 INFUSE_KEYS_FILE: /keys/keys.json
 {{- end }}
+{{- if .Values.service.adminPort }}
+INFUSE_ADMIN_PORT: "8001"
+{{- end }}
 {{- if .Values.modelClaim }}
 INFUSE_MODEL: /model
 {{- end }}
