@@ -4,6 +4,7 @@ for each change. The journal and what its readers show are the server's own code
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 from unittest.mock import patch
 
 from obstore.store import MemoryStore
@@ -18,9 +19,6 @@ RENEW_SECONDS = 5.0
 """How often each server renews the lease of the bucket."""
 IDLE_SECONDS = 60.0
 CHANGES = 10
-
-Requests = dict[str, float]
-"""GET, PUT, LIST and DELETE -> how many."""
 
 
 class Counted(Objects):
@@ -90,7 +88,7 @@ class Server:
         self.replicas.wait_for(self.journal.last)
 
 
-def count(servers: int) -> dict[str, object]:
+def count(servers: int) -> dict[str, Any]:
     """Requests of each server in a second, and of all servers for a change; and how long a change
     waits, on a network that takes no time."""
     bucket, clock = Counted(), Clock()
@@ -113,8 +111,8 @@ def count(servers: int) -> dict[str, object]:
         changing, seconds = bucket.requests - before, clock.now - begun
     bucket.close()
     per_second = {each: idle[each] / IDLE_SECONDS for each in idle}
-    for each, count in renewal().items():
-        per_second[each] = per_second.get(each, 0.0) + servers * count / RENEW_SECONDS
+    for each, n in renewal().items():
+        per_second[each] = per_second.get(each, 0.0) + servers * n / RENEW_SECONDS
     beside = {each: seconds * idle[each] / IDLE_SECONDS for each in changing}
     return {
         "servers": servers,

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,11 +187,18 @@ def proxied(example: str, folder: Path, server: Served, other: str) -> Iterator[
                 )
                 for address in (PUBLIC, INSIDE)
             )
-            assert eventually(lambda: complete(public, "tiny").is_success, 30), log.read_text()
+            assert eventually(lambda: answers(public), 30), log.read_text()
             yield Proxied(program, server, public, inside)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+
+
+def answers(client: httpx.Client) -> bool:
+    """False while Caddy makes its certificate."""
+    with suppress(httpx.ConnectError):
+        return complete(client, "tiny").is_success
+    return False
 
 
 def listens(port: int) -> bool:
@@ -292,13 +299,14 @@ def test_nginx_waits_for_the_longest_request_and_takes_the_largest_bodies() -> N
 
     assert int(seconds) > Settings().max_request_seconds
     assert int(uploads) << 20 > Settings().max_upload_bytes
-    assert int(bodies) << 20 > Settings().max_body_bytes
+    assert int(bodies) << 20 == Settings().max_body_bytes
 
 
-def test_caddy_takes_the_largest_upload() -> None:
-    [mebibytes] = re.findall(r"max_size (\d+)MiB", (FOLDER / "Caddyfile").read_text())
+def test_caddy_takes_the_largest_bodies() -> None:
+    bodies, uploads = re.findall(r"max_size (\d+)MiB", (FOLDER / "Caddyfile").read_text())
 
-    assert int(mebibytes) << 20 > Settings().max_upload_bytes
+    assert int(uploads) << 20 > Settings().max_upload_bytes
+    assert int(bodies) << 20 == Settings().max_body_bytes
 
 
 def test_an_uploaded_adapter_answers(proxy: Proxied, adapter_folder: Path) -> None:
@@ -315,11 +323,10 @@ def test_what_the_server_says_of_a_large_upload_arrives(proxy: Proxied) -> None:
     assert "adapter_config.json" in answer.text
 
 
-def test_the_servers_refusal_of_a_body_that_is_too_large_arrives(proxy: Proxied) -> None:
+def test_a_body_that_is_too_large_is_answered_413(proxy: Proxied) -> None:
     body = {"model": "tiny", "prompt": "A" * (Settings().max_body_bytes + 1)}
-    answer = proxy.public.post(COMPLETIONS, json=body)
 
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    assert proxy.public.post(COMPLETIONS, json=body).status_code == 413
 
 
 @pytest.mark.parametrize(
