@@ -161,8 +161,9 @@ PROXIES = {"nginx.conf": nginx, "Caddyfile": caddy}
 def proxied(example: str, folder: Path, server: Served, other: str) -> Iterator[Proxied]:
     """Within: the proxy of an example runs before a server and another one."""
     program = PROXIES[example].__name__
-    if shutil.which(program) is None:
-        pytest.skip(f"needs {program}: apt-get install {program}")
+    for each in (program, "openssl"):
+        if shutil.which(each) is None:
+            pytest.skip(f"needs {each}: apt-get install {each}")
     port = free_port()
     text = (FOLDER / example).read_text().replace(NAME, "localhost")
     for ours, theirs in zip(SERVERS, (other, server.address), strict=True):
