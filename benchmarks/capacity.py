@@ -168,6 +168,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     """The page's tables, by name."""
     return {
         "adapters": adapters_table(),
+        "speed": speed_table(Speed(**found["fleets"][0]["speed"])),
         "measured": measured_table(found["beside_measured"]),
         "fleets": fleets_table(found["fleets"]),
         "requests": requests_table(found["store_requests"]),
@@ -193,6 +194,12 @@ def adapters_table() -> str:
     most = f"disk of {ADAPTERS[-1]:,}, at most, GB"
     head = ["", "an adapter, MB", f"bank of {SLOTS}, MB", "in memory", *counts, most]
     return table(head, map(row, MODELS))
+
+
+def speed_table(speed: Speed) -> str:
+    parts = (speed.step, speed.token, speed.fill)
+    head = ["milliseconds of", "a step", "each token in it", "each slot that is filled"]
+    return table(head, [["SmolLM2-135M, two cores", *(f"{1e3 * each:.2f}" for each in parts)]])
 
 
 def measured_table(found: dict[str, Any]) -> str:

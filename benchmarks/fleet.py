@@ -5,6 +5,7 @@ it comes. What the router knows of each replica's requests is exact, as where th
 """
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -37,6 +38,11 @@ class Speed:
         the steps in which it decodes."""
         return 1 / (answer / rows * self.step + (prompt + answer) * self.token)
 
+    def in_flight(self, rate: float, prompt: int, answer: int) -> float:
+        """Requests that run in the mean, by Little's law: each takes `answer` steps, and a step
+        takes the tokens of those that run and of the prompts that come meanwhile."""
+        return rate * answer * self.step / (1 - rate * (prompt + answer) * self.token)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
@@ -52,8 +58,8 @@ class Fleet:
     slots: int = 256
     host_adapters: int = 0
     warm_up: int = 5000
-    """Requests for each replica before, which only fill its slots and its memory."""
-    requests: int = 500
+    """Requests for each replica before, which fill its slots and its memory and take no time."""
+    requests: int = 300
     """Requests for each replica that are timed."""
     exponent: float = 1.0
     """The n-th most popular adapter is asked for in proportion to `n ** -exponent`."""
@@ -74,13 +80,20 @@ class Replica(Simulation):
         )
         self.replica_id = SimpleNamespace(unique_id=f"replica{number}")
         self.routing_stats = {"ready": True}
+        self.pretended = 0
+        """Requests that the router is to see while slots and memory are filled."""
 
     @property
     def requests(self) -> int:
         return len(self.scheduler.running) + self.scheduler.waiting
 
+    @property
+    def length(self) -> int:
+        """What the router knows."""
+        return self.pretended or self.requests
+
     def use(self, adapter: str) -> None:
-        """Have an adapter resident as after a request for it, which takes no time."""
+        """Have an adapter resident as after a request for it."""
         with self.lease(adapter) as lease:
             if self.residency.pin(lease) is not None:
                 self.residency.unpin(lease)
@@ -92,33 +105,42 @@ class Replica(Simulation):
             self.now = max(self.now, until)
 
 
+class Router:
+    """Chooses replicas as `infuse deploy` does, or by their load alone."""
+
+    def __init__(self, replicas: list[Replica], routing: Routing, rng: random.Random) -> None:
+        self._replicas = cast(list[RunningReplica], replicas)
+        self._by_adapter = routing == "by adapter"
+        self._rng = rng
+
+    def chosen(self, adapter: str) -> Replica:
+        beginning = self._rng.randrange(BEGINNINGS)
+        affinity = f"{adapter}-{beginning}" if self._by_adapter else ""
+        first, *_ = choose(self._replicas, affinity, _length)
+        return cast(Replica, min(first, key=_length))
+
+
 def run(fleet: Fleet, seed: int = 0) -> dict[str, Any]:
     """What became of the timed requests."""
     rng = random.Random(seed)
     random.seed(seed)  # By which the router chooses two replicas.
     replicas = [Replica(number, fleet) for number in range(fleet.replicas)]
-    weights = [rank**-fleet.exponent for rank in range(1, fleet.adapters + 1)]
-    summed = list(accumulate(weights))
-    timed, warm_up = (fleet.replicas * each for each in (fleet.requests, fleet.warm_up))
-
-    def chosen(adapter: str) -> Replica:
-        affinity = f"{adapter}-{rng.randrange(BEGINNINGS)}" if fleet.routing == "by adapter" else ""
-        groups = choose(cast(Sequence[RunningReplica], replicas), affinity, _length)
-        return cast(Replica, min(groups[0], key=_length))
-
+    router = Router(replicas, fleet.routing, rng)
+    summed = list(accumulate(rank**-fleet.exponent for rank in range(1, fleet.adapters + 1)))
     names = [str(each) for each in range(fleet.adapters)]
-    for adapter in rng.choices(names, cum_weights=summed, k=warm_up):
-        chosen(adapter).use(adapter)
+    timed, before = (fleet.replicas * each for each in (fleet.requests, fleet.warm_up))
+    of_one = fleet.load * fleet.speed.saturation(fleet.rows, fleet.prompt, fleet.answer)
+
+    in_flight = fleet.speed.in_flight(of_one, fleet.prompt, fleet.answer)
+    warm_up(router, rng.choices(names, cum_weights=summed, k=before), in_flight * len(replicas))
     filled, read = _fills(replicas), _reads(replicas)
 
-    rate = (
-        fleet.load * fleet.replicas * fleet.speed.saturation(fleet.rows, fleet.prompt, fleet.answer)
-    )
+    rate = of_one * fleet.replicas
     asked = rng.choices(names, cum_weights=summed, k=timed)
     for at, adapter in zip(poisson(rate, timed, seed), asked, strict=True):
         for each in replicas:
             each.advance(at)
-        chosen(adapter).arrive(
+        router.chosen(adapter).arrive(
             Arrival(at=at, prompt=fleet.prompt, answer=fleet.answer, adapter=adapter)
         )
     for each in replicas:
@@ -137,8 +159,22 @@ def run(fleet: Fleet, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def warm_up(router: Router, asked: Sequence[str], in_flight: float) -> None:
+    """Use adapters where the router has them used while so many requests run."""
+    running: deque[Replica] = deque()
+    for adapter in asked:
+        replica = router.chosen(adapter)
+        replica.use(adapter)
+        replica.pretended += 1
+        running.append(replica)
+        if len(running) > in_flight:
+            running.popleft().pretended -= 1
+    for replica in running:
+        replica.pretended = 0
+
+
 def _length(replica: RunningReplica) -> int:
-    return cast(Replica, replica).requests
+    return cast(Replica, replica).length
 
 
 def _fills(replicas: Sequence[Replica]) -> int:

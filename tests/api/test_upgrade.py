@@ -1,7 +1,6 @@
 """Servers behind a load balancer are replaced by another release and back, under requests."""
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from tests.api.stores import COMPLETIONS, Place
 from tests.api.stores import place as place
 from tests.api.test_replicas import PAUSE_BESIDE_A_START, Changes, under_requests
 from tests.api.test_replicas import flags as flags
+from tests.api.test_streaming import eventually
 from tests.releases import unpacked
 
 SERVERS = 2
@@ -56,12 +56,11 @@ class Rotation:
     def take_out(self, server: Replica) -> None:
         """Return once no client has a request with the server."""
         self._servers = tuple(each for each in self._servers if each is not server)
-        while any(known is not self._servers for known in self._known.values()):
-            time.sleep(0.01)
+        known = self._known
+        assert eventually(lambda: all(each is self._servers for each in known.copy().values()), 60)
 
     def put_in(self, server: Replica) -> None:
-        while server.client.get("/health/ready").status_code != 200:
-            time.sleep(0.01)
+        assert eventually(lambda: server.client.get("/health/ready").status_code == 200, 60)
         self._servers = (*self._servers, server)
 
 
