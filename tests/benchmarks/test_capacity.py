@@ -7,8 +7,10 @@ import pytest
 
 pytest.importorskip("ray")
 
-from benchmarks import capacity, store_requests
+from benchmarks import capacity, report, store_requests
+from benchmarks.bench import ROWS
 from benchmarks.fleet import Fleet, Speed, run
+from benchmarks.sections.memory import RESIDENT
 
 SPEED = Speed(step=0.02, token=0.001, fill=0.008)
 
@@ -27,6 +29,12 @@ def test_the_page_is_what_the_committed_figures_give() -> None:
     assert page == text, "run python -m benchmarks.capacity --only-page"
 
 
+def test_an_adapter_takes_what_the_bank_of_a_server_was_measured_to_take() -> None:
+    slots, memory = max(RESIDENT), report.results()["memory"]["in_use"][0]
+
+    assert (slots + 2 + ROWS) * capacity.bytes_of("SmolLM2-135M") == memory["bank"]
+
+
 def test_replicas_that_are_chosen_by_adapter_fill_fewer_slots() -> None:
     by_adapter, by_load = simulated(), simulated(routing="by load alone")
 
@@ -34,8 +42,10 @@ def test_replicas_that_are_chosen_by_adapter_fill_fewer_slots() -> None:
 
 
 def test_an_adapter_that_host_memory_has_is_not_read() -> None:
-    assert simulated(routing="by load alone", host_adapters=100)["reads_per_request"] < 0.01
-    assert simulated(routing="by load alone")["reads_per_request"] > 0.05
+    long = {"routing": "by load alone", "warm_up": 2000}
+
+    assert simulated(**long, host_adapters=100)["reads_per_request"] < 0.01
+    assert simulated(**long)["reads_per_request"] > 0.05
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
