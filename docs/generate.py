@@ -39,6 +39,8 @@ _OTHER_VARIABLES = {
     "their own tools read them.",
     "`OTEL_*`": "Where [traces](../guide/production.md#traces) go, and which of them, as "
     "OpenTelemetry's SDK reads them.",
+    "`FORWARDED_ALLOW_IPS`": "Addresses of [proxies](../guide/operations.md#behind-a-proxy) "
+    "that may say in `X-Forwarded-For` who their client is. Default: this machine's.",
     "`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`": "How long threads that compute wait for each other "
     "before they sleep. Infuse sets the first one where you set neither "
     "([decision 28](../decisions/0028-short-waits.md)).",

@@ -1,10 +1,11 @@
-"""`infuse serve` with a model that hangs, or loses its device, as soon as a file says so.
+"""`infuse serve` with a model that hangs, loses its device, or waits, as soon as a file says so.
 
 python -m tests.failing_server FILE serve …
 """
 
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import LlamaForCausalLM
 
 from server.cli import main
 
-_WHAT = Path(sys.argv.pop(1))
+WAITING = "waiting"
+"""What the file says once the model waits, until the file is removed."""
 _make = LlamaForCausalLM.__init__
 
 
@@ -23,6 +25,10 @@ def _fail(*_: object) -> None:
         threading.Event().wait()
     elif what == "dies":
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    elif what == "waits":
+        _WHAT.write_text(WAITING)
+        while _WHAT.exists():
+            time.sleep(0.01)
 
 
 def _make_failing(model: LlamaForCausalLM, *given: Any, **named: Any) -> None:
@@ -31,5 +37,6 @@ def _make_failing(model: LlamaForCausalLM, *given: Any, **named: Any) -> None:
 
 
 if __name__ == "__main__":
+    _WHAT = Path(sys.argv.pop(1))
     LlamaForCausalLM.__init__ = _make_failing
     main()

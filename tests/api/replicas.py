@@ -18,10 +18,21 @@ import httpx
 import psutil
 
 from tests.api.replica_starter import ENDED
+from tests.releases import REPOSITORY
 
 _STARTUP_SECONDS = 120
-_OWN = ("merges", "adapters-cache", "usage")
-"""The folders that each server has for itself."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What servers run."""
+
+    code: Path
+    own: tuple[str, ...] = ("merges", "adapters-cache", "usage")
+    """The folders that each server has for itself."""
+
+
+PRESENT = Release(REPOSITORY)
 
 
 @dataclass(eq=False)
@@ -45,15 +56,18 @@ class Replica:
 class Replicas:
     """Starts servers, each with folders of its own beside the store."""
 
-    def __init__(self, folder: Path, flags: Sequence[str], starter: IO[str], pids: IO[str]):
+    def __init__(
+        self, folder: Path, flags: Sequence[str], release: Release, starter: IO[str], pids: IO[str]
+    ) -> None:
         self._folder = folder
         self._flags = flags
+        self._release = release
         self._starter = starter
         self._pids = pids
         self._logs = itertools.count()
         self.all: list[Replica] = []
         self.replaced: list[Replica] = []
-        """Killed ones. Who has chosen one of them still asks it."""
+        """Killed and stopped ones. Who has chosen one of them still asks it."""
 
     @property
     def alive(self) -> list[Replica]:
@@ -61,15 +75,24 @@ class Replicas:
 
     def replace(self, killed: Replica) -> None:
         """Start a server with the folders of one that was killed."""
-        self.replaced.append(killed)
-        while not _has_ended(killed.pid):
-            time.sleep(0.01)
+        self._wait_for_end(killed)
         self.wait_for(*self.begin(self.all.index(killed)), killed)
+
+    def stop(self, replica: Replica) -> None:
+        """Have a server drain and end."""
+        os.kill(replica.pid, signal.SIGTERM)
+        self._wait_for_end(replica)
+        self.all.remove(replica)
+
+    def _wait_for_end(self, replica: Replica) -> None:
+        self.replaced.append(replica)
+        while not _has_ended(replica.pid):
+            time.sleep(0.01)
 
     def begin(self, number: int) -> tuple[int, Path]:
         """Start a server with the folders of this number; return its process and its log."""
-        log = self._folder / f"log{number}-{next(self._logs)}"
-        own = [f"--{kind}-dir={self._folder / kind}{number}" for kind in _OWN]
+        log = self._folder / f"log{number}-{self._release.code.name}-{next(self._logs)}"
+        own = [f"--{kind}-dir={self._folder / kind}{number}" for kind in self._release.own]
         command = [str(log), "--port=0", *self._flags, *own]
         print(json.dumps(command), file=self._starter, flush=True)
         return int(self._pids.readline()), log
@@ -95,19 +118,22 @@ def _has_ended(pid: int) -> bool:
 
 
 @contextmanager
-def replicas(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Replicas]:
+def replicas(
+    folder: Path, count: int, flags: Sequence[str], release: Release = PRESENT
+) -> Iterator[Replicas]:
     """Within: so many servers run; all that are alive are killed afterwards."""
     starter = subprocess.Popen(
         [sys.executable, "-m", "tests.api.replica_starter"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=release.code,
+        env=os.environ | {"PYTHONPATH": str(release.code)},
     )
     assert starter.stdin is not None
     assert starter.stdout is not None
     with starter:
-        servers = Replicas(folder, flags, starter.stdin, starter.stdout)
+        servers = Replicas(folder, flags, release, starter.stdin, starter.stdout)
         try:
             begun = [servers.begin(number) for number in range(count)]
             for pid, log in begun:

@@ -13,7 +13,7 @@ import torch
 
 from adapters.checkpoint.checkpoint import AdapterVectors
 from adapters.checkpoint.targets import Target
-from adapters.residency import Residency
+from adapters.residency import Lease, Residency
 from server.engine.native.cache.kv_cache import StripCache
 from server.engine.native.scheduling.scheduler import Scheduler
 from server.engine.native.sequences.sequence import Sequence
@@ -22,6 +22,7 @@ from server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()
+_ADAPTER_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,15 @@ class Slots:
     capacity: int
     saved_capacity: int = 0
     contents: dict[int, AdapterVectors] = field(default_factory=dict)
+    fills: int = 0
+    """How often a slot was filled."""
 
     def check(self, vectors: AdapterVectors) -> None:
         pass
 
     def fill_slot(self, slot: int, vectors: AdapterVectors) -> None:
         self.contents[slot] = vectors
+        self.fills += 1
 
     def clear_slot(self, slot: int) -> None:
         del self.contents[slot]
@@ -86,15 +90,21 @@ class Simulation:
         slots: int = 8,
         window: int = 512,
         cache_tokens: int | None = None,
+        host_adapters: int = 0,
         step_seconds: float = 0.010,
         token_seconds: float = 0.0005,
+        fill_seconds: float = 0.0,
     ) -> None:
         """A step takes `step_seconds`, and `token_seconds` for each token: by default about as long
-        as a 135M model's on two cores."""
+        as a 135M model's on two cores. It takes `fill_seconds` more for each slot that is filled.
+
+        `host_adapters`: how many evicted adapters stay in host memory.
+        """
         self.step_seconds, self.token_seconds = step_seconds, token_seconds
+        self.fill_seconds = fill_seconds
         self.rows, self.chunk = rows, chunk
         self.slots = Slots(slots)
-        self.residency = Residency(self.slots)
+        self.residency = Residency(self.slots, host_bytes=host_adapters * _ADAPTER_BYTES)
         self.cache = StripCache(
             [], total_tokens=cache_tokens or (rows + 1) * window, max_tokens=window
         )
@@ -103,6 +113,8 @@ class Simulation:
         )
         self.now = 0.0
         self.steps = 0
+        self.reads = 0
+        """How often an adapter that was asked for was not in memory."""
         self.journeys: list[Journey] = []
         self.served: dict[tuple[str, str], int] = {}
         """Tokens computed for each key and adapter; what was computed again counts once."""
@@ -129,13 +141,7 @@ class Simulation:
         return self.journeys
 
     def arrive(self, arrival: Arrival) -> Journey:
-        lease = None
-        if arrival.adapter:
-            vectors = self._vectors.setdefault(
-                arrival.adapter,
-                AdapterVectors({Target("m", "output"): torch.tensor([len(self._vectors) + 1.0])}),
-            )
-            lease = self.residency.lease(arrival.adapter, arrival.adapter, vectors)
+        lease = self.lease(arrival.adapter) if arrival.adapter else None
         seq_id = next(self._seq_ids)
         request = GenerationRequest(
             id=str(seq_id),
@@ -154,8 +160,20 @@ class Simulation:
             heapq.heappush(self._leaving, (arrival.at + arrival.patience, seq_id))
         return journey
 
+    def lease(self, adapter: str) -> Lease:
+        vectors = self.residency.find(adapter)
+        if vectors is None:
+            self.reads += 1
+            vectors = self._vectors.get(adapter)
+        if vectors is None:
+            value = torch.tensor([len(self._vectors) + 1.0])
+            vectors = self._vectors[adapter] = AdapterVectors({Target("m", "output"): value})
+        return self.residency.lease(adapter, adapter, vectors)
+
     def step(self) -> Step:
+        fills = self.slots.fills
         step = self.scheduler.schedule()
+        self.now += self.fill_seconds * (self.slots.fills - fills)
         self._check(step)
         work = [*((s, 1) for s in step.decode), *step.prefill]
         for sequence, _ in work:

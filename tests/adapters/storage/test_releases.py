@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -14,10 +13,7 @@ from typing import Any
 import pytest
 
 from adapters.storage.audit import audit
-
-REPOSITORY = Path(__file__).parents[3]
-BEFORE = "be72858"
-"""The last commit before the chain."""
+from tests.releases import REPOSITORY, unpacked
 
 Work = Callable[..., Mapping[str, Any]]
 
@@ -25,14 +21,7 @@ Work = Callable[..., Mapping[str, Any]]
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The code of the earlier release."""
-    folder = tmp_path_factory.mktemp("release")
-    archive = folder / "adapters.tar"
-    command = ["git", "archive", "--output", archive, BEFORE, "adapters"]
-    if subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True).returncode:
-        pytest.skip("the earlier commit is not in this clone")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
-    return folder
+    return unpacked(tmp_path_factory.mktemp("release"), "adapters")
 
 
 @pytest.fixture(params=["folder", "bucket"])
