@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import StoreFull
+from adapters.errors import StoreFull, StoreUnreachable
 from adapters.storage.revision import DetailsChange, Origin
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
@@ -159,7 +159,7 @@ def test_another_failure_of_the_disk_is_not_called_full(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(StoreUnreachable, match="Input/output error"):
         create(store, "support")
     assert "support" not in store
 
