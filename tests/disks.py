@@ -71,18 +71,20 @@ class Disk:
     def thaw(self) -> None:
         _run("fsfreeze", "--unfreeze", self.folder)
 
-    def refuse_writes(self) -> None:
-        """The device becomes read-only beneath the file system."""
-        _run("blockdev", "--setro", self._device)
+    def become_read_only(self) -> None:
+        """As a file system does that has found itself to be damaged."""
+        trigger = Path("/sys/fs/ext4", Path(self._device).name, "trigger_fs_error")
+        trigger.write_text("1")
 
     def lose_sectors(self) -> None:
-        """What is not in memory cannot be read any more."""
+        """What is not in memory cannot be read any more, and nothing be written."""
         for path in self.folder.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.truncate(self._image, 256 << 10)
+        _run("losetup", "--set-capacity", self._device)
 
     def lose_power(self) -> None:
         """Lose what was not synced; nothing is read or written any more."""

@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from adapters.errors import Fault, InvalidAdapter, StoreFull
+from adapters.errors import Fault, InvalidAdapter, StoreFull, StoreUnreachable
 from adapters.storage.folder import NO_ROOM
 from adapters.storage.names import NAME_PATTERN
 from adapters.storage.store import UPLOADED
