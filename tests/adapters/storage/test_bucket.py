@@ -4,7 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import obstore
@@ -234,6 +234,69 @@ def test_a_bucket_that_comes_back_is_used_again(
         assert store.names() == ["support"]
         store.delete("support")
     assert create(store, "other", "b").number == 1
+
+
+@pytest.mark.parametrize("fault", ["does it twice", "reorders"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_requests_that_are_done_twice_or_in_another_order_make_the_change_once(
+    open_at: Open, proxy: BadS3, change: str, fault: Fault
+) -> None:
+    with closing(open_at("here")) as store:
+        create(store, "support", "a")
+        replace(store, "support", "b")
+        create(store, "deleted", "d")
+        store.delete("deleted")
+        before = state_of(store)
+        proxy.always(fault)
+        CHANGES[change](store)
+        after = state_of(store)
+        proxy.always(None)
+    with closing(open_at("there")) as again:
+        assert state_of(again) == after != before
+
+
+@pytest.mark.parametrize("change", ["create", "replace", "delete"])
+def test_a_request_that_is_done_after_it_was_given_up_takes_nothing_that_was_acknowledged(
+    open_at: Open, proxy: BadS3, change: str
+) -> None:
+    """All requests of a change are late from its first on, then from its second on, and so forth;
+    they are done when other changes have been made."""
+    for place in range(100):
+        prefix = f"/{place}"
+        with closing(open_at("here", prefix)) as store:
+            create(store, "support", "a")
+            failed = failing_from(place, "does it later", proxy)
+            with suppress(StoreUnreachable):
+                CHANGES[change](store)
+            all_was_well = not failed()
+            proxy.always(None)
+            create(store, "later", "c")
+            if "support" in store:
+                store.delete("support")
+            acknowledged = state_of(store)
+            proxy.do_what_is_late()
+            assert state_of(store) == acknowledged
+        with closing(open_at("there", prefix)) as again:
+            assert state_of(again) == acknowledged
+        if all_was_well:
+            break
+    assert place > 0
+
+
+@pytest.mark.parametrize("fault", ["repeats the answer before", "cuts the answer"])
+def test_files_that_a_bucket_answers_wrong_are_never_taken_for_those_that_were_stored(
+    open_at: Open, proxy: BadS3, fault: Fault
+) -> None:
+    with closing(open_at("here")) as store:
+        create(store, "one", "a")
+        create(store, "other", "b")
+    with closing(open_at("there")) as store:
+        assert content_of(store, store.current("one")) == "a"
+        proxy.fault = lambda request: fault if request.startswith("GET /bucket/") else None
+        with pytest.raises((StoreDamaged, StoreUnreachable)):
+            store.files(store.current("other"))
+        proxy.always(None)
+        assert content_of(store, store.current("other")) == "b"
 
 
 def test_names_are_read_while_a_change_hangs(
