@@ -1,4 +1,4 @@
-"""Disks that fail as real ones do: full, read-only, frozen, broken or gone. Only root mounts them."""
+"""Disks that fail as real ones do: full, read-only, frozen, broken or gone. Root mounts them."""
 
 import fcntl
 import os

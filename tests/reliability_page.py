@@ -33,9 +33,10 @@ _ABOUT = """# Reliability
 Written by the tests with `--full`; not by hand.
 
 {count} faults, each with what is promised when it happens, the test that injects it, and what was
-seen. Faults come from outside, through what the server meets in production as well: file systems that
-are full, read-only, frozen or broken, a proxy before the bucket, signals, limits of memory, raw sockets,
-a clock that is set. *Seen* counts the cases of the test, on our own engine unless it says vLLM.
+seen. Faults come from outside, through what a server meets in production as well: file systems that
+are full, read-only, frozen or broken, a proxy before the bucket, signals, limits of memory, raw
+sockets, a clock that is set. *Seen* counts the cases of the test, on our own engine unless it says
+vLLM.
 """
 _HEAD = "| fault | injected by | promise | test | seen |\n|---|---|---|---|---|"
 

@@ -213,9 +213,10 @@ def test_a_client_that_leaves_the_queue_frees_its_place_and_what_runs_goes_on(
 ) -> None:
     with httpx.Client(base_url=server.base_url, timeout=60) as others:
         body = SHORT | LONG | {"stream": True}
-        with others.stream("POST", COMPLETIONS, json=body) as answer, closing(
-            events(answer)
-        ) as chunks:
+        with (
+            others.stream("POST", COMPLETIONS, json=body) as answer,
+            closing(events(answer)) as chunks,
+        ):
             next(chunks)
             client = Leaver(server)
             in_the_queue(client)

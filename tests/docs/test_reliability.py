@@ -1,4 +1,4 @@
-"""docs/reliability.md has a row for each fault that a test injects, and the page's rows are true."""
+"""docs/reliability.md has a row for each fault that a test injects, and its rows are true."""
 
 from pathlib import Path
 

@@ -124,8 +124,8 @@ def read_all(place: Place) -> dict[str, Name]:
     "process",
     "A process is killed in the midst of changes on a disk",
     by="SIGKILL at a random moment",
-    promise="Every acknowledged change is there at the next start, and the one that was interrupted "
-    "is there whole or not at all.",
+    promise="Every acknowledged change is there at the next start, and the one that was "
+    "interrupted is there whole or not at all.",
 )
 @pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.full)])
 def test_after_many_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
