@@ -16,8 +16,18 @@ _SHUTDOWN = 0x8004587D
 """The kernel's EXT4_IOC_SHUTDOWN."""
 _WITHOUT_LOG = 2
 """Lose what was not synced, as a machine does that loses its power."""
-CANNOT_MOUNT = os.geteuid() != 0 or shutil.which("mkfs.ext4") is None
-mounts = pytest.mark.skipif(CANNOT_MOUNT, reason="only root mounts disks, with mkfs.ext4")
+
+
+def _can_mount() -> bool:
+    """Whether this process may mount, has loop devices, and can make a file system."""
+    if shutil.which("mkfs.ext4") is None or not Path("/dev/loop-control").exists():
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+mounts = pytest.mark.skipif(
+    not _can_mount(), reason="mounts disks: needs root, loop devices and mkfs.ext4"
+)
 
 
 def _run(*command: str | Path) -> None:
