@@ -25,12 +25,12 @@ GROUPS = {
     "bucket": "Buckets",
     "network": "Clients and the network",
     "clock": "Clocks",
-    "configuration": "Files of the operator",
+    "configuration": "Configuration and the operator's files",
 }
 _ON_VLLM = "vLLM: "
 _ABOUT = """# Reliability
 
-Written by the tests with `--full`; not by hand.
+Written by the tests that it names, with `--full`; not by hand.
 
 {count} faults, each with what is promised when it happens, the test that injects it, and what was
 seen. Faults come from outside, through what a server meets in production as well: file systems that
@@ -100,8 +100,8 @@ def seen_on(text: str, faults: Iterable[Fault]) -> dict[Fault, str]:
 
 
 class ReliabilityPage:
-    """A pytest plugin that writes the page when the session ends. What the session did not inject
-    stays as it was seen before."""
+    """A pytest plugin that writes the page at the end of a session that has injected faults. What
+    it did not inject stays as it was seen before."""
 
     def __init__(self, path: Path = PAGE, faults: Sequence[Fault] | None = None) -> None:
         self._path = path
@@ -120,6 +120,8 @@ class ReliabilityPage:
                 self._figures.setdefault(fault, []).extend(figures)
 
     def pytest_sessionfinish(self) -> None:
+        if not self._outcomes:
+            return
         before = self._path.read_text() if self._path.exists() else ""
         seen = seen_on(before, self._faults)
         for fault, outcomes in self._outcomes.items():
