@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ _THREAD_SECONDS = 1.0
 
 def main() -> None:
     os.environ.update(openmp.variables())
+    if not sys.stderr.isatty():
+        # A progress bar is no line of a log, and ends the start where the log cannot be written.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("torchao", "torch.utils._pytree"):
         # transformers imports torchao, which warns that it has no kernels for this machine.
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,6 +65,8 @@ RETRY_SOON = {"Retry-After": "5"}
 """The headers of errors that pass within seconds, as another replica answers or other requests end;
 nobody knows how many seconds."""
 """Seconds in which another replica, or this one restarted, should answer."""
+_NO_THREAD = "can't start new thread"
+"""What Python says where there is no memory for a thread's stack."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
@@ -381,7 +383,16 @@ def _bare_scope(request: Request, method: str) -> Scope:
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     log.error("%s %s failed.", request.method, request.url.path, exc_info=error)
-    body = json.loads(error_body(ApiError(500, "The server failed; its log says why.")))
+    answer = error_response(_unforeseen_error(error))
     # Starlette sends this outside of all middleware.
-    id_ = request_id.current.get()
-    return JSONResponse(body, 500, headers=SAFE | ({} if id_ is None else {request_id.HEADER: id_}))
+    answer.headers.update(SAFE)
+    if (id_ := request_id.current.get()) is not None:
+        answer.headers[request_id.HEADER] = id_
+    return answer
+
+
+def _unforeseen_error(error: Exception) -> ApiError:
+    if isinstance(error, MemoryError) or _NO_THREAD in str(error):
+        message = "The server has no memory left for this now: send it again later."
+        return ApiError(503, message, code="no_memory", headers=RETRY_SOON)
+    return ApiError(500, "The server failed; its log says why.")

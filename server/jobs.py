@@ -16,8 +16,8 @@ import shutil
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -294,29 +294,30 @@ class MergeJobs:
             self._tasks.pop(job.id, None)
             try:
                 self._keep(last.model_copy(update=values))
-            except (OSError, StoreFull) as error:
+            except (StoreFull, StoreUnreachable) as error:
                 log.error("The end of %s cannot be written: %s", job.id, error)
                 self._jobs[job.id] = last.model_copy(update=values)
 
     def _keep(self, job: StoredMerge) -> None:
-        """Write a job's record durably, whole or not at all. Raises StoreFull."""
+        """Write a job's record durably, whole or not at all. Raises StoreFull, StoreUnreachable."""
         unfinished = self._folder / f".{job.id}.json"
         try:
-            unfinished.write_text(job.model_dump_json())
-            sync(unfinished)
-            unfinished.rename(self._file(job))
-            sync(self._folder)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            if error.errno in NO_ROOM:
-                raise StoreFull("The disk that holds the merges is full; make room.") from error
+            with _writing():
+                unfinished.write_text(job.model_dump_json())
+                sync(unfinished)
+                unfinished.rename(self._file(job))
+                sync(self._folder)
+        except AdapterError:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise
         self._jobs[job.id] = job
 
     def _forget(self, job: StoredMerge) -> None:
         """Remove a job's record, then its result: a result without a record is removed at start."""
-        self._file(job).unlink(missing_ok=True)
-        sync(self._folder)
+        with _writing():
+            self._file(job).unlink(missing_ok=True)
+            sync(self._folder)
         del self._jobs[job.id]
         doomed = self._folder / f".{job.id}"
         with suppress(OSError):
@@ -347,6 +348,17 @@ class MergeJobs:
             return False
         job = self._jobs.get(path.name)
         return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Raise StoreFull for a disk without room, and StoreUnreachable for one that fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StoreFull("The disk that holds the merges is full; make room.") from error
+        raise StoreUnreachable(f"The disk that holds the merges fails: {error}.") from error
 
 
 def _recipe_text(job: StoredMerge) -> str:

@@ -27,8 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # A process of pytest-xdist sees some of the tests; the one that started it hears of all.
     if config.getoption("--full") and not hasattr(config, "workerinput"):
         from tests.engine.models_page import ModelsPage
+        from tests.reliability_page import ReliabilityPage
 
         config.pluginmanager.register(ModelsPage())
+        if not config.option.keyword:
+            config.pluginmanager.register(ReliabilityPage())
         if importlib.util.find_spec("vllm"):
             from tests.vllm.models_page import VllmModelsPage
 

@@ -236,6 +236,12 @@ def test_a_setting_that_cannot_be_is_named(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The port is in use",
+    by="a socket that listens on it",
+    promise="One line says so; status 2.",
+)
 def test_a_port_in_use_is_said_and_nothing_is_served(model_folder: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -253,6 +259,12 @@ def test_a_connection_sends_each_token_at_once() -> None:
         assert listening.proto == socket.IPPROTO_TCP
 
 
+@pytest.mark.fault(
+    "configuration",
+    "There is a file where a folder should be",
+    by="the file",
+    promise="One line says where; status 2.",
+)
 @pytest.mark.parametrize("setting", ["--adapters-dir", "--preload-adapters"])
 def test_a_file_in_a_folders_place_is_one_line(
     model_folder: Path, tmp_path: Path, setting: str
@@ -270,6 +282,12 @@ def test_a_file_in_a_folders_place_is_one_line(
     assert str(file) in said
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The keys file is wrong at the start",
+    by="the file",
+    promise="One line says where, without a key; status 2.",
+)
 def test_keys_that_cannot_be_used_are_one_line_without_a_key(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -282,6 +300,12 @@ def test_keys_that_cannot_be_used_are_one_line_without_a_key(
     assert "a-secret-key-of-mine" not in result.stderr
 
 
+@pytest.mark.fault(
+    "configuration",
+    "Another server owns the adapters' folder",
+    by="a second process",
+    promise="One line says so; status 2.",
+)
 def test_an_adapters_folder_that_another_server_owns_is_one_line(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +336,12 @@ def test_a_bucket_that_cannot_be_used_is_one_line(
     assert result.stderr.splitlines()[-1].startswith(said)
 
 
+@pytest.mark.fault(
+    "configuration",
+    "A folder to preload has no adapter",
+    by="the folder",
+    promise="It is passed over with the reason; the others are served.",
+)
 def test_preloaded_folders_that_do_not_fit_are_passed_over_with_the_reason(
     model_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:

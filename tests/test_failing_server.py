@@ -77,6 +77,22 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Callable[[], Served]]:
         yield start
 
 
+@pytest.mark.fault(
+    "process",
+    "The model hangs in a step",
+    by="a forward that never returns; on vLLM SIGSTOP of its process",
+    promise="After `--hang-timeout` streams end with `engine_dead`, and the server ends with "
+    "status 1 and leaves no process.",
+    case="hangs",
+)
+@pytest.mark.fault(
+    "process",
+    "The model loses its device, or its process dies",
+    by="a forward that raises what CUDA does; on vLLM SIGKILL of its process",
+    promise="Streams end with `engine_dead`, and the server ends with status 1 and leaves no "
+    "process.",
+    case="dies",
+)
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_where_the_model_fails_streams_say_so_and_the_server_ends_with_status_1(
     start: Callable[[], Served], how: str
@@ -96,6 +112,12 @@ def test_where_the_model_fails_streams_say_so_and_the_server_ends_with_status_1(
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
+@pytest.mark.fault(
+    "process",
+    "The model hangs while requests wait for their whole answer",
+    by="a forward that never returns; on vLLM SIGSTOP of its process",
+    promise="They are answered 503 `engine_dead`.",
+)
 def test_a_request_that_waits_for_a_model_that_hangs_is_answered(
     start: Callable[[], Served],
 ) -> None:
@@ -108,6 +130,12 @@ def test_a_request_that_waits_for_a_model_that_hangs_is_answered(
     assert server.process.wait(60) == 1
 
 
+@pytest.mark.fault(
+    "process",
+    "The server's process stands still for longer than `--hang-timeout`",
+    by="SIGSTOP, then SIGCONT",
+    promise="It is no hang: streams go on.",
+)
 def test_a_server_that_is_stopped_for_longer_and_goes_on_has_not_hung(
     start: Callable[[], Served],
 ) -> None:

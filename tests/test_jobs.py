@@ -74,6 +74,12 @@ def test_a_merge_that_is_done_is_there_after_a_restart(
     assert names(folder) == {"lock", job.id, f"{job.id}.json"}
 
 
+@pytest.mark.fault(
+    "process",
+    "The server is killed within a merge",
+    by="SIGKILL just before its end",
+    promise="The merge has failed and says so; no half of a model stays.",
+)
 def test_a_merge_that_the_server_was_killed_in_has_failed_and_leaves_no_half(
     opened: Callable[..., MergeJobs], folder: Path, model: str
 ) -> None:
@@ -159,6 +165,12 @@ def test_an_earlier_version_opens_what_is_written(
     assert record.read_text() == written.replace("2026-11-24T06:16:00.123456Z", finished)
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The record of a merge is damaged",
+    by="the file",
+    promise="It is passed over with a warning; the model stays.",
+)
 def test_a_damaged_record_is_passed_over_and_told(
     opened: Callable[..., MergeJobs], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,6 +106,12 @@ def arguments_of_children(server: Process) -> list[str]:
     return found
 
 
+@pytest.mark.fault(
+    "process",
+    "The server is told to stop while requests of every kind run",
+    by="SIGTERM",
+    promise="Each is answered when the drain's time is over, and the process ends with 0.",
+)
 def test_the_drain_answers_all_that_is_in_flight(
     start: Callable[[float], Process],
 ) -> None:
@@ -175,6 +181,12 @@ def test_a_clean_drain_lets_answers_end_and_the_process_ends_with_0(
     assert server.wait(30) == 0
 
 
+@pytest.mark.fault(
+    "process",
+    "The server is told to stop twice",
+    by="two SIGTERM",
+    promise="The second one ends the process at once.",
+)
 def test_a_second_signal_ends_the_process_at_once(start: Callable[[float], Process]) -> None:
     server, url = start(300.0)
 
@@ -289,6 +301,12 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
     return dict(error)
 
 
+@pytest.mark.fault(
+    "network",
+    "A head does not come to its end",
+    by="a raw socket",
+    promise="408 after `--receive-timeout`.",
+)
 def test_a_head_that_does_not_come_is_refused(limited: RunningServer) -> None:
     with connection(limited) as connected:
         connected.sendall(request("GET", "/health/live")[:-2])
@@ -296,6 +314,12 @@ def test_a_head_that_does_not_come_is_refused(limited: RunningServer) -> None:
         assert error_of(received(connected), 408)["code"] == "request_timeout"
 
 
+@pytest.mark.fault(
+    "network",
+    "A head comes byte by byte",
+    by="a raw socket",
+    promise="408 after `--receive-timeout` all the same.",
+)
 def test_a_head_that_comes_byte_by_byte_is_refused_all_the_same(limited: RunningServer) -> None:
     with connection(limited) as connected:
         connected.settimeout(0.1)
@@ -307,11 +331,23 @@ def test_a_head_that_comes_byte_by_byte_is_refused_all_the_same(limited: Running
         assert b" 408 " in answer or b" 400 " in answer
 
 
+@pytest.mark.fault(
+    "network",
+    "A connection brings no request",
+    by="a raw socket",
+    promise="It is closed.",
+)
 def test_a_connection_without_a_request_is_closed_without_a_word(limited: RunningServer) -> None:
     with connection(limited) as connected:
         assert received(connected) == b""
 
 
+@pytest.mark.fault(
+    "network",
+    "Half a body comes",
+    by="a raw socket",
+    promise="408 after `--receive-timeout`.",
+)
 @pytest.mark.parametrize("path", [COMPLETIONS, "/v1/adapters"])
 def test_a_body_that_does_not_come_is_refused(limited: RunningServer, path: str) -> None:
     kind = "application/json" if path == COMPLETIONS else "multipart/form-data; boundary=x"
@@ -322,6 +358,31 @@ def test_a_body_that_does_not_come_is_refused(limited: RunningServer, path: str)
         assert error_of(received(connected), 408)["code"] == "request_timeout"
 
 
+@pytest.mark.fault(
+    "network",
+    "A body comes byte by byte",
+    by="a raw socket",
+    promise="408 after `--receive-timeout` all the same.",
+)
+def test_a_body_that_comes_byte_by_byte_is_refused_all_the_same(limited: RunningServer) -> None:
+    headers = ("Content-Type: application/json", "Content-Length: 1000")
+    with connection(limited) as connected:
+        connected.settimeout(0.1)
+        connected.sendall(request("POST", COMPLETIONS, *headers))
+        answer = b""
+        while not answer:
+            with contextlib.suppress(TimeoutError):
+                connected.sendall(b" ")
+                answer = connected.recv(1000)
+        assert response_of(answer).status_code == 408
+
+
+@pytest.mark.fault(
+    "network",
+    "A head has no end",
+    by="a raw socket",
+    promise="It is refused beyond 64 KiB.",
+)
 @pytest.mark.parametrize("start", ["GET / HTTP/1.1\r\nX: ", "GET /"])
 def test_a_head_without_end_is_refused(limited: RunningServer, start: str) -> None:
     with connection(limited) as connected:
@@ -335,6 +396,12 @@ def test_a_head_without_end_is_refused(limited: RunningServer, start: str) -> No
     assert httpx.get(f"{limited.base_url}/health/live").status_code == 200
 
 
+@pytest.mark.fault(
+    "network",
+    "A client speaks TLS, or something else",
+    by="a raw socket",
+    promise="400, as every error is shaped.",
+)
 def test_what_is_no_http_is_refused_in_our_shape(limited: RunningServer) -> None:
     with connection(limited) as connected:
         connected.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
@@ -342,6 +409,12 @@ def test_what_is_no_http_is_refused_in_our_shape(limited: RunningServer) -> None
         assert error_of(received(connected), 400)["code"] == "invalid_request"
 
 
+@pytest.mark.fault(
+    "network",
+    "A client does not read its stream",
+    by="a raw socket with a small buffer",
+    promise="After `--send-timeout` its rows are free.",
+)
 def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None:
     body = json.dumps(LONG | {"n": 100, "stream": True, "logprobs": 5}).encode()
     headers = ("Content-Type: application/json", f"Content-Length: {len(body)}")
@@ -354,6 +427,12 @@ def test_a_stream_that_nobody_reads_is_cancelled(limited: RunningServer) -> None
     assert limited.services.engine.stats().generated_tokens - before < 100 * 250
 
 
+@pytest.mark.fault(
+    "network",
+    "All connections are taken and idle",
+    by="raw sockets",
+    promise="The one that was idle longest is closed for a new one.",
+)
 def test_more_connections_than_there_may_be_replace_those_that_wait(
     limited: RunningServer,
 ) -> None:
@@ -370,6 +449,12 @@ def test_more_connections_than_there_may_be_replace_those_that_wait(
     assert answers == [200] * 6
 
 
+@pytest.mark.fault(
+    "network",
+    "All connections are taken and at work",
+    by="raw sockets",
+    promise="One more is 503 with a time to come back.",
+)
 def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(
     limited: RunningServer,
 ) -> None:

@@ -69,11 +69,11 @@ class ContentFolder:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A private folder to write files in; gone afterwards."""
-        with room():
+        with writing():
             self._staging.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self._staging))
         try:
-            with room():
+            with writing():
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +86,7 @@ class ContentFolder:
             if self._is_whole(digest):
                 return False
             self.remove([digest])
-        with room():
+        with writing():
             for file in staged.iterdir():
                 sync(file)
             sync(staged)
@@ -167,7 +167,7 @@ class FolderStorage(ContentFolder):
             return Kept(self.put(staged, digest), {})
 
     def append(self, event: Mapping[str, object]) -> None:
-        with self._checked_on_failure(), room():
+        with self._checked_on_failure(), writing():
             self._journal.append(event)
 
     def settle(self) -> Sequence[Event]:
@@ -186,10 +186,10 @@ class FolderStorage(ContentFolder):
 
     @contextmanager
     def _checked_on_failure(self) -> Iterator[None]:
-        """Raise StoreUnreachable in place of an OSError, where the folder is no longer there."""
+        """Where the disk fails, say so if the folder is no longer there."""
         try:
             yield
-        except OSError:
+        except StoreUnreachable:
             self.check()
             raise
 
@@ -230,3 +230,15 @@ def room() -> Iterator[None]:
                 "The disk that holds the adapters is full; delete adapters or make room."
             ) from error
         raise
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raise StoreFull for a disk without room, and StoreUnreachable for one that fails."""
+    try:
+        with room():
+            yield
+    except OSError as error:
+        raise StoreUnreachable(
+            f"The disk that holds the adapters fails: {error}. Mend it, then send the change again."
+        ) from error

@@ -21,7 +21,7 @@ from obstore.store import LocalStore
 
 from adapters.errors import StoreUnreachable
 from adapters.storage.chain import Event
-from adapters.storage.folder import FolderStorage
+from adapters.storage.folder import FolderStorage, writing
 from adapters.storage.objects import Objects
 from adapters.storage.replicas import LEASE_SECONDS, Replicas
 
@@ -94,7 +94,7 @@ class SharedFolderStorage(FolderStorage):
 
     def read(self) -> list[Event]:
         self.check()
-        with self._checked_on_failure(), self._locked(self._journal.file):
+        with self._checked_on_failure(), writing(), self._locked(self._journal.file):
             return self._journal.read()
 
     def settle(self) -> Sequence[Event]:

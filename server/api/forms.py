@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from adapters.errors import Fault, InvalidAdapter, StoreFull
+from adapters.errors import Fault, InvalidAdapter, StoreFull, StoreUnreachable
 from adapters.storage.folder import NO_ROOM
 from adapters.storage.names import NAME_PATTERN
 from adapters.storage.store import UPLOADED
@@ -82,9 +82,9 @@ async def read_form(request: Request, named: bool, take: Take, most: int) -> For
     try:
         form = await request.form(max_files=8, max_fields=8)
     except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise StoreFull("The disk that takes uploads in is full; make room.") from error
+        if error.errno in NO_ROOM:
+            raise StoreFull("The disk that takes uploads in is full; make room.") from error
+        raise StoreUnreachable(f"The disk that takes uploads in fails: {error}.") from error
     faults, files, name = [], {}, None
     for field, value in form.multi_items():
         if field in files or (field == "name" and name is not None):

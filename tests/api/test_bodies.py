@@ -59,6 +59,12 @@ def test_a_body_is_as_long_as_it_unpacks_to(client: httpx.Client, server: Runnin
     assert error["code"] == "body_too_large"
 
 
+@pytest.mark.fault(
+    "network",
+    "A packed body is cut, empty, or no gzip",
+    by="the body",
+    promise="400 that says so.",
+)
 @pytest.mark.parametrize(
     "body",
     [b"", b"{}", gzip.compress(b"{}")[:-4], gzip.compress(b"{}")[:5], gzip.compress(b"{}") + b"x"],

@@ -52,6 +52,13 @@ def test_an_adapter_in_a_bucket_is_served_and_found_by_the_next_server(
         assert file == (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.fault(
+    "bucket",
+    "A server's bucket refuses everything, or is full",
+    by="a proxy before the bucket",
+    promise="Changes are 503 or 507, what is here is served; when it works again, changes are "
+    "taken.",
+)
 def test_while_the_bucket_is_away_changes_are_503_and_what_is_here_is_served(
     serve: Callable[..., object],
     s3_server: str,

@@ -35,6 +35,13 @@ def assert_damaged(answer: httpx.Response, revision: str) -> None:
     assert "roll back" in error["message"]
 
 
+@pytest.mark.fault(
+    "disk",
+    "Bits of stored weights flip",
+    by="the file, on the disk and in the bucket",
+    promise="The damaged adapter answers 500 `adapter_damaged` on every route that reads it and is "
+    "never served; all others are.",
+)
 def test_flipped_bytes_are_found_after_a_restart_wherever_they_are_read(
     serve: Serve, place: Place, adapter_folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +139,12 @@ def test_a_pinned_adapter_that_is_damaged_costs_no_start(
         assert text_of(client, "mine") == right
 
 
+@pytest.mark.fault(
+    "disk",
+    "A stored tokenizer changes while its adapter is in memory",
+    by="the file, on the disk and in the bucket",
+    promise="It is 500 `adapter_damaged`.",
+)
 def test_a_tokenizer_that_was_changed_is_found_where_the_vectors_are_in_memory(
     serve: Serve, place: Place, adapter_folders: dict[str, Path]
 ) -> None:

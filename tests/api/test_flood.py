@@ -33,6 +33,13 @@ async def flood(url: str, requests: int) -> tuple[list[httpx.Response], list[htt
         return await all_of_them, others
 
 
+@pytest.mark.fault(
+    "network",
+    "A flood of requests on one adapter",
+    by="200 connections at once",
+    promise="What the queue does not take is 429 with a time to come back; another adapter is "
+    "served.",
+)
 @pytest.mark.parametrize(
     "requests", [500, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(900)])]
 )

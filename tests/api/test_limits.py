@@ -199,6 +199,12 @@ def test_a_full_disk_is_said_and_changes_nothing(
     assert change(client, adapter_folders).is_success
 
 
+@pytest.mark.fault(
+    "disk",
+    "The disk fills while an upload arrives, or is unpacked",
+    by="`RLIMIT_FSIZE`",
+    promise="It is 507 `storage_full`, nothing of it stays, and the same upload is taken later.",
+)
 @pytest.mark.parametrize("size", [10_000, MEBIBYTE], ids=["staged", "received"])
 def test_a_disk_that_fills_while_an_upload_comes_is_said(
     client: httpx.Client, small: tuple[str, Services], files: dict[str, bytes], size: int
@@ -215,6 +221,12 @@ def test_a_disk_that_fills_while_an_upload_comes_is_said(
     assert add_archive(client, "new", packed).status_code == 201
 
 
+@pytest.mark.fault(
+    "disk",
+    "The disk fills while an adapter is fetched",
+    by="`RLIMIT_FSIZE`",
+    promise="As where it is uploaded.",
+)
 def test_a_disk_that_fills_while_a_source_is_fetched_is_said(
     client: httpx.Client, small: tuple[str, Services], files: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from tests.api.replicas import replicas
 from tests.api.stores import ADAPTERS, Place, complete
 from tests.api.stores import place as place
 from tests.on_ray.deployed import deployed
+from tests.reliability_page import FIGURE
 
 NAMES = ("a", "b", "c")
 SERVERS = 3
@@ -244,6 +245,13 @@ TEN_MINUTES = pytest.mark.timeout(600)
 LONG = pytest.param(1000, 333, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])
 
 
+@pytest.mark.fault(
+    "process",
+    "Servers that share a store are killed under requests and changes",
+    by="SIGKILL at a random moment",
+    promise="No other server's request fails, no acknowledged change is lost, and no server "
+    "answers from before one.",
+)
 @pytest.mark.parametrize(("rounds", "kills"), [(8, 1), LONG])
 def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged(
     tmp_path: Path,
@@ -251,12 +259,20 @@ def test_no_server_answers_from_before_a_change_that_any_server_has_acknowledged
     adapter_folders: dict[str, Path],
     rounds: int,
     kills: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """And no acknowledged change is lost, and no request fails, also where servers are killed."""
     with replicas(tmp_path, SERVERS, flags) as servers:
         hold(servers, adapter_folders, rounds, kills)
+    record_property(FIGURE, f"{rounds} changes, {kills} kills")
 
 
+@pytest.mark.fault(
+    "process",
+    "A server that shares its store stands still while others change it",
+    by="SIGSTOP, then SIGCONT",
+    promise="It answers by what others have changed.",
+)
 def test_a_server_that_was_stopped_answers_with_what_others_have_changed_since(
     tmp_path: Path, flags: list[str], adapter_folders: dict[str, Path]
 ) -> None:
@@ -273,6 +289,13 @@ def test_a_server_that_was_stopped_answers_with_what_others_have_changed_since(
             assert answer.result().headers["Infuse-Adapter"] == "a@2"
 
 
+@pytest.mark.fault(
+    "process",
+    "Replicas on Ray are killed under requests and changes",
+    by="SIGKILL at a random moment",
+    promise="Another one takes the place; no acknowledged change is lost, and none answers from "
+    "before one.",
+)
 @pytest.mark.parametrize(
     ("place", "count", "rounds", "kills"),
     [
@@ -289,8 +312,10 @@ def test_replicas_on_ray_are_as_one_server(
     count: int,
     rounds: int,
     kills: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """The same holds behind the one address of `infuse deploy`."""
     pytest.importorskip("ray")
     with deployed(tmp_path, count, flags) as deployment:
         hold(deployment, adapter_folders, rounds, kills)
+    record_property(FIGURE, f"{rounds} changes, {kills} kills")

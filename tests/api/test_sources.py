@@ -260,6 +260,34 @@ RUDE: dict[str, tuple[Talk, int, str]] = {
 }
 
 
+@pytest.mark.fault(
+    "network",
+    "What an adapter is fetched from refuses",
+    by="a server that answers so",
+    promise="400 `source_refused`; nothing stays, and no secret shows.",
+    case="refuses",
+)
+@pytest.mark.fault(
+    "network",
+    "What an adapter is fetched from fails, or breaks off",
+    by="a server that answers so",
+    promise="502 `source_failed`; nothing stays, and no secret shows.",
+    case="fails",
+)
+@pytest.mark.fault(
+    "network",
+    "What an adapter is fetched from says a wrong length",
+    by="a server that answers so",
+    promise="502 `source_failed`; nothing stays.",
+    case="lies about a length",
+)
+@pytest.mark.fault(
+    "network",
+    "What an adapter is fetched from never ends",
+    by="a server that answers so",
+    promise="413 at the limit; nothing stays.",
+    case="never ends",
+)
 @refused
 @pytest.mark.parametrize("scheme", ["hf", "s3"])
 @pytest.mark.parametrize(("talk", "status", "code"), RUDE.values(), ids=RUDE)
@@ -281,6 +309,12 @@ def test_a_server_that_means_no_good_is_an_error_that_shows_no_secret(
         assert secret not in response.text
 
 
+@pytest.mark.fault(
+    "network",
+    "What an adapter is fetched from hangs",
+    by="a server that answers nothing",
+    promise="504 after `--source-timeout`.",
+)
 def test_a_source_that_hangs_is_given_up(
     start_server: Callable[..., tuple[str, Services]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +327,12 @@ def test_a_source_that_hangs_is_given_up(
     assert services.registry.stored.names() == []
 
 
+@pytest.mark.fault(
+    "network",
+    "What many adapters are fetched from hangs",
+    by="a server that answers nothing",
+    promise="Requests are answered meanwhile.",
+)
 def test_requests_are_answered_while_sources_hang(
     client: httpx.Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,27 @@ TAKEN: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault(
+    "disk",
+    "The adapters' folder is removed",
+    by="`rm -r` while the server runs",
+    promise="Changes and `/health/ready` are 503 with what to do; what is in memory is served.",
+    case="[removed",
+)
+@pytest.mark.fault(
+    "disk",
+    "The adapters' folder is moved",
+    by="`mv` while the server runs",
+    promise="As where it is removed.",
+    case="moved",
+)
+@pytest.mark.fault(
+    "disk",
+    "The journal is removed",
+    by="`rm` while the server runs",
+    promise="As where the folder is removed.",
+    case="journal removed",
+)
 @pytest.mark.parametrize("how", TAKEN)
 def test_every_change_is_refused_and_ready_says_why(
     serve: Serve, place: Place, adapter_folders: dict[str, Path], how: str
@@ -61,6 +82,12 @@ def test_every_change_is_refused_and_ready_says_why(
             assert not client.get(path).json()["damaged"]
 
 
+@pytest.mark.fault(
+    "disk",
+    "The adapters' folder is away and comes back",
+    by="`mv` there and back",
+    promise="Changes are taken again without a restart, and last.",
+)
 def test_a_folder_that_was_put_back_takes_changes_again(
     serve: Serve, place: Place, adapter_folders: dict[str, Path]
 ) -> None:
@@ -77,6 +104,12 @@ def test_a_folder_that_was_put_back_takes_changes_again(
         assert client.get(f"{ADAPTERS}/mine").json()["description"] == "x"
 
 
+@pytest.mark.fault(
+    "disk",
+    "The merges' folder is removed",
+    by="`mv` while the server runs",
+    promise="Merges are refused with 503; the folder is not made again.",
+)
 def test_no_merge_is_taken_into_a_folder_that_is_gone(
     serve: Serve, tmp_path: Path, adapter_folders: dict[str, Path]
 ) -> None:
@@ -96,6 +129,12 @@ def test_no_merge_is_taken_into_a_folder_that_is_gone(
         (tmp_path / "elsewhere").rename(tmp_path / "merges")
 
 
+@pytest.mark.fault(
+    "disk",
+    "The local copies of a bucket are removed",
+    by="`rm -r` while the server runs",
+    promise="They are fetched again; nobody notices.",
+)
 def test_a_bucket_s_copies_may_go_at_any_time(
     s3: str, tmp_path: Path, model_folder: Path, adapter_folders: dict[str, Path]
 ) -> None:

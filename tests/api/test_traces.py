@@ -237,6 +237,12 @@ def test_the_clients_sampling_decision_holds_and_scrapes_are_not_traced(
     assert not {"unsampled", "scrape", "probe"} & set(collected.requests())
 
 
+@pytest.mark.fault(
+    "network",
+    "The collector of traces is down",
+    by="a port on which nobody listens",
+    promise="No request and no shutdown notices.",
+)
 def test_a_collector_that_is_down_hurts_no_request_and_no_shutdown(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +255,12 @@ def test_a_collector_that_is_down_hurts_no_request_and_no_shutdown(
         assert [complete(client, "tiny").status_code for _ in range(20)] == [200] * 20
 
 
+@pytest.mark.fault(
+    "network",
+    "The collector of traces hangs",
+    by="a server that answers nothing",
+    promise="No request and no shutdown notices.",
+)
 def test_a_collector_that_hangs_hurts_no_request_and_no_shutdown(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

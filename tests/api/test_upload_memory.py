@@ -94,6 +94,12 @@ def memory(pid: int, what: str) -> int:
     return int(status.split(f"{what}:")[1].split()[0]) * 1024
 
 
+@pytest.mark.fault(
+    "memory",
+    "Uploads unpack to a thousand times their size",
+    by="zip archives of zeros",
+    promise="They are refused, and take a bounded memory, however many come at once.",
+)
 @pytest.mark.parametrize(
     ("kind", "at_once"),
     [

@@ -257,6 +257,12 @@ def serving(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes]
         process.wait(60)
 
 
+@pytest.mark.fault(
+    "process",
+    "The server is killed while answers arrive",
+    by="SIGKILL at two moments",
+    promise="Every answer that arrived whole is counted as used, once.",
+)
 @pytest.mark.native
 def test_every_answer_that_arrived_whole_is_counted_whenever_the_server_is_killed(
     model_folder: Path, tmp_path: Path

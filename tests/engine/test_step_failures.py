@@ -71,6 +71,10 @@ def cpu_memory() -> Exception:
     return RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 
+def onednn_memory() -> Exception:
+    return RuntimeError("could not create a primitive")
+
+
 def reads_bad(ids: torch.Tensor) -> bool:
     return bool((ids == BAD).any())
 
@@ -107,7 +111,7 @@ def assert_alike(some: list[Answer], others: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("error", [gpu_memory(), cpu_memory(), MemoryError()])
+@pytest.mark.parametrize("error", [gpu_memory(), cpu_memory(), onednn_memory(), MemoryError()])
 def test_steps_too_large_for_the_memory_run_in_parts(
     start: Callable[..., Harness], family: str, error: Exception
 ) -> None:

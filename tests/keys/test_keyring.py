@@ -213,6 +213,12 @@ def test_a_changed_file_is_followed(path: Path, checks: list[tuple[str, str]]) -
     assert [each for _, each in checks] == [stays, goes, comes], "what is known stays known"
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The keys file is broken or removed while the server runs",
+    by="the file",
+    promise="The keys stay as they were; the log says so once.",
+)
 @pytest.mark.parametrize("broken", ["{", "[{}]", None])
 def test_a_file_that_cannot_be_used_leaves_the_keys_and_says_so_once(
     path: Path, caplog: pytest.LogCaptureFixture, broken: str | None
@@ -299,6 +305,12 @@ def test_a_running_server_follows_what_the_command_line_does(ask: Ask, path: Pat
     assert served(first) == 401
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The keys file is cut while the server runs",
+    by="the file",
+    promise="`infuse_keys_file_broken` is 1 until it is mended.",
+)
 def test_the_metrics_of_a_running_server_say_that_the_file_is_broken(ask: Ask, path: Path) -> None:
     key = infuse("create", "prometheus", "--role", "metrics", path=path)
     good = path.read_text()

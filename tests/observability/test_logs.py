@@ -1,12 +1,21 @@
-"""The log's two formats, each as a process writes it."""
+"""The log's two formats, each as a process writes it, and a log that cannot be written."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+
+from tests.api.test_streaming import eventually
+from tests.factories import save_tiny_model
 
 CODE = """
 import logging, warnings
@@ -91,3 +100,66 @@ def test_a_library_that_writes_lines_of_its_own_writes_ours() -> None:
 
     [line] = process.stderr.splitlines()
     assert json.loads(line)["message"] == "Once."
+
+
+@pytest.fixture
+def full() -> Iterator[int]:
+    """A file on a disk without room."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """A pipe whose reader has ended."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    yield writes
+    os.close(writes)
+
+
+@pytest.mark.fault(
+    "disk",
+    "The disk of the log is full",
+    by="`/dev/full` as the standard error output",
+    promise="The server starts, answers, and stops in order.",
+    case="full",
+)
+@pytest.mark.fault(
+    "process",
+    "What reads the log has ended",
+    by="a pipe without a reader as the standard error output",
+    promise="The server starts, answers, and stops in order.",
+    case="unread",
+)
+@pytest.mark.parametrize("log", ["full", "unread"])
+def test_a_log_that_cannot_be_written_keeps_no_server_from_answering(
+    request: pytest.FixtureRequest, tmp_path: Path, log: str
+) -> None:
+    output = request.getfixturevalue(log)
+    model = save_tiny_model(tmp_path / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
+    command += ["--port", str(port), "--model", str(model), "--served-model-name", "tiny"]
+    command += ["--adapters-dir", str(tmp_path / "store")]
+    server = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        assert eventually(lambda: server.poll() is not None or answers(url), 240)
+        body = {"model": "tiny", "prompt": "A", "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        server.terminate()
+        # Python's own status where it cannot flush the standard error output.
+        assert server.wait(60) in (0, 120)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health/live").status_code == 200
+    return False

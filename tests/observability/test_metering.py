@@ -115,6 +115,12 @@ def test_what_cannot_be_written_is_kept_and_written_with_what_comes_next(
     assert caplog.text.count("Usage is kept in memory alone") == 1, "said once"
 
 
+@pytest.mark.fault(
+    "disk",
+    "The usage's file hangs",
+    by="a lock of another process's connection",
+    promise="Nobody who is counted waits; all of it is written afterwards.",
+)
 def test_a_file_that_hangs_holds_up_nobody_who_adds(tmp_path: Path, meter: Meter) -> None:
     with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -126,6 +132,12 @@ def test_a_file_that_hangs_holds_up_nobody_who_adds(tmp_path: Path, meter: Meter
     assert found(meter) == [("2025-11-24", "app", "a", 10)]
 
 
+@pytest.mark.fault(
+    "configuration",
+    "The usage's file is something else",
+    by="the file",
+    promise="The start is refused with what to do; the file stays as it is.",
+)
 def test_a_file_that_is_none_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"something else" * 1000)
 

@@ -14,6 +14,8 @@ FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
 those that `is_foreign` knows."""
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can't allocate memory|bad_alloc|ALLOC_FAILED"
+    # What oneDNN says of all that a checked model can lack.
+    "|could not create a primitive$|could not create a memory object|could not execute a primitive"
 )
 
 

@@ -198,6 +198,12 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
+@pytest.mark.fault(
+    "disk",
+    "The disk fills while a merge writes",
+    by="`RLIMIT_FSIZE`",
+    promise="The merge fails and says so; nothing of it stays.",
+)
 def test_a_disk_that_fills_meanwhile_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

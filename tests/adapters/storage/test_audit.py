@@ -239,6 +239,12 @@ def test_events_that_are_cut_off_under_a_running_server_are_noticed(folder: Path
     assert "Event 5 does not follow event 4" in fault
 
 
+@pytest.mark.fault(
+    "configuration",
+    "Somebody has edited the journal",
+    by="the file",
+    promise="The server says so and serves on; `infuse audit verify` names the place.",
+)
 def test_a_server_that_starts_on_an_edited_journal_says_so_and_serves_on(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

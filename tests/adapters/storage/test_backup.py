@@ -263,6 +263,12 @@ class Changes:
 # Damage
 
 
+@pytest.mark.fault(
+    "disk",
+    "Stored files are damaged when a backup is made",
+    by="the files, on the disk and in the bucket",
+    promise="The backup names them and has all others.",
+)
 @FROM
 def test_a_damaged_content_is_named_and_left_out_and_all_others_are_there(
     make_place: MakePlace, kind: str
@@ -314,6 +320,12 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
 }
 
 
+@pytest.mark.fault(
+    "disk",
+    "A backup is damaged",
+    by="its files, in a folder and in a bucket",
+    promise="A restore is refused before it writes anything.",
+)
 @FROM
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_backup_is_refused_before_anything_is_written(
@@ -410,6 +422,12 @@ def test_a_server_is_refused_where_a_restore_runs(
 # Interruptions
 
 
+@pytest.mark.fault(
+    "bucket",
+    "The bucket fails from any request of a restore on",
+    by="a proxy before the bucket",
+    promise="A server sees nothing of it, and another attempt restores it.",
+)
 def test_a_restore_that_a_bucket_interrupts_anywhere_leaves_nothing_to_be_seen(
     make_place: MakePlace, s3_server: str, proxy: BadS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +459,12 @@ def test_a_restore_that_a_bucket_interrupts_anywhere_leaves_nothing_to_be_seen(
     assert interrupted > 3
 
 
+@pytest.mark.fault(
+    "process",
+    "A restore is killed",
+    by="SIGKILL after so many contents",
+    promise="A server sees all of it or nothing, and another attempt restores it.",
+)
 def test_a_restore_that_is_killed_leaves_nothing_to_be_seen(make_place: MakePlace) -> None:
     live, saved = make_place("folder"), make_place("folder")
     with closing(live.open()) as store:

@@ -4,7 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import obstore
@@ -111,6 +111,12 @@ def test_what_is_not_cached_waits_for_the_bucket(open_at: Open, proxy: BadS3) ->
         assert content_of(store, store.current("support")) == "a"
 
 
+@pytest.mark.fault(
+    "bucket",
+    "An object of a content is altered or gone",
+    by="the bucket",
+    promise="It is never served; the error says to upload it again.",
+)
 @pytest.mark.parametrize("damage", ["altered", "gone"])
 def test_a_content_that_was_damaged_in_the_bucket_is_never_served(
     store: AdapterStore, objects: Objects, s3: str, tmp_path: Path, damage: str
@@ -137,6 +143,12 @@ def test_contents_that_nobody_can_ask_for_leave_cache_and_bucket(
     assert list((tmp_path / "cache/content").iterdir()) == []
 
 
+@pytest.mark.fault(
+    "bucket",
+    "Half an upload is left in the bucket",
+    by="the bucket",
+    promise="The next server removes it, and nothing of a later one.",
+)
 def test_what_an_interrupted_upload_left_in_the_bucket_is_removed_by_the_next_server(
     open_at: Open, s3: str, objects: Objects
 ) -> None:
@@ -165,6 +177,21 @@ def state_of(store: AdapterStore) -> object:
     }
 
 
+@pytest.mark.fault(
+    "bucket",
+    "The bucket fails from any request of a change on",
+    by="a proxy before the bucket",
+    promise="Another machine finds the old state; the new one where the change was acknowledged.",
+    case="refuses",
+)
+@pytest.mark.fault(
+    "bucket",
+    "Answers are lost from any request of a change on",
+    by="a proxy before the bucket",
+    promise="This server shows what it has acknowledged, and another machine the old state or "
+    "the new one, whole.",
+    case="loses the answer",
+)
 @pytest.mark.parametrize("fault", ["refuses", "loses the answer"])
 @pytest.mark.parametrize("change", ["create", "replace", "roll back", "delete"])
 def test_a_request_that_fails_at_any_moment_leaves_the_old_state_or_the_new_one(
@@ -214,6 +241,41 @@ def failing_from(place: int, fault: Fault, proxy: BadS3) -> Callable[[], bool]:
     return lambda: len(seen) > place
 
 
+@pytest.mark.fault(
+    "bucket",
+    "The bucket refuses requests (403)",
+    by="a proxy before the bucket",
+    promise="Changes fail and say so; the next ones succeed when it works again.",
+    case="refuses",
+)
+@pytest.mark.fault(
+    "bucket",
+    "The bucket is full (507)",
+    by="a proxy before the bucket",
+    promise="Changes say that it is full; the next ones succeed when there is room.",
+    case="is full",
+)
+@pytest.mark.fault(
+    "bucket",
+    "The bucket hangs",
+    by="a proxy before the bucket",
+    promise="Changes fail after a time; the next ones succeed when it goes on.",
+    case="hangs",
+)
+@pytest.mark.fault(
+    "bucket",
+    "Requests are lost on their way to the bucket",
+    by="a proxy before the bucket",
+    promise="Changes fail and change nothing; the next ones succeed.",
+    case="loses the request",
+)
+@pytest.mark.fault(
+    "bucket",
+    "Answers of the bucket are lost",
+    by="a proxy before the bucket",
+    promise="Changes fail, may be made all the same, and are found out by the next ones.",
+    case="loses the answer",
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bucket_that_comes_back_is_used_again(
     store: AdapterStore, proxy: BadS3, fault: Fault
@@ -236,6 +298,110 @@ def test_a_bucket_that_comes_back_is_used_again(
     assert create(store, "other", "b").number == 1
 
 
+@pytest.mark.fault(
+    "bucket",
+    "The bucket carries out every request twice",
+    by="a proxy before the bucket",
+    promise="Each change is made once.",
+    case="does it twice",
+)
+@pytest.mark.fault(
+    "bucket",
+    "Requests at once are carried out in another order",
+    by="a proxy before the bucket",
+    promise="Each change is made once.",
+    case="reorders",
+)
+@pytest.mark.parametrize("fault", ["does it twice", "reorders"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_requests_that_are_done_twice_or_in_another_order_make_the_change_once(
+    open_at: Open, proxy: BadS3, change: str, fault: Fault
+) -> None:
+    with closing(open_at("here")) as store:
+        create(store, "support", "a")
+        replace(store, "support", "b")
+        create(store, "deleted", "d")
+        store.delete("deleted")
+        before = state_of(store)
+        proxy.always(fault)
+        CHANGES[change](store)
+        after = state_of(store)
+        proxy.always(None)
+    with closing(open_at("there")) as again:
+        assert state_of(again) == after != before
+
+
+@pytest.mark.fault(
+    "bucket",
+    "Requests that were given up are carried out later, after other changes",
+    by="a proxy before the bucket, from any request of a change on",
+    promise="They change nothing that was acknowledged.",
+)
+@pytest.mark.parametrize("change", ["create", "replace", "delete"])
+def test_a_request_that_is_done_after_it_was_given_up_takes_nothing_that_was_acknowledged(
+    open_at: Open, proxy: BadS3, change: str
+) -> None:
+    """All requests of a change are late from its first on, then from its second on, and so forth;
+    they are done when other changes have been made."""
+    for place in range(100):
+        prefix = f"/{place}"
+        with closing(open_at("here", prefix)) as store:
+            create(store, "support", "a")
+            failed = failing_from(place, "does it later", proxy)
+            with suppress(StoreUnreachable):
+                CHANGES[change](store)
+            all_was_well = not failed()
+            proxy.always(None)
+            create(store, "later", "c")
+            if "support" in store:
+                store.delete("support")
+            acknowledged = state_of(store)
+            proxy.do_what_is_late()
+            assert state_of(store) == acknowledged
+        with closing(open_at("there", prefix)) as again:
+            assert state_of(again) == acknowledged
+        if all_was_well:
+            break
+    assert place > 0
+
+
+@pytest.mark.fault(
+    "bucket",
+    "The bucket answers with an earlier answer",
+    by="a proxy before the bucket",
+    promise="What is not the stored content is never served; the right one is, when the bucket "
+    "answers right.",
+    case="repeats",
+)
+@pytest.mark.fault(
+    "bucket",
+    "The bucket's answers are cut",
+    by="a proxy before the bucket",
+    promise="As where it answers with an earlier one.",
+    case="cuts",
+)
+@pytest.mark.parametrize("fault", ["repeats the answer before", "cuts the answer"])
+def test_files_that_a_bucket_answers_wrong_are_never_taken_for_those_that_were_stored(
+    open_at: Open, proxy: BadS3, fault: Fault
+) -> None:
+    with closing(open_at("here")) as store:
+        create(store, "one", "a")
+        create(store, "other", "b")
+    with closing(open_at("there")) as store:
+        assert content_of(store, store.current("one")) == "a"
+        proxy.fault = lambda request: fault if request.startswith("GET /bucket/") else None
+        with pytest.raises((StoreDamaged, StoreUnreachable)):
+            store.files(store.current("other"))
+        proxy.always(None)
+        assert content_of(store, store.current("other")) == "b"
+
+
+@pytest.mark.fault(
+    "bucket",
+    "The bucket hangs within a change",
+    by="a proxy before the bucket",
+    promise="Names and cached contents are read meanwhile.",
+)
 def test_names_are_read_while_a_change_hangs(
     s3: str, store: AdapterStore, proxy: BadS3, tmp_path: Path
 ) -> None:
@@ -261,6 +427,12 @@ def test_names_are_read_while_a_change_hangs(
         assert isinstance(change.exception(60), StoreUnreachable)
 
 
+@pytest.mark.fault(
+    "bucket",
+    "The bucket does not work when a server starts",
+    by="a proxy before the bucket",
+    promise="The start fails and says so; the next one succeeds.",
+)
 @pytest.mark.parametrize("fault", ["refuses", "hangs", "loses the request"])
 def test_a_bucket_that_does_not_work_is_told_at_start(
     open_at: Open, proxy: BadS3, fault: Fault
@@ -314,6 +486,12 @@ def test_a_server_that_stopped_is_followed_at_once_and_a_dead_one_after_its_leas
             assert store.names() == ["support"]
 
 
+@pytest.mark.fault(
+    "bucket",
+    "A server has lost its bucket to another one without noticing",
+    by="a lease that runs out",
+    promise="It changes nothing any more.",
+)
 def test_a_server_that_was_taken_over_changes_nothing_any_more(open_at: Open) -> None:
     with closing(open_at("there", lease_seconds=0.2, renew_every=1000)) as old:
         create(old, "support", "a")

@@ -3,14 +3,20 @@
 import random
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from adapters.storage.store import AdapterStore
 from tests.adapters.storage.crash_worker import FILES, storage_at
+from tests.disks import disk, mounts
+from tests.reliability_page import FIGURE
+
+RecordProperty = Callable[[str, object], None]
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -46,6 +52,8 @@ class Place:
     """The folder on this machine: the store itself, or the cache of a bucket."""
     url: str | None
     longest: float
+    beside_a_kill: Callable[[psutil.Process], AbstractContextManager[object]] = nullcontext
+    """What else happens when the worker is killed."""
 
     @property
     def arguments(self) -> tuple[str, str | None]:
@@ -73,9 +81,10 @@ def run_and_kill(place: Place, seed: int, before: dict[str, Name], moment: rando
     lines = [worker.stdout.readline().decode() for _ in range(moment.randrange(16))]
     with suppress(subprocess.TimeoutExpired):
         worker.communicate(timeout=moment.uniform(0, place.longest))
-    worker.kill()
-    lines += worker.communicate()[0].decode().splitlines()
-    assert worker.returncode == -9, "the worker ended by itself"
+    assert worker.poll() is None, "the worker ended by itself"
+    with place.beside_a_kill(psutil.Process(worker.pid)):
+        worker.kill()
+        lines += worker.communicate()[0].decode().splitlines()
     return read_story(lines, before)
 
 
@@ -111,18 +120,62 @@ def read_all(place: Place) -> dict[str, Name]:
         store.close()
 
 
+@pytest.mark.fault(
+    "process",
+    "A process is killed in the midst of changes on a disk",
+    by="SIGKILL at a random moment",
+    promise="Every acknowledged change is there at the next start, and the one that was "
+    "interrupted is there whole or not at all.",
+)
 @pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.full)])
 def test_after_many_kills_nothing_acknowledged_is_missing_and_nothing_is_half_there(
-    tmp_path: Path, kills: int
+    tmp_path: Path, kills: int, record_property: RecordProperty
 ) -> None:
     check_after_kills(Place(tmp_path, None, longest=0.004), kills)
+    record_property(FIGURE, f"{kills} kills")
 
 
+@pytest.mark.fault(
+    "process",
+    "A process is killed in the midst of changes in a bucket",
+    by="SIGKILL at a random moment",
+    promise="As on a disk.",
+)
 @pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.full)])
 def test_after_as_many_kills_the_same_is_true_in_a_bucket(
-    s3: str, tmp_path: Path, kills: int
+    s3: str, tmp_path: Path, kills: int, record_property: RecordProperty
 ) -> None:
     check_after_kills(Place(tmp_path, s3, longest=0.1), kills)
+    record_property(FIGURE, f"{kills} kills")
+
+
+@pytest.mark.fault(
+    "disk",
+    "The machine loses its power in the midst of changes",
+    by="ext4's shutdown without its log, at a random moment",
+    promise="As where the process is killed: the disk has every acknowledged change.",
+)
+@mounts
+@pytest.mark.parametrize("losses", [8, pytest.param(100, marks=pytest.mark.full)])
+def test_after_as_many_losses_of_power_the_same_is_true(
+    tmp_path: Path, losses: int, record_property: RecordProperty
+) -> None:
+    with disk(tmp_path) as made:
+
+        @contextmanager
+        def power_is_lost(worker: psutil.Process) -> Iterator[None]:
+            # Linux takes a sync that is under way then for one that has been made.
+            worker.suspend()
+            while worker.status() != psutil.STATUS_STOPPED:
+                pass
+            made.lose_power()
+            yield
+            made.unmount()
+            made.mount()
+
+        place = Place(made.folder, None, longest=0.02, beside_a_kill=power_is_lost)
+        check_after_kills(place, losses)
+    record_property(FIGURE, f"{losses} losses of power")
 
 
 def check_after_kills(place: Place, kills: int) -> None:

@@ -395,6 +395,12 @@ def test_old_revisions_that_one_server_drops_are_gone_on_all(stores: list[Adapte
         assert content_of(store, store.current("support")) == "b"
 
 
+@pytest.mark.fault(
+    "process",
+    "A server is killed within an upload to a shared store",
+    by="SIGKILL",
+    promise="The next start removes what it left, and nothing of other servers' uploads.",
+)
 def test_what_a_killed_server_was_staging_is_removed_by_the_next_one_and_no_other_staging(
     folder: Path,
 ) -> None:

@@ -48,6 +48,12 @@ def damage(folder: Path, how: str, file: str = "weights") -> None:
         DAMAGE[how](each)
 
 
+@pytest.mark.fault(
+    "disk",
+    "A stored file is changed, cut, longer, gone, renamed, a folder, or one more",
+    by="the folder, on the disk and in the bucket",
+    promise="The revision is never read; the error says to upload the files again.",
+)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_revision_is_never_read(

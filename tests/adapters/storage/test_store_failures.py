@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import StoreFull
+from adapters.errors import StoreFull, StoreUnreachable
 from adapters.storage.revision import DetailsChange, Origin
 from adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
@@ -28,6 +28,12 @@ def open_store(folder: Path) -> OpenStore:
 # Damage from outside
 
 
+@pytest.mark.fault(
+    "disk",
+    "A line of the journal is damaged",
+    by="the file",
+    promise="It is passed over with a warning; all other adapters are there.",
+)
 @pytest.mark.parametrize(
     "damage", [b"{", b"[]", b"null", b'{"event":"revision","name":"support"}', b"\xff"], ids=repr
 )
@@ -50,6 +56,12 @@ def test_a_damaged_line_of_the_journal_is_skipped_with_a_warning(
         assert content_of(again, again.current("support")) == "a"
 
 
+@pytest.mark.fault(
+    "disk",
+    "The last line of the journal is half there",
+    by="the file",
+    promise="It was never acknowledged, and is removed.",
+)
 def test_a_last_line_that_a_crash_cut_off_was_never_acknowledged(
     store: AdapterStore, folder: Path, open_store: OpenStore
 ) -> None:
@@ -138,6 +150,12 @@ def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
     assert everything(folder) != before
 
 
+@pytest.mark.fault(
+    "disk",
+    "A file may not grow any more",
+    by="`RLIMIT_FSIZE`",
+    promise="The upload says that the disk is full, and nothing of it stays.",
+)
 def test_an_upload_that_the_disk_cannot_hold_is_named_and_removed(
     store: AdapterStore, folder: Path
 ) -> None:
@@ -159,7 +177,7 @@ def test_another_failure_of_the_disk_is_not_called_full(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(StoreUnreachable, match="Input/output error"):
         create(store, "support")
     assert "support" not in store
 

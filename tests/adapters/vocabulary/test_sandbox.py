@@ -100,6 +100,12 @@ def test_a_template_writes_what_transformers_would(
     assert render(box, template, tools=tools, variables=variables, **how) == {"text": expected}
 
 
+@pytest.mark.fault(
+    "memory",
+    "An adapter's chat template takes time or memory without end",
+    by="templates, in a process with `RLIMIT_AS` and `RLIMIT_CPU`",
+    promise="It ends at its limits, and others are rendered meanwhile.",
+)
 @pytest.mark.parametrize("template", RUNAWAYS.values(), ids=RUNAWAYS)
 def test_a_runaway_ends_at_its_limits_and_others_go_on(box: Sandbox, template: str) -> None:
     with ThreadPoolExecutor(1) as other:
@@ -205,6 +211,12 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.fault(
+    "process",
+    "The server is killed while its limited processes work",
+    by="SIGKILL",
+    promise="They end too.",
+)
 def test_no_process_outlives_a_server_that_is_killed() -> None:
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -232,6 +244,12 @@ def test_after_what_waits_was_killed_another_one_takes_its_place(box: Sandbox, w
     assert render(box, CHAT_TEMPLATE)["text"]
 
 
+@pytest.mark.fault(
+    "process",
+    "A limited process is killed within a job",
+    by="SIGKILL",
+    promise="The job is done again by another process.",
+)
 def test_a_job_whose_process_is_killed_is_not_at_fault(
     box: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
