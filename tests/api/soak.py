@@ -45,7 +45,7 @@ PAUSE = 0.5
 PATIENCE = 300
 OVERLOAD = {
     429: ("queue_full", "wait_too_long", "rate_limited", "too_many_requests", "too_many_merges"),
-    503: ("queue_timeout", "overloaded", "too_many_uploads"),
+    503: ("queue_timeout", "overloaded", "too_many_uploads", "sandbox_unavailable"),
     504: ("deadline_exceeded",),
 }
 """Status -> the codes with which an overloaded server may refuse. No other 5xx may come."""
