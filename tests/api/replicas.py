@@ -46,7 +46,7 @@ class Replicas:
     """Starts servers, each with folders of its own beside the store."""
 
     def __init__(self, folder: Path, flags: Sequence[str], starter: IO[str], pids: IO[str]):
-        self._folder = folder
+        self.folder = folder
         self._flags = flags
         self._starter = starter
         self._pids = pids
@@ -62,17 +62,19 @@ class Replicas:
     def replace(self, killed: Replica) -> None:
         """Start a server with the folders of one that was killed."""
         self.replaced.append(killed)
-        while not _has_ended(killed.pid):
-            time.sleep(0.01)
+        wait_for_end(psutil.Process(killed.pid))
         self.wait_for(*self.begin(self.all.index(killed)), killed)
 
     def begin(self, number: int) -> tuple[int, Path]:
         """Start a server with the folders of this number; return its process and its log."""
-        log = self._folder / f"log{number}-{next(self._logs)}"
-        own = [f"--{kind}-dir={self._folder / kind}{number}" for kind in _OWN]
-        command = [str(log), "--port=0", *self._flags, *own]
-        print(json.dumps(command), file=self._starter, flush=True)
-        return int(self._pids.readline()), log
+        log = self.folder / f"log{number}-{next(self._logs)}"
+        own = [f"--{kind}-dir={self.folder / kind}{number}" for kind in _OWN]
+        return self.start(log, "serve", "--port=0", *self._flags, *own), log
+
+    def start(self, log: Path, *arguments: str) -> int:
+        """Start a command of infuse and return its process."""
+        print(json.dumps([str(log), *arguments]), file=self._starter, flush=True)
+        return int(self._pids.readline())
 
     def wait_for(self, pid: int, log: Path, killed: Replica | None = None) -> None:
         """Wait until a server answers; it takes the place of the one that was killed."""
@@ -88,10 +90,17 @@ class Replicas:
             self.all[self.all.index(killed)] = replica
 
 
-def _has_ended(pid: int) -> bool:
-    """Whether it is a zombie and its last thread has gone, so that it holds no lock any more."""
-    is_zombie = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return is_zombie and len(os.listdir(f"/proc/{pid}/task")) == 1
+def wait_for_end(process: psutil.Process) -> None:
+    """Wait until a killed process holds no lock any more."""
+    with suppress(psutil.NoSuchProcess, FileNotFoundError):
+        while not _has_ended(process):
+            time.sleep(0.01)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether it is a zombie and its last thread has gone."""
+    is_zombie = process.status() == psutil.STATUS_ZOMBIE
+    return is_zombie and len(os.listdir(f"/proc/{process.pid}/task")) == 1
 
 
 @contextmanager

@@ -108,7 +108,8 @@ class Soak:
             kind: {file.name: file.read_bytes() for file in folder.iterdir()}
             for kind, folder in book.kinds.items()
         }
-        limits = httpx.Limits(max_connections=500, keepalive_expiry=2)
+        # A server may close a connection that is kept just as the next request is sent on it.
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=0)
         self.clients = {
             name: httpx.AsyncClient(
                 base_url=url,
