@@ -51,7 +51,7 @@ from tests.api.test_streaming import eventually
 WRITERS = 3
 MOMENTS = (0.05, 1.0)
 """Between these many seconds of a server's life it is killed."""
-SOME = 3 if Settings().engine == "native" else 2
+SOME = 6 if Settings().engine == "native" else 2
 
 
 @dataclass
@@ -232,7 +232,10 @@ def lives(
 
 @pytest.mark.parametrize(
     "kills",
-    [SOME, pytest.param(500, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)])],
+    [
+        pytest.param(SOME, marks=pytest.mark.timeout(600)),
+        pytest.param(500, marks=[pytest.mark.full, pytest.mark.timeout(4 * 3600)]),
+    ],
 )
 def test_whenever_a_server_is_killed_one_start_finds_all_that_it_has_acknowledged_and_no_more(
     lives: Lives, kills: int, record_property: Callable[[str, object], None]
