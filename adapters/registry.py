@@ -338,10 +338,11 @@ class AdapterRegistry:
             return None
         if self._vocabularies.knows(revision.digest):
             files = self._store.files
-        vocabulary = self._vocabularies.find(revision.digest, files(revision), vectors.saved)
-        # A revision that was deleted meanwhile seems to have no files: this raises then.
-        self._store.revision(revision.name, revision.number)
-        return vocabulary
+        try:
+            return self._vocabularies.find(revision.digest, files(revision), vectors.saved)
+        finally:
+            # One that was deleted meanwhile seems to lack files, or loses them: this raises then.
+            self._store.revision(revision.name, revision.number)
 
     def stats(self) -> RegistryStats:
         return RegistryStats(

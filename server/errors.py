@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -61,6 +62,8 @@ from server.headers import SAFE
 
 log = logging.getLogger(__name__)
 
+CLIENT_GONE = 499
+"""nginx's status for a client that closed its connection before the answer; only logs show it."""
 RETRY_SOON = {"Retry-After": "5"}
 """The headers of errors that pass within seconds, as another replica answers or other requests end;
 nobody knows how many seconds."""
@@ -166,6 +169,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(EngineError, _engine_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _client_left)
     app.add_exception_handler(Exception, _unforeseen)
 
 
@@ -340,8 +344,16 @@ def nothing_at(method: str, path: str) -> ApiError:
     return ApiError(404, f"There is nothing at {method} {path}; /docs lists what is.")
 
 
+async def _client_left(_: Request, error: Exception) -> Response:
+    """The client left within its body. Nobody reads the answer."""
+    assert isinstance(error, ClientDisconnect)
+    return error_response(ApiError(CLIENT_GONE, "The client has left."))
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _client_left(request, error.__cause__)
     messages = {
         404: nothing_at(request.method, request.url.path).message,
         405: f"{request.method} is not allowed at {request.url.path}; /docs lists what is.",

@@ -61,7 +61,7 @@ class Index:
                 stored.add(str(event.get("digest")))
                 try:
                     dropped |= self._replay(event)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, OverflowError) as error:
                     log.warning(
                         "The event %r cannot be understood and is skipped: %r", event, error
                     )

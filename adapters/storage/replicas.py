@@ -188,7 +188,7 @@ def _read(text: bytes) -> tuple[int, float]:
     try:
         values = json.loads(text)
         return int(values["applied"]), float(values["seconds"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0, LEASE_SECONDS
 
 

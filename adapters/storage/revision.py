@@ -1,11 +1,15 @@
 """The values that a store keeps for an adapter, and their JSON in the journal."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from adapters.storage.chain import Event
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+"""A content's folder is named by its digest, so that nothing else may pass for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,10 @@ def revision_to_json(revision: Revision) -> dict[str, object]:
 
 
 def revision_from_json(event: Event) -> Revision:
+    """Raises ValueError, KeyError, TypeError or OverflowError for what `revision_to_json` has not
+    written."""
+    if not _DIGEST.fullmatch(str(event["digest"])):
+        raise ValueError(f"{event['digest']!r} is no digest")
     return Revision(
         name=str(event["name"]),
         number=int(event["number"]),

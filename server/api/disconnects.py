@@ -6,12 +6,9 @@ from typing import Any, TypeVar
 import anyio
 from starlette.requests import Request
 
-from server.errors import ApiError
+from server.errors import CLIENT_GONE, ApiError
 
 _T = TypeVar("_T")
-
-CLIENT_GONE = 499
-"""nginx's status for a client that closed its connection before the answer; only logs show it."""
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -173,8 +172,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, content: str) -> None:
-    """Write the file anew for the same owner, and for nobody else to read."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write the file anew for the same owner, and for nobody else to read. What an edit that was
+    killed has left is removed."""
+    unfinished = path.with_name(f".{path.name}.new")
+    unfinished.unlink(missing_ok=True)
+    handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "w") as file:
             if path.exists():
@@ -185,8 +187,8 @@ def _replace(path: Path, content: str) -> None:
             file.write(content)
             file.flush()
             os.fsync(handle)
-        os.replace(name, path)
+        unfinished.replace(path)
     except BaseException:
-        os.unlink(name)
+        unfinished.unlink()
         raise
     sync(path.parent)

@@ -21,13 +21,20 @@ def upload(client: httpx.Client, name: str, folder: Path, method: str = "POST") 
 
 
 class Oracle:
-    """The tiny model, alone or with one adapter put on by PEFT."""
+    """The tiny model, alone or with adapters put on by PEFT: several are active together."""
 
-    def __init__(self, model_folder: Path, adapter: Path | None = None) -> None:
+    def __init__(self, model_folder: Path, *adapters: Path | None) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self._model: torch.nn.Module = LlamaForCausalLM.from_pretrained(model_folder).eval()
-        if adapter is not None:
-            self._model = peft.PeftModel.from_pretrained(self._model, adapter).eval()
+        folders = {f"{number}": folder for number, folder in enumerate(adapters) if folder}
+        for name, folder in folders.items():
+            if isinstance(self._model, peft.PeftModel):
+                self._model.load_adapter(folder, name)
+            else:
+                self._model = peft.PeftModel.from_pretrained(self._model, folder, name)
+        if len(folders) > 1:
+            self._model.base_model.set_adapter(list(folders))
+        self._model.eval()
         self._bytes = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
     def ids(self, text: str) -> list[int]:

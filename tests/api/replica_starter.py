@@ -1,6 +1,6 @@
-"""Starts servers, each in a process of its own, without the time that imports take.
+"""Starts `infuse …`, each in a process of its own, without the time that imports take.
 
-python -m tests.api.replica_starter
+python tests/api/replica_starter.py
 
 reads lines of JSON, [log, argument, …], and answers each with the id of a process.
 """
@@ -9,19 +9,22 @@ import json
 import os
 import sys
 
-ENDED = "The server has ended."
+ENDED = "It has ended with status"
 
 
-def serve(log: str, arguments: list[str]) -> None:
+def run(log: str, arguments: list[str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.setsid()
-    sys.argv = ["infuse", "serve", *arguments]
+    sys.argv = ["infuse", *arguments]
+    status: object = 1
     try:
         main()
+    except SystemExit as ended:
+        status = ended.code
     finally:
-        print(ENDED, flush=True)
+        print(f"{ENDED} {status or 0}", flush=True)
         os._exit(1)
 
 
@@ -31,7 +34,7 @@ def start_all() -> None:
         log, *arguments = json.loads(line)
         child = os.fork()
         if child == 0:
-            serve(log, arguments)
+            run(log, arguments)
         children.append(child)
         print(child, flush=True)
         # Whoever has been killed meanwhile must not stay as a zombie.

@@ -17,7 +17,7 @@ from typing import IO
 import httpx
 import psutil
 
-from tests.api.replica_starter import ENDED
+from tests.api import replica_starter
 from tests.releases import REPOSITORY
 
 _STARTUP_SECONDS = 120
@@ -59,7 +59,7 @@ class Replicas:
     def __init__(
         self, folder: Path, flags: Sequence[str], release: Release, starter: IO[str], pids: IO[str]
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._flags = flags
         self._release = release
         self._starter = starter
@@ -86,23 +86,25 @@ class Replicas:
 
     def _wait_for_end(self, replica: Replica) -> None:
         self.replaced.append(replica)
-        while not _has_ended(replica.pid):
-            time.sleep(0.01)
+        wait_for_end(psutil.Process(replica.pid))
 
     def begin(self, number: int) -> tuple[int, Path]:
         """Start a server with the folders of this number; return its process and its log."""
-        log = self._folder / f"log{number}-{self._release.code.name}-{next(self._logs)}"
-        own = [f"--{kind}-dir={self._folder / kind}{number}" for kind in self._release.own]
-        command = [str(log), "--port=0", *self._flags, *own]
-        print(json.dumps(command), file=self._starter, flush=True)
-        return int(self._pids.readline()), log
+        log = self.folder / f"log{number}-{self._release.code.name}-{next(self._logs)}"
+        own = [f"--{kind}-dir={self.folder / kind}{number}" for kind in self._release.own]
+        return self.start(log, "serve", "--port=0", *self._flags, *own), log
+
+    def start(self, log: Path, *arguments: str) -> int:
+        """Start a command of infuse and return its process."""
+        print(json.dumps([str(log), *arguments]), file=self._starter, flush=True)
+        return int(self._pids.readline())
 
     def wait_for(self, pid: int, log: Path, killed: Replica | None = None) -> None:
         """Wait until a server answers; it takes the place of the one that was killed."""
         deadline = time.monotonic() + _STARTUP_SECONDS
         while not (log.exists() and (found := re.search(r"answers on (\S+)", log.read_text()))):
             assert time.monotonic() < deadline, log.read_text()
-            assert not log.exists() or ENDED not in log.read_text(), log.read_text()
+            assert not log.exists() or replica_starter.ENDED not in log.read_text(), log.read_text()
             time.sleep(0.05)
         replica = Replica(pid, log, httpx.Client(base_url=found[1], timeout=60))
         if killed is None:
@@ -111,10 +113,17 @@ class Replicas:
             self.all[self.all.index(killed)] = replica
 
 
-def _has_ended(pid: int) -> bool:
-    """Whether it is a zombie and its last thread has gone, so that it holds no lock any more."""
-    is_zombie = psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return is_zombie and len(os.listdir(f"/proc/{pid}/task")) == 1
+def wait_for_end(process: psutil.Process) -> None:
+    """Wait until a killed process holds no lock any more."""
+    with suppress(psutil.NoSuchProcess, FileNotFoundError):
+        while not _has_ended(process):
+            time.sleep(0.01)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether it is a zombie and its last thread has gone."""
+    is_zombie = process.status() == psutil.STATUS_ZOMBIE
+    return is_zombie and len(os.listdir(f"/proc/{process.pid}/task")) == 1
 
 
 @contextmanager
@@ -123,7 +132,8 @@ def replicas(
 ) -> Iterator[Replicas]:
     """Within: so many servers run; all that are alive are killed afterwards."""
     starter = subprocess.Popen(
-        [sys.executable, "-m", "tests.api.replica_starter"],
+        # The release may have another one; -P: its code is imported, and nothing from beside this.
+        [sys.executable, "-P", replica_starter.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

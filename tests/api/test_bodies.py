@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import logging
+import socket
 import zlib
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,25 @@ def test_a_packed_upload_is_read(client: httpx.Client, adapter_folders: dict[str
     )
 
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/v1/adapters", "multipart/form-data; boundary=x"), (COMPLETIONS, "application/json")],
+)
+def test_a_client_that_leaves_within_its_body_is_no_failure_of_the_server(
+    client: httpx.Client, path: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count(status: int) -> float:
+        series = f'infuse_http_requests_total{{method="POST",route="{path}",status="{status}"}} '
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith(series))
+
+    before = {status: count(status) for status in (400, 499, 500)}
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as leaving:
+        leaving.sendall(head.encode() + b"--x")
+
+    assert eventually(lambda: count(499) == before[499] + 1)
+    assert (count(400), count(500)) == (before[400], before[500])
+    assert [each.message for each in caplog.records if each.levelno >= logging.ERROR] == []

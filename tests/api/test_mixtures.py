@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import peft
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
@@ -19,17 +16,8 @@ BOTH = [{"name": "default"}, {"name": "queries"}]
 
 def pefts_text(model_folder: Path, folders: dict[str, Path], *names: str) -> str:
     """PEFT with several active adapters."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    base = LlamaForCausalLM.from_pretrained(model_folder)
-    model = peft.PeftModel.from_pretrained(base, folders[names[0]], names[0])
-    for name in names[1:]:
-        model.load_adapter(folders[name], name)
-    model.base_model.set_adapter(list(names))
-    ids = list(tokenizer.encode(BODY["prompt"]))
-    for _ in range(BODY["max_tokens"]):
-        with torch.inference_mode():
-            ids.append(int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return str(tokenizer.decode(ids[-BODY["max_tokens"] :], skip_special_tokens=True))
+    oracle = Oracle(model_folder, *(folders[name] for name in names))
+    return oracle.text(oracle.greedy(BODY["prompt"], BODY["max_tokens"]))
 
 
 def test_a_mixture_is_pefts_product_of_active_adapters(

@@ -70,6 +70,25 @@ def ask(client: httpx.Client, model: str, messages: Messages = MESSAGES) -> http
     )
 
 
+def test_an_adapter_that_is_deleted_while_its_template_is_read_is_not_found(
+    client: httpx.Client,
+    admin: AdminClient,
+    bringing: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admin.add("brief", str(bringing(CHAT_TEMPLATE + "{# brief #}")))
+    read = Path.read_bytes
+
+    def delete_and_read(path: Path) -> bytes:
+        if path.name == "chat_template.jinja":
+            client.delete("/v1/adapters/brief")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", delete_and_read)
+
+    assert ask(client, "brief").status_code == 404
+
+
 @pytest.mark.parametrize("change", [replaces, panics, aborts])
 def test_a_tokenizer_that_does_something_else_is_refused_at_the_upload(
     client: httpx.Client,

@@ -1,123 +1,171 @@
-"""Hundreds of requests, a third of which go wrong, while adapters change under them."""
+"""Twice the load that a server can serve, for half a minute or an hour: nothing goes wrong."""
 
-import gc
-import itertools
-import random
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tests.api.conftest import RunningServer
-from tests.api.oracle import Oracle, upload
-from tests.api.test_streaming import COMPLETIONS, at_rest, eventually
+from tests.api.archives import CONFIG, WEIGHTS
+from tests.api.conftest import ADAPTERS as CONFIGS
+from tests.api.soak import TENANTS, Soak, write_keys
+from tests.api.soak_book import TEMPLATE, Book
+from tests.api.soak_page import PAGE, Told, page_of
+from tests.api.soak_watch import Watch
+from tests.factories import CHAT_TEMPLATE, save_adapter
+from tests.served import address_of
+from tests.test_listener import INFUSE
 
-REQUESTS = 200
-TOKENS = 16
-PROMPT = "The order arrived"
-MOVING = "moving"
-KINDS = ("default", "queries", "mlp")
-FLAT_BYTES = 40_000_000
-"""The process may grow by this much in a soak: allocators keep some of what they had."""
-
-
-class Changing:
-    """Replaces, deletes and uploads one adapter again, over and over, until told to stop."""
-
-    def __init__(self, client: httpx.Client, folders: dict[str, Path]) -> None:
-        self._client = client
-        self._folders = folders
-        self._done = threading.Event()
-        self.kind_of: dict[str, str] = {}
-        """`moving@3` -> the folder that it was uploaded from."""
-        self.changes = 0
-
-    def run(self) -> None:
-        for kind in itertools.cycle(KINDS):
-            method = "PUT" if self.changes % 4 else "POST"
-            if method == "POST":
-                self._client.delete(f"/v1/adapters/{MOVING}")
-            answer = upload(self._client, MOVING, self._folders[kind], method)
-            assert answer.is_success, answer.text
-            self.kind_of[f"{MOVING}@{answer.json()['revision']}"] = kind
-            self.changes += 1
-            if self._done.wait(0.02):
-                return
-
-    def stop(self) -> None:
-        self._done.set()
-
-
-def ask(client: httpx.Client, number: int) -> tuple[str, str] | None:
-    """One request; the revision that answered, and its text, where it was meant to succeed."""
-    rng = random.Random(number)
-    body = {
-        "model": rng.choice([MOVING, *KINDS]),
-        "prompt": PROMPT,
-        "temperature": 0,
-        "max_tokens": TOKENS,
-        "ignore_eos": True,
-    }
-    fate = number % 6
-    if fate == 0:
-        refused = rng.choice([{"model": "nobody"}, {"temperature": -1}, {"prompt": "x" * 999}])
-        assert client.post(COMPLETIONS, json=body | refused).status_code in (400, 404)
-        return None
-    if fate == 1:
-        leaving = body | {"max_tokens": 200, "stream": True, "n": 2}
-        with client.stream("POST", COMPLETIONS, json=leaving) as stream:
-            if stream.is_success:
-                next(stream.iter_lines())
-        return None
-    answer = client.post(COMPLETIONS, json=body)
-    if answer.status_code == 404:
-        assert body["model"] == MOVING
-        return None
-    assert answer.status_code == 200, answer.text
-    return answer.headers["infuse-adapter"], answer.json()["choices"][0]["text"]
-
-
-def soak(server: RunningServer, folders: dict[str, Path]) -> tuple[Changing, list[tuple[str, str]]]:
-    limits = httpx.Limits(max_connections=24)
-    with httpx.Client(base_url=server.base_url, timeout=120, limits=limits) as client:
-        changing = Changing(client, folders)
-        with ThreadPoolExecutor(17) as pool:
-            changed = pool.submit(changing.run)
-            answers = list(pool.map(lambda number: ask(client, number), range(REQUESTS)))
-            changing.stop()
-            changed.result()
-        client.delete(f"/v1/adapters/{MOVING}")
-    return changing, [answer for answer in answers if answer is not None]
+FAULT = re.compile(r"Traceback|\bERROR\b|\bCRITICAL\b|not in the OpenAPI")
+MEASURED_SECONDS = 5
+FEW_BYTES = 40_000_000
+"""In a minute the memory may grow by this much: allocators keep some of what they had."""
+SETTINGS = {
+    "served-model-name": "tiny",
+    "port": "0",
+    "max-batch-rows": "8",
+    "max-queue": "32",
+    "max-queue-seconds": "30",
+    "max-resident-adapters": "6",
+    "max-host-adapter-bytes": "65536",
+    "kv-cache-tokens": "2048",
+    "max-upload-bytes": "1048576",
+}
+"""Little of everything, so that all of it runs out."""
 
 
 @pytest.fixture(scope="module")
-def expected(adapter_folders: dict[str, Path], model_folder: Path) -> Callable[[str], str]:
-    texts = {}
-    for kind in KINDS:
-        oracle = Oracle(model_folder, adapter_folders[kind])
-        texts[kind] = oracle.text(oracle.greedy(PROMPT, TOKENS))
-    return texts.__getitem__
+def kinds(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters, the last of which brings a chat template of its own."""
+    base, root = (
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        tmp_path_factory.mktemp("kinds"),
+    )
+    kinds = {}
+    for seed, (name, config) in enumerate([*CONFIGS.items(), ("own", {})], start=1):
+        saved = save_adapter(base, root / "saved" / name, seed=seed, **config)
+        kinds[name] = root / name
+        kinds[name].mkdir()
+        for file in (CONFIG, WEIGHTS):
+            shutil.copy(saved / file, kinds[name])
+    (kinds["own"] / TEMPLATE).write_text(CHAT_TEMPLATE.replace("<s>", "<s>Be kind."))
+    return kinds
 
 
-def test_a_soak_leaves_nothing_behind_and_every_answer_is_its_revisions_own(
-    server: RunningServer, adapter_folders: dict[str, Path], expected: Callable[[str], str]
+@dataclass(frozen=True)
+class Served:
+    """A server in a process of its own."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    folder: Path
+    log: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / "temporary"
+
+
+@pytest.fixture
+def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
+    log, temporary = tmp_path / "log", tmp_path / "temporary"
+    temporary.mkdir()
+    command = [INFUSE, "serve", f"--model={model_folder}"]
+    command += [f"--{name}={value}" for name, value in SETTINGS.items()]
+    command += [f"--adapters-dir={tmp_path / 'store'}"]
+    command += [f"--keys-file={write_keys(tmp_path / 'keys.json')}"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TMPDIR": str(temporary)},
+            start_new_session=True,
+        )
+    try:
+        yield Served(process, address_of(process, log), tmp_path, log)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warm_up", "every"),
+    [
+        (30, 10, 0.5),
+        pytest.param(3600, 600, 5, marks=[pytest.mark.full, pytest.mark.timeout(2 * 3600)]),
+    ],
+)
+def test_a_server_under_twice_its_load_answers_right_and_holds_no_more_with_time(
+    served: Served,
+    model_folder: Path,
+    kinds: dict[str, Path],
+    seconds: float,
+    warm_up: float,
+    every: float,
 ) -> None:
-    process = psutil.Process()
-    soak(server, adapter_folders)
-    gc.collect()
-    before = process.memory_info().rss
-    changing, answers = soak(server, adapter_folders)
-    gc.collect()
-    grown = process.memory_info().rss - before
+    book = Book(model_folder, kinds)
+    watch = Watch(served.process.pid, served.store, served.temporary)
+    soak = Soak(served.url, httpx.get(f"{served.url}/openapi.json").json(), book)
+    told = asyncio.run(run(soak, watch, seconds, warm_up, every))
+    print(page := page_of(told))
+    children = watch.server.children(recursive=True)
+    served.process.terminate()
 
-    assert eventually(lambda: at_rest(server))
-    assert changing.changes > 10
-    assert len(answers) >= REQUESTS // 2
-    for revision, text in answers:
-        kind = changing.kind_of.get(revision, revision.partition("@")[0])
-        assert text == expected(kind), revision
-    assert grown < FLAT_BYTES
+    assert served.process.wait(60) == 0
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert left_behind(served) == []
+    assert faults_in(served.log) == []
+    assert soak.strays == []
+    assert book.wrong() == []
+    assert book.answers > 5 * seconds
+    assert all(soak.asked[tenant]["429"] for tenant in TENANTS)
+    if seconds > 60:
+        PAGE.write_text(page)
+        assert told.growing == []
+    assert told.trends["memory"].grown < FEW_BYTES
+
+
+async def run(soak: Soak, watch: Watch, seconds: float, warm_up: float, every: float) -> Told:
+    """Send twice what the server can serve, for so long; then wait until it holds nothing."""
+    try:
+        await soak.prepare()
+        rate = await soak.rate(MEASURED_SECONDS)
+        start, server, client = watch.look(), watch.processor_seconds, time.process_time()
+        with watch.every(every):
+            await soak.run(rate, seconds)
+            server, client = watch.processor_seconds - server, time.process_time() - client
+        warm = [each for each in watch.samples if each.seconds > start.seconds + warm_up]
+        await soak.tidy()
+        held = await soak.held()
+    finally:
+        await soak.close()
+    assert held == {}
+    return Told(soak, start, warm, watch.look(), server, client)
+
+
+def left_behind(served: Served) -> list[str]:
+    """Files that are there though no adapter, no merge and no process is."""
+    kept = {"lock", "journal.jsonl", "usage.sqlite3"}
+    folders = (served.store, served.temporary)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if path.name not in kept]
+
+
+def faults_in(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if FAULT.search(line)]

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typer.testing import CliRunner, Result
 from server.cli import app
 from server.keys.key_file import BadKeysFile, edited, read_keys
 
+REPOSITORY = Path(__file__).parents[2]
 Keys = Callable[..., Result]
 PLAIN = {"name": "old", "key": "0123456789abcdef", "roles": ["admin"]}
 
@@ -231,4 +234,19 @@ def test_an_edit_that_fails_leaves_the_file_and_nothing_beside_it(
         found.clear()
 
     assert entries(path) == [PLAIN]
+    assert {each.name for each in path.parent.iterdir()} == {"keys.json", ".keys.json.lock"}
+
+
+def test_an_edit_that_is_killed_leaves_the_file_and_the_next_one_removes_the_rest(
+    keys: Keys, path: Path
+) -> None:
+    path.write_text(json.dumps([PLAIN]))
+    code = "import os; from pathlib import Path; from server.keys.key_file import edited\n"
+    code += "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+    code += f"with edited(Path({str(path)!r})) as found: found.clear()"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+
+    assert killed.returncode == -9
+    assert entries(path) == [PLAIN]
+    keys("create", "app")
     assert {each.name for each in path.parent.iterdir()} == {"keys.json", ".keys.json.lock"}

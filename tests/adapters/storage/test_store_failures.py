@@ -56,6 +56,40 @@ def test_a_damaged_line_of_the_journal_is_skipped_with_a_warning(
         assert content_of(again, again.current("support")) == "a"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": "../../victim"},
+        {"digest": ".."},
+        {"number": float("inf")},
+        {"dropped": float("inf")},
+        {"recipe": [[]]},
+    ],
+    ids=str,
+)
+def test_an_event_that_no_store_has_written_is_skipped_and_leads_nowhere(
+    folder: Path, change: dict[str, object]
+) -> None:
+    store = AdapterStore(folder)
+    create(store, "support")
+    store.close()
+    victim = folder.parent / "victim"
+    victim.mkdir()
+    journal = folder / "journal.jsonl"
+    event = json.loads(journal.read_bytes())
+    with journal.open("a") as file:
+        file.write(json.dumps({**event, "name": "planted", **change}) + "\n")
+        file.write("[" * 200_000 + "\n")
+
+    store = AdapterStore(folder)
+    if "planted" in store:
+        store.delete("planted")
+    store.close()
+
+    assert store.names() == ["support"]
+    assert victim.is_dir()
+
+
 @pytest.mark.fault(
     "disk",
     "The last line of the journal is half there",
