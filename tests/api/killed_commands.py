@@ -160,10 +160,12 @@ class Restores(Command):
             self._look(target)
 
     def _look(self, target: Where) -> None:
-        if (found := len(read_all(target, self.folder))) == 0:
+        # In a bucket a second restore is refused once a server has started there.
+        if isinstance(target, Path) and self.choose.random() < 0.5:
+            assert len(read_all(target, self.folder)) in (0, MANY)
+        with suppress(BackupRefused):
             restore(self.saved, target)
-            found = len(read_all(target, self.folder))
-        assert found == MANY
+        assert len(read_all(target, self.folder)) == MANY
         if isinstance(target, Path):
             shutil.rmtree(target)
 
