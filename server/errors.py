@@ -67,7 +67,6 @@ CLIENT_GONE = 499
 RETRY_SOON = {"Retry-After": "5"}
 """The headers of errors that pass within seconds, as another replica answers or other requests end;
 nobody knows how many seconds."""
-"""Seconds in which another replica, or this one restarted, should answer."""
 _NO_THREAD = "can't start new thread"
 """What Python says where there is no memory for a thread's stack."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
