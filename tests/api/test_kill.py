@@ -51,7 +51,7 @@ from tests.api.test_streaming import eventually
 WRITERS = 3
 MOMENTS = (0.05, 1.0)
 """Between these many seconds of a server's life it is killed."""
-SOME = 6 if Settings().engine == "native" else 2
+SOME = 3 if Settings().engine == "native" else 2
 
 
 @dataclass
