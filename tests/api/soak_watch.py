@@ -103,12 +103,6 @@ class Watch:
                 temporary=len(list(_files(self._temporary))),
             )
         )
-        print(
-            "MEM",
-            round(self.samples[-1].seconds),
-            [(p.pid, p.memory_info().rss >> 20, p.num_threads()) for p in processes],
-            flush=True,
-        )
         return self.samples[-1]
 
 
