@@ -326,10 +326,17 @@ def test_what_the_server_says_of_a_large_upload_arrives(proxy: Proxied) -> None:
     assert "adapter_config.json" in answer.text
 
 
-def test_a_body_that_is_too_large_is_answered_413(proxy: Proxied) -> None:
+def test_a_body_that_is_too_large_is_refused(proxy: Proxied) -> None:
+    """nginx says so itself. Caddy passes the body on as it comes; the server closes the connection
+    before it has read all of it, and Caddy may then have lost its 413."""
     body = {"model": "tiny", "prompt": "A" * (Settings().max_body_bytes + 1)}
 
-    assert proxy.public.post(COMPLETIONS, json=body).status_code == 413
+    try:
+        status = proxy.public.post(COMPLETIONS, json=body).status_code
+    except httpx.RemoteProtocolError:
+        status = 502
+
+    assert status == 413 or (proxy.name == "caddy" and status == 502)
 
 
 @pytest.mark.parametrize(
