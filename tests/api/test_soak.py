@@ -94,7 +94,8 @@ def served(model_folder: Path, tmp_path: Path) -> Iterator[Served]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"TMPDIR": str(temporary)},
+            # vLLM's sockets bear no long path.
+            env=os.environ | {"TMPDIR": str(temporary), "VLLM_RPC_BASE_PATH": "/tmp"},
             start_new_session=True,
         )
     try:
@@ -161,11 +162,13 @@ async def run(soak: Soak, watch: Watch, seconds: float, warm_up: float, every: f
 
 
 def left_behind(served: Served) -> list[str]:
-    """Files that are there though no adapter, no merge and no process is."""
+    """Files that are there though no adapter, no merge and no process is. What torch compiles for
+    vLLM it keeps in the temporary folder."""
     kept = {"lock", "journal.jsonl", "usage.sqlite3"}
     folders = (served.store, served.temporary)
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return [str(path) for path in files if path.name not in kept]
+    left = [str(path) for path in files if path.name not in kept]
+    return [path for path in left if "/torchinductor_" not in path]
 
 
 def faults_in(log: Path) -> list[str]:
