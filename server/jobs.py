@@ -16,8 +16,8 @@ import shutil
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +40,7 @@ from adapters.errors import (
     TooManyMerges,
     UnknownMerge,
 )
-from adapters.storage.folder import NO_ROOM
+from adapters.storage.folder import writing
 from adapters.storage.journal import is_at, sync
 from server.engine import EngineError
 from server.engine.model_files import model_folder
@@ -53,6 +53,8 @@ MAX_WAITING = 64
 _HARDLY = 0.01
 """A merge that has done less than this share has no estimated end."""
 _RESTARTED = "the server was restarted"
+_FULL = "The disk that holds the merges is full; make room."
+_FAILS = "The disk that holds the merges fails: {error}."
 _LOWEST = 19
 """The lowest priority: whatever else needs the processor goes first. On Linux a thread has a
 priority of its own."""
@@ -302,7 +304,7 @@ class MergeJobs:
         """Write a job's record durably, whole or not at all. Raises StoreFull, StoreUnreachable."""
         unfinished = self._folder / f".{job.id}.json"
         try:
-            with _writing():
+            with writing(_FULL, _FAILS):
                 unfinished.write_text(job.model_dump_json())
                 sync(unfinished)
                 unfinished.rename(self._file(job))
@@ -315,7 +317,7 @@ class MergeJobs:
 
     def _forget(self, job: StoredMerge) -> None:
         """Remove a job's record, then its result: a result without a record is removed at start."""
-        with _writing():
+        with writing(_FULL, _FAILS):
             self._file(job).unlink(missing_ok=True)
             sync(self._folder)
         del self._jobs[job.id]
@@ -348,17 +350,6 @@ class MergeJobs:
             return False
         job = self._jobs.get(path.name)
         return job.size is None if job else not path.with_name(f"{path.name}.json").exists()
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Raise StoreFull for a disk without room, and StoreUnreachable for one that fails."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise StoreFull("The disk that holds the merges is full; make room.") from error
-        raise StoreUnreachable(f"The disk that holds the merges fails: {error}.") from error
 
 
 def _recipe_text(job: StoredMerge) -> str:

@@ -24,6 +24,8 @@ from adapters.storage.revision import Revision
 from adapters.storage.storage import Kept
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = "The disk that holds the adapters is full; delete adapters or make room."
+_FAILS = "The disk that holds the adapters fails: {error}. Mend it, then send the change again."
 _CHUNK = 1 << 20
 """How many bytes of a file are read at once."""
 
@@ -226,19 +228,17 @@ def room() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise StoreFull(
-                "The disk that holds the adapters is full; delete adapters or make room."
-            ) from error
+            raise StoreFull(_FULL) from error
         raise
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """Raise StoreFull for a disk without room, and StoreUnreachable for one that fails."""
+def writing(full: str = _FULL, fails: str = _FAILS) -> Iterator[None]:
+    """Raise StoreFull for a disk without room, and StoreUnreachable for one that fails; `full` and
+    `fails` are their messages."""
     try:
-        with room():
-            yield
+        yield
     except OSError as error:
-        raise StoreUnreachable(
-            f"The disk that holds the adapters fails: {error}. Mend it, then send the change again."
-        ) from error
+        if error.errno in NO_ROOM:
+            raise StoreFull(full) from error
+        raise StoreUnreachable(fails.format(error=error)) from error

@@ -8,14 +8,16 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from adapters.errors import Fault, InvalidAdapter, StoreFull, StoreUnreachable
-from adapters.storage.folder import NO_ROOM
+from adapters.errors import Fault, InvalidAdapter
+from adapters.storage.folder import writing
 from adapters.storage.names import NAME_PATTERN
 from adapters.storage.store import UPLOADED
 from server.errors import ApiError
 from server.uploads import Take, save_files, unpack
 
 _FILES = {"config", "weights", "archive"}
+_FULL = "The disk that takes uploads in is full; make room."
+_FAILS = "The disk that takes uploads in fails: {error}."
 
 
 def upload_body(fields: dict[str, dict[str, str]], source: type[BaseModel]) -> dict[str, Any]:
@@ -79,12 +81,8 @@ async def read_form(request: Request, named: bool, take: Take, most: int) -> For
         )
     length = request.headers.get("content-length", "")
     take(int(length) if length.isdigit() else most)
-    try:
+    with writing(_FULL, _FAILS):
         form = await request.form(max_files=8, max_fields=8)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise StoreFull("The disk that takes uploads in is full; make room.") from error
-        raise StoreUnreachable(f"The disk that takes uploads in fails: {error}.") from error
     faults, files, name = [], {}, None
     for field, value in form.multi_items():
         if field in files or (field == "name" and name is not None):
