@@ -2,15 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from adapters.errors import StoreFull
-from adapters.storage.store import AdapterStore
-from tests.adapters.storage.store_contents import content_of, create, replace
-from tests.adapters.storage.test_store_failures import CHANGES, everything
+from tests.adapters.storage.test_store_failures import CHANGES, change_until_there_is_room
 from tests.disks import fill, mounts, small_disk
 
 pytestmark = mounts
@@ -57,22 +55,5 @@ def test_a_disk_without_room_at_any_moment_leaves_everything_as_it_was(
 ) -> None:
     with small_disk(tmp_path / "disk", 1 << 20, files=60) as disk:
         folder = disk / "store"
-        store = AdapterStore(folder)
-        create(store, "support", "a")
-        current, _ = replace(store, "support", "b")
-        create(store, "deleted", "d")
-        store.delete("deleted")
-        before = everything(folder)
-        for _ in less_and_less_full(folder, of):
-            try:
-                CHANGES[change](store)
-                break
-            except StoreFull:
-                assert everything(folder) == before
-            assert store.current("support") == current
-            store.close()
-            store = AdapterStore(folder)
-            assert store.names() == ["support"]
-            assert content_of(store, store.current("support")) == "b"
-        store.close()
-        assert everything(folder) != before
+        attempts = (nullcontext() for _ in less_and_less_full(folder, of))
+        change_until_there_is_room(folder, change, attempts)

@@ -5,7 +5,8 @@ import itertools
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -154,21 +155,26 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, call: str, place: int) -> None:
     monkeypatch.setattr(os, call, full)
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
-    folder: Path, change: str, call: str, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def full_at(monkeypatch: pytest.MonkeyPatch, call: str, place: int) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        fail_once(patch, call, place)
+        yield
+
+
+def change_until_there_is_room(
+    folder: Path, change: str, attempts: Iterable[AbstractContextManager[None]]
 ) -> None:
-    """Each of the calls that take room fails once, until none is left and the change succeeds."""
+    """Try a change within one after the other, until it succeeds. Where the disk has no room for
+    it, everything is as it was: on the disk, in memory and at the next start."""
     store = AdapterStore(folder)
     create(store, "support", "a")
     current, _ = replace(store, "support", "b")
     create(store, "deleted", "d")
     store.delete("deleted")
     before = everything(folder)
-    for place in itertools.count():
-        with monkeypatch.context() as patch:
-            fail_once(patch, call, place)
+    for attempt in attempts:
+        with attempt:
             try:
                 CHANGES[change](store)
                 break
@@ -182,6 +188,16 @@ def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
         assert content_of(store, store.current("support")) == "b"
     store.close()
     assert everything(folder) != before
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_disk_that_is_full_at_any_moment_leaves_everything_as_it_was(
+    folder: Path, change: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the calls that take room fails once, until none is left and the change succeeds."""
+    places = itertools.count()
+    change_until_there_is_room(folder, change, (full_at(monkeypatch, call, n) for n in places))
 
 
 @pytest.mark.fault(
