@@ -196,6 +196,8 @@ def test_the_gauges_say_what_runs_and_what_is_there(
         # A reader that is let go would close the stream.
         lines = response.iter_lines()
         next(lines)
+        # vLLM may send the first choice's token before it starts the others.
+        assert eventually(lambda: scrape(client)[series("infuse_requests_running")] == 4)
         busy = scrape(client)
     assert eventually(lambda: scrape(client)[series("infuse_adapter_leases")] == 0)
     idle = scrape(client)
