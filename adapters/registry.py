@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from adapters.checkpoint.checkpoint import (
+from infuse.adapters.checkpoint.checkpoint import (
     AdapterVectors,
     base_mismatch_warning,
     both_sides_warning,
@@ -21,11 +21,11 @@ from adapters.checkpoint.checkpoint import (
     staged_checkpoint,
     write_checkpoint,
 )
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
-from adapters.checkpoint.layouts import Layouts
-from adapters.checkpoint.targets import BaseModules
-from adapters.derive.combine import Method, Recipe, combine, mix
-from adapters.errors import (
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE, check_texts
+from infuse.adapters.checkpoint.layouts import Layouts
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.derive.combine import Method, Recipe, combine, mix
+from infuse.adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
@@ -33,13 +33,13 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
-from adapters.storage.names import check_name
-from adapters.storage.quota import Quota
-from adapters.storage.revision import Details, DetailsChange, Origin, Revision
-from adapters.storage.store import UPLOADED, AdapterStore
-from adapters.storage.stored import StoredAdapters
-from adapters.vocabulary.vocabulary import Vocabularies, Vocabulary
+from infuse.adapters.residency import Lease, Residency, ResidencyStats, SlotHolder
+from infuse.adapters.storage.names import check_name
+from infuse.adapters.storage.quota import Quota
+from infuse.adapters.storage.revision import Details, DetailsChange, Origin, Revision
+from infuse.adapters.storage.store import UPLOADED, AdapterStore
+from infuse.adapters.storage.stored import StoredAdapters
+from infuse.adapters.vocabulary.vocabulary import Vocabularies, Vocabulary
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.model.bank import BASE_SLOT
-from adapters.vocabulary.vocabulary import Vocabulary
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
 
 
 class SlotHolder(Protocol):

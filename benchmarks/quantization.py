@@ -19,9 +19,9 @@ from benchmarks.engines import Request
 from benchmarks.engines.infuse_http import InfuseHttp
 from benchmarks.turns import Side, take_turns
 from benchmarks.workload import Template, random_prompts
-from server.engine.model_files import default_model_folder
-from server.engine.native.model.loading import load_model
-from server.engine.native.model.quantization import Quantization, weights_bytes
+from infuse.server.engine.model_files import default_model_folder
+from infuse.server.engine.native.model.loading import load_model
+from infuse.server.engine.native.model.quantization import Quantization, weights_bytes
 
 FORMATS: tuple[Quantization, ...] = ("none", "int8", "int4")
 _WINDOW = 512

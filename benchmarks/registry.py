@@ -19,14 +19,14 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.storage.store import AdapterStore
 from benchmarks.bench import adapter_name, register
 from benchmarks.engines.infuse_http import ServerProcess
 from benchmarks.machine import machine
 from benchmarks.statistics import summary
 from benchmarks.workload import FEEDFORWARD, TARGETS, Template
-from server.engine.model_files import default_model_folder
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine.model_files import default_model_folder
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS = 8

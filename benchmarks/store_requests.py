@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 from obstore.store import MemoryStore
 
-from adapters.storage import replicas
-from adapters.storage.bucket_journal import SharedBucketJournal
-from adapters.storage.bucket_lease import SharedLease
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import LEASE_SECONDS, Replicas
+from infuse.adapters.storage import replicas
+from infuse.adapters.storage.bucket_journal import SharedBucketJournal
+from infuse.adapters.storage.bucket_lease import SharedLease
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import LEASE_SECONDS, Replicas
 
 RENEW_SECONDS = 5.0
 """How often each server renews the lease of the bucket."""

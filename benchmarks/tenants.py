@@ -30,7 +30,7 @@ from benchmarks.engines.infuse_http import ServerProcess
 from benchmarks.machine import machine
 from benchmarks.statistics import percentiles
 from benchmarks.workload import Template, random_prompts
-from server.engine.model_files import default_model_folder
+from infuse.server.engine.model_files import default_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "tenants.json"
 LIMIT = 1.5

@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 
 TARGETS = ["k_proj", "v_proj", "down_proj"]
 """PEFT's default for llama: keys and values on the output side, the feed-forward on the input.

@@ -17,15 +17,15 @@ import typer
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-import adapters.errors
-import server.engine.errors
-from adapters.registry import RegistryStats
-from server.cli import app
-from server.engine import EngineStats
-from server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
-from server.observability.metrics import Metrics, build_info
-from server.on_ray.settings import DeploySettings
-from server.settings import Settings
+from infuse.adapters import errors as adapter_errors
+from infuse.adapters.registry import RegistryStats
+from infuse.server.cli import app
+from infuse.server.engine import EngineStats
+from infuse.server.engine import errors as engine_errors
+from infuse.server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
+from infuse.server.observability.metrics import Metrics, build_info
+from infuse.server.on_ray.settings import DeploySettings
+from infuse.server.settings import Settings
 
 DOCS = Path(__file__).parent
 SERVER = DOCS.parent / "server"
@@ -214,7 +214,7 @@ def _drawn(module: ModuleType) -> dict[str, str]:
     return {name: f"{text[0].upper()}{text[1:]}." for name, text in lines}
 
 
-_ERRORS = _drawn(adapters.errors) | _drawn(server.engine.errors)
+_ERRORS = _drawn(adapter_errors) | _drawn(engine_errors)
 _SHAPE = """\
 Every error has OpenAI's shape, also as an event within a stream:
 

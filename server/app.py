@@ -18,40 +18,50 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.checkpoint.config import CONFIG_FILE, IA3Config
-from adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
-from adapters.registry import AdapterRegistry
-from adapters.residency import Residency
-from adapters.sources.source_url import parse_prefixes
-from adapters.sources.sources import Sources
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.objects import Objects
-from adapters.storage.revision import Origin
-from adapters.storage.shared_bucket import SharedBucketStorage
-from adapters.storage.shared_folder import SharedFolderStorage
-from adapters.storage.storage import Storage
-from adapters.storage.store import AdapterStore
-from adapters.storage.stored import StoredAdapters
-from server.api import adapters, chat, completions, debug, health, merges, models, rank, usage
-from server.auth import Authorize
-from server.engine.fair_turns import FairTurns
-from server.engine.model_files import cache_dir
-from server.engine.threads import on_passing_thread
-from server.engines import open_engine
-from server.errors import AnswerAll, ApiError, error_response, install_error_handlers
-from server.gzip_bodies import GunzipBodies
-from server.jobs import MergeJobs
-from server.keys.keyring import open_keyring
-from server.observability.access import Observe, Routes
-from server.observability.latest import LatestAnswers
-from server.observability.metering import Meter
-from server.observability.metrics import Metrics, build_info
-from server.observability.otlp import open_traces
-from server.openapi import Application
-from server.services import Services
-from server.settings import MEBIBYTE, Settings
-from server.streams import Streams
-from server.uploads import UploadBudget
+from infuse.adapters.checkpoint.config import CONFIG_FILE, IA3Config
+from infuse.adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.residency import Residency
+from infuse.adapters.sources.source_url import parse_prefixes
+from infuse.adapters.sources.sources import Sources
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.revision import Origin
+from infuse.adapters.storage.shared_bucket import SharedBucketStorage
+from infuse.adapters.storage.shared_folder import SharedFolderStorage
+from infuse.adapters.storage.storage import Storage
+from infuse.adapters.storage.store import AdapterStore
+from infuse.adapters.storage.stored import StoredAdapters
+from infuse.server.api import (
+    adapters,
+    chat,
+    completions,
+    debug,
+    health,
+    merges,
+    models,
+    rank,
+    usage,
+)
+from infuse.server.auth import Authorize
+from infuse.server.engine.fair_turns import FairTurns
+from infuse.server.engine.model_files import cache_dir
+from infuse.server.engine.threads import on_passing_thread
+from infuse.server.engines import open_engine
+from infuse.server.errors import AnswerAll, ApiError, error_response, install_error_handlers
+from infuse.server.gzip_bodies import GunzipBodies
+from infuse.server.jobs import MergeJobs
+from infuse.server.keys.keyring import open_keyring
+from infuse.server.observability.access import Observe, Routes
+from infuse.server.observability.latest import LatestAnswers
+from infuse.server.observability.metering import Meter
+from infuse.server.observability.metrics import Metrics, build_info
+from infuse.server.observability.otlp import open_traces
+from infuse.server.openapi import Application
+from infuse.server.services import Services
+from infuse.server.settings import MEBIBYTE, Settings
+from infuse.server.streams import Streams
+from infuse.server.uploads import UploadBudget
 
 log = logging.getLogger(__name__)
 

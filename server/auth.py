@@ -7,14 +7,14 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.caller import SCOPE_KEY, Caller
-from server.engine.errors import QueueFull
-from server.errors import RETRY_SOON, ApiError, error_response, from_engine_error, nothing_at
-from server.keys.issuer import IssuerUnavailable
-from server.keys.key_file import Key, Role
-from server.keys.keyring import Keyring, NoEntry
-from server.keys.tokens import BadToken
-from server.keys.usage import Usage
+from infuse.server.caller import SCOPE_KEY, Caller
+from infuse.server.engine.errors import QueueFull
+from infuse.server.errors import RETRY_SOON, ApiError, error_response, from_engine_error, nothing_at
+from infuse.server.keys.issuer import IssuerUnavailable
+from infuse.server.keys.key_file import Key, Role
+from infuse.server.keys.keyring import Keyring, NoEntry
+from infuse.server.keys.tokens import BadToken
+from infuse.server.keys.usage import Usage
 
 _METRICS = "/metrics"
 _DEBUG = "/debug/"

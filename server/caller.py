@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from adapters.errors import UnknownAdapter
-from adapters.storage.quota import Quota
-from adapters.storage.stored import StoredAdapters
-from server.errors import ApiError
-from server.keys.scope import Scope
-from server.keys.usage import Usage
+from infuse.adapters.errors import UnknownAdapter
+from infuse.adapters.storage.quota import Quota
+from infuse.adapters.storage.stored import StoredAdapters
+from infuse.server.errors import ApiError
+from infuse.server.keys.scope import Scope
+from infuse.server.keys.usage import Usage
 
 SCOPE_KEY = "infuse.caller"
 """Where `Authorize` leaves the caller in a request's ASGI scope."""

@@ -16,14 +16,14 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from adapters.errors import AdapterError
-from server import openmp
-from server.client import AdminClient, ClientError
-from server.keys.commands import keys_app
-from server.observability import logs
-from server.on_ray.settings import DeploySettings
-from server.settings import Settings
-from server.store_commands import audit_app, backup, restore
+from infuse.adapters.errors import AdapterError
+from infuse.server import openmp
+from infuse.server.client import AdminClient, ClientError
+from infuse.server.keys.commands import keys_app
+from infuse.server.observability import logs
+from infuse.server.on_ray.settings import DeploySettings
+from infuse.server.settings import Settings
+from infuse.server.store_commands import audit_app, backup, restore
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +93,12 @@ def merge(
     Example: infuse merge ./merged ./out/support-de --model ./my-base-model
     """
     # These import torch and transformers: seconds that nothing else here need wait for.
-    from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
-    from adapters.derive.base_checkpoint import BaseCheckpoint
-    from adapters.derive.combine import Recipe, mix
-    from adapters.derive.merge import merge as merge_into
-    from server.engine import EngineError
-    from server.engine.model_files import model_folder
+    from infuse.adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+    from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+    from infuse.adapters.derive.combine import Recipe, mix
+    from infuse.adapters.derive.merge import merge as merge_into
+    from infuse.server.engine import EngineError
+    from infuse.server.engine.model_files import model_folder
 
     parts = [_part(adapter) for adapter in adapters]
     weights = tuple(part["weight"] for part in parts)
@@ -124,11 +124,11 @@ def serve(context: typer.Context) -> None:
     ports = [port for port in (settings.port, settings.admin_port) if port is not None]
     listening = [bind(settings.host, port) for port in ports]
     # These import torch and transformers: seconds that nothing else here need wait for.
-    from server.app import create_app
-    from server.engine import EngineError
-    from server.keys.key_file import BadKeysFile
-    from server.listener import Server, freeze_heap
-    from server.observability.metering import BadUsageFile
+    from infuse.server.app import create_app
+    from infuse.server.engine import EngineError
+    from infuse.server.keys.key_file import BadKeysFile
+    from infuse.server.listener import Server, freeze_heap
+    from infuse.server.observability.metering import BadUsageFile
 
     logs.take_over()
     try:
@@ -149,11 +149,11 @@ def deploy(context: typer.Context) -> None:
     settings = _settings("deploy", context.args, DeploySettings)
     with bind(settings.host, settings.port, "deploy") as free:
         port = free.getsockname()[1]
-    from server.engine import EngineError
-    from server.keys.key_file import BadKeysFile
+    from infuse.server.engine import EngineError
+    from infuse.server.keys.key_file import BadKeysFile
 
     try:
-        from server.on_ray.deploying import deploy as deploy_on_ray
+        from infuse.server.on_ray.deploying import deploy as deploy_on_ray
     except ImportError as error:
         _refuse(f"{error}: pip install 'infuse-server[ray]'", "deploy")
     try:
@@ -169,8 +169,8 @@ def warm(context: typer.Context) -> None:
     Takes the same settings as `infuse serve`.
     """
     settings = _settings("warm", ["--compile", *context.args], Settings)
-    from server.app import warm_up
-    from server.engine import EngineError
+    from infuse.server.app import warm_up
+    from infuse.server.engine import EngineError
 
     try:
         compiled = warm_up(settings)

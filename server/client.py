@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import httpx
 
-from adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
-from adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
-from adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
+from infuse.adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from infuse.adapters.errors import Fault, InvalidAdapter
 
 _TIMEOUT = 60.0
 

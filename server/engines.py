@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.targets import BaseModules
-from adapters.residency import Residency, SlotHolder
-from server.engine import Engine, EngineError
-from server.engine.model_files import cache_dir
-from server.settings import Settings
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.residency import Residency, SlotHolder
+from infuse.server.engine import Engine, EngineError
+from infuse.server.engine.model_files import cache_dir
+from infuse.server.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,11 @@ def open_engine(settings: Settings, known: Iterable[IA3Config] = ()) -> Opened:
 
 
 def _open_native(settings: Settings) -> Opened:
-    from adapters.model.slots import IA3Slots
+    from infuse.adapters.model.slots import IA3Slots
 
     try:
-        from server.engine.native import Engine as NativeEngine
-        from server.engine.native import EngineConfig, load_model
+        from infuse.server.engine.native import Engine as NativeEngine
+        from infuse.server.engine.native import EngineConfig, load_model
     except ImportError as error:
         raise EngineError(
             f"our own engine does not run with transformers {transformers.__version__} "
@@ -76,8 +76,8 @@ def _open_native(settings: Settings) -> Opened:
 
 
 def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
-    from server.engine.vllm.config import EngineConfig
-    from server.engine.vllm.llm import open_llm
+    from infuse.server.engine.vllm.config import EngineConfig
+    from infuse.server.engine.vllm.llm import open_llm
 
     config = EngineConfig(
         max_rows=settings.max_batch_rows,
@@ -97,7 +97,7 @@ def _open_vllm(settings: Settings, known: Iterable[IA3Config]) -> Opened:
 
     def start(residency: Residency) -> Engine:
         # vLLM is installed: `open_llm` has seen it.
-        from server.engine.vllm.engine import Engine as VllmEngine
+        from infuse.server.engine.vllm.engine import Engine as VllmEngine
 
         return VllmEngine(llm, residency, config)
 

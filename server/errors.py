@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterDisabled,
     AdapterError,
     AdapterExists,
@@ -48,8 +48,8 @@ from adapters.errors import (
     UnknownMerge,
     UnknownRevision,
 )
-from server import request_id
-from server.engine.errors import (
+from infuse.server import request_id
+from infuse.server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,
     EngineDead,
@@ -58,7 +58,7 @@ from server.engine.errors import (
     QueueFull,
     WaitTooLong,
 )
-from server.headers import SAFE
+from infuse.server.headers import SAFE
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, error_response
+from infuse.server.errors import ApiError, error_response
 
 _PIECE_BYTES = 1 << 16
 """Bytes that are unpacked at once, so that a small body never takes much memory."""

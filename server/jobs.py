@@ -26,10 +26,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import UNFINISHED, check_room, merge
-from adapters.errors import (
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import UNFINISHED, check_room, merge
+from infuse.adapters.errors import (
     AdapterError,
     CannotMerge,
     MergeNotDone,
@@ -40,11 +40,11 @@ from adapters.errors import (
     TooManyMerges,
     UnknownMerge,
 )
-from adapters.storage.folder import writing
-from adapters.storage.journal import is_at, sync
-from server.engine import EngineError
-from server.engine.model_files import model_folder
-from server.engine.threads import on_passing_thread
+from infuse.adapters.storage.folder import writing
+from infuse.adapters.storage.journal import is_at, sync
+from infuse.server.engine import EngineError
+from infuse.server.engine.model_files import model_folder
+from infuse.server.engine.threads import on_passing_thread
 
 log = logging.getLogger(__name__)
 

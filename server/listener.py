@@ -19,11 +19,11 @@ from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import State
 from starlette.types import ASGIApp
 
-from server.errors import ApiError, error_body
-from server.headers import SAFE
-from server.observability.metrics import HttpMetrics
-from server.services import Services
-from server.settings import Settings
+from infuse.server.errors import ApiError, error_body
+from infuse.server.headers import SAFE
+from infuse.server.observability.metrics import HttpMetrics
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 
 log = logging.getLogger(__name__)
 

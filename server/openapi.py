@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from server.errors import ErrorBody
+from infuse.server.errors import ErrorBody
 
 Json = dict[str, Any]
 

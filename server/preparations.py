@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
-from server import request_id
+from infuse.server import request_id
 
 
 class Awaits(StrEnum):

@@ -11,18 +11,18 @@ from weakref import WeakValueDictionary
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
-from adapters.registry import AdapterRegistry
-from adapters.sources.sources import Sources
-from server.engine import Engine
-from server.engine.fair_turns import FairTurns
-from server.jobs import MergeJobs
-from server.observability.latest import LatestAnswers
-from server.observability.metering import Meter, Query, Row
-from server.observability.metrics import Metrics
-from server.preparations import Preparations
-from server.settings import Settings
-from server.streams import Streams
-from server.uploads import UploadBudget
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.sources.sources import Sources
+from infuse.server.engine import Engine
+from infuse.server.engine.fair_turns import FairTurns
+from infuse.server.jobs import MergeJobs
+from infuse.server.observability.latest import LatestAnswers
+from infuse.server.observability.metering import Meter, Query, Row
+from infuse.server.observability.metrics import Metrics
+from infuse.server.preparations import Preparations
+from infuse.server.settings import Settings
+from infuse.server.streams import Streams
+from infuse.server.uploads import UploadBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapters.errors import BadSource
-from adapters.sources.source_url import parse_prefixes
+from infuse.adapters.errors import BadSource
+from infuse.adapters.sources.source_url import parse_prefixes
 
 MEBIBYTE = 1 << 20
 BUCKET = "^(s3|gs|az)://[^/]"

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Protocol
 
-from server.engine.request import Output
+from infuse.server.engine.request import Output
 
 
 class Receiver(Protocol):

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
-from adapters.checkpoint.adapter_files import adapter_folder, missing_files
-from adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
-from adapters.errors import Fault, InvalidAdapter
-from server.errors import RETRY_SOON, ApiError
+from infuse.adapters.checkpoint.adapter_files import adapter_folder, missing_files
+from infuse.adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from infuse.adapters.errors import Fault, InvalidAdapter
+from infuse.server.errors import RETRY_SOON, ApiError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

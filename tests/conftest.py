@@ -64,7 +64,7 @@ def _deselect(
 @pytest.fixture
 def free_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens take no longer, as on a device that waits for memory: every row is drafted."""
-    from server.engine.native.scheduling.speculation import StepCosts
+    from infuse.server.engine.native.scheduling.speculation import StepCosts
 
     monkeypatch.setattr(StepCosts, "seconds", lambda *_: 1.0)
 

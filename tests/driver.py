@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from adapters.registry import AdapterRegistry, Part
-from adapters.residency import Lease
-from adapters.storage.store import AdapterStore
-from server.engine import (
+from infuse.adapters.registry import AdapterRegistry, Part
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine import (
     Engine,
     FinishReason,
     GenerationRequest,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from server.cli import main
+from infuse.server.cli import main
 
 WAITING = "waiting"
 """What the file says once the model waits, until the file is removed."""

@@ -12,7 +12,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
 from tests.factories import save_adapter
 
 Make = Callable[[PreTrainedModel, Path], Path]

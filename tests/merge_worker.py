@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from server.jobs import MergeJobs
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.server.jobs import MergeJobs
 
 SUBMITTED = threading.Event()
 """Both merges are queued, and their ids are printed."""

@@ -16,7 +16,14 @@ CODE, OTHERS = (
 
 FORBIDDEN = {
     "adapters": ("server", "fastapi", "starlette", "uvicorn", "httpx", "peft"),
-    "server/engine": ("server.api", "server.app", "fastapi", "starlette", "uvicorn", "peft"),
+    "server/engine": (
+        "server.api",
+        "server.app",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "peft",
+    ),
     "server/engine/constraints": ("server.engine.native", "server.engine.vllm"),
     "server/engine/native": ("server.engine.vllm", "vllm"),
     "server/engine/vllm": ("server.engine.native",),
@@ -44,7 +51,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports, anywhere in it; ours by their folders."""
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -52,7 +59,7 @@ def imports(path: Path) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(found)
+    return frozenset(module.removeprefix("infuse.") for module in found)
 
 
 def name_of(path: Path) -> str:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from adapters.storage.store import AdapterStore
-from server.cli import app, bind
-from server.client import AdminClient
-from server.settings import Settings
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.cli import app, bind
+from infuse.server.client import AdminClient
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 from tests.publishers import Hub

@@ -17,11 +17,11 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
-from adapters.registry import RegistryStats
-from server.engine import EngineStats
-from server.keys.key_file import read_keys
-from server.observability.metrics import Metrics, build_info
-from server.settings import Settings
+from infuse.adapters.registry import RegistryStats
+from infuse.server.engine import EngineStats
+from infuse.server.keys.key_file import read_keys
+from infuse.server.observability.metrics import Metrics, build_info
+from infuse.server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

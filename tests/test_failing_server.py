@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import save_model
 from tests.api.test_generation_lifecycle import events
 from tests.api.test_streaming import COMPLETIONS, eventually

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from server.cli import app
-from server.settings import Settings
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.server.cli import app
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.factories import save_tiny_model, tiny_model
 from tests.folders import CASES, Case

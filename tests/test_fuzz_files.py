@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from obstore.store import MemoryStore
 
-from adapters.errors import AdapterError, TemplateRefused
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.objects import Objects
-from adapters.storage.store import AdapterStore
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.errors import ApiError
-from server.uploads import unpack
+from infuse.adapters.errors import AdapterError, TemplateRefused
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.store import AdapterStore
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.errors import ApiError
+from infuse.server.uploads import unpack
 from tests.adapters.house import House
 from tests.adapters.kinds import Known
 from tests.adapters.vocabulary.test_own_files_fuzz import mutate

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import Side, Target
-from adapters.errors import CannotMerge, MergeNotDone, StoreLocked, UnknownMerge
-from server.jobs import MergeJobs, StoredMerge
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.errors import CannotMerge, MergeNotDone, StoreLocked, UnknownMerge
+from infuse.server.jobs import MergeJobs, StoredMerge
 from tests.api.test_streaming import eventually
 from tests.factories import save_tiny_model
 

@@ -21,8 +21,8 @@ import httpx
 import psutil
 import pytest
 
-from server import listener
-from server.settings import Settings
+from infuse.server import listener
+from infuse.server.settings import Settings
 from tests.api.conftest import RunningServer, run_server
 from tests.api.test_health import MANY
 from tests.api.test_streaming import at_rest, eventually

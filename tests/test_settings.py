@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 
 VALUES = {
     "model": "folder",

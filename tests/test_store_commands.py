@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from adapters.storage.store import AdapterStore
-from server.cli import app
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.cli import app
 from tests.adapters.storage.store_contents import content_of, create
 
 

@@ -6,8 +6,8 @@ The command line uses this too, so it does not import torch.
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.errors import Fault, InvalidAdapter
 
 PICKLED_FILE = "adapter_model.bin"
 CONVERT = (

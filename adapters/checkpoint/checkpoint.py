@@ -13,10 +13,10 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
-from adapters.checkpoint.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
-from adapters.checkpoint.peft_configs import BOTH_SIDES, names_of_targets
-from adapters.checkpoint.saved import (
+from infuse.adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
+from infuse.adapters.checkpoint.config import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, IA3Config
+from infuse.adapters.checkpoint.peft_configs import BOTH_SIDES, names_of_targets
+from infuse.adapters.checkpoint.saved import (
     PREFIX,
     State,
     cannot_serve,
@@ -25,9 +25,15 @@ from adapters.checkpoint.saved import (
     read_state,
     saved_modules,
 )
-from adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
-from adapters.checkpoint.weights import FLOATS, SUFFIX, parse_weights, pieces_of, stage_weights
-from adapters.errors import CannotCombine, Fault, InvalidAdapter
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
+from infuse.adapters.checkpoint.weights import (
+    FLOATS,
+    SUFFIX,
+    parse_weights,
+    pieces_of,
+    stage_weights,
+)
+from infuse.adapters.errors import CannotCombine, Fault, InvalidAdapter
 
 _INPUT_SUFFIX = ".ia3_l_input"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

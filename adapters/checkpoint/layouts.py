@@ -14,7 +14,7 @@ import numpy
 import torch
 from safetensors import SafetensorError, deserialize
 
-from adapters.checkpoint.checkpoint import (
+from infuse.adapters.checkpoint.checkpoint import (
     AdapterVectors,
     Checkpoint,
     Float32s,
@@ -22,8 +22,8 @@ from adapters.checkpoint.checkpoint import (
     keys_of_vectors,
     parse_checkpoint,
 )
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.checkpoint.targets import BaseModules, Target, resolve_targets
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.targets import BaseModules, Target, resolve_targets
 
 _KEPT = 64
 """How many layouts are remembered."""

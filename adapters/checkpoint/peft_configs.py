@@ -7,10 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.config import IA3Config, Names
-from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
-from adapters.checkpoint.targets import ALL_LINEAR, BaseModules, Side, Target
-from adapters.errors import WrongCall, WrongType
+from infuse.adapters.checkpoint.config import IA3Config, Names
+from infuse.adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+from infuse.adapters.checkpoint.targets import ALL_LINEAR, BaseModules, Side, Target
+from infuse.adapters.errors import WrongCall, WrongType
 
 BOTH_SIDES = "infuse_both_sides"
 """Our own config field: modules that are rescaled on both sides, which PEFT cannot express."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.config import WEIGHTS_FILE, IA3Config
-from adapters.checkpoint.targets import BaseModules, Target
-from adapters.checkpoint.weights import FLOATS, pieces_of
-from adapters.errors import Fault
+from infuse.adapters.checkpoint.config import WEIGHTS_FILE, IA3Config
+from infuse.adapters.checkpoint.targets import BaseModules, Target
+from infuse.adapters.checkpoint.weights import FLOATS, pieces_of
+from infuse.adapters.errors import Fault
 
 PREFIX = "base_model.model."
 

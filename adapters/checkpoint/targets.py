@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
-from adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+from infuse.adapters.errors import Fault, InvalidAdapter
 
 ALL_LINEAR = "all-linear"
 _MAX_PATTERN = 2000

@@ -7,9 +7,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from adapters.checkpoint.adapter_files import CONVERT
-from adapters.checkpoint.config import WEIGHTS_FILE
-from adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.checkpoint.adapter_files import CONVERT
+from infuse.adapters.checkpoint.config import WEIGHTS_FILE
+from infuse.adapters.errors import Fault, InvalidAdapter
 
 SUFFIX = ".ia3_l"
 """How the keys of vectors end."""

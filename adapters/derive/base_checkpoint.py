@@ -17,8 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import CannotMerge
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import CannotMerge
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 import torch
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.errors import CannotCombine, CombinedNotFinite
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.errors import CannotCombine, CombinedNotFinite
 
 Method = Literal["linear", "product", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
 METHODS: tuple[Method, ...] = get_args(Method)

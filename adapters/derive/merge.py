@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import Side, Target
-from adapters.derive.base_checkpoint import INDEX, BaseCheckpoint
-from adapters.errors import CannotMerge, StoreFull
-from adapters.storage.folder import NO_ROOM
-from adapters.storage.journal import sync
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.derive.base_checkpoint import INDEX, BaseCheckpoint
+from infuse.adapters.errors import CannotMerge, StoreFull
+from infuse.adapters.storage.folder import NO_ROOM
+from infuse.adapters.storage.journal import sync
 
 UNFINISHED = ".merging-"
 """The prefix of the folders that a crash may leave beside an output."""

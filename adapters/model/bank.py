@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.targets import BaseModules, Target, resolve_targets
-from adapters.errors import InvalidAdapter
-from adapters.model.layer import ByToken, Scale, Scratch
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.targets import BaseModules, Target, resolve_targets
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.model.layer import ByToken, Scale, Scratch
 
 BASE_SLOT = 0
 """The slot of the base model itself, whose vectors are all ones."""

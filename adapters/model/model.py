@@ -10,18 +10,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import (
+from infuse.adapters.checkpoint.checkpoint import (
     AdapterVectors,
     effective_vectors,
     read_checkpoint,
     write_checkpoint,
 )
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.peft_configs import config_of, names_of_targets, united
-from adapters.checkpoint.targets import resolve_targets
-from adapters.errors import AdapterExists, CannotCombine, UnknownAdapter, WrongCall, WrongType
-from adapters.model.tuned_layer import BASE_NAME
-from adapters.model.tuning import Tuning
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.peft_configs import config_of, names_of_targets, united
+from infuse.adapters.checkpoint.targets import resolve_targets
+from infuse.adapters.errors import (
+    AdapterExists,
+    CannotCombine,
+    UnknownAdapter,
+    WrongCall,
+    WrongType,
+)
+from infuse.adapters.model.tuned_layer import BASE_NAME
+from infuse.adapters.model.tuning import Tuning
 
 NOT_SERVED = {
     "create_or_update_model_card": "write the README.md that you want beside the adapter's files",
@@ -35,7 +41,7 @@ NOT_SERVED = {
     "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
     "supports_lora_conversion": "IA3 does not add to weights, so it cannot become a LoRA",
     "targeted_parameter_names": "IA3 targets modules: targeted_module_names",
-    "tuner_layer_cls": "layers here are adapters.model.tuned_layer.TunedLayer",
+    "tuner_layer_cls": "layers here are infuse.adapters.model.tuned_layer.TunedLayer",
     "uses_shared_state": "layers here share no vectors",
 }
 """Names that PEFT's models have and this one has not, and what to use instead."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapters.model.layer import Wrapper
+from infuse.adapters.model.layer import Wrapper
 
 
 class Layout:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import BaseModules, Side, Target
-from adapters.errors import Fault, InvalidAdapter
-from adapters.model.bank import AdapterBank, Segment
-from adapters.model.layer import IA3Layer, Scale, Wrapping
-from adapters.model.saved_layer import Layout, SavedLayer, copy_of
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target
+from infuse.adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.model.bank import AdapterBank, Segment
+from infuse.adapters.model.layer import IA3Layer, Scale, Wrapping
+from infuse.adapters.model.saved_layer import Layout, SavedLayer, copy_of
 
 DEFAULT_SAVED_BYTES = 512 << 20
 
@@ -31,7 +31,7 @@ class IA3Slots:
 
     A server keeps its own names and fills slots: `fill_slot`, then `set_packed` or `set_rows`
     before a forward of `base`. Inference only, and not thread-safe: one thread fills, sets and
-    runs. `adapters.model.model.IA3Model` is what a notebook calls.
+    runs. `infuse.adapters.model.model.IA3Model` is what a notebook calls.
     """
 
     def __init__(

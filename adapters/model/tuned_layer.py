@@ -1,7 +1,7 @@
 """The layers of `IA3Model`. They know adapters by name, and a notebook can train their vectors.
 
 They compute what PEFT's `ia3.layer.Linear` and `ModulesToSaveWrapper` compute, in the same order
-and dtypes. A server's layers are in `adapters.model.layer`.
+and dtypes. A server's layers are in `infuse.adapters.model.layer`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.targets import Side
-from adapters.errors import WrongCall
-from adapters.model.layer import Wrapper
-from adapters.model.saved_layer import SavedLayer
+from infuse.adapters.checkpoint.targets import Side
+from infuse.adapters.errors import WrongCall
+from infuse.adapters.model.layer import Wrapper
+from infuse.adapters.model.saved_layer import SavedLayer
 
 BASE_NAME = "__base__"
 """The base model in a list of adapter names, as in PEFT's mixed batches."""

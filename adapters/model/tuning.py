@@ -11,15 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors, Checkpoint, check_product, tensors_of
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.peft_configs import saved_form, settled
-from adapters.checkpoint.saved import State, cannot_serve, keys_of, saved_modules
-from adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
-from adapters.errors import CombinedNotFinite, InvalidAdapter, WrongCall
-from adapters.model.layer import Wrapping
-from adapters.model.saved_layer import Layout, copy_of
-from adapters.model.tuned_layer import Selection, TunedLayer, TunedSavedLayer
+from infuse.adapters.checkpoint.checkpoint import (
+    AdapterVectors,
+    Checkpoint,
+    check_product,
+    tensors_of,
+)
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.peft_configs import saved_form, settled
+from infuse.adapters.checkpoint.saved import State, cannot_serve, keys_of, saved_modules
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
+from infuse.adapters.errors import CombinedNotFinite, InvalidAdapter, WrongCall
+from infuse.adapters.model.layer import Wrapping
+from infuse.adapters.model.saved_layer import Layout, copy_of
+from infuse.adapters.model.tuned_layer import Selection, TunedLayer, TunedSavedLayer
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 """The arguments of a forward or of `generate` whose first axis is the batch."""

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 import anyio
 import httpx2
 
-from adapters.errors import SourceFailed
+from infuse.adapters.errors import SourceFailed
 
 _MAX_REDIRECTS = 5
 _NAT64 = IPv6Network("64:ff9b::/96")

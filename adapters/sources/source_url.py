@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
-from adapters.errors import BadSource
+from infuse.adapters.errors import BadSource
 
 Scheme = Literal["hf", "s3", "gs", "az", "file"]
 

@@ -19,9 +19,9 @@ from huggingface_hub import constants, get_token, hf_hub_url
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from adapters.checkpoint.adapter_files import PICKLED, PICKLED_FILE
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import (
+from infuse.adapters.checkpoint.adapter_files import PICKLED, PICKLED_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.errors import (
     InvalidAdapter,
     SourceFailed,
     SourceNotAllowed,
@@ -30,8 +30,8 @@ from adapters.errors import (
     SourceTimeout,
     SourceTooLarge,
 )
-from adapters.sources.source_http import GuardedHttp
-from adapters.sources.source_url import Source, parse_source
+from infuse.adapters.sources.source_http import GuardedHttp
+from infuse.adapters.sources.source_url import Source, parse_source
 
 REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
 WANTED = (

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 
-from adapters.storage.chain import Entry, follow
-from adapters.storage.outside import opened
+from infuse.adapters.storage.chain import Entry, follow
+from infuse.adapters.storage.outside import opened
 
 
 @dataclass(frozen=True, slots=True)

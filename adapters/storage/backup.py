@@ -21,12 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import BackupRefused, StoreDamaged
-from adapters.storage.chain import Event
-from adapters.storage.folder import digest_of
-from adapters.storage.index import Index
-from adapters.storage.objects import Objects
-from adapters.storage.outside import (
+from infuse.adapters.errors import BackupRefused, StoreDamaged
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.folder import digest_of
+from infuse.adapters.storage.index import Index
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.outside import (
     JOURNAL,
     Contents,
     Outside,

@@ -25,15 +25,15 @@ from types import MappingProxyType
 from typing import TextIO
 from weakref import WeakValueDictionary
 
-from adapters.errors import AdapterError, StoreDamaged
-from adapters.storage.bucket_journal import BucketJournal
-from adapters.storage.bucket_lease import Lease
-from adapters.storage.chain import Event
-from adapters.storage.folder import ContentFolder, digest_of
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import Replicas
-from adapters.storage.revision import Revision
-from adapters.storage.storage import Kept
+from infuse.adapters.errors import AdapterError, StoreDamaged
+from infuse.adapters.storage.bucket_journal import BucketJournal
+from infuse.adapters.storage.bucket_lease import Lease
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.folder import ContentFolder, digest_of
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import Replicas
+from infuse.adapters.storage.revision import Revision
+from infuse.adapters.storage.storage import Kept
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 
-from adapters.errors import Overtaken, StoreLocked, StoreUnreachable
-from adapters.storage.chain import Entry, Event, chained_line, digest_of_line, follow, readable
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import Replicas
+from infuse.adapters.errors import Overtaken, StoreLocked, StoreUnreachable
+from infuse.adapters.storage.chain import (
+    Entry,
+    Event,
+    chained_line,
+    digest_of_line,
+    follow,
+    readable,
+)
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import Replicas
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import threading
 import time
 from contextlib import suppress
 
-from adapters.errors import AdapterError, StoreLocked
-from adapters.storage.objects import Objects
+from infuse.adapters.errors import AdapterError, StoreLocked
+from infuse.adapters.storage.objects import Objects
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping, 
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from adapters.errors import StoreFull, StoreLocked, StoreUnreachable
-from adapters.storage.chain import Event
-from adapters.storage.journal import Journal, is_at, sync
-from adapters.storage.replicas import Replicas
-from adapters.storage.revision import Revision
-from adapters.storage.storage import Kept
+from infuse.adapters.errors import StoreFull, StoreLocked, StoreUnreachable
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.journal import Journal, is_at, sync
+from infuse.adapters.storage.replicas import Replicas
+from infuse.adapters.storage.revision import Revision
+from infuse.adapters.storage.storage import Kept
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL = "The disk that holds the adapters is full; delete adapters or make room."

@@ -7,9 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from adapters.errors import UnknownAdapter, UnknownRevision
-from adapters.storage.chain import Event
-from adapters.storage.revision import Details, Revision, details_from_json, revision_from_json
+from infuse.adapters.errors import UnknownAdapter, UnknownRevision
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.revision import (
+    Details,
+    Revision,
+    details_from_json,
+    revision_from_json,
+)
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from adapters.storage.chain import Event, chained_line, digest_of_line, follow, readable
+from infuse.adapters.storage.chain import Event, chained_line, digest_of_line, follow, readable
 
 
 class Journal:

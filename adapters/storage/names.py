@@ -2,7 +2,7 @@
 
 import re
 
-from adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.errors import Fault, InvalidAdapter
 
 NAME_PATTERN = r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """A name, or an owner and a name, as hubs write them."""

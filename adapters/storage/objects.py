@@ -11,7 +11,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import from_url
 
-from adapters.errors import StoreFull, StoreUnreachable
+from infuse.adapters.errors import StoreFull, StoreUnreachable
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

@@ -10,14 +10,14 @@ from typing import Protocol
 
 from obstore.store import LocalStore
 
-from adapters.errors import BackupRefused
-from adapters.storage.bucket import places_of
-from adapters.storage.bucket_journal import BucketJournal, segment_of
-from adapters.storage.bucket_lease import Lease
-from adapters.storage.chain import Event, follow
-from adapters.storage.folder import ContentFolder
-from adapters.storage.journal import sync
-from adapters.storage.objects import Objects
+from infuse.adapters.errors import BackupRefused
+from infuse.adapters.storage.bucket import places_of
+from infuse.adapters.storage.bucket_journal import BucketJournal, segment_of
+from infuse.adapters.storage.bucket_lease import Lease
+from infuse.adapters.storage.chain import Event, follow
+from infuse.adapters.storage.folder import ContentFolder
+from infuse.adapters.storage.journal import sync
+from infuse.adapters.storage.objects import Objects
 
 JOURNAL = "journal.jsonl"
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from adapters.errors import QuotaExceeded
-from adapters.storage.index import Index
-from adapters.storage.revision import Revision
+from infuse.adapters.errors import QuotaExceeded
+from infuse.adapters.storage.index import Index
+from infuse.adapters.storage.revision import Revision
 
 
 @dataclass(frozen=True, slots=True)

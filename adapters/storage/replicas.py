@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from adapters.errors import AdapterError, StoreUnreachable
-from adapters.storage.chain import Event
+from infuse.adapters.errors import AdapterError, StoreUnreachable
+from infuse.adapters.storage.chain import Event
 
 if TYPE_CHECKING:
-    from adapters.storage.objects import Objects
+    from infuse.adapters.storage.objects import Objects
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from adapters.storage.chain import Event
+from infuse.adapters.storage.chain import Event
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 """A content's folder is named by its digest, so that nothing else may pass for one."""

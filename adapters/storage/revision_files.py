@@ -5,10 +5,10 @@ import threading
 from collections.abc import Container, Iterable
 from contextlib import suppress
 
-from adapters.errors import RevisionDamaged, StoreDamaged, StoreUnreachable
-from adapters.storage.folder import read_files
-from adapters.storage.revision import Revision
-from adapters.storage.storage import Storage
+from infuse.adapters.errors import RevisionDamaged, StoreDamaged, StoreUnreachable
+from infuse.adapters.storage.folder import read_files
+from infuse.adapters.storage.revision import Revision
+from infuse.adapters.storage.storage import Storage
 
 log = logging.getLogger(__name__)
 

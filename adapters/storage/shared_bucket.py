@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.bucket_journal import SharedBucketJournal
-from adapters.storage.bucket_lease import SharedLease
-from adapters.storage.chain import Event
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import LEASE_SECONDS, Replicas
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.bucket_journal import SharedBucketJournal
+from infuse.adapters.storage.bucket_lease import SharedLease
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import LEASE_SECONDS, Replicas
 
 
 class SharedBucketStorage(BucketStorage):

@@ -19,11 +19,11 @@ from typing import IO, Any
 
 from obstore.store import LocalStore
 
-from adapters.errors import StoreUnreachable
-from adapters.storage.chain import Event
-from adapters.storage.folder import FolderStorage, writing
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import LEASE_SECONDS, Replicas
+from infuse.adapters.errors import StoreUnreachable
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.folder import FolderStorage, writing
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import LEASE_SECONDS, Replicas
 
 _PAUSE = 0.01
 """Seconds between two attempts to take a lock."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapters.storage.chain import Event
-from adapters.storage.replicas import Replicas
-from adapters.storage.revision import Revision
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.replicas import Replicas
+from infuse.adapters.storage.revision import Revision
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,22 +16,28 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TypeVar
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterError,
     AdapterExists,
     Overtaken,
     RevisionConflict,
     UnknownAdapter,
 )
-from adapters.storage.chain import Event
-from adapters.storage.folder import FolderStorage, digest_of
-from adapters.storage.index import Index
-from adapters.storage.names import check_name
-from adapters.storage.quota import Quota
-from adapters.storage.replicas import Follower
-from adapters.storage.revision import Details, DetailsChange, Origin, Revision, revision_to_json
-from adapters.storage.revision_files import RevisionFiles
-from adapters.storage.storage import Kept, Storage
+from infuse.adapters.storage.chain import Event
+from infuse.adapters.storage.folder import FolderStorage, digest_of
+from infuse.adapters.storage.index import Index
+from infuse.adapters.storage.names import check_name
+from infuse.adapters.storage.quota import Quota
+from infuse.adapters.storage.replicas import Follower
+from infuse.adapters.storage.revision import (
+    Details,
+    DetailsChange,
+    Origin,
+    Revision,
+    revision_to_json,
+)
+from infuse.adapters.storage.revision_files import RevisionFiles
+from infuse.adapters.storage.storage import Kept, Storage
 
 UPLOADED = Origin()
 Watcher = Callable[[Mapping[str, Revision | None]], object]

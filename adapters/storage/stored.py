@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from adapters.storage.revision import Details, Revision
+from infuse.adapters.storage.revision import Details, Revision
 
 
 class StoredAdapters(Protocol):

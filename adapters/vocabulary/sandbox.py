@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import SandboxUnavailable
-from adapters.vocabulary import sandboxed
+from infuse.adapters.errors import SandboxUnavailable
+from infuse.adapters.vocabulary import sandboxed
 
 log = logging.getLogger(__name__)
 

@@ -13,18 +13,18 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from adapters.checkpoint.config import (
+from infuse.adapters.checkpoint.config import (
     CHAT_TEMPLATE_FILE,
     SPECIAL_TOKENS_FILE,
     TEXT_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
-from adapters.checkpoint.saved import State, rows_of
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import Fault, InvalidAdapter, TemplateRefused
-from adapters.vocabulary.sandbox import Exceeded, Sandbox
-from adapters.vocabulary.sandboxed import surround
+from infuse.adapters.checkpoint.saved import State, rows_of
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import Fault, InvalidAdapter, TemplateRefused
+from infuse.adapters.vocabulary.sandbox import Exceeded, Sandbox
+from infuse.adapters.vocabulary.sandboxed import surround
 
 _MOST_BYTES = {TOKENIZER_FILE: 64 << 20}
 _MOST_OTHER_BYTES = 1 << 20

@@ -57,7 +57,7 @@ class ServerProcess:
 
     def start(self) -> None:
         # vLLM's environment has not this package's command.
-        infuse = "from server.cli import main; main()"
+        infuse = "from infuse.server.cli import main; main()"
         command = [str(self._python), "-c", infuse, self._command, "--port", "0", *self._flags]
         started = time.perf_counter()
         with self._log.open("w") as log:

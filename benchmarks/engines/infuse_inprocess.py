@@ -15,11 +15,11 @@ from fastapi import FastAPI
 
 from benchmarks.engines import Answer, Request, Round
 from benchmarks.engines.lines import Run, serve
-from server import app as application
-from server.engine import GenerationRequest, Output, SamplingParams
-from server.listener import freeze_heap
-from server.settings import Settings
-from server.streams import Streams
+from infuse.server import app as application
+from infuse.server.engine import GenerationRequest, Output, SamplingParams
+from infuse.server.listener import freeze_heap
+from infuse.server.settings import Settings
+from infuse.server.streams import Streams
 
 
 def make(**settings: Any) -> Run:

@@ -70,10 +70,10 @@ def make(model: str, dtype: str, rows: int, window: int, adapters: Folders, ia3:
 def _rescaling(model: str, ia3: Folders) -> tuple[dict[str, Any], Any]:
     """The arguments of an engine with our workers, and what fills their slots."""
     # Only here: a peer's environment has vLLM, and not all that this imports.
-    from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
-    from server.engine.vllm.llm import Slots, worker_arguments
-    from server.engine.vllm.loading import describe_base
-    from server.engine.vllm.targets import planned_targets
+    from infuse.adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+    from infuse.server.engine.vllm.llm import Slots, worker_arguments
+    from infuse.server.engine.vllm.loading import describe_base
+    from infuse.server.engine.vllm.targets import planned_targets
 
     base = describe_base(model)
     checkpoints = [read_checkpoint(Path(folder)) for folder in ia3.values()]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.train.model import Base, answers
 from examples.train.tasks import Example, Task
-from server.engine.model_files import DEFAULT_MODEL
+from infuse.server.engine.model_files import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from server.engine.model_files import default_model_folder
+from infuse.server.engine.model_files import default_model_folder
 
 
 @dataclass(frozen=True)

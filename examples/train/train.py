@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.train.card import Measured, score_adapter, score_base, write_card
 from examples.train.model import Base, answer_ids, answers, prompt_ids
 from examples.train.tasks import TASKS, Example, Recipe, Split, Task
-from server.engine.model_files import DEFAULT_MODEL
+from infuse.server.engine.model_files import DEFAULT_MODEL
 
 ADAPTERS = Path(__file__).parents[1] / "adapters"
 EXPECTED = ADAPTERS / "expected.json"

@@ -7,12 +7,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapters.derive.combine import SPARSE, Method
-from adapters.storage.names import NAME_PATTERN
-from adapters.storage.revision import Details, Revision
-from server.api.model_schemas import AdapterWeight
-from server.caller import Caller
-from server.services import Services
+from infuse.adapters.derive.combine import SPARSE, Method
+from infuse.adapters.storage.names import NAME_PATTERN
+from infuse.adapters.storage.revision import Details, Revision
+from infuse.server.api.model_schemas import AdapterWeight
+from infuse.server.caller import Caller
+from infuse.server.services import Services
 
 MAX_COMBINED = 64
 MAX_TAGS = 64

@@ -12,11 +12,11 @@ from starlette.datastructures import Headers
 from starlette.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
-from adapters.registry import Part
-from adapters.storage.names import MAX_NAME
-from adapters.storage.revision import DetailsChange, Origin
-from server.api.adapter_schemas import (
+from infuse.adapters.errors import AdapterExists, Fault, InvalidAdapter, UnknownAdapter
+from infuse.adapters.registry import Part
+from infuse.adapters.storage.names import MAX_NAME
+from infuse.adapters.storage.revision import DetailsChange, Origin
+from infuse.server.api.adapter_schemas import (
     Adapter,
     AdapterList,
     CheckedUpload,
@@ -29,21 +29,21 @@ from server.api.adapter_schemas import (
     adapter_of,
     revision_of,
 )
-from server.api.forms import NAME_FIELD, Form, read_form, upload_body
-from server.api.published import Published, read_published
-from server.api.staging import staged_upload
-from server.auth import CallerDep
-from server.caller import Caller
-from server.errors import ApiError, error_response
-from server.openapi import CHANGES, ETAG, READS, errors, header
-from server.services import Services, get_services
-from server.settings import MEBIBYTE
-from server.uploads import Take
+from infuse.server.api.forms import NAME_FIELD, Form, read_form, upload_body
+from infuse.server.api.published import Published, read_published
+from infuse.server.api.staging import staged_upload
+from infuse.server.auth import CallerDep
+from infuse.server.caller import Caller
+from infuse.server.errors import ApiError, error_response
+from infuse.server.openapi import CHANGES, ETAG, READS, errors, header
+from infuse.server.services import Services, get_services
+from infuse.server.settings import MEBIBYTE
+from infuse.server.uploads import Take
 
 
 class _NameConvertor(StringConvertor):
     """Matches a name in a path. It may hold one slash, as it is or as %2F; what follows a name in
-    other paths is no part of it (see `adapters.storage.names`)."""
+    other paths is no part of it (see `infuse.adapters.storage.names`)."""
 
     regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
 

@@ -6,24 +6,29 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.chat_schemas import ChatBody, ChatCompletion
-from server.api.chat_writer import ChatWriter, Conversation
-from server.api.checking import check_body
-from server.api.constraining import chat_grammar
-from server.api.deadlines import DeadlineDep
-from server.api.generation import Generation
-from server.api.leasing import leased
-from server.api.orders import Order, Prompt, place_order
-from server.api.preparing import prepared
-from server.api.prompts import encode_conversation, encode_prediction, fit_to_window, truncated
-from server.api.responses import documented_answers, respond
-from server.api.sampling import sampling_params
-from server.api.tool_formats import CallFormat, find_format
-from server.auth import CallerDep
-from server.engine import Engine, ServedModel
-from server.errors import ApiError
-from server.services import Services, get_services
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.chat_schemas import ChatBody, ChatCompletion
+from infuse.server.api.chat_writer import ChatWriter, Conversation
+from infuse.server.api.checking import check_body
+from infuse.server.api.constraining import chat_grammar
+from infuse.server.api.deadlines import DeadlineDep
+from infuse.server.api.generation import Generation
+from infuse.server.api.leasing import leased
+from infuse.server.api.orders import Order, Prompt, place_order
+from infuse.server.api.preparing import prepared
+from infuse.server.api.prompts import (
+    encode_conversation,
+    encode_prediction,
+    fit_to_window,
+    truncated,
+)
+from infuse.server.api.responses import documented_answers, respond
+from infuse.server.api.sampling import sampling_params
+from infuse.server.api.tool_formats import CallFormat, find_format
+from infuse.server.auth import CallerDep
+from infuse.server.engine import Engine, ServedModel
+from infuse.server.errors import ApiError
+from infuse.server.services import Services, get_services
 
 router = APIRouter(tags=["generation"])
 

@@ -11,9 +11,21 @@ from pydantic import (
     field_validator,
 )
 
-from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
-from server.api.schemas import MAX_LOGPROBS, GenerationBody
-from server.api.tool_schemas import NamedToolChoice, PastToolCall, ToolCall, ToolChoice, Tools
+from infuse.server.api.answer_schemas import (
+    STOP_REASON,
+    USAGE_EXAMPLE,
+    FinishedBecause,
+    StopReason,
+    Usage,
+)
+from infuse.server.api.schemas import MAX_LOGPROBS, GenerationBody
+from infuse.server.api.tool_schemas import (
+    NamedToolChoice,
+    PastToolCall,
+    ToolCall,
+    ToolChoice,
+    Tools,
+)
 
 MAX_MESSAGES = 4096
 MAX_CALLS = 128

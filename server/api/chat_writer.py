@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.answer_schemas import Usage
-from server.api.chat_schemas import (
+from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.chat_schemas import (
     AssistantMessage,
     ChatBody,
     ChatChoice,
@@ -15,14 +15,14 @@ from server.api.chat_schemas import (
     ChunkChoice,
     Delta,
 )
-from server.api.endings import finished_because, stopped_by
-from server.api.logprobs import TokenBytes, chat_logprobs
-from server.api.orders import Order
-from server.api.responses import Chunk
-from server.api.tool_formats import CallFormat
-from server.api.tool_reading import CallPart, Reader, Said, make_reader
-from server.api.tool_schemas import CalledFunction, ToolCall
-from server.engine.request import Output
+from infuse.server.api.endings import finished_because, stopped_by
+from infuse.server.api.logprobs import TokenBytes, chat_logprobs
+from infuse.server.api.orders import Order
+from infuse.server.api.responses import Chunk
+from infuse.server.api.tool_formats import CallFormat
+from infuse.server.api.tool_reading import CallPart, Reader, Said, make_reader
+from infuse.server.api.tool_schemas import CalledFunction, ToolCall
+from infuse.server.engine.request import Output
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Refuses a generation request that its body alone shows cannot be served."""
 
-from server.api.foreign_fields import refuse_foreign
-from server.api.model_schemas import ModelBody
-from server.errors import ApiError
+from infuse.server.api.foreign_fields import refuse_foreign
+from infuse.server.api.model_schemas import ModelBody
+from infuse.server.errors import ApiError
 
 
 def check_body(body: ModelBody, prompts: int, max_queue: int) -> None:

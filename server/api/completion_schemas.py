@@ -4,9 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, field_validator
 
-from server.api.answer_schemas import STOP_REASON, USAGE_EXAMPLE, FinishedBecause, StopReason, Usage
-from server.api.schemas import MAX_LOGPROBS, GenerationBody
-from server.api.texts import check_text
+from infuse.server.api.answer_schemas import (
+    STOP_REASON,
+    USAGE_EXAMPLE,
+    FinishedBecause,
+    StopReason,
+    Usage,
+)
+from infuse.server.api.schemas import MAX_LOGPROBS, GenerationBody
+from infuse.server.api.texts import check_text
 
 Prompt = str | list[int]
 

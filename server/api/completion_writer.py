@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from server.api.answer_schemas import Usage
-from server.api.completion_schemas import Completion, CompletionBody, CompletionLogprobs
-from server.api.endings import finished_because, stopped_by
-from server.api.logprobs import CompletionLogprobWriter, TokenBytes
-from server.api.orders import Order
-from server.api.responses import Chunk
-from server.engine.request import Output
+from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.completion_schemas import Completion, CompletionBody, CompletionLogprobs
+from infuse.server.api.endings import finished_because, stopped_by
+from infuse.server.api.logprobs import CompletionLogprobWriter, TokenBytes
+from infuse.server.api.orders import Order
+from infuse.server.api.responses import Chunk
+from infuse.server.engine.request import Output
 
 
 class CompletionWriter:

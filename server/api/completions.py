@@ -5,23 +5,23 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.checking import check_body
-from server.api.completion_schemas import Completion, CompletionBody
-from server.api.completion_writer import CompletionWriter
-from server.api.constraining import Held, answer_grammar
-from server.api.deadlines import DeadlineDep
-from server.api.generation import Generation
-from server.api.leasing import leased
-from server.api.orders import Order, Prompt, place_order
-from server.api.preparing import prepared
-from server.api.prompts import encode_prompts, fit_to_window, truncated
-from server.api.responses import documented_answers, respond
-from server.api.sampling import sampling_params
-from server.auth import CallerDep
-from server.engine import Engine, ServedModel
-from server.errors import ApiError
-from server.services import Services, get_services
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.checking import check_body
+from infuse.server.api.completion_schemas import Completion, CompletionBody
+from infuse.server.api.completion_writer import CompletionWriter
+from infuse.server.api.constraining import Held, answer_grammar
+from infuse.server.api.deadlines import DeadlineDep
+from infuse.server.api.generation import Generation
+from infuse.server.api.leasing import leased
+from infuse.server.api.orders import Order, Prompt, place_order
+from infuse.server.api.preparing import prepared
+from infuse.server.api.prompts import encode_prompts, fit_to_window, truncated
+from infuse.server.api.responses import documented_answers, respond
+from infuse.server.api.sampling import sampling_params
+from infuse.server.auth import CallerDep
+from infuse.server.engine import Engine, ServedModel
+from infuse.server.errors import ApiError
+from infuse.server.services import Services, get_services
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default."""

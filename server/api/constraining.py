@@ -7,13 +7,13 @@ from typing import Any
 
 import regex
 
-from server.api.chat_schemas import ChatBody
-from server.api.constraint_schemas import Constraint
-from server.api.tool_formats import CallFormat, json_rule, parameters_of
-from server.api.tool_schemas import Tool
-from server.engine.constraints.grammars import Grammar, Grammars
-from server.engine.errors import BadConstraint, ConstraintsUnavailable
-from server.errors import ApiError
+from infuse.server.api.chat_schemas import ChatBody
+from infuse.server.api.constraint_schemas import Constraint
+from infuse.server.api.tool_formats import CallFormat, json_rule, parameters_of
+from infuse.server.api.tool_schemas import Tool
+from infuse.server.engine.constraints.grammars import Grammar, Grammars
+from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
+from infuse.server.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)

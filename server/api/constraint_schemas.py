@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.engine.constraints.vetting import GrammarKind
+from infuse.server.engine.constraints.vetting import GrammarKind
 
 MAX_ALTERNATIVES = 4096
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Header
 
-from server.errors import ApiError
-from server.observability import access
-from server.services import Services, get_services
+from infuse.server.errors import ApiError
+from infuse.server.observability import access
+from infuse.server.services import Services, get_services
 
 HEADER = "X-Request-Timeout"
 

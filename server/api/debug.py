@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
-from adapters.residency import SlotUse
-from server.engine.request import InFlight, WaitsFor
-from server.observability.access import EndedRequest
-from server.preparations import Awaits, Preparation
-from server.services import Services, get_services
+from infuse.adapters.residency import SlotUse
+from infuse.server.engine.request import InFlight, WaitsFor
+from infuse.server.observability.access import EndedRequest
+from infuse.server.preparations import Awaits, Preparation
+from infuse.server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import anyio
 from starlette.requests import Request
 
-from server.errors import CLIENT_GONE, ApiError
+from infuse.server.errors import CLIENT_GONE, ApiError
 
 _T = TypeVar("_T")
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from server.api.answer_schemas import FinishedBecause, StopReason
-from server.api.schemas import GenerationBody
-from server.engine.errors import EngineDead
-from server.engine.request import FinishReason, Output
-from server.errors import RETRY_SOON, ApiError, from_engine_error
+from infuse.server.api.answer_schemas import FinishedBecause, StopReason
+from infuse.server.api.schemas import GenerationBody
+from infuse.server.engine.errors import EngineDead
+from infuse.server.engine.request import FinishReason, Output
+from infuse.server.errors import RETRY_SOON, ApiError, from_engine_error
 
 
 def join(outputs: Sequence[Output]) -> Output:

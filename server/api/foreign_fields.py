@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.errors import ApiError
+from infuse.server.errors import ApiError
 
 _NOTHING: tuple[object, ...] = (None, False, 0, "", [], {}, "auto")
 """Values by which most fields ask for nothing."""

@@ -8,12 +8,12 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from adapters.errors import Fault, InvalidAdapter
-from adapters.storage.folder import writing
-from adapters.storage.names import NAME_PATTERN
-from adapters.storage.store import UPLOADED
-from server.errors import ApiError
-from server.uploads import Take, save_files, unpack
+from infuse.adapters.errors import Fault, InvalidAdapter
+from infuse.adapters.storage.folder import writing
+from infuse.adapters.storage.names import NAME_PATTERN
+from infuse.adapters.storage.store import UPLOADED
+from infuse.server.errors import ApiError
+from infuse.server.uploads import Take, save_files, unpack
 
 _FILES = {"config", "weights", "archive"}
 _FULL = "The disk that takes uploads in is full; make room."

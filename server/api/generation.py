@@ -7,18 +7,18 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
-from server.api.answer_schemas import CompletionTokensDetails, Usage
-from server.api.endings import join, raise_if_failed
-from server.api.orders import Order
-from server.caller import Caller
-from server.engine.request import FinishReason, GenerationRequest, Output
-from server.errors import RETRY_SOON, ApiError
-from server.observability import access
-from server.observability.answered import Answered, Choice
-from server.observability.metering import Amount
-from server.observability.metrics import RequestMetrics
-from server.services import Services
-from server.streams import Stream
+from infuse.server.api.answer_schemas import CompletionTokensDetails, Usage
+from infuse.server.api.endings import join, raise_if_failed
+from infuse.server.api.orders import Order
+from infuse.server.caller import Caller
+from infuse.server.engine.request import FinishReason, GenerationRequest, Output
+from infuse.server.errors import RETRY_SOON, ApiError
+from infuse.server.observability import access
+from infuse.server.observability.answered import Answered, Choice
+from infuse.server.observability.metering import Amount
+from infuse.server.observability.metrics import RequestMetrics
+from infuse.server.services import Services
+from infuse.server.streams import Stream
 
 _ANSWERED = (FinishReason.STOP, FinishReason.LENGTH)
 """How a choice ends where neither its client nor the server cuts it short."""

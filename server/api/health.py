@@ -8,11 +8,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 
-from adapters.errors import StoreUnreachable
-from server.engine.errors import EngineDead
-from server.errors import RETRY_SOON, ApiError
-from server.openapi import errors
-from server.services import Services, get_services
+from infuse.adapters.errors import StoreUnreachable
+from infuse.server.engine.errors import EngineDead
+from infuse.server.errors import RETRY_SOON, ApiError
+from infuse.server.openapi import errors
+from infuse.server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from adapters.errors import UnknownAdapter, UnknownRevision
-from adapters.registry import Part
-from adapters.residency import Lease
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.model_schemas import ModelBody
-from server.caller import Caller
-from server.errors import ApiError
-from server.services import Services
+from infuse.adapters.errors import UnknownAdapter, UnknownRevision
+from infuse.adapters.registry import Part
+from infuse.adapters.residency import Lease
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.model_schemas import ModelBody
+from infuse.server.caller import Caller
+from infuse.server.errors import ApiError
+from infuse.server.services import Services
 
 
 def unknown_model(model: str) -> ApiError:

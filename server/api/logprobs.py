@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
-from server.api.completion_schemas import CompletionLogprobs
-from server.engine.byte_tokens import byte_of
-from server.engine.request import TokenLogprob
+from infuse.server.api.chat_schemas import ChatLogprobs, ChatTokenLogprob, TopLogprob
+from infuse.server.api.completion_schemas import CompletionLogprobs
+from infuse.server.engine.byte_tokens import byte_of
+from infuse.server.engine.request import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come; JSON has no infinity."""

@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from adapters.registry import Composition, Part
-from server.api.adapter_schemas import MAX_COMBINED, AdminBody
-from server.api.model_schemas import MAX_WEIGHT, AdapterWeight
-from server.jobs import StoredMerge
+from infuse.adapters.registry import Composition, Part
+from infuse.server.api.adapter_schemas import MAX_COMBINED, AdminBody
+from infuse.server.api.model_schemas import MAX_WEIGHT, AdapterWeight
+from infuse.server.jobs import StoredMerge
 
 
 class MergeBody(AdminBody):

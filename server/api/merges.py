@@ -10,11 +10,11 @@ from typing import Annotated, BinaryIO
 from fastapi import APIRouter, Depends, Path, Query, Response
 from starlette.responses import StreamingResponse
 
-from adapters.errors import MergeNotDone, UnknownMerge
-from server.api.merge_schemas import Merge, MergeBody, MergeList
-from server.auth import CallerDep
-from server.openapi import READS, errors, header
-from server.services import Services, get_services
+from infuse.adapters.errors import MergeNotDone, UnknownMerge
+from infuse.server.api.merge_schemas import Merge, MergeBody, MergeList
+from infuse.server.auth import CallerDep
+from infuse.server.openapi import READS, errors, header
+from infuse.server.services import Services, get_services
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 
-from adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
-from adapters.storage.revision import Revision
-from server.api.leasing import unknown_model
-from server.auth import CallerDep
-from server.openapi import errors
-from server.services import Services, get_services
+from infuse.adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
+from infuse.adapters.storage.revision import Revision
+from infuse.server.api.leasing import unknown_model
+from infuse.server.auth import CallerDep
+from infuse.server.openapi import errors
+from infuse.server.services import Services, get_services
 
 router = APIRouter(tags=["models"])
 

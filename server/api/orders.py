@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapters.residency import Lease
-from adapters.vocabulary.vocabulary import Vocabulary
-from server import request_id
-from server.api.deadlines import Deadline
-from server.api.model_schemas import ModelBody
-from server.api.schemas import INT64
-from server.caller import Caller
-from server.engine.request import GenerationRequest, SamplingParams
-from server.services import Services
+from infuse.adapters.residency import Lease
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server import request_id
+from infuse.server.api.deadlines import Deadline
+from infuse.server.api.model_schemas import ModelBody
+from infuse.server.api.schemas import INT64
+from infuse.server.caller import Caller
+from infuse.server.engine.request import GenerationRequest, SamplingParams
+from infuse.server.services import Services
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,13 @@ import anyio
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
-from adapters.vocabulary.sandbox import WouldWait, without_waiting
-from server.api.deadlines import Deadline
-from server.api.disconnects import unless_client_leaves
-from server.caller import Caller
-from server.engine.constraints.grammars import GrammarMissing, RequestGrammars
-from server.preparations import Awaits, Preparation
-from server.services import Services
+from infuse.adapters.vocabulary.sandbox import WouldWait, without_waiting
+from infuse.server.api.deadlines import Deadline
+from infuse.server.api.disconnects import unless_client_leaves
+from infuse.server.caller import Caller
+from infuse.server.engine.constraints.grammars import GrammarMissing, RequestGrammars
+from infuse.server.preparations import Awaits, Preparation
+from infuse.server.services import Services
 
 _T = TypeVar("_T")
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from adapters.errors import TemplateRefused
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.chat_schemas import ChatBody
-from server.api.schemas import GenerationBody
-from server.api.texts import check_text
-from server.api.tool_schemas import Tool
-from server.engine import ServedModel
-from server.errors import ApiError
+from infuse.adapters.errors import TemplateRefused
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.chat_schemas import ChatBody
+from infuse.server.api.schemas import GenerationBody
+from infuse.server.api.texts import check_text
+from infuse.server.api.tool_schemas import Tool
+from infuse.server.engine import ServedModel
+from infuse.server.errors import ApiError
 
 MAX_CHARACTERS_PER_TOKEN = 128
 """No text averages more characters a token: a longer one is refused without tokenising it."""

@@ -6,7 +6,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from server.api.adapter_schemas import NamedSourceBody, SourceBody
+from infuse.server.api.adapter_schemas import NamedSourceBody, SourceBody
 
 
 @dataclass(frozen=True, slots=True)

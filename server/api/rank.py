@@ -11,23 +11,23 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.answer_schemas import Usage
-from server.api.checking import check_body
-from server.api.deadlines import DeadlineDep
-from server.api.disconnects import unless_client_leaves
-from server.api.generation import Generation
-from server.api.leasing import leased
-from server.api.model_schemas import ModelBody
-from server.api.orders import Order, Prompt, place_order
-from server.api.preparing import prepared
-from server.api.prompts import encode_choice, encode_pair
-from server.api.responses import documented_answers, whole_answer
-from server.api.texts import check_text
-from server.auth import CallerDep
-from server.engine import ServedModel
-from server.engine.request import Output, SamplingParams
-from server.services import Services, get_services
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.checking import check_body
+from infuse.server.api.deadlines import DeadlineDep
+from infuse.server.api.disconnects import unless_client_leaves
+from infuse.server.api.generation import Generation
+from infuse.server.api.leasing import leased
+from infuse.server.api.model_schemas import ModelBody
+from infuse.server.api.orders import Order, Prompt, place_order
+from infuse.server.api.preparing import prepared
+from infuse.server.api.prompts import encode_choice, encode_pair
+from infuse.server.api.responses import documented_answers, whole_answer
+from infuse.server.api.texts import check_text
+from infuse.server.auth import CallerDep
+from infuse.server.engine import ServedModel
+from infuse.server.engine.request import Output, SamplingParams
+from infuse.server.services import Services, get_services
 
 MAX_INPUTS = 1024
 MAX_CHOICES = 256

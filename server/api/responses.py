@@ -11,14 +11,14 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.answer_schemas import Usage
-from server.api.disconnects import unless_client_leaves
-from server.api.endings import raise_if_failed
-from server.api.generation import Generation
-from server.api.schemas import GenerationBody
-from server.engine.request import Output
-from server.errors import ApiError, error_body
-from server.openapi import READS, errors, header
+from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.disconnects import unless_client_leaves
+from infuse.server.api.endings import raise_if_failed
+from infuse.server.api.generation import Generation
+from infuse.server.api.schemas import GenerationBody
+from infuse.server.engine.request import Output
+from infuse.server.errors import ApiError, error_body
+from infuse.server.openapi import READS, errors, header
 
 log = logging.getLogger(__name__)
 

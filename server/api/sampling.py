@@ -6,13 +6,13 @@ from typing import TypeVar
 
 from transformers import GenerationConfig
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.constraining import FREE, Held
-from server.api.prompts import shown
-from server.api.schemas import GenerationBody
-from server.engine import ServedModel
-from server.engine.request import SamplingParams, token_mask
-from server.errors import ApiError
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.constraining import FREE, Held
+from infuse.server.api.prompts import shown
+from infuse.server.api.schemas import GenerationBody
+from infuse.server.engine import ServedModel
+from infuse.server.engine.request import SamplingParams, token_mask
+from infuse.server.errors import ApiError
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0: dividing logits by them would overflow."""

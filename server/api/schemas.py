@@ -12,13 +12,13 @@ from pydantic import (
     field_validator,
 )
 
-from server.api.constraint_schemas import (
+from infuse.server.api.constraint_schemas import (
     Alternatives,
     Constraint,
     ResponseFormat,
     StructuredOutputs,
 )
-from server.api.model_schemas import ModelBody
+from infuse.server.api.model_schemas import ModelBody
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 
-from server.api.forms import Form
-from server.api.published import Published
-from server.caller import Caller
-from server.services import Services
-from server.uploads import Take
+from infuse.server.api.forms import Form
+from infuse.server.api.published import Published
+from infuse.server.caller import Caller
+from infuse.server.services import Services
+from infuse.server.uploads import Take
 
 
 @dataclass(frozen=True, slots=True)

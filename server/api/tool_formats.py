@@ -17,10 +17,10 @@ from transformers.utils.chat_parsing.response_templates import (
     load_response_template,
 )
 
-from adapters.errors import TemplateRefused
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.tool_schemas import NO_PARAMETERS, Tool, new_call_id
-from server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
+from infuse.adapters.errors import TemplateRefused
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.tool_schemas import NO_PARAMETERS, Tool, new_call_id
+from infuse.server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
 
 log = logging.getLogger(__name__)
 

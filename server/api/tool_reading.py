@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import regex
 from transformers.utils.chat_parsing import ResponseParser
 
-from server.api.tool_formats import CallFormat
-from server.api.tool_schemas import Tool, new_call_id
+from infuse.server.api.tool_formats import CallFormat
+from infuse.server.api.tool_schemas import Tool, new_call_id
 
 _HEAD = regex.compile(
     r'\s*\[?\s*\{\s*"name"\s*:\s*"(?P<name>[\w.-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'

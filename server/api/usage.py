@@ -11,12 +11,12 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import AfterValidator, BaseModel, Field
 
-from server.auth import CallerDep
-from server.errors import ApiError
-from server.observability import metering
-from server.observability.metering import HOUR, BadUsageFile, Row
-from server.openapi import errors
-from server.services import Services, get_services
+from infuse.server.auth import CallerDep
+from infuse.server.errors import ApiError
+from infuse.server.observability import metering
+from infuse.server.observability.metering import HOUR, BadUsageFile, Row
+from infuse.server.openapi import errors
+from infuse.server.services import Services, get_services
 
 router = APIRouter(tags=["operations"])
 

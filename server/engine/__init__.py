@@ -3,7 +3,7 @@
 `native` is our own engine. The API imports this package and `constraints`, but never `native`.
 """
 
-from server.engine.errors import (
+from infuse.server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,
     DoesNotFit,
@@ -15,15 +15,15 @@ from server.engine.errors import (
     UnsupportedModel,
     WaitTooLong,
 )
-from server.engine.protocol import Engine, ServedModel
-from server.engine.request import (
+from infuse.server.engine.protocol import Engine, ServedModel
+from infuse.server.engine.request import (
     FinishReason,
     GenerationRequest,
     Output,
     SamplingParams,
     TokenLogprob,
 )
-from server.engine.stats import EngineStats
+from infuse.server.engine.stats import EngineStats
 
 __all__ = [
     "BadConstraint",

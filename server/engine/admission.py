@@ -8,8 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from server.engine.errors import QueueFull, WaitTooLong
-from server.engine.request import GenerationRequest
+from infuse.server.engine.errors import QueueFull, WaitTooLong
+from infuse.server.engine.request import GenerationRequest
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
 """The bounds of the time after which a refused request should be sent again."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.byte_tokens import byte_of
-from server.engine.panics import is_panic
+from infuse.server.engine.byte_tokens import byte_of
+from infuse.server.engine.panics import is_panic
 
 _CONTEXT_TOKENS = 8
 """Tokens before a new token that are decoded with it: enough for decoders that join tokens."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
-from server.engine.request import GenerationRequest
+from infuse.server.engine.request import GenerationRequest
 
 MAX_OVERTAKEN = 8
 """How many sequences may overtake a tenant's older ones of a worse priority before one starts."""

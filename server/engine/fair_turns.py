@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from server.engine.errors import QueueFull
+from infuse.server.engine.errors import QueueFull
 
 _WEIGHT = 0.2
 """The weight of the latest turn in the moving average of their seconds."""

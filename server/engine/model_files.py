@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from server.engine.errors import ModelNotFound, UnsupportedModel
+from infuse.server.engine.errors import ModelNotFound, UnsupportedModel
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model that is served without `--model`."""

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from server.engine.constraints.grammars import Grammars
-from server.engine.request import GenerationRequest, InFlight, Output
-from server.engine.stats import EngineStats
+from infuse.server.engine.constraints.grammars import Grammars
+from infuse.server.engine.request import GenerationRequest, InFlight, Output
+from infuse.server.engine.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

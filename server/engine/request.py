@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import regex
 
-from adapters.residency import Lease
-from server.engine.constraints.grammars import Grammar
+from infuse.adapters.residency import Lease
+from infuse.server.engine.constraints.grammars import Grammar
 
 
 class FinishReason(StrEnum):

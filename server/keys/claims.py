@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from server.keys.scope import matches
+from infuse.server.keys.scope import matches
 
 Claims = Mapping[str, Any]
 """What a token says of its bearer, by name: `sub`, `groups`, ..."""

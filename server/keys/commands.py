@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from server.keys.key_file import BadKeysFile, Entry, Key, edited, read_entries
-from server.keys.secrets import hash_key, new_key
+from infuse.server.keys.key_file import BadKeysFile, Entry, Key, edited, read_entries
+from infuse.server.keys.secrets import hash_key, new_key
 
 keys_app = typer.Typer(
     no_args_is_help=True,

@@ -13,7 +13,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from pydantic import BaseModel, ValidationError
 
-from server.engine.fair_turns import FairTurns
+from infuse.server.engine.fair_turns import FairTurns
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from adapters.storage.journal import sync
-from server.keys.claims import ClaimPatterns
-from server.keys.scope import Scope
-from server.keys.secrets import HASH_PATTERN, ID_PATTERN
+from infuse.adapters.storage.journal import sync
+from infuse.server.keys.claims import ClaimPatterns
+from infuse.server.keys.scope import Scope
+from infuse.server.keys.secrets import HASH_PATTERN, ID_PATTERN
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 
-from server.engine.fair_turns import FairTurns
-from server.keys.claims import Claims, covers
-from server.keys.issuer import Issuer
-from server.keys.key_file import BadKeysFile, Key, load_keys, read_keys
-from server.keys.secrets import digest_of, id_of, is_hash_of
-from server.keys.tokens import Tokens
+from infuse.server.engine.fair_turns import FairTurns
+from infuse.server.keys.claims import Claims, covers
+from infuse.server.keys.issuer import Issuer
+from infuse.server.keys.key_file import BadKeysFile, Key, load_keys, read_keys
+from infuse.server.keys.secrets import digest_of, id_of, is_hash_of
+from infuse.server.keys.tokens import Tokens
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-from adapters.errors import BadSource
-from adapters.sources.source_url import Source, parse_prefixes
+from infuse.adapters.errors import BadSource
+from infuse.adapters.sources.source_url import Source, parse_prefixes
 
 _PATTERN = r"^[A-Za-z0-9._/*?\[\]!-]+$"
 Pattern = Annotated[str, StringConstraints(pattern=_PATTERN, max_length=256)]

@@ -12,8 +12,8 @@ from joserfc.errors import (
     UnsupportedAlgorithmError,
 )
 
-from server.keys.claims import Claims
-from server.keys.issuer import Issuer, PublicKey
+from infuse.server.keys.claims import Claims
+from infuse.server.keys.issuer import Issuer, PublicKey
 
 _ALGORITHMS = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),

@@ -12,11 +12,11 @@ from urllib.parse import quote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import request_id
-from server.caller import SCOPE_KEY
-from server.headers import RAW_SAFE
-from server.observability.answered import Answered
-from server.observability.metrics import HttpMetrics
+from infuse.server import request_id
+from infuse.server.caller import SCOPE_KEY
+from infuse.server.headers import RAW_SAFE
+from infuse.server.observability.answered import Answered
+from infuse.server.observability.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from server.engine.request import FinishReason
+from infuse.server.engine.request import FinishReason
 
 
 class Stage(NamedTuple):

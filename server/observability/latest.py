@@ -3,7 +3,7 @@
 import heapq
 from collections import deque
 
-from server.observability.access import EndedRequest
+from infuse.server.observability.access import EndedRequest
 
 _KEPT = 1000
 

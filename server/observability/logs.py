@@ -9,7 +9,7 @@ from typing import Literal
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-from server import request_id
+from infuse.server import request_id
 
 _KNOWN = (*RESERVED_ATTRS, "color_message", "vllm_process_name")
 """What a record has beside the fields that its caller gave: uvicorn adds colours for terminals, and

@@ -18,8 +18,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from adapters.registry import RegistryStats
-from server.engine import EngineStats
+from infuse.adapters.registry import RegistryStats
+from infuse.server.engine import EngineStats
 
 _MAX_ADAPTER_LABELS = 100
 """How many adapters have series of their own: the first that requests name. The others are counted

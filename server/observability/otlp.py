@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from server.observability.traces import Traces
+    from infuse.server.observability.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def open_traces(version: str) -> "Traces | None":
         log.error("No traces are sent by %s: set %s_PROTOCOL=%s.", protocol, _PREFIX, _PROTOCOL)
         return None
     try:
-        from server.observability.traces import Traces
+        from infuse.server.observability.traces import Traces
     except ImportError as error:
         log.error("No traces are sent (%s): pip install 'infuse-server[otlp]'", error)
         return None

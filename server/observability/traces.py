@@ -18,9 +18,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.engine.request import FinishReason
-from server.observability.access import EndedRequest
-from server.observability.answered import Answered
+from infuse.server.engine.request import FinishReason
+from infuse.server.observability.access import EndedRequest
+from infuse.server.observability.answered import Answered
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",

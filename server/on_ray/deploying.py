@@ -20,12 +20,12 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
-from server.engine.model_files import model_folder
-from server.keys.key_file import read_keys
-from server.listener import ANSWERING_SECONDS
-from server.on_ray.affinity import CALLBACK
-from server.on_ray.replica import APP, DEPLOYMENT, Replica
-from server.on_ray.settings import DeploySettings
+from infuse.server.engine.model_files import model_folder
+from infuse.server.keys.key_file import read_keys
+from infuse.server.listener import ANSWERING_SECONDS
+from infuse.server.on_ray.affinity import CALLBACK
+from infuse.server.on_ray.replica import APP, DEPLOYMENT, Replica
+from infuse.server.on_ray.settings import DeploySettings
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _application(settings: DeploySettings) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_timeout + ANSWERING_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         request_router_config=RequestRouterConfig(
-            request_router_class="server.on_ray.routing:AffinityRouter",
+            request_router_class="infuse.server.on_ray.routing:AffinityRouter",
             request_routing_stats_period_s=_ROUTING_SECONDS,
             request_routing_stats_timeout_s=5.0,
         ),
@@ -135,7 +135,7 @@ def _scaling(settings: DeploySettings) -> AutoscalingConfig:
         min_replicas=settings.replicas,
         max_replicas=settings.most_replicas,
         policy=AutoscalingPolicy(
-            policy_function="server.on_ray.scaling:ByQueuedTokens",
+            policy_function="infuse.server.on_ray.scaling:ByQueuedTokens",
             policy_kwargs={"tokens": settings.queued_tokens, "rows": settings.max_batch_rows},
         ),
         look_back_period_s=_MORE_SECONDS,

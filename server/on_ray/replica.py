@@ -10,18 +10,18 @@ from anyio import to_thread
 from fastapi import FastAPI
 from ray import serve
 
-from adapters.errors import AdapterError
-from server.api.health import ready
-from server.app import beside, create_app
-from server.engine.errors import EngineDead
-from server.errors import ApiError
-from server.listener import freeze_heap
-from server.observability import logs
-from server.observability.metering import Query, Row
-from server.on_ray.folders import OwnFolder
-from server.on_ray.metrics import joined
-from server.services import Services
-from server.settings import Settings
+from infuse.adapters.errors import AdapterError
+from infuse.server.api.health import ready
+from infuse.server.app import beside, create_app
+from infuse.server.engine.errors import EngineDead
+from infuse.server.errors import ApiError
+from infuse.server.listener import freeze_heap
+from infuse.server.observability import logs
+from infuse.server.observability.metering import Query, Row
+from infuse.server.on_ray.folders import OwnFolder
+from infuse.server.on_ray.metrics import joined
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 
 APP = "infuse"
 DEPLOYMENT = "Infuse"

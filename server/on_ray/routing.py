@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from server.on_ray.affinity import MERGES
+from infuse.server.on_ray.affinity import MERGES
 
 _HOMES = 2
 """Replicas that an adapter's requests go to, so that it need not be resident on all."""

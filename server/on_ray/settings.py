@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 
 
 class DeploySettings(Settings):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.objects import Objects
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.store import AdapterStore
 
 OpenStore = Callable[..., AdapterStore]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore, open_bucket
 from tests.adapters.house import House
 from tests.adapters.kinds import Known

@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
-from adapters.residency import Lease
-from adapters.storage.store import AdapterStore
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.kinds import Known, packed_logits
 from tests.factories import tiny_llama
 

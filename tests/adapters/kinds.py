@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
 from tests.adapters.oracle import logits, peft_logits, vectors_of
 from tests.factories import save_adapter, tiny_llama
 

@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors, effective_vectors, read_checkpoint
-from adapters.checkpoint.targets import BaseModules
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors, effective_vectors, read_checkpoint
+from infuse.adapters.checkpoint.targets import BaseModules
 
 
 def with_peft(base: PreTrainedModel, *folders: Path) -> PreTrainedModel:

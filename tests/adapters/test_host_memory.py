@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.layouts import Layouts
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.layouts import Layouts
 from tests.adapters.house import House
 from tests.adapters.kinds import Known
 

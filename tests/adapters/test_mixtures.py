@@ -8,19 +8,19 @@ import peft
 import pytest
 import torch
 
-from adapters.checkpoint.checkpoint import product
-from adapters.errors import (
+from infuse.adapters.checkpoint.checkpoint import product
+from infuse.adapters.errors import (
     AdapterDisabled,
     AdapterExists,
     CombinedNotFinite,
     TooManyPinned,
     UnknownAdapter,
 )
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry, Part
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry, Part
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.kinds import Known
 from tests.adapters.oracle import vectors_of
 from tests.factories import tiny_llama

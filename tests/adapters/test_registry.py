@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.checkpoint.checkpoint import WEIGHTS_FILE, AdapterVectors
-from adapters.checkpoint.config import CONFIG_FILE
-from adapters.errors import (
+from infuse.adapters.checkpoint.checkpoint import WEIGHTS_FILE, AdapterVectors
+from infuse.adapters.checkpoint.config import CONFIG_FILE
+from infuse.adapters.errors import (
     AdapterExists,
     InvalidAdapter,
     RevisionConflict,
@@ -17,10 +17,10 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry, Part
-from adapters.storage.revision import Revision
-from adapters.storage.store import AdapterStore
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry, Part
+from infuse.adapters.storage.revision import Revision
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.house import CAPACITY, House
 from tests.adapters.oracle import vectors_of
 from tests.factories import save_adapter, tiny_llama

@@ -10,12 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adapters.errors import AdapterExists, UnknownAdapter
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
-from adapters.residency import Lease
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import AdapterExists, UnknownAdapter
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 

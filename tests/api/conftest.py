@@ -16,12 +16,12 @@ import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from server.app import create_app
-from server.cli import bind
-from server.listener import Server
-from server.services import Services
-from server.settings import MEBIBYTE, Settings
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.server.app import create_app
+from infuse.server.cli import bind
+from infuse.server.listener import Server
+from infuse.server.services import Services
+from infuse.server.settings import MEBIBYTE, Settings
 from tests.api.documented import Documented
 from tests.factories import save_adapter, save_tiny_model
 
@@ -72,10 +72,12 @@ def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
 def run_by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own engine does not trace its model: that would take most of many starts."""
     if Settings().engine == "native":
-        from server.engine.native.forward.tracing import NotTraced
+        from infuse.server.engine.native.forward.tracing import NotTraced
 
         not_traced = Mock(side_effect=NotTraced("a test of the API"))
-        monkeypatch.setattr("server.engine.native.forward.execution.find_or_trace", not_traced)
+        monkeypatch.setattr(
+            "infuse.server.engine.native.forward.execution.find_or_trace", not_traced
+        )
 
 
 def save_model(folder: Path, *chat_template: str, **overrides: Any) -> Path:
@@ -183,6 +185,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
             gate.pass_through()
             return super().parameter(key)
 
-    monkeypatch.setattr("server.jobs.BaseCheckpoint", GatedCheckpoint)
+    monkeypatch.setattr("infuse.server.jobs.BaseCheckpoint", GatedCheckpoint)
     yield gate
     gate.open.set()

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import CLIENT_GONE
+from infuse.server.errors import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 NOTHING = b"There is nothing at "

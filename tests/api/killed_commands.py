@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
-from adapters.errors import BackupRefused
-from adapters.storage.backup import restore
-from adapters.storage.store import AdapterStore
-from server.keys.key_file import edited, read_entries
+from infuse.adapters.errors import BackupRefused
+from infuse.adapters.storage.backup import restore
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.keys.key_file import edited, read_entries
 from tests.adapters.storage.crash_worker import storage_at
 from tests.api.killed_clients import State, Writer
 from tests.api.replica_starter import ENDED

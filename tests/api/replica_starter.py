@@ -8,8 +8,12 @@ reads lines of JSON, [log, argument, …], and answers each with the id of a pro
 import json
 import os
 import sys
+from importlib import import_module
+from pathlib import Path
 
 ENDED = "It has ended with status"
+SERVER = "infuse.server" if Path("infuse").exists() else "server"
+"""The earlier release installed `server`."""
 
 
 def run(log: str, arguments: list[str]) -> None:
@@ -42,7 +46,7 @@ def start_all() -> None:
 
 
 if __name__ == "__main__":
-    import server.app  # noqa: F401
-    from server.cli import main
+    import_module(f"{SERVER}.app")
+    main = import_module(f"{SERVER}.cli").main
 
     start_all()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.storage.folder import digest_of
+from infuse.adapters.storage.folder import digest_of
 from tests.api.oracle import Oracle
 
 TEMPLATE = "chat_template.jinja"

@@ -10,8 +10,8 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from adapters.storage.objects import Objects
-from server.settings import Settings
+from infuse.adapters.storage.objects import Objects
+from infuse.server.settings import Settings
 from tests.api.conftest import run_by_modules, run_server
 
 ADAPTERS = "/v1/adapters"

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import RunningServer
 from tests.api.test_adapters import PROMPT, complete
 from tests.api.test_streaming import CHAT, COMPLETIONS, eventually
@@ -28,10 +28,14 @@ KEYS = [
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     """The fields of each line of a request so far, in order."""
-    caplog.set_level(logging.INFO, "server.observability.access")
+    caplog.set_level(logging.INFO, "infuse.server.observability.access")
 
     def lines() -> list[dict[str, Any]]:
-        return [vars(each) for each in caplog.records if each.name == "server.observability.access"]
+        return [
+            vars(each)
+            for each in caplog.records
+            if each.name == "infuse.server.observability.access"
+        ]
 
     return lines
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.oracle import upload
 from tests.api.test_streaming import COMPLETIONS, at_rest, eventually

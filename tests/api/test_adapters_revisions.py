@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.archives import CONFIG, WEIGHTS, form_of, read_adapter, zip_of
 from tests.api.conftest import RunningServer, run_server
 from tests.api.oracle import Oracle, upload

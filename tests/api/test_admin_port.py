@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.cli import bind
-from server.settings import Settings
+from infuse.server.cli import bind
+from infuse.server.settings import Settings
 from tests.api.conftest import run_by_modules, run_server
 from tests.api.test_auth import ADMIN, GENERATE, KEYS, bearer, keys_file
 from tests.served import served_by

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine import GenerationRequest
-from server.keys.key_file import BadKeysFile, read_keys
-from server.services import Services
-from server.settings import Settings
+from infuse.server.engine import GenerationRequest
+from infuse.server.keys.key_file import BadKeysFile, read_keys
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 from tests.api.archives import form_of, read_adapter
 from tests.api.conftest import run_server
 from tests.api.test_adapters import ADAPTERS, PROMPT

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from infuse.server.cli import app
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Place, Serve, text_of
 from tests.api.stores import place as place
@@ -20,7 +20,7 @@ from tests.api.stores import serve as serve
 from tests.releases import REPOSITORY
 from tests.served import served_by
 
-INFUSE = [sys.executable, "-c", "from server.cli import main; main()"]
+INFUSE = [sys.executable, "-c", "from infuse.server.cli import main; main()"]
 
 
 @pytest.mark.parametrize("to", ["folder", "bucket"])

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server, save_model
 from tests.api.test_tools import WEATHER, ask, check
 from tests.chat_templates import HERMES

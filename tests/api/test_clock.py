@@ -14,7 +14,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from infuse.server.cli import app
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, text_of
 from tests.api.test_generation_lifecycle import LONG, events
@@ -22,7 +22,7 @@ from tests.api.test_streaming import COMPLETIONS
 from tests.served import address_of
 
 LIBRARIES = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
-COMMAND = "from server.cli import main; main()"
+COMMAND = "from infuse.server.cli import main; main()"
 DAY = 24 * 3600
 
 

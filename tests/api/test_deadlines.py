@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.api.conftest import RunningServer, save_model
 from tests.api.test_generation_lifecycle import StartServer, events
 from tests.api.test_streaming import CHAT, COMPLETIONS, PROMPTS, at_rest, eventually

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.observability.access import EndedRequest
-from server.observability.answered import Answered
-from server.observability.latest import LatestAnswers
-from server.request_id import HEADER as REQUEST
+from infuse.server.observability.access import EndedRequest
+from infuse.server.observability.answered import Answered
+from infuse.server.observability.latest import LatestAnswers
+from infuse.server.request_id import HEADER as REQUEST
 from tests.api.test_adapters import PROMPT
 from tests.api.test_gateway_metrics import StartServer, choices_of
 from tests.api.test_streaming import COMPLETIONS, eventually

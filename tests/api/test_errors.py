@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from adapters.errors import AdapterError, WrongCall
-from server.errors import from_adapter_error
-from server.services import Services
+from infuse.adapters.errors import AdapterError, WrongCall
+from infuse.server.errors import from_adapter_error
+from infuse.server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.test_adapters import ADAPTERS, PROMPT
 from tests.factories import panic
@@ -191,7 +191,7 @@ def test_a_stream_that_fails_unforeseen_ends_with_an_error(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("hunter2")
 
-    monkeypatch.setattr("server.api.completion_writer.CompletionWriter.chunks", fail)
+    monkeypatch.setattr("infuse.server.api.completion_writer.CompletionWriter.chunks", fail)
     body = {"model": "tiny", "prompt": "A", "stream": True}
     text = client.post("/v1/completions", json=body).text
 

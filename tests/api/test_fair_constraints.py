@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.constraints import grammars as constraints
-from server.services import Services
-from server.settings import Settings
+from infuse.server.engine.constraints import grammars as constraints
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.api.test_auth import bearer, keys_file
 from tests.api.test_health import StartServer

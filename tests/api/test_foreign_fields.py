@@ -14,10 +14,10 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chat_params
 
-from server.api.chat_schemas import ChatBody, Message
-from server.api.completion_schemas import CompletionBody
-from server.api.foreign_fields import HARMLESS, REFUSED
-from server.api.schemas import StreamOptions
+from infuse.server.api.chat_schemas import ChatBody, Message
+from infuse.server.api.completion_schemas import CompletionBody
+from infuse.server.api.foreign_fields import HARMLESS, REFUSED
+from infuse.server.api.schemas import StreamOptions
 from tests.api.test_bad_generation_input import refused
 from tests.api.test_streaming import CHAT, COMPLETIONS, PROMPTS
 

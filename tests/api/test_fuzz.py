@@ -35,7 +35,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from server.settings import MEBIBYTE
+from infuse.server.settings import MEBIBYTE
 from tests.api.archives import form_of, read_adapter, tar_of, zip_of
 from tests.api.conftest import RunningServer, ServeAdapters
 from tests.api.test_auth import KEYS, bearer, keys_file

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.api.test_adapters import PROMPT, complete
 from tests.api.test_streaming import COMPLETIONS, eventually
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from server.api import logprobs
-from server.services import Services
+from infuse.server.api import logprobs
+from infuse.server.services import Services
 from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle, upload
 from tests.api.test_streaming import CHAT, COMPLETIONS, PROMPTS, Chunk, at_rest, eventually

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel
 
-from server.api import (
+from infuse.server.api import (
     answer_schemas,
     chat_schemas,
     completion_schemas,
@@ -11,7 +11,7 @@ from server.api import (
     models,
     schemas,
 )
-from server.api.constraint_schemas import StructuredOutputs
+from infuse.server.api.constraint_schemas import StructuredOutputs
 
 
 def _models() -> list[type[BaseModel]]:

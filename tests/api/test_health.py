@@ -10,17 +10,17 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from server.api import health
-from server.app import create_app
-from server.services import Services
-from server.settings import Settings
+from infuse.server.api import health
+from infuse.server.app import create_app
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 from tests.api.conftest import run_by_modules
 from tests.api.test_generation_lifecycle import LONG, events
 from tests.api.test_streaming import COMPLETIONS, eventually
 from tests.factories import panic
 
 StartServer = Callable[..., tuple[str, Services]]
-SCHEDULE = "server.engine.native.scheduling.scheduler.Scheduler.schedule"
+SCHEDULE = "infuse.server.engine.native.scheduling.scheduler.Scheduler.schedule"
 MANY = 40
 """Threads that FastAPI has for all routes that block."""
 

@@ -19,13 +19,13 @@ import httpx
 import psutil
 import pytest
 
-from adapters.storage.audit import audit
-from adapters.storage.backup import back_up
-from adapters.storage.folder import digest_of
-from adapters.storage.index import Index
-from adapters.storage.outside import events_of, opened
-from adapters.storage.store import AdapterStore
-from server.settings import Settings
+from infuse.adapters.storage.audit import audit
+from infuse.adapters.storage.backup import back_up
+from infuse.adapters.storage.folder import digest_of
+from infuse.adapters.storage.index import Index
+from infuse.adapters.storage.outside import events_of, opened
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.settings import Settings
 from tests.adapters.storage.store_contents import create
 from tests.api.archives import CONFIG, WEIGHTS
 from tests.api.killed_clients import (

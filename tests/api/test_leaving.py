@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import RunningServer, run_by_modules, run_server, save_model
 from tests.api.test_generation_lifecycle import events
 from tests.api.test_streaming import COMPLETIONS, at_rest, eventually

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.storage.store import AdapterStore
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.storage.store import AdapterStore
 from tests.api.conftest import ADAPTERS, ServeAdapters
 from tests.api.oracle import upload
 from tests.api.test_adapters_life import BODY

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
-from server.settings import MEBIBYTE, Settings
+from infuse.server.services import Services
+from infuse.server.settings import MEBIBYTE, Settings
 from tests.api.archives import WEIGHTS, form_of, read_adapter, zip_of
 from tests.api.conftest import run_server
 from tests.api.oracle import upload

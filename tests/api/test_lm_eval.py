@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.model_files import default_model_folder
-from server.services import Services
+from infuse.server.engine.model_files import default_model_folder
+from infuse.server.services import Services
 from tests.api.conftest import RunningServer
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from server.api.logprobs import CompletionLogprobWriter, TokenBytes, chat_logprobs
-from server.engine.request import TokenLogprob
+from infuse.server.api.logprobs import CompletionLogprobWriter, TokenBytes, chat_logprobs
+from infuse.server.engine.request import TokenLogprob
 from tests.factories import tiny_tokenizer
 
 

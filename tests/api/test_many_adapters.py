@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.storage.store import AdapterStore
-from server.services import Services
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.services import Services
 
 COUNT = 250
 

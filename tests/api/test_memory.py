@@ -22,7 +22,7 @@ from tests.served import address_of
 
 pytestmark = pytest.mark.native
 MEBIBYTE = 1 << 20
-COMMAND = "from server.cli import main; main()"
+COMMAND = "from infuse.server.cli import main; main()"
 CLIENTS = 8
 CGROUPS = Path("/sys/fs/cgroup")
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from server.jobs import MergeJobs
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.server.jobs import MergeJobs
 from tests.api.conftest import Gate, RunningServer
 from tests.api.oracle import Oracle, upload
 from tests.api.test_adapters_life import BODY, error_of, text_of
@@ -286,7 +286,7 @@ def test_a_disk_that_is_too_small_is_507_before_anything_is_written(
 def test_a_merge_too_many_is_429_with_a_time_to_come_back(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.jobs.MAX_WAITING", 2)
+    monkeypatch.setattr("infuse.server.jobs.MAX_WAITING", 2)
     for _ in range(2):
         start(client, adapter="mlp")
     refused = client.post(MERGES, json={"adapter": "mlp"})

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.observability.metrics import Metrics, build_info
-from server.services import Services
-from server.settings import Settings
+from infuse.server.observability.metrics import Metrics, build_info
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.api.oracle import upload
 from tests.api.test_adapters import ADAPTERS, PROMPT, complete

@@ -6,9 +6,9 @@ from typing import Any, TypeVar, get_type_hints
 import httpx
 import pytest
 
-from adapters.errors import AdapterError, Fault
-from server.engine.errors import EngineError
-from server.errors import from_adapter_error, from_engine_error
+from infuse.adapters.errors import AdapterError, Fault
+from infuse.server.engine.errors import EngineError
+from infuse.server.errors import from_adapter_error, from_engine_error
 from tests.api.conftest import RunningServer
 
 Json = dict[str, Any]

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from adapters.storage.store import AdapterStore
-from adapters.vocabulary import sandbox
-from adapters.vocabulary.sandbox import Limits
-from server.client import AdminClient, ClientError
-from server.services import Services
+from infuse.adapters.storage.store import AdapterStore
+from infuse.adapters.vocabulary import sandbox
+from infuse.adapters.vocabulary.sandbox import Limits
+from infuse.server.client import AdminClient, ClientError
+from infuse.server.services import Services
 from tests.adapters.vocabulary.test_sandbox import RUNAWAYS, processes
 from tests.adapters.vocabulary.test_vocabulary import aborts, panics, replaces
 from tests.api.conftest import RunningServer

@@ -8,7 +8,7 @@ import openai
 import pytest
 from typer.testing import CliRunner, Result
 
-from server.cli import app
+from infuse.server.cli import app
 from tests.api.archives import CONFIG, WEIGHTS, form_of, read_adapter
 from tests.api.conftest import RunningServer
 from tests.api.oracle import upload

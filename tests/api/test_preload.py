@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters.errors import BaseNameTaken
-from server.cli import app
+from infuse.adapters.errors import BaseNameTaken
+from infuse.server.cli import app
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Serve, complete, error_of, text_of
 from tests.api.stores import place as place

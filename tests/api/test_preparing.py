@@ -34,7 +34,7 @@ def test_the_engine_expects_no_request_that_waits_for_its_turn(
     turns = Mock(side_effect=services.preparing.turn)
     monkeypatch.setattr(services.preparing, "turn", turns)
     hanging = Mock(side_effect=lambda *_: gate.wait(60) and [(5,)])
-    monkeypatch.setattr("server.api.completions.encode_prompts", hanging)
+    monkeypatch.setattr("infuse.server.api.completions.encode_prompts", hanging)
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
 
     with ThreadPoolExecutor(AT_ONCE + 1) as clients:

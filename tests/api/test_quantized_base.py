@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.factories import tiny_tokenizer
 
 PROMPT = [5, 60, 7, 80, 9]
@@ -21,7 +21,7 @@ def test_an_adapter_on_a_quantised_base_answers_as_peft_does_on_it(
     adapter_folders: dict[str, Path],
     bits: Any,
 ) -> None:
-    from server.engine.native import load_model
+    from infuse.server.engine.native import load_model
     from tests.engine.harness import Oracle
 
     url, _ = start_server(quantization=bits, preload_adapters=adapter_folders["default"].parent)

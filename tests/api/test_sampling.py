@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.completion_schemas import CompletionBody
-from server.api.orders import params_of_choice
-from server.api.sampling import SamplingDefaults, sampling_params
-from server.engine.request import SamplingParams
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.completion_schemas import CompletionBody
+from infuse.server.api.orders import params_of_choice
+from infuse.server.api.sampling import SamplingDefaults, sampling_params
+from infuse.server.engine.request import SamplingParams
 from tests.api.conftest import RunningServer
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.client import AdminClient, ClientError
+from infuse.server.client import AdminClient, ClientError
 from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 from tests.factories import TOKENS, save_adapter

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.storage.store import AdapterStore
-from server.services import Services
-from server.settings import Settings
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.services import Services
+from infuse.server.settings import Settings
 from tests.api.archives import form_of, read_adapter
 from tests.api.conftest import run_by_modules, run_server
 from tests.api.oracle import upload

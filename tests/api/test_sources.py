@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters.errors import SourceError
-from server.errors import SOURCE_ERRORS
-from server.services import Services
+from infuse.adapters.errors import SourceError
+from infuse.server.errors import SOURCE_ERRORS
+from infuse.server.services import Services
 from tests.api.archives import CONFIG, WEIGHTS
 from tests.api.conftest import RunningServer, ServeAdapters
 from tests.api.test_adapters import ADAPTERS, complete, stored

@@ -12,12 +12,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import AdapterExists
-from server.api.forms import Form
-from server.api.staging import staged_upload
-from server.caller import Caller
-from server.services import Services
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.errors import AdapterExists
+from infuse.server.api.forms import Form
+from infuse.server.api.staging import staged_upload
+from infuse.server.caller import Caller
+from infuse.server.services import Services
 from tests.api.oracle import upload
 from tests.api.test_health import MANY, StartServer
 from tests.api.test_health import gate as gate

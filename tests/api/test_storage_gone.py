@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.archives import form_of, read_adapter
 from tests.api.conftest import run_server
 from tests.api.oracle import upload

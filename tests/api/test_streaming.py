@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.request import FinishReason, Output
-from server.streams import Stream, Streams
+from infuse.server.engine.request import FinishReason, Output
+from infuse.server.streams import Stream, Streams
 from tests.api.conftest import RunningServer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.api.test_adapters import PROMPT
 from tests.api.test_auth import error_of
 from tests.api.test_scopes import write_keys
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_a_token_is_said_in_words_and_in_the_header(
 def test_a_server_starts_while_its_issuer_is_down(
     start: Callable[[], Ask], issuer: LocalIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.keys.issuer.PAUSE", 0.05)
+    monkeypatch.setattr("infuse.server.keys.issuer.PAUSE", 0.05)
     issuer.is_down = True
     ask = start()
     token = issuer.token(sub="prometheus")

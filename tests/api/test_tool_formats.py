@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.tool_formats import CallFormat, find_format
-from server.api.tool_reading import Reader, make_reader
-from server.api.tool_schemas import Tool
-from server.engine.constraints.grammars import Grammars
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.tool_formats import CallFormat, find_format
+from infuse.server.api.tool_reading import Reader, make_reader
+from infuse.server.api.tool_schemas import Tool
+from infuse.server.engine.constraints.grammars import Grammars
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import TOKENS, tiny_tokenizer
 
@@ -228,7 +228,7 @@ def test_unknown_and_missing_formats_are_none() -> None:
 def test_the_grammar_allows_what_the_template_writes_and_no_wrong_arguments(
     kind: str, parallel: bool
 ) -> None:
-    from server.engine.native.sequences.constraint import Constraint, MaskMaker
+    from infuse.server.engine.native.sequences.constraint import Constraint, MaskMaker
 
     grammars = Grammars(tiny_tokenizer(), TOKENS, frozenset({2}))
     rules = format_of(kind).rules(TOOLS, parallel)

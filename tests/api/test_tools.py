@@ -11,9 +11,9 @@ import pytest
 from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
-from adapters.vocabulary.vocabulary import Vocabulary
-from server.api.tool_formats import find_format
-from server.settings import Settings
+from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.tool_formats import find_format
+from infuse.server.settings import Settings
 from tests.api.conftest import RunningServer, run_server, save_model
 from tests.api.test_bad_generation_input import refused
 from tests.api.test_streaming import CHAT

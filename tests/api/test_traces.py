@@ -10,8 +10,8 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from server.observability.otlp import open_traces
-from server.services import Services
+from infuse.server.observability.otlp import open_traces
+from infuse.server.services import Services
 from tests.api.collectors import Collector, attributes_of, collector
 from tests.api.conftest import RunningServer, ServeAdapters
 from tests.api.test_adapters import PROMPT, complete
@@ -277,11 +277,11 @@ def test_a_collector_that_hangs_hurts_no_request_and_no_shutdown(
 def test_where_no_collector_is_named_nothing_is_imported_for_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(sys.modules, "server.observability.traces", raising=False)
+    monkeypatch.delitem(sys.modules, "infuse.server.observability.traces", raising=False)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
 
     assert open_traces("1") is None
-    assert "server.observability.traces" not in sys.modules
+    assert "infuse.server.observability.traces" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -301,12 +301,12 @@ def test_traces_that_are_off_or_cannot_be_sent_keep_no_server_from_starting(
 ) -> None:
     exporter: Any = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
     monkeypatch.setitem(sys.modules, exporter, None)
-    monkeypatch.delitem(sys.modules, "server.observability.traces", raising=False)
+    monkeypatch.delitem(sys.modules, "infuse.server.observability.traces", raising=False)
     point_to(monkeypatch, "http://127.0.0.1:9")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
-    with caplog.at_level(logging.WARNING, "server.observability.otlp"):
+    with caplog.at_level(logging.WARNING, "infuse.server.observability.otlp"):
         assert open_traces("1") is None
 
     assert said in caplog.text

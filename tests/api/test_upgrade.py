@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.storage.audit import audit
+from infuse.adapters.storage.audit import audit
 from tests.api.replicas import Release, Replica, Replicas, replicas
 from tests.api.stores import COMPLETIONS, Place
 from tests.api.stores import place as place

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.services import Services
-from server.settings import MEBIBYTE
+from infuse.server.services import Services
+from infuse.server.settings import MEBIBYTE
 from tests.api.archives import CONFIG, WEIGHTS, form_of, read_adapter
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, error_of
@@ -26,7 +26,7 @@ from tests.served import address_of
 SIZE = 160 * MEBIBYTE
 MAY_RISE = SIZE // 2
 """By how much the peak may rise, however many uploads there are."""
-COMMAND = "from server.cli import main; main()"
+COMMAND = "from infuse.server.cli import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.services import Services
+from infuse.server.services import Services
 from tests.api.test_auth import error_of
 from tests.api.test_scopes import COMPLETIONS, KEYS, as_key, write_keys
 from tests.api.test_streaming import CHAT, eventually
@@ -192,7 +192,7 @@ def test_a_wrong_query_is_refused(client: httpx.Client, query: dict[str, str], s
 def test_more_rows_than_an_answer_holds_are_refused(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.usage.MOST_ROWS", 1)
+    monkeypatch.setattr("infuse.server.api.usage.MOST_ROWS", 1)
     for model in ("mlp", "queries"):
         client.post(COMPLETIONS, json=PROMPT | {"model": model})
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.app import create_app
-from server.settings import Settings
+from infuse.server.app import create_app
+from infuse.server.settings import Settings
 from tests.api.test_streaming import CHAT
 from tests.way import Way
 

@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.keys.key_file import read_keys
-from server.settings import Settings
+from infuse.server.keys.key_file import read_keys
+from infuse.server.settings import Settings
 from tests.docs.blocks import GUIDE, blocks
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import httpx
 import pytest
 from transformers import AutoModelForCausalLM
 
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import save_model
 from tests.api.oracle import upload
 from tests.api.stores import complete, text_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.listener import ANSWERING_SECONDS, WRITING_SECONDS
-from server.settings import Settings
+from infuse.server.listener import ANSWERING_SECONDS, WRITING_SECONDS
+from infuse.server.settings import Settings
 
 UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "infuse.service"
 

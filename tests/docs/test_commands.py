@@ -17,9 +17,9 @@ import typer
 from pydantic_settings import CliApp
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.on_ray.settings import DeploySettings
-from server.settings import Settings
+from infuse.server.cli import app
+from infuse.server.on_ray.settings import DeploySettings
+from infuse.server.settings import Settings
 from tests.docs.blocks import GUIDE, ROOT, Block, blocks, shown_commands
 from tests.served import served_by
 

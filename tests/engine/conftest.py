@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.native.kernels.linear import Pack, linear_kernels
-from server.engine.native.model import packing
-from server.engine.native.model.packing import pack_for_onednn
+from infuse.server.engine.native.kernels.linear import Pack, linear_kernels
+from infuse.server.engine.native.model import packing
+from infuse.server.engine.native.model.packing import pack_for_onednn
 from tests.engine.harness import Harness
 from tests.factories import save_adapter, tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine import FinishReason, TokenLogprob
+from infuse.server.engine import FinishReason, TokenLogprob
 from tests.adapters.oracle import with_peft
 from tests.driver import Driver
 

@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
-from adapters.storage.store import AdapterStore
-from server.engine.native import Engine, EngineConfig, LoadedModel
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine.native import Engine, EngineConfig, LoadedModel
 from tests.driver import Answer, Driver
 from tests.factories import tiny_tokenizer
 

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.config import WEIGHTS_FILE
-from adapters.checkpoint.targets import Side, Target
-from adapters.derive.combine import Recipe, combine
-from adapters.derive.merge import BaseCheckpoint
-from adapters.errors import (
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.config import WEIGHTS_FILE
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.derive.combine import Recipe, combine
+from infuse.adapters.derive.merge import BaseCheckpoint
+from infuse.adapters.errors import (
     AdapterDisabled,
     AdapterError,
     CombinedNotFinite,
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.storage.revision import Details
+from infuse.adapters.storage.revision import Details
 from tests.factories import save_adapter, tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from server.engine.native.kernels.build import load_kernel
+from infuse.server.engine.native.kernels.build import load_kernel
 
 GPU = torch.device("cuda", 0)
 _VARLEN = torch.ops.torch_attn._varlen_attn.default

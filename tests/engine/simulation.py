@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import Target
-from adapters.residency import Lease, Residency
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.scheduling.scheduler import Scheduler
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import GenerationRequest, SamplingParams
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import Target
+from infuse.adapters.residency import Lease, Residency
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.scheduling.scheduler import Scheduler
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import tiny_tokenizer
 
 _TOKENIZER = tiny_tokenizer()

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.residency import Lease
-from server.engine import WaitTooLong
-from server.engine.admission import Admission
-from server.engine.request import GenerationRequest, SamplingParams
+from infuse.adapters.residency import Lease
+from infuse.server.engine import WaitTooLong
+from infuse.server.engine.admission import Admission
+from infuse.server.engine.request import GenerationRequest, SamplingParams
 
 CAPACITY = 8
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
-from adapters.residency import Lease
-from adapters.storage.store import AdapterStore
-from server.engine import FinishReason, GenerationRequest, Output, SamplingParams
-from server.engine.native import EngineConfig, LoadedModel
-from server.engine.native.core import EngineCore
-from server.engine.native.scheduling.scheduler import Scheduler
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine import FinishReason, GenerationRequest, Output, SamplingParams
+from infuse.server.engine.native import EngineConfig, LoadedModel
+from infuse.server.engine.native.core import EngineCore
+from infuse.server.engine.native.scheduling.scheduler import Scheduler
 from tests.engine.harness import Oracle
 from tests.factories import panic, tiny_model, tiny_tokenizer
 from tests.way import Way

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 
-from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull
-from server.engine.request import token_mask
+from infuse.server.engine import EngineDead, EngineStopping, FinishReason, QueueFull
+from infuse.server.engine.request import token_mask
 from tests.engine.harness import Harness, Oracle
 from tests.factories import TOKENS, run_by_modules, tiny_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine import UnsupportedModel
+from infuse.server.engine import UnsupportedModel
 from tests.driver import Answer
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness, worst_error
@@ -53,7 +53,7 @@ def outcome_of(
     model, oracle = tiny_of(kind), FamilyOracle(tiny_of(kind))
     name = type(model).__name__
     try:
-        with logs.at_level(logging.INFO, "server.engine"):
+        with logs.at_level(logging.INFO, "infuse.server.engine"):
             engine = start(
                 model, {}, max_model_len=128, kv_cache_tokens=2048, compile_cache=compile_cache
             )

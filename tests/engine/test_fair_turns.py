@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from server.engine import QueueFull
-from server.engine.fair_turns import FairTurns
+from infuse.server.engine import QueueFull
+from infuse.server.engine.fair_turns import FairTurns
 
 
 class Work:

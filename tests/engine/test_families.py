@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine import UnsupportedModel
+from infuse.server.engine import UnsupportedModel
 from tests.driver import log_probabilities
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine import FinishReason, UnsupportedModel
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_layers import LayerStates
-from server.engine.native.cache.planning import Limits, cache_tokens
+from infuse.server.engine import FinishReason, UnsupportedModel
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.native.cache.padded_layers import LayerStates
+from infuse.server.engine.native.cache.planning import Limits, cache_tokens
 from tests.driver import log_probabilities
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server.engine.native import inbox
+from infuse.server.engine.native import inbox
 from tests.engine.harness import Harness
 
 LONG = 60.0

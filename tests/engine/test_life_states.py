@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from transformers import AutoModelForCausalLM
 
-from adapters.derive.combine import METHODS, SPARSE, Recipe
-from adapters.derive.merge import merge
-from adapters.errors import (
+from infuse.adapters.derive.combine import METHODS, SPARSE, Recipe
+from infuse.adapters.derive.merge import merge
+from infuse.adapters.errors import (
     AdapterError,
     AdapterExists,
     CannotMerge,
@@ -31,10 +31,10 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.registry import Composition, Part
-from adapters.residency import Lease
-from adapters.storage.revision import DetailsChange
-from server.engine import FinishReason
+from infuse.adapters.registry import Composition, Part
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.server.engine import FinishReason
 from tests.engine.harness import Harness, Oracle
 from tests.engine.life import BASE, KINDS, Effect, Life, World
 from tests.factories import run_by_modules

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.native.model.packing import panel_width_of
+from infuse.server.engine.native.model.packing import panel_width_of
 from tests.engine.harness import Harness, Oracle, worst_error
 from tests.factories import TOKENS, save_adapter, tiny_model
 

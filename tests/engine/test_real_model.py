@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import merge
-from server.engine.model_files import default_model_folder
+from infuse.adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import merge
+from infuse.server.engine.model_files import default_model_folder
 from tests.engine.harness import Harness, Oracle
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"

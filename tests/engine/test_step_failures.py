@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine import FinishReason
-from server.engine.detokenizer import Detokenizer
-from server.engine.native import stepping
-from server.engine.native.cache import padded_cache
-from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_layers import KeysAndValues, empty_layer
-from server.engine.native.sampling import sampler
+from infuse.server.engine import FinishReason
+from infuse.server.engine.detokenizer import Detokenizer
+from infuse.server.engine.native import stepping
+from infuse.server.engine.native.cache import padded_cache
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.native.cache.padded_layers import KeysAndValues, empty_layer
+from infuse.server.engine.native.sampling import sampler
 from tests.driver import Answer
 from tests.engine.harness import Harness
 from tests.factories import run_by_modules, tiny_model

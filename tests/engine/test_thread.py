@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import EngineDead, FinishReason
-from server.engine.constraints import grammars
-from server.engine.detokenizer import Detokenizer
-from server.engine.native.scheduling.scheduler import Scheduler
-from server.engine.native.sequences import sequence
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine import EngineDead, FinishReason
+from infuse.server.engine.constraints import grammars
+from infuse.server.engine.detokenizer import Detokenizer
+from infuse.server.engine.native.scheduling.scheduler import Scheduler
+from infuse.server.engine.native.sequences import sequence
+from infuse.server.engine.native.sequences.sequence import Sequence
 from tests.engine.harness import Harness
 from tests.engine.sequences.test_detokenizer import TOKENIZER, ids, replacing_tokenizer
 from tests.factories import byte_fallback_tokenizer, panic, tiny_model

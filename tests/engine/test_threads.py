@@ -7,7 +7,7 @@ import sys
 
 SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 COMMAND = """
-from server.cli import main
+from infuse.server.cli import main
 try:
     main()
 finally:
@@ -15,7 +15,7 @@ finally:
 """
 SCRIPT = """
 import os, time, torch
-from server.engine.threads import on_passing_thread
+from infuse.server.engine.threads import on_passing_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from server.engine import EngineDead, FinishReason
-from server.engine.watchdog import Watchdog
+from infuse.server.engine import EngineDead, FinishReason
+from infuse.server.engine.watchdog import Watchdog
 from tests.engine.harness import Harness
 from tests.factories import run_by_modules, tiny_model
 

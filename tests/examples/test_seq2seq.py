@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from examples.train import seq2seq
-from server.settings import Settings
+from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.engine.family_oracle import FamilyOracle
 from tests.factories import tiny_tokenizer

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from server.cli import app
-from server.keys.key_file import BadKeysFile, edited, read_keys
+from infuse.server.cli import app
+from infuse.server.keys.key_file import BadKeysFile, edited, read_keys
 
 REPOSITORY = Path(__file__).parents[2]
 Keys = Callable[..., Result]
@@ -241,7 +241,7 @@ def test_an_edit_that_is_killed_leaves_the_file_and_the_next_one_removes_the_res
     keys: Keys, path: Path
 ) -> None:
     path.write_text(json.dumps([PLAIN]))
-    code = "import os; from pathlib import Path; from server.keys.key_file import edited\n"
+    code = "import os; from pathlib import Path; from infuse.server.keys.key_file import edited\n"
     code += "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
     code += f"with edited(Path({str(path)!r})) as found: found.clear()"
     killed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)

@@ -14,12 +14,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.engine import QueueFull
-from server.keys.key_file import BadKeysFile
-from server.keys.keyring import Keyring
-from server.keys.secrets import hash_key, is_hash_of, new_key
-from server.services import Services
+from infuse.server.cli import app
+from infuse.server.engine import QueueFull
+from infuse.server.keys.key_file import BadKeysFile
+from infuse.server.keys.keyring import Keyring
+from infuse.server.keys.secrets import hash_key, is_hash_of, new_key
+from infuse.server.services import Services
 from tests.api.conftest import model_folder as model_folder
 from tests.api.conftest import start_server as start_server
 from tests.api.test_streaming import eventually
@@ -60,7 +60,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         made.append((threading.current_thread().name, key))
         return is_hash_of(key_hash, key)
 
-    monkeypatch.setattr("server.keys.keyring.is_hash_of", noting)
+    monkeypatch.setattr("infuse.server.keys.keyring.is_hash_of", noting)
     return made
 
 
@@ -125,7 +125,7 @@ def test_many_wrong_keys_hold_up_neither_a_known_key_nor_another_s_first_request
         order.append(key)
         return is_hash_of(key_hash, key)
 
-    monkeypatch.setattr("server.keys.keyring.is_hash_of", slow)
+    monkeypatch.setattr("infuse.server.keys.keyring.is_hash_of", slow)
 
     async def flood() -> list[Any]:
         wrong = [asyncio.create_task(keyring.find(f"{flooded}{n}")) for n in range(50)]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adapters.storage.names import NAME_PATTERN
-from server.keys.scope import AdapterPatterns, Scope
+from infuse.adapters.storage.names import NAME_PATTERN
+from infuse.server.keys.scope import AdapterPatterns, Scope
 
 NAMES = st.from_regex(re.compile(NAME_PATTERN), fullmatch=True)
 PATTERNS = st.from_regex(re.compile(r"[a-c/*?.-]{1,6}|\[[!]?[a-c]+\]\*"), fullmatch=True)

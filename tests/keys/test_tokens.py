@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from joserfc.jwk import ECKey
 
-from server.engine import QueueFull
-from server.keys.claims import covers
-from server.keys.issuer import Issuer, IssuerUnavailable
-from server.keys.key_file import BadKeysFile
-from server.keys.keyring import Keyring, NoEntry
-from server.keys.tokens import BadToken, Tokens
+from infuse.server.engine import QueueFull
+from infuse.server.keys.claims import covers
+from infuse.server.keys.issuer import Issuer, IssuerUnavailable
+from infuse.server.keys.key_file import BadKeysFile
+from infuse.server.keys.keyring import Keyring, NoEntry
+from infuse.server.keys.tokens import BadToken, Tokens
 from tests.issuers import ALGORITHMS, AUDIENCE, LocalIssuer, local_issuer
 from tests.keys.test_keyring import path as path
 from tests.keys.test_keyring import write
@@ -371,7 +371,7 @@ def test_unknown_keys_have_the_issuer_asked_no_more_than_every_ten_seconds(
 def test_a_key_that_the_issuer_revoked_is_refused(
     keyring: Keyring, issuer: LocalIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.keys.issuer.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("infuse.server.keys.issuer.LOOK_SECONDS", 0.01)
     token = issuer.token("ec")
 
     async def follow() -> None:
@@ -450,7 +450,7 @@ def test_an_issuer_that_hangs_holds_up_no_token_whose_key_is_known(
 def test_an_issuer_that_hangs_is_given_up(
     keyring: Keyring, issuer: LocalIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.keys.issuer.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("infuse.server.keys.issuer.ANSWER_SECONDS", 0.05)
     issuer.open.clear()
 
     with pytest.raises(IssuerUnavailable):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.keys.usage import Bucket
+from infuse.server.keys.usage import Bucket
 
 PAUSES = st.floats(0, 100)
 AMOUNTS = st.integers(1, 50)

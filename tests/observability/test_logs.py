@@ -19,8 +19,8 @@ from tests.factories import save_tiny_model
 
 CODE = """
 import logging, warnings
-from server import request_id
-from server.observability import logs
+from infuse.server import request_id
+from infuse.server.observability import logs
 
 logs.set_up("info", FORMAT)
 log = logging.getLogger("some.library")
@@ -142,7 +142,7 @@ def test_a_log_that_cannot_be_written_keeps_no_server_from_answering(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
+    command = [sys.executable, "-c", "from infuse.server.cli import main; main()", "serve"]
     command += ["--port", str(port), "--model", str(model), "--served-model-name", "tiny"]
     command += ["--adapters-dir", str(tmp_path / "store")]
     server = subprocess.Popen(command, stdout=output, stderr=output)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.observability.metering import HOUR, Amount, BadUsageFile, Meter, Query
+from infuse.server.observability.metering import HOUR, Amount, BadUsageFile, Meter, Query
 
 ONE = Amount(
     requests=1, prompt_tokens=20, cached_tokens=8, completion_tokens=4, microseconds=1_500_000

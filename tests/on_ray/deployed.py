@@ -16,7 +16,7 @@ import psutil
 from tests.served import address_of
 
 _STARTUP_SECONDS = 240
-_COMMAND = "from server.cli import main; main()"
+_COMMAND = "from infuse.server.cli import main; main()"
 _RUNNING = re.compile(r'^infuse_requests_running\{replica="(.*)"\}', re.MULTILINE)
 
 

@@ -8,7 +8,7 @@ import anyio
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.on_ray.affinity import MERGES, Affinity, affinity_of
+from infuse.server.on_ray.affinity import MERGES, Affinity, affinity_of
 
 SYSTEM = {"role": "system", "content": "Answer briefly. " * 40}
 

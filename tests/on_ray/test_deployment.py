@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from server.settings import MEBIBYTE
+from infuse.server.settings import MEBIBYTE
 from tests.api.archives import form_of, read_adapter
 from tests.api.collectors import Collector, collector
 from tests.api.oracle import upload

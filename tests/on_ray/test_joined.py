@@ -5,8 +5,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.on_ray.folders import OwnFolder
-from server.on_ray.metrics import joined
+from infuse.server.on_ray.folders import OwnFolder
+from infuse.server.on_ray.metrics import joined
 
 
 def metrics(count: int) -> bytes:

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("ray")
 
-from server.on_ray.affinity import MERGES
-from server.on_ray.routing import choose, ranked
+from infuse.server.on_ray.affinity import MERGES
+from infuse.server.on_ray.routing import choose, ranked
 
 
 def replica(number: int, ready: bool = True) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from server.on_ray.scaling import ByQueuedTokens
+from infuse.server.on_ray.scaling import ByQueuedTokens
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
-from server.on_ray.settings import DeploySettings
+from infuse.server.cli import app
+from infuse.server.on_ray.settings import DeploySettings
 
 
 def deploy(*arguments: object) -> tuple[int, list[str]]:
@@ -40,7 +40,7 @@ def test_a_port_for_administration_is_refused_as_ray_s_proxy_has_one() -> None:
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "server.on_ray.deploying", raising=False)
+    monkeypatch.delitem(sys.modules, "infuse.server.on_ray.deploying", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     status, said = deploy("--shared-store")
 

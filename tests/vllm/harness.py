@@ -8,10 +8,10 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
-from adapters.registry import AdapterRegistry
-from adapters.storage.store import AdapterStore
-from server.engine.vllm.config import EngineConfig
-from server.engine.vllm.llm import open_llm
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine.vllm.config import EngineConfig
+from infuse.server.engine.vllm.llm import open_llm
 from tests.driver import Driver
 from tests.factories import tiny_tokenizer
 
@@ -35,7 +35,7 @@ class VllmHarness(Driver):
     ) -> None:
         """Adapters may rescale every linear layer on both sides, unless `targets` says otherwise.
         `options`: see `EngineConfig`."""
-        from server.engine.vllm.engine import Engine
+        from infuse.server.engine.vllm.engine import Engine
 
         base.save_pretrained(folder / "model")
         tiny_tokenizer().save_pretrained(folder / "model")

@@ -12,10 +12,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adapters.registry import Part
-from adapters.storage.revision import DetailsChange
-from server.engine import EngineDead, EngineStopping, FinishReason, QueueFull, UnsupportedModel
-from server.engine.request import token_mask
+from infuse.adapters.registry import Part
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.server.engine import (
+    EngineDead,
+    EngineStopping,
+    FinishReason,
+    QueueFull,
+    UnsupportedModel,
+)
+from infuse.server.engine.request import token_mask
 from tests.adapters.oracle import peft_logits
 from tests.engine.family_oracle import FamilyOracle
 from tests.factories import tiny_tokenizer

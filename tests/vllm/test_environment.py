@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.vllm.environment import environment_of_workers, variables
+from infuse.server.engine.vllm.environment import environment_of_workers, variables
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adapters.registry import Part
-from adapters.residency import Lease
-from server.engine import FinishReason
+from infuse.adapters.registry import Part
+from infuse.adapters.residency import Lease
+from infuse.server.engine import FinishReason
 from tests.driver import Answer, log_probabilities
 from tests.engine.family_oracle import FamilyOracle
 from tests.factories import TOKENS

@@ -13,8 +13,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
-from adapters.checkpoint.targets import Side, Target
-from server.engine.vllm.layers import IA3Layers
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.server.engine.vllm.layers import IA3Layers
 
 HIDDEN, INNER, STATES, HEADS = 8, 16, 4, 4
 WORKERS = 2

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from server.engine import EngineError, ModelNotFound, UnsupportedModel
-from server.engine.vllm.loading import check_version, describe_base
+from infuse.server.engine import EngineError, ModelNotFound, UnsupportedModel
+from infuse.server.engine.vllm.loading import check_version, describe_base
 from tests.factories import TOKENS, save_tiny_model, tiny_llama, tiny_tokenizer
 from tests.families import tiny
 

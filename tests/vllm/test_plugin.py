@@ -20,8 +20,8 @@ import pytest
 from openai.types import Completion
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.targets import BaseModules
-from server.engine.vllm.environment import variables
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.server.engine.vllm.environment import variables
 from tests.engine.family_oracle import FamilyOracle
 from tests.factories import save_adapter, tiny_llama, tiny_tokenizer
 
@@ -234,7 +234,7 @@ def test_a_refused_start_ends_and_the_log_says_why(
 def test_vllms_prefix_cache_is_refused(model: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from server.engine.vllm.plugin import FolderWorker
+    from infuse.server.engine.vllm.plugin import FolderWorker
 
     arguments = EngineArgs(str(model), enable_prefix_caching=True)
     with pytest.raises(ValueError, match="start with --no-enable-prefix-caching"):
@@ -245,7 +245,7 @@ def test_vllms_rust_frontend_is_refused(model: Path, monkeypatch: pytest.MonkeyP
     """It does not ask `NamedAdapter`."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from server.engine.vllm.plugin import FolderWorker
+    from infuse.server.engine.vllm.plugin import FolderWorker
 
     config = EngineArgs(str(model), enable_prefix_caching=False).create_engine_config()
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
@@ -262,7 +262,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusal(llama: PreTrainedModel) -> str:
     """Why the adapters of the folder are not served on this base."""
-    from server.engine.vllm.plugin import read_adapters
+    from infuse.server.engine.vllm.plugin import read_adapters
 
     with pytest.raises(ValueError) as refused:
         read_adapters(BaseModules.of(llama))

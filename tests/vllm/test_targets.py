@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import BaseModules, Side, Target
-from adapters.errors import InvalidAdapter
-from adapters.registry import AdapterRegistry, Part
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
-from server.engine import UnsupportedModel
-from server.engine.vllm.llm import Slots
-from server.engine.vllm.targets import check_targets, planned_targets
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.registry import AdapterRegistry, Part
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine import UnsupportedModel
+from infuse.server.engine.vllm.llm import Slots
+from infuse.server.engine.vllm.targets import check_targets, planned_targets
 from tests.adapters.oracle import vectors_of
 from tests.factories import save_adapter, tiny_llama, tiny_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine import UnsupportedModel
+from infuse.server.engine import UnsupportedModel
 from tests.vllm.families import save_kinds, wide
 from tests.vllm.harness import VllmHarness
 from tests.vllm.test_families import assert_batches_equal_peft

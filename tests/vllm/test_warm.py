@@ -9,12 +9,12 @@ import pytest
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from adapters.checkpoint.targets import Target
-from adapters.storage.store import AdapterStore
-from server.app import load_services, warm_up
-from server.cli import app
-from server.engine.vllm import llm
-from server.settings import Settings
+from infuse.adapters.checkpoint.targets import Target
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.app import load_services, warm_up
+from infuse.server.cli import app
+from infuse.server.engine.vllm import llm
+from infuse.server.settings import Settings
 from tests.factories import save_adapter, tiny_tokenizer
 from tests.vllm.harness import vllm_processes
 

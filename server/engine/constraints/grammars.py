@@ -25,11 +25,11 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.constraints import vetting
-from server.engine.constraints.kept import Key, Latest
-from server.engine.constraints.vetting import GrammarKind, compiled, error_of
-from server.engine.errors import BadConstraint, ConstraintsUnavailable
-from server.engine.fair_turns import FairTurns
+from infuse.server.engine.constraints import vetting
+from infuse.server.engine.constraints.kept import Key, Latest
+from infuse.server.engine.constraints.vetting import GrammarKind, compiled, error_of
+from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
+from infuse.server.engine.fair_turns import FairTurns
 
 MAX_CHARACTERS = 1 << 16
 """The most characters of a grammar's source. More take seconds to compile."""

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from server.engine.constraints.vetting import GrammarKind
+from infuse.server.engine.constraints.vetting import GrammarKind
 
 _T = TypeVar("_T")
 

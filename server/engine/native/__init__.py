@@ -3,8 +3,8 @@
 `EngineCore` runs steps and `Engine` gives it a thread. Each folder is a part of a step.
 """
 
-from server.engine.native.config import EngineConfig
-from server.engine.native.engine import Engine
-from server.engine.native.model.loading import LoadedModel, load_model
+from infuse.server.engine.native.config import EngineConfig
+from infuse.server.engine.native.engine import Engine
+from infuse.server.engine.native.model.loading import LoadedModel, load_model
 
 __all__ = ["Engine", "EngineConfig", "LoadedModel", "load_model"]

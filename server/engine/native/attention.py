@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from server.engine.errors import UnsupportedModel
+from infuse.server.engine.errors import UnsupportedModel
 
 IMPLEMENTATION = "infuse"
 _CONTEXT = "infuse_step_context"

@@ -5,24 +5,30 @@ import logging
 from collections import abc
 from collections.abc import Callable
 
-from adapters.model.slots import IA3Slots
-from adapters.residency import Residency
-from server.engine.fair_queue import least_charge
-from server.engine.native.cache.planning import memory_table, window_of
-from server.engine.native.config import EngineConfig
-from server.engine.native.faults import FAULTS, Fault
-from server.engine.native.forward.execution import prepare
-from server.engine.native.model.loading import LoadedModel
-from server.engine.native.model.quantization import weights_bytes
-from server.engine.native.sampling.sampler import Sampled, Sampler
-from server.engine.native.scheduling.scheduler import CannotStart, Scheduler
-from server.engine.native.scheduling.speculation import Speculation
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.stepping import Failed, Lost, Ran, Stepping
-from server.engine.native.taking import take
-from server.engine.protocol import ServedModel
-from server.engine.request import FinishReason, GenerationRequest, InFlight, Output, adapter_names
-from server.engine.stats import EngineStats
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.residency import Residency
+from infuse.server.engine.fair_queue import least_charge
+from infuse.server.engine.native.cache.planning import memory_table, window_of
+from infuse.server.engine.native.config import EngineConfig
+from infuse.server.engine.native.faults import FAULTS, Fault
+from infuse.server.engine.native.forward.execution import prepare
+from infuse.server.engine.native.model.loading import LoadedModel
+from infuse.server.engine.native.model.quantization import weights_bytes
+from infuse.server.engine.native.sampling.sampler import Sampled, Sampler
+from infuse.server.engine.native.scheduling.scheduler import CannotStart, Scheduler
+from infuse.server.engine.native.scheduling.speculation import Speculation
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.stepping import Failed, Lost, Ran, Stepping
+from infuse.server.engine.native.taking import take
+from infuse.server.engine.protocol import ServedModel
+from infuse.server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    InFlight,
+    Output,
+    adapter_names,
+)
+from infuse.server.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
 

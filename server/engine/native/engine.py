@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 
-from adapters.model.slots import IA3Slots
-from adapters.residency import Residency
-from server.engine.admission import Admission
-from server.engine.constraints.grammars import Grammars
-from server.engine.errors import EngineDead, EngineStopping
-from server.engine.native.config import EngineConfig
-from server.engine.native.core import EngineCore, release_anyway
-from server.engine.native.inbox import Inbox
-from server.engine.native.model.loading import LoadedModel
-from server.engine.request import FinishReason, GenerationRequest, InFlight, Output
-from server.engine.stats import EngineStats
-from server.engine.watchdog import Watchdog
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.residency import Residency
+from infuse.server.engine.admission import Admission
+from infuse.server.engine.constraints.grammars import Grammars
+from infuse.server.engine.errors import EngineDead, EngineStopping
+from infuse.server.engine.native.config import EngineConfig
+from infuse.server.engine.native.core import EngineCore, release_anyway
+from infuse.server.engine.native.inbox import Inbox
+from infuse.server.engine.native.model.loading import LoadedModel
+from infuse.server.engine.request import FinishReason, GenerationRequest, InFlight, Output
+from infuse.server.engine.stats import EngineStats
+from infuse.server.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

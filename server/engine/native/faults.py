@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from server.engine.panics import is_panic
+from infuse.server.engine.panics import is_panic
 
 FAULTS = (RuntimeError, ValueError, TypeError, MemoryError)
 """The errors that a model may raise, for all rows or for one. Others are bugs of ours, except for

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from server.engine.fair_queue import least_charge
-from server.engine.request import GenerationRequest, adapter_names
+from infuse.server.engine.fair_queue import least_charge
+from infuse.server.engine.request import GenerationRequest, adapter_names
 
 GATHERING_SECONDS = 0.2
 """The longest that an idle engine waits for requests that are being prepared. Preparing 32 requests

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.native.cache.kv_cache import KVCache
-from server.engine.native.faults import Fault, is_foreign
-from server.engine.native.forward.runner import Runner
-from server.engine.native.sampling.sampler import Sampled, Sampler, score_tokens
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import TokenLogprob
+from infuse.server.engine.native.cache.kv_cache import KVCache
+from infuse.server.engine.native.faults import Fault, is_foreign
+from infuse.server.engine.native.forward.runner import Runner
+from infuse.server.engine.native.sampling.sampler import Sampled, Sampler, score_tokens
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import TokenLogprob
 
 log = logging.getLogger(__name__)
 

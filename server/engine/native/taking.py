@@ -2,9 +2,9 @@
 
 from collections import abc
 
-from server.engine.native.sampling.sampler import Sampled
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.request import FinishReason, Output
+from infuse.server.engine.native.sampling.sampler import Sampled
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.request import FinishReason, Output
 
 
 def take(

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.detokenizer import Detokenizer
-from server.engine.fair_queue import HEADROOM
-from server.engine.request import (
+from infuse.server.engine.detokenizer import Detokenizer
+from infuse.server.engine.fair_queue import HEADROOM
+from infuse.server.engine.request import (
     FinishReason,
     GenerationRequest,
     InFlight,

@@ -14,14 +14,14 @@ from functools import partial
 from vllm.inputs import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from adapters.model.bank import BASE_SLOT
-from adapters.residency import Residency
-from server.engine.admission import Admission
-from server.engine.constraints.grammars import Grammars
-from server.engine.errors import EngineDead, EngineStopping
-from server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
-from server.engine.protocol import ServedModel
-from server.engine.request import (
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.adapters.residency import Residency
+from infuse.server.engine.admission import Admission
+from infuse.server.engine.constraints.grammars import Grammars
+from infuse.server.engine.errors import EngineDead, EngineStopping
+from infuse.server.engine.fair_queue import MAX_OVERTAKEN, FairQueue, least_charge
+from infuse.server.engine.protocol import ServedModel
+from infuse.server.engine.request import (
     FinishReason,
     GenerationRequest,
     InFlight,
@@ -29,12 +29,12 @@ from server.engine.request import (
     WaitsFor,
     adapter_names,
 )
-from server.engine.stats import EngineStats
-from server.engine.vllm.answer import Answer
-from server.engine.vllm.config import EngineConfig
-from server.engine.vllm.llm import Llm
-from server.engine.vllm.sampling import vllm_params
-from server.engine.watchdog import Watchdog
+from infuse.server.engine.stats import EngineStats
+from infuse.server.engine.vllm.answer import Answer
+from infuse.server.engine.vllm.config import EngineConfig
+from infuse.server.engine.vllm.llm import Llm
+from infuse.server.engine.vllm.sampling import vllm_params
+from infuse.server.engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.engine.vllm.config import SERVER
+from infuse.server.engine.vllm.config import SERVER
 
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 _LIBRARIES = (Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"))

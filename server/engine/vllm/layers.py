@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
-from adapters.checkpoint.targets import Side, Target
+from infuse.adapters.checkpoint.targets import Side, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

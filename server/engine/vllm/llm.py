@@ -12,20 +12,20 @@ import psutil
 from pydantic import ValidationError
 from safetensors.torch import save
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.targets import BaseModules, Target
-from server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
-from server.engine.vllm.config import PLAN, EngineConfig
-from server.engine.vllm.environment import environment_of_workers
-from server.engine.vllm.loading import Base, check_version, describe_base
-from server.engine.vllm.stats import Counts
-from server.engine.vllm.targets import check_targets, planned_targets
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.targets import BaseModules, Target
+from infuse.server.engine.errors import DoesNotFit, EngineError, UnsupportedModel
+from infuse.server.engine.vllm.config import PLAN, EngineConfig
+from infuse.server.engine.vllm.environment import environment_of_workers
+from infuse.server.engine.vllm.loading import Base, check_version, describe_base
+from infuse.server.engine.vllm.stats import Counts
+from infuse.server.engine.vllm.targets import check_targets, planned_targets
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_WORKER = "server.engine.vllm.worker.IA3Worker"
+_WORKER = "infuse.server.engine.vllm.worker.IA3Worker"
 _CPU_CACHE_BYTES = 4 << 30
 """The KV cache on a CPU where no size is set, if a quarter of the free memory is not less."""
 

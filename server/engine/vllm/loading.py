@@ -12,9 +12,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adapters.checkpoint.targets import BaseModules
-from server.engine.errors import EngineError, UnsupportedModel
-from server.engine.model_files import default_model_folder, end_tokens, refusing_models, served_name
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.server.engine.errors import EngineError, UnsupportedModel
+from infuse.server.engine.model_files import (
+    default_model_folder,
+    end_tokens,
+    refusing_models,
+    served_name,
+)
 
 TESTED = ("0.32",)
 """The versions of vLLM that the tests run with. Its insides, which `worker` and `layers` use,

@@ -2,8 +2,8 @@
 
     INFUSE_IA3_ADAPTERS=./adapters VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL \\
         --no-enable-prefix-caching \\
-        --worker-cls server.engine.vllm.plugin.FolderWorker \\
-        --logits-processors server.engine.vllm.plugin:NamedAdapter
+        --worker-cls infuse.server.engine.vllm.plugin.FolderWorker \\
+        --logits-processors infuse.server.engine.vllm.plugin:NamedAdapter
 
 A request names its adapter in `vllm_xargs`: `{"ia3": "support-de"}`. The folder holds a folder for
 each adapter, as PEFT saved it, and is read once, at the start. All else that Infuse does (the life
@@ -24,16 +24,16 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from adapters.checkpoint.checkpoint import AdapterVectors, effective_vectors, read_checkpoint
-from adapters.checkpoint.config import CONFIG_FILE
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import InvalidAdapter
-from adapters.model.bank import BASE_SLOT
-from server.engine.vllm.config import PLAN
-from server.engine.vllm.llm import Slots, worker_arguments
-from server.engine.vllm.loading import check_version, describe_base
-from server.engine.vllm.targets import check_targets
-from server.engine.vllm.worker import IA3Runner, IA3Worker
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors, effective_vectors, read_checkpoint
+from infuse.adapters.checkpoint.config import CONFIG_FILE
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.server.engine.vllm.config import PLAN
+from infuse.server.engine.vllm.llm import Slots, worker_arguments
+from infuse.server.engine.vllm.loading import check_version, describe_base
+from infuse.server.engine.vllm.targets import check_targets
+from infuse.server.engine.vllm.worker import IA3Runner, IA3Worker
 
 FOLDER = "INFUSE_IA3_ADAPTERS"
 """The environment variable that names the folder of adapters."""

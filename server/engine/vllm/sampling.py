@@ -10,10 +10,10 @@ from vllm.sampling_params import (
     StructuredOutputsParams,
 )
 
-from server.engine.constraints.grammars import Grammar
-from server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
-from server.engine.request import SamplingParams as OurParams
-from server.engine.vllm.config import SLOT
+from infuse.server.engine.constraints.grammars import Grammar
+from infuse.server.engine.constraints.vetting import JSON_OPTIONS, supported_schema
+from infuse.server.engine.request import SamplingParams as OurParams
+from infuse.server.engine.vllm.config import SLOT
 
 
 def vllm_params(params: OurParams, slot: int, ends: Collection[int]) -> SamplingParams:

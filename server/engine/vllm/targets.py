@@ -4,12 +4,12 @@ known."""
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 
-from adapters.checkpoint.checkpoint import AdapterVectors, keys_of_vectors
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
-from adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
-from adapters.errors import Fault, InvalidAdapter
-from server.engine.errors import UnsupportedModel
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors, keys_of_vectors
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target, resolve_targets
+from infuse.adapters.errors import Fault, InvalidAdapter
+from infuse.server.engine.errors import UnsupportedModel
 
 _INPUT = ":input"
 _SHOWN = 5

@@ -18,10 +18,10 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
-from adapters.checkpoint.targets import Side, Target
-from adapters.model.bank import BASE_SLOT
-from server.engine.vllm.config import PLAN, SERVER, SLOT
-from server.engine.vllm.layers import IA3Layers
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.server.engine.vllm.config import PLAN, SERVER, SLOT
+from infuse.server.engine.vllm.layers import IA3Layers
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker

@@ -8,13 +8,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from adapters.checkpoint.adapter_files import adapter_folder
-from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint, staged_checkpoint
-from adapters.checkpoint.config import WEIGHTS_FILE
-from adapters.checkpoint.layouts import Layouts
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import InvalidAdapter
-from adapters.model.model import IA3Model
+from infuse.adapters.checkpoint.adapter_files import adapter_folder
+from infuse.adapters.checkpoint.checkpoint import (
+    effective_vectors,
+    read_checkpoint,
+    staged_checkpoint,
+)
+from infuse.adapters.checkpoint.config import WEIGHTS_FILE
+from infuse.adapters.checkpoint.layouts import Layouts
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.model.model import IA3Model
 from tests.adapters.oracle import logits, peft_logits
 from tests.factories import save_adapter, tiny_llama
 from tests.folders import CASES, Case, no_feedforward, pickled, state_dict_keys

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
 
-from adapters.checkpoint.checkpoint import (
+from infuse.adapters.checkpoint.checkpoint import (
     WEIGHTS_FILE,
     AdapterVectors,
     Checkpoint,
@@ -24,9 +24,9 @@ from adapters.checkpoint.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from adapters.checkpoint.config import CONFIG_FILE, IA3Config
-from adapters.checkpoint.targets import BaseModules, Side, Target
-from adapters.errors import InvalidAdapter
+from infuse.adapters.checkpoint.config import CONFIG_FILE, IA3Config
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target
+from infuse.adapters.errors import InvalidAdapter
 from tests.factories import save_adapter, tiny_llama
 
 MODULES = BaseModules.of(tiny_llama())

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.checkpoint.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
-from adapters.errors import InvalidAdapter
+from infuse.adapters.checkpoint.config import CONFIG_FILE, MAX_CONFIG_BYTES, IA3Config
+from infuse.adapters.errors import InvalidAdapter
 
 FIELDS: list[dict[str, Any]] = [
     {},

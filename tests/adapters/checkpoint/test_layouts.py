@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import adapters.checkpoint.layouts as layouts_module
-from adapters.checkpoint.checkpoint import (
+import infuse.adapters.checkpoint.layouts as layouts_module
+from infuse.adapters.checkpoint.checkpoint import (
     AdapterVectors,
     Checkpoint,
     effective_vectors,
     read_checkpoint,
 )
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.checkpoint.layouts import Layouts
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import InvalidAdapter
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.layouts import Layouts
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import InvalidAdapter
 from tests.adapters.kinds import KINDS
 from tests.factories import save_adapter, tiny_llama
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import WEIGHTS_FILE, AdapterVectors
-from adapters.derive.combine import Recipe, combine
-from adapters.errors import CannotCombine, InvalidAdapter
-from adapters.model.model import IA3Model
-from adapters.model.slots import IA3Slots
-from adapters.residency import Residency
+from infuse.adapters.checkpoint.checkpoint import WEIGHTS_FILE, AdapterVectors
+from infuse.adapters.derive.combine import Recipe, combine
+from infuse.adapters.errors import CannotCombine, InvalidAdapter
+from infuse.adapters.model.model import IA3Model
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.residency import Residency
 from tests.adapters.oracle import logits, peft_logits, vectors_of
 from tests.factories import save_adapter, tiny_llama, tiny_model
 

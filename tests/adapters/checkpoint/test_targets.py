@@ -15,10 +15,10 @@ from peft.tuners.ia3.layer import IA3Layer
 from peft.utils import constants
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
-from adapters.checkpoint.targets import BaseModules, Side, resolve_targets
-from adapters.errors import InvalidAdapter
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.peft_defaults import FEEDFORWARD_MODULES, TARGET_MODULES
+from infuse.adapters.checkpoint.targets import BaseModules, Side, resolve_targets
+from infuse.adapters.errors import InvalidAdapter
 from tests.adapters.tiny_t5 import tiny_t5
 from tests.factories import tiny_model
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from adapters.checkpoint.targets import BaseModules
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.errors import CannotMerge
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.errors import CannotMerge
 from tests.families import FAMILIES, tiny
 
 

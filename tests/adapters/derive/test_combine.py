@@ -10,9 +10,9 @@ from peft import IA3Config, get_peft_model
 from peft.utils import merge_utils
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors, product
-from adapters.checkpoint.targets import Side, Target
-from adapters.derive.combine import METHODS, CombinedNotFinite, Recipe, combine
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors, product
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.derive.combine import METHODS, CombinedNotFinite, Recipe, combine
 from tests.factories import tiny_llama
 
 SIZE = 12

@@ -10,16 +10,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapters.checkpoint.checkpoint import (
+from infuse.adapters.checkpoint.checkpoint import (
     AdapterVectors,
     effective_vectors,
     product,
     read_checkpoint,
 )
-from adapters.checkpoint.targets import Side, Target
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import merge
-from adapters.errors import CannotMerge, StoreFull
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import merge
+from infuse.adapters.errors import CannotMerge, StoreFull
 from tests.factories import save_adapter, tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from adapters.checkpoint.checkpoint import effective_vectors, product, read_checkpoint
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import merge
+from infuse.adapters.checkpoint.checkpoint import effective_vectors, product, read_checkpoint
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import merge
 from tests.factories import save_adapter
 from tests.families import FAMILIES, tiny
 

@@ -8,10 +8,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import check_room, merge
-from adapters.errors import StoreFull
+from infuse.adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import check_room, merge
+from infuse.adapters.errors import StoreFull
 from tests.adapters.derive.test_merge_families import load, logits
 from tests.factories import save_adapter
 from tests.families import FAMILIES, tiny

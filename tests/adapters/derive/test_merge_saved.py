@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.derive.base_checkpoint import BaseCheckpoint
-from adapters.derive.merge import merge
-from adapters.errors import CannotMerge
+from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
+from infuse.adapters.derive.merge import merge
+from infuse.adapters.errors import CannotMerge
 from tests.adapters.oracle import logits, peft_logits, vectors_of
 from tests.factories import save_adapter, tiny_model
 

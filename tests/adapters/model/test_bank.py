@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import BaseModules, Side, Target
-from adapters.model.bank import BASE_SLOT, AdapterBank, Segment
-from adapters.model.layer import IA3Layer
-from adapters.model.slots import IA3Slots, Version
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import BaseModules, Side, Target
+from infuse.adapters.model.bank import BASE_SLOT, AdapterBank, Segment
+from infuse.adapters.model.layer import IA3Layer
+from infuse.adapters.model.slots import IA3Slots, Version
 from tests.adapters.kinds import KINDS, Known, packed_logits
 from tests.factories import tiny_llama
 

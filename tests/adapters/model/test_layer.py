@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.model.layer import IA3Layer, Scale
+from infuse.adapters.model.layer import IA3Layer, Scale
 
 SIZE = 16
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.errors import AdapterExists, InvalidAdapter, UnknownAdapter
-from adapters.model.model import IA3Model
-from adapters.model.tuned_layer import BASE_NAME, TunedLayer
+from infuse.adapters.errors import AdapterExists, InvalidAdapter, UnknownAdapter
+from infuse.adapters.model.model import IA3Model
+from infuse.adapters.model.tuned_layer import BASE_NAME, TunedLayer
 from tests.adapters.oracle import logits, peft_logits, with_peft
 from tests.adapters.tiny_t5 import tiny_t5
 from tests.factories import save_adapter, tiny_llama, tiny_model

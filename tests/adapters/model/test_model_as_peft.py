@@ -13,10 +13,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-import adapters
-from adapters.checkpoint.config import CONFIG_FILE
-from adapters.errors import AdapterError, CannotCombine, InvalidAdapter, WrongCall, WrongType
-from adapters.model.model import NOT_SERVED, IA3Model
+from infuse import adapters
+from infuse.adapters.checkpoint.config import CONFIG_FILE
+from infuse.adapters.errors import AdapterError, CannotCombine, InvalidAdapter, WrongCall, WrongType
+from infuse.adapters.model.model import NOT_SERVED, IA3Model
 from tests.adapters.oracle import logits, peft_logits
 from tests.adapters.tiny_t5 import tiny_t5
 from tests.factories import save_adapter, tiny_llama, tiny_model

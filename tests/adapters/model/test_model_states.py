@@ -21,10 +21,10 @@ from peft import IA3Config, PeftModel
 from peft.tuners.ia3.layer import IA3Layer
 from safetensors.torch import load_file
 
-from adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
-from adapters.checkpoint.config import IA3Config as OurConfig
-from adapters.errors import AdapterError, InvalidAdapter
-from adapters.model.model import IA3Model
+from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import IA3Config as OurConfig
+from infuse.adapters.errors import AdapterError, InvalidAdapter
+from infuse.adapters.model.model import IA3Model
 from tests.factories import save_adapter, tiny_llama
 
 KINDS: dict[str, dict[str, Any]] = {

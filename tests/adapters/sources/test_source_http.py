@@ -13,9 +13,9 @@ import pytest
 import trustme
 from fastapi import FastAPI, Request, Response
 
-from adapters.errors import SourceFailed, SourceRefused, SourceTimeout, SourceTooLarge
-from adapters.sources import source_http
-from adapters.sources.source_http import is_public
+from infuse.adapters.errors import SourceFailed, SourceRefused, SourceTimeout, SourceTooLarge
+from infuse.adapters.sources import source_http
+from infuse.adapters.sources.source_http import is_public
 from tests.adapters.sources.test_sources import FILES, fetch, read
 from tests.adapters.sources.test_sources import staged as staged
 from tests.publishers import (

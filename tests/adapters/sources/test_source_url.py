@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.errors import BadSource
-from adapters.sources.source_url import Source, parse_prefixes, parse_source
+from infuse.adapters.errors import BadSource
+from infuse.adapters.sources.source_url import Source, parse_prefixes, parse_source
 
 PLACES = {
     "hf://org/name": Source("hf", ("org", "name")),

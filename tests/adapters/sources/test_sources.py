@@ -12,15 +12,15 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     InvalidAdapter,
     SourceNotAllowed,
     SourceNotFound,
     SourceRefused,
     SourceTooLarge,
 )
-from adapters.sources.source_url import parse_prefixes, parse_source
-from adapters.sources.sources import Sources, sign
+from infuse.adapters.sources.source_url import parse_prefixes, parse_source
+from infuse.adapters.sources.sources import Sources, sign
 from tests.publishers import (
     BUCKET,
     HUB_TOKEN,

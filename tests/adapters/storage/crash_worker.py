@@ -7,8 +7,8 @@ import random
 import sys
 from pathlib import Path
 
-from adapters.storage.storage import Storage
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.storage import Storage
+from infuse.adapters.storage.store import AdapterStore
 
 NAMES = ("a", "b", "c")
 FILES = 3
@@ -24,8 +24,8 @@ def storage_at(place: str, cache: str | None) -> Path | Storage:
     if cache is None:
         return Path(place)
     # Not needed, and not there without site-packages, for a folder.
-    from adapters.storage.bucket import BucketStorage
-    from adapters.storage.objects import Objects
+    from infuse.adapters.storage.bucket import BucketStorage
+    from infuse.adapters.storage.objects import Objects
 
     return BucketStorage(Objects.at(place), Path(cache))
 

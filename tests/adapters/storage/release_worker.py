@@ -5,31 +5,34 @@ release_worker.py FOLDER|BUCKET CACHE alone|shared NAMES FIRST LAST
 """
 
 import json
+import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
-
+PREFIX = "infuse." if (Path(os.environ["PYTHONPATH"]) / "infuse").exists() else ""
+"""The earlier release installed `adapters`."""
 LEASE = 2.0
 
 
-def opened(place: str, cache: Path, shared: bool) -> AdapterStore:
+def ours(module: str) -> Any:
+    return import_module(f"{PREFIX}adapters.storage.{module}")
+
+
+def opened(place: str, cache: Path, shared: bool) -> Any:
+    open_store = ours("store").AdapterStore
     if "://" not in place:
-        from adapters.storage.shared_folder import SharedFolderStorage
-
-        return AdapterStore(SharedFolderStorage(Path(place), LEASE) if shared else Path(place), 3)
-    from adapters.storage.bucket import BucketStorage
-    from adapters.storage.objects import Objects
-    from adapters.storage.shared_bucket import SharedBucketStorage
-
-    objects = Objects.at(place)
+        shared_folder = ours("shared_folder").SharedFolderStorage
+        return open_store(shared_folder(Path(place), LEASE) if shared else Path(place), 3)
+    objects = ours("objects").Objects.at(place)
     if not shared:
-        return AdapterStore(BucketStorage(objects, cache), 3)
-    return AdapterStore(SharedBucketStorage(objects, objects, cache, LEASE), 3)
+        return open_store(ours("bucket").BucketStorage(objects, cache), 3)
+    shared_bucket = ours("shared_bucket").SharedBucketStorage
+    return open_store(shared_bucket(objects, objects, cache, LEASE), 3)
 
 
-def state_of(store: AdapterStore) -> dict[str, dict[int, str]]:
+def state_of(store: Any) -> dict[str, dict[int, str]]:
     """Read everything, and compare it with its digests."""
     return {
         name: {
@@ -40,9 +43,9 @@ def state_of(store: AdapterStore) -> dict[str, dict[int, str]]:
     }
 
 
-def change(store: AdapterStore, name: str, number: int) -> None:
+def change(store: Any, name: str, number: int) -> None:
     if name in store and number % 5 == 0:
-        store.describe(name, DetailsChange(description=f"{number}"), by="ci")
+        store.describe(name, ours("revision").DetailsChange(description=f"{number}"), by="ci")
     elif name in store and number % 7 == 0:
         store.delete(name)
     elif name in store and number % 11 == 0:

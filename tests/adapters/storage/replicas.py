@@ -6,12 +6,12 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
-from adapters.errors import StoreUnreachable
-from adapters.storage.objects import Objects
-from adapters.storage.shared_bucket import SharedBucketStorage
-from adapters.storage.shared_folder import SharedFolderStorage
-from adapters.storage.storage import Storage
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import StoreUnreachable
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.shared_bucket import SharedBucketStorage
+from infuse.adapters.storage.shared_folder import SharedFolderStorage
+from infuse.adapters.storage.storage import Storage
+from infuse.adapters.storage.store import AdapterStore
 
 LEASE = 2.0
 """Long enough for a machine with much to do."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters.storage.revision import Revision
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.revision import Revision
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 
 

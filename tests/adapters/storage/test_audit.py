@@ -12,15 +12,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adapters.storage.audit import audit
-from adapters.storage.backup import back_up, restore
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.bucket_journal import COMPACT_EVERY
-from adapters.storage.objects import Objects
-from adapters.storage.revision import DetailsChange
-from adapters.storage.shared_bucket import SharedBucketStorage
-from adapters.storage.shared_folder import SharedFolderStorage
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.audit import audit
+from infuse.adapters.storage.backup import back_up, restore
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.bucket_journal import COMPACT_EVERY
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.shared_bucket import SharedBucketStorage
+from infuse.adapters.storage.shared_folder import SharedFolderStorage
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.storage.replicas import LEASE
 from tests.adapters.storage.store_contents import create, replace
 

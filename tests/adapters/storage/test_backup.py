@@ -17,20 +17,20 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     BackupRefused,
     RevisionDamaged,
     StoreDamaged,
     StoreLocked,
     StoreUnreachable,
 )
-from adapters.storage.backup import back_up, restore
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.objects import Objects
-from adapters.storage.revision import DetailsChange
-from adapters.storage.shared_bucket import SharedBucketStorage
-from adapters.storage.shared_folder import SharedFolderStorage
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.backup import back_up, restore
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.shared_bucket import SharedBucketStorage
+from infuse.adapters.storage.shared_folder import SharedFolderStorage
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.storage.replicas import LEASE
 from tests.adapters.storage.store_contents import create, replace
 from tests.bad_s3 import BadS3, bad_s3
@@ -490,7 +490,7 @@ def test_a_restore_that_is_killed_leaves_nothing_to_be_seen(make_place: MakePlac
 
 def kill_restore(saved: Place, store: Path, contents: int) -> None:
     """Kill a restore once it has written so many contents."""
-    code = "from pathlib import Path; from adapters.storage.backup import restore; "
+    code = "from pathlib import Path; from infuse.adapters.storage.backup import restore; "
     code += f"restore(Path({str(saved.where)!r}), Path({str(store)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
     while process.poll() is None and len(list(store.glob("content/*"))) < contents:

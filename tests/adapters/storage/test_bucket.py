@@ -11,17 +11,17 @@ import obstore
 import pytest
 from obstore.store import from_url
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterError,
     StoreDamaged,
     StoreFull,
     StoreLocked,
     StoreUnreachable,
 )
-from adapters.storage.bucket import BucketStorage
-from adapters.storage.bucket_journal import COMPACT_EVERY
-from adapters.storage.objects import Objects
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.bucket import BucketStorage
+from infuse.adapters.storage.bucket_journal import COMPACT_EVERY
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.storage.store_contents import content_of, create, replace
 from tests.adapters.storage.test_store_failures import CHANGES

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from obstore.store import MemoryStore
 
-from adapters.errors import StoreLocked, StoreUnreachable
-from adapters.storage.bucket_journal import BucketJournal
-from adapters.storage.objects import Objects
+from infuse.adapters.errors import StoreLocked, StoreUnreachable
+from infuse.adapters.storage.bucket_journal import BucketJournal
+from infuse.adapters.storage.objects import Objects
 
 
 class LossyObjects(Objects):

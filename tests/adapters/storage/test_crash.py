@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.storage.crash_worker import FILES, storage_at
 from tests.disks import disk, mounts
 from tests.reliability_page import FIGURE

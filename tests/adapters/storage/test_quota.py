@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.errors import QuotaExceeded
-from adapters.storage.quota import Quota
-from adapters.storage.revision import Origin
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import QuotaExceeded
+from infuse.adapters.storage.quota import Quota
+from infuse.adapters.storage.revision import Origin
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.storage.store_contents import create, write
 
 KEPT = 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapters.storage.audit import audit
+from infuse.adapters.storage.audit import audit
 from tests.releases import REPOSITORY, unpacked
 
 Work = Callable[..., Mapping[str, Any]]

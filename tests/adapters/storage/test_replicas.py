@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterError,
     AdapterExists,
     RevisionConflict,
@@ -23,9 +23,9 @@ from adapters.errors import (
     StoreUnreachable,
     UnknownAdapter,
 )
-from adapters.storage.bucket_journal import COMPACT_EVERY
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.bucket_journal import COMPACT_EVERY
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.storage.replicas import (
     STORAGES,

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
-from adapters.errors import Overtaken, StoreLocked, StoreUnreachable
-from adapters.storage.bucket_journal import SharedBucketJournal
-from adapters.storage.objects import Objects
-from adapters.storage.replicas import Replicas
+from infuse.adapters.errors import Overtaken, StoreLocked, StoreUnreachable
+from infuse.adapters.storage.bucket_journal import SharedBucketJournal
+from infuse.adapters.storage.objects import Objects
+from infuse.adapters.storage.replicas import Replicas
 
 LEASE = 10.0
 SERVERS = 4
@@ -212,7 +212,7 @@ class Server:
 def test_no_server_is_current_without_what_was_acknowledged(seed: int) -> None:
     world = World(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapters.storage.replicas.time", world)
+        patch.setattr("infuse.adapters.storage.replicas.time", world)
         for _ in range(80):
             if world.servers:
                 world.step(world.choose.choice(world.servers))
@@ -248,7 +248,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """A calm world."""
     world = World(0)
     world.bustle = world.trouble = 0
-    monkeypatch.setattr("adapters.storage.replicas.time", world)
+    monkeypatch.setattr("infuse.adapters.storage.replicas.time", world)
     return world
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterExists,
     InvalidAdapter,
     RevisionConflict,
@@ -17,8 +17,8 @@ from adapters.errors import (
     UnknownAdapter,
     UnknownRevision,
 )
-from adapters.storage.revision import Origin
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.revision import Origin
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.storage.store_contents import content_of, create, reopened, replace
 
@@ -216,7 +216,7 @@ def test_the_current_etag_or_a_star_may_change_and_delete(
 
 def test_a_second_process_cannot_open_the_folder(folder: Path) -> None:
     code = (
-        "from pathlib import Path; from adapters.storage.store import AdapterStore; "
+        "from pathlib import Path; from infuse.adapters.storage.store import AdapterStore; "
         f"AdapterStore(Path({str(folder)!r}))"
     )
     with closing(AdapterStore(folder)) as store:

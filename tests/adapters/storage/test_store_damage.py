@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import (
+from infuse.adapters.errors import (
     AdapterError,
     RevisionDamaged,
     StoreUnreachable,
     UnknownRevision,
 )
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore, open_bucket
 from tests.adapters.storage.store_contents import content_of, create, reopened, replace
 

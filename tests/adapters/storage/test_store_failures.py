@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import StoreFull, StoreUnreachable
-from adapters.storage.revision import DetailsChange, Origin
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import StoreFull, StoreUnreachable
+from infuse.adapters.storage.revision import DetailsChange, Origin
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.storage.store_contents import content_of, create, reopened, replace, write
 

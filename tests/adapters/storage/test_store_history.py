@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.storage.revision import Details, DetailsChange, Origin
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import RevisionConflict, UnknownAdapter, UnknownRevision
+from infuse.adapters.storage.revision import Details, DetailsChange, Origin
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import OpenStore
 from tests.adapters.storage.store_contents import content_of, create, reopened, replace, write
 

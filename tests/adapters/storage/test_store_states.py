@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
-from adapters.storage.revision import DetailsChange
-from adapters.storage.store import AdapterStore
+from infuse.adapters.errors import AdapterExists, RevisionConflict, UnknownAdapter, UnknownRevision
+from infuse.adapters.storage.revision import DetailsChange
+from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.storage.replicas import replica
 from tests.adapters.storage.store_contents import content_of, create, replace

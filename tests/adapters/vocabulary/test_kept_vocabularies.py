@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.vocabulary import vocabulary
-from adapters.vocabulary.vocabulary import Vocabularies
+from infuse.adapters.vocabulary import vocabulary
+from infuse.adapters.vocabulary.vocabulary import Vocabularies
 from tests.adapters.vocabulary.test_vocabulary import NoEmbeddings
 from tests.factories import tiny_tokenizer
 

@@ -12,11 +12,11 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from adapters.errors import InvalidAdapter, TemplateRefused
-from adapters.vocabulary import sandbox
-from adapters.vocabulary.sandbox import Limits
-from adapters.vocabulary.vocabulary import Vocabularies
-from server.engine.detokenizer import Detokenizer
+from infuse.adapters.errors import InvalidAdapter, TemplateRefused
+from infuse.adapters.vocabulary import sandbox
+from infuse.adapters.vocabulary.sandbox import Limits
+from infuse.adapters.vocabulary.vocabulary import Vocabularies
+from infuse.server.engine.detokenizer import Detokenizer
 from tests.adapters.vocabulary.test_sandbox import RUNAWAYS
 from tests.adapters.vocabulary.test_vocabulary import NoEmbeddings
 from tests.chat_templates import HERMES, LLAMA, MISTRAL

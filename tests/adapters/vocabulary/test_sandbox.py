@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from adapters.errors import SandboxUnavailable
-from adapters.vocabulary import sandbox
-from adapters.vocabulary.sandbox import Exceeded, Limits, Sandbox, WouldWait, without_waiting
+from infuse.adapters.errors import SandboxUnavailable
+from infuse.adapters.vocabulary import sandbox
+from infuse.adapters.vocabulary.sandbox import Exceeded, Limits, Sandbox, WouldWait, without_waiting
 from tests.chat_templates import HERMES, LLAMA, MISTRAL
 from tests.factories import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -198,7 +198,7 @@ SERVER = """
 import sys, threading, psutil
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from adapters.vocabulary.sandbox import Sandbox
+from infuse.adapters.vocabulary.sandbox import Sandbox
 
 box = Sandbox(Tokenizer(WordLevel({"a": 0}, unk_token="a")).to_str)
 how = {"add_generation_prompt": True, "continue_final_message": False}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from adapters.errors import InvalidAdapter
-from adapters.vocabulary import vocabulary
-from adapters.vocabulary.vocabulary import Vocabularies
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.vocabulary import vocabulary
+from infuse.adapters.vocabulary.vocabulary import Vocabularies
 from tests.adapters.vocabulary.test_vocabulary import BASES, NoEmbeddings, Plain, many
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adapters.checkpoint.targets import BaseModules
-from adapters.errors import InvalidAdapter, SandboxUnavailable
-from adapters.vocabulary import sandbox, vocabulary
-from adapters.vocabulary.sandbox import Limits
-from adapters.vocabulary.vocabulary import Vocabularies
-from server.engine.model_files import default_model_folder
+from infuse.adapters.checkpoint.targets import BaseModules
+from infuse.adapters.errors import InvalidAdapter, SandboxUnavailable
+from infuse.adapters.vocabulary import sandbox, vocabulary
+from infuse.adapters.vocabulary.sandbox import Limits
+from infuse.adapters.vocabulary.vocabulary import Vocabularies
+from infuse.server.engine.model_files import default_model_folder
 from tests.factories import byte_fallback_tokenizer, tiny_tokenizer
 
 Plain = dict[str, Any]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import Chunk, LayerAttention, LayerShape
-from server.engine.native.cache.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
-from server.engine.native.cache.paged_cache import BLOCK, PagedCache
-from server.engine.native.kernels.attention import Kernels, attention_kernels
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import Chunk, LayerAttention, LayerShape
+from infuse.server.engine.native.cache.kv_cache import SMALLEST_STRIP, FlatCache, StripCache
+from infuse.server.engine.native.cache.paged_cache import BLOCK, PagedCache
+from infuse.server.engine.native.kernels.attention import Kernels, attention_kernels
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 SHAPES = [LayerShape(KV_HEADS, DIM, DIM, torch.float32)] * 2

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import regex
 
-from server.api.tool_formats import FORMATS
-from server.api.tool_schemas import Tool
-from server.engine import FinishReason, GenerationRequest, SamplingParams
-from server.engine.constraints.grammars import Grammar, Grammars
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.api.tool_formats import FORMATS
+from infuse.server.api.tool_schemas import Tool
+from infuse.server.engine import FinishReason, GenerationRequest, SamplingParams
+from infuse.server.engine.constraints.grammars import Grammar, Grammars
+from infuse.server.engine.native.sequences.sequence import Sequence
 from tests.engine.constraints.test_constraints import END, compiled, reaches
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, tiny_tokenizer

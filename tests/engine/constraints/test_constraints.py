@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import BadConstraint, ConstraintsUnavailable, FinishReason
-from server.engine.constraints import grammars as constraints
-from server.engine.constraints.grammars import (
+from infuse.server.engine import BadConstraint, ConstraintsUnavailable, FinishReason
+from infuse.server.engine.constraints import grammars as constraints
+from infuse.server.engine.constraints.grammars import (
     MAX_CHARACTERS,
     Grammar,
     Grammars,
 )
-from server.engine.constraints.vetting import FORMATS
-from server.engine.native.sequences.constraint import Constraint, MaskMaker
+from infuse.server.engine.constraints.vetting import FORMATS
+from infuse.server.engine.native.sequences.constraint import Constraint, MaskMaker
 from tests.engine.harness import Harness
 from tests.factories import TOKENS, tiny_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from server.engine import FinishReason
+from infuse.server.engine import FinishReason
 from tests.engine.harness import Harness
 from tests.factories import tiny_model
 

@@ -16,11 +16,11 @@ from torch._inductor.graph import GraphLowering
 from torch._ops import OpOverload
 from transformers import PreTrainedModel
 
-from server.engine.native.forward import compiling, tracing
-from server.engine.native.forward.tracing import check_alike
-from server.engine.native.kernels.attention import AttentionKernel
-from server.engine.native.kernels.linear import KernelLinear
-from server.engine.native.model.packing import panel_width_of
+from infuse.server.engine.native.forward import compiling, tracing
+from infuse.server.engine.native.forward.tracing import check_alike
+from infuse.server.engine.native.kernels.attention import AttentionKernel
+from infuse.server.engine.native.kernels.linear import KernelLinear
+from infuse.server.engine.native.model.packing import panel_width_of
 from tests.engine.harness import Harness, Oracle
 from tests.factories import save_adapter, save_tiny_model, tiny_model
 
@@ -174,7 +174,10 @@ def test_without_a_compiler_the_blocks_stay_as_they_are_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     no_compiler = inductor.patch({"cpp.cxx": ("/does/not/exist",)})
-    with no_compiler, caplog.at_level(logging.WARNING, "server.engine.native.forward.execution"):
+    with (
+        no_compiler,
+        caplog.at_level(logging.WARNING, "infuse.server.engine.native.forward.execution"),
+    ):
         engine = start(compile_cache=cache)
     one = dict(list(adapters.items())[:1])
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from adapters.model.slots import IA3Slots
-from server.engine import UnsupportedModel
-from server.engine.native.attention import IMPLEMENTATION, LayerAttention, install
-from server.engine.native.cache.strip_attention import StripPlan
-from server.engine.native.forward.padded_runner import PaddedRunner
-from server.engine.native.forward.runner import FlatRunner, Logits
-from server.engine.native.sequences.step import Step
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine import UnsupportedModel
+from infuse.server.engine.native.attention import IMPLEMENTATION, LayerAttention, install
+from infuse.server.engine.native.cache.strip_attention import StripPlan
+from infuse.server.engine.native.forward.padded_runner import PaddedRunner
+from infuse.server.engine.native.forward.runner import FlatRunner, Logits
+from infuse.server.engine.native.sequences.step import Step
 from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model
 from tests.hybrid_families import tiny_hybrid

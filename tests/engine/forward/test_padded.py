@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
 from tests.engine.family_oracle import FamilyOracle
 from tests.engine.harness import Harness
 from tests.factories import save_adapter

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry, Part
-from adapters.residency import Lease
-from adapters.storage.store import AdapterStore
-from server.engine import GenerationRequest, SamplingParams
-from server.engine.constraints.grammars import Grammars
-from server.engine.native import EngineConfig, LoadedModel
-from server.engine.native.core import EngineCore
-from server.engine.request import token_mask
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry, Part
+from infuse.adapters.residency import Lease
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine import GenerationRequest, SamplingParams
+from infuse.server.engine.constraints.grammars import Grammars
+from infuse.server.engine.native import EngineConfig, LoadedModel
+from infuse.server.engine.native.core import EngineCore
+from infuse.server.engine.request import token_mask
 from tests.engine.harness import Answer
 from tests.engine.simulated_cuda import SimulatedCuda, simulated_cuda
 from tests.engine.test_families import PADDED, save_adapters

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.native.forward import trace_cache, tracing
-from server.engine.native.forward.execution import processor_of
-from server.engine.native.forward.trace_cache import find_or_trace, key_of, sources
-from server.engine.native.forward.tracing import NotTraced
-from server.engine.native.kernels.linear import Pack
+from infuse.server.engine.native.forward import trace_cache, tracing
+from infuse.server.engine.native.forward.execution import processor_of
+from infuse.server.engine.native.forward.trace_cache import find_or_trace, key_of, sources
+from infuse.server.engine.native.forward.tracing import NotTraced
+from infuse.server.engine.native.kernels.linear import Pack
 from tests.engine.forward.test_tracing import FLAT, assert_equal, prepared
 from tests.factories import tiny_model
 
@@ -84,7 +84,7 @@ def test_what_is_damaged_or_of_another_model_is_made_anew(
         file.write_bytes(content)
     ia3, context, modules = prepared(tiny_model("llama"), pack=False)
 
-    with caplog.at_level(logging.WARNING, "server.engine.native.forward.trace_cache"):
+    with caplog.at_level(logging.WARNING, "infuse.server.engine.native.forward.trace_cache"):
         found = find_or_trace(ia3, context, modules, tmp_path / "llama")
 
     assert_equal(context, found, modules)

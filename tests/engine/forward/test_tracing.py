@@ -11,20 +11,20 @@ from torch._inductor import standalone_compile
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.targets import Side, Target
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
-from server.engine.native.attention import Probe, StepContext, install, run_probe
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.forward import compiling
-from server.engine.native.forward.compiling import compile_forward
-from server.engine.native.forward.runner import Modules
-from server.engine.native.forward.tracing import Forward, NotTraced, trace
-from server.engine.native.kernels.linear import Pack
-from server.engine.native.kernels.operators import load_operators
-from server.engine.native.model.norms import fuse_norms
-from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.targets import Side, Target
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.native.attention import Probe, StepContext, install, run_probe
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.forward import compiling
+from infuse.server.engine.native.forward.compiling import compile_forward
+from infuse.server.engine.native.forward.runner import Modules
+from infuse.server.engine.native.forward.tracing import Forward, NotTraced, trace
+from infuse.server.engine.native.kernels.linear import Pack
+from infuse.server.engine.native.kernels.operators import load_operators
+from infuse.server.engine.native.model.norms import fuse_norms
+from infuse.server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
 from tests.every_family import tiny_of
 from tests.factories import run_by_modules, tiny_model
 

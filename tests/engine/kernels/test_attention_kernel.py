@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.native.attention import Chunk, LayerAttention, LayerShape
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.kernels.attention import attention_kernels
+from infuse.server.engine.native.attention import Chunk, LayerAttention, LayerShape
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.kernels.attention import attention_kernels
 
 HEADS, KV_HEADS, LONGEST = 6, 2, 2048
 DIMS = [(16, 16), (24, 40), (64, 64), (128, 96)]

@@ -7,9 +7,9 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor.exc import InvalidCxxCompiler
 
-from server.engine.native.attention import LayerShape
-from server.engine.native.kernels.attention import attention_kernels
-from server.engine.native.kernels.linear import linear_kernels
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.kernels.attention import attention_kernels
+from infuse.server.engine.native.kernels.linear import linear_kernels
 
 SHAPES = [LayerShape(2, 8, 8, torch.float32), LayerShape(2, 16, 16, torch.float16)]
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.model.layer import ByToken, Scale
-from server.engine.native.kernels.build import NUMBERS
-from server.engine.native.kernels.linear import KernelLinear, Pack, Scales, linear_kernel
-from server.engine.native.model.packing import packing_works
+from infuse.adapters.model.layer import ByToken, Scale
+from infuse.server.engine.native.kernels.build import NUMBERS
+from infuse.server.engine.native.kernels.linear import KernelLinear, Pack, Scales, linear_kernel
+from infuse.server.engine.native.model.packing import packing_works
 
 ENTRIES = 4
 

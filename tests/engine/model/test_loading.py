@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, model_files
-from server.engine.native import load_model
-from server.engine.native.cache.planning import window_of
-from server.engine.native.model import loading
+from infuse.server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, model_files
+from infuse.server.engine.native import load_model
+from infuse.server.engine.native.cache.planning import window_of
+from infuse.server.engine.native.model import loading
 from tests.engine.harness import Harness
 from tests.factories import save_tiny_model, tiny_model
 

@@ -5,7 +5,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from server.engine.native.model.norms import FusedRMSNorm, fuse_norms
+from infuse.server.engine.native.model.norms import FusedRMSNorm, fuse_norms
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.engine.native.model import packing
-from server.engine.native.model.packing import (
+from infuse.server.engine.native.model import packing
+from infuse.server.engine.native.model.packing import (
     Linear,
     PackedLinear,
     PackedSibling,

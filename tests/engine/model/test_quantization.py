@@ -19,11 +19,11 @@ from transformers import (
     TorchAoConfig,
 )
 
-from server.engine import UnsupportedModel
-from server.engine.native import load_model
-from server.engine.native.model import quantization
-from server.engine.native.model.packing import pack_linears
-from server.engine.native.model.quantization import is_quantized, weights_bytes
+from infuse.server.engine import UnsupportedModel
+from infuse.server.engine.native import load_model
+from infuse.server.engine.native.model import quantization
+from infuse.server.engine.native.model.packing import pack_linears
+from infuse.server.engine.native.model.quantization import is_quantized, weights_bytes
 from tests.engine.harness import Harness, Oracle, worst_error
 from tests.factories import TOKENS, save_adapter, tiny_model, tiny_tokenizer
 

@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.native.sampling.sampler import Sampler
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.request import GenerationRequest, SamplingParams
+from infuse.server.engine.native.sampling.sampler import Sampler
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import tiny_tokenizer
 
 VOCAB = 40

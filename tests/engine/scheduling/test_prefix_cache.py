@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.registry import Part
+from infuse.adapters.registry import Part
 from tests.driver import Answer
 from tests.engine.harness import Harness, Oracle
 from tests.factories import TOKENS, save_adapter, tiny_model

@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.kv_cache import KVCache, StripCache
-from server.engine.native.cache.paged_cache import PagedCache
-from server.engine.native.scheduling.prefix_cache import PrefixCache
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.kv_cache import KVCache, StripCache
+from infuse.server.engine.native.cache.paged_cache import PagedCache
+from infuse.server.engine.native.scheduling.prefix_cache import PrefixCache
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from server.engine import FinishReason
-from server.engine.native.cache.blocks import StripBlocks
+from infuse.server.engine import FinishReason
+from infuse.server.engine.native.cache.blocks import StripBlocks
 from tests.driver import Answer
 from tests.engine.harness import Harness, Oracle
 from tests.factories import tiny_model

@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from adapters.model.slots import IA3Slots
-from adapters.registry import AdapterRegistry
-from adapters.storage.store import AdapterStore
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.scheduling.scheduler import Scheduler
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import GenerationRequest, SamplingParams, WaitsFor
+from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.registry import AdapterRegistry
+from infuse.adapters.storage.store import AdapterStore
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.scheduling.scheduler import Scheduler
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import GenerationRequest, SamplingParams, WaitsFor
 from tests.factories import tiny_tokenizer
 
 WINDOW = 256

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.fair_queue import FairQueue
-from server.engine.native.scheduling import scheduler
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.fair_queue import FairQueue
+from infuse.server.engine.native.scheduling import scheduler
+from infuse.server.engine.native.sequences.sequence import Sequence
 from tests.engine.simulation import Arrival, Journey, Simulation, worst_ttft
 
 ROWS, LONGEST = 4, 250

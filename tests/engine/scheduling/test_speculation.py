@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine import FinishReason
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.paged_cache import PagedCache
-from server.engine.native.forward import execution
+from infuse.server.engine import FinishReason
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.paged_cache import PagedCache
+from infuse.server.engine.native.forward import execution
 from tests.driver import Answer
 from tests.engine.harness import Harness
 from tests.factories import tiny_model

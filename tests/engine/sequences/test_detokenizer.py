@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.detokenizer import Detokenizer
+from infuse.server.engine.detokenizer import Detokenizer
 from tests.factories import byte_fallback_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.kv_cache import StripCache
-from server.engine.native.scheduling.prefixes import Prefixes
-from server.engine.native.scheduling.speculation import MOST, Speculation, StepCosts
-from server.engine.native.sequences.drafting import Drafter
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import GenerationRequest, SamplingParams
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.kv_cache import StripCache
+from infuse.server.engine.native.scheduling.prefixes import Prefixes
+from infuse.server.engine.native.scheduling.speculation import MOST, Speculation, StepCosts
+from infuse.server.engine.native.sequences.drafting import Drafter
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import GenerationRequest, SamplingParams
 from tests.factories import tiny_tokenizer
 
 TEXT = [3, 1, 4, 15, 9, 2, 6]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from server.engine.native.cache.slabs import Slabs, Strip
+from infuse.server.engine.native.cache.slabs import Slabs, Strip
 
 
 class Blocks(Protocol):

@@ -8,12 +8,12 @@ length lie side by side, so that their attention is one batched matmul. `PagedCa
 from collections.abc import Sequence
 from typing import Protocol
 
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import AttentionPlan, Chunk, LayerAttention, LayerShape
-from server.engine.native.cache.blocks import Blocks, StripBlocks
-from server.engine.native.cache.slabs import Slabs, Strip
-from server.engine.native.cache.strip_attention import StripPlan
-from server.engine.native.kernels.attention import AttentionCall, Kernels
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import AttentionPlan, Chunk, LayerAttention, LayerShape
+from infuse.server.engine.native.cache.blocks import Blocks, StripBlocks
+from infuse.server.engine.native.cache.slabs import Slabs, Strip
+from infuse.server.engine.native.cache.strip_attention import StripPlan
+from infuse.server.engine.native.kernels.attention import AttentionCall, Kernels
 
 SMALLEST_STRIP = 64
 """Tokens of the shortest strip."""

@@ -14,10 +14,10 @@ from itertools import count, islice
 import torch
 from transformers.cache_utils import Cache
 
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.padded_group import Group
-from server.engine.native.cache.padded_layers import (
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.padded_group import Group
+from infuse.server.engine.native.cache.padded_layers import (
     CacheMaker,
     KeysAndValues,
     LayerStates,
@@ -25,7 +25,7 @@ from server.engine.native.cache.padded_layers import (
     empty_layer,
     states_nbytes,
 )
-from server.engine.native.faults import FAULTS, Fault, KeysLost
+from infuse.server.engine.native.faults import FAULTS, Fault, KeysLost
 
 _COLUMNS = 64
 """A group's number of columns is a multiple of this, so that it seldom grows."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 
-from server.engine.native.cache.padded_layers import (
+from infuse.server.engine.native.cache.padded_layers import (
     AttendingStateLayer,
     CacheMaker,
     CrossLayer,

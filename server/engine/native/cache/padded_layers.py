@@ -23,8 +23,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from server.engine.errors import UnsupportedModel
-from server.engine.native.attention import LayerShape
+from infuse.server.engine.errors import UnsupportedModel
+from infuse.server.engine.native.attention import LayerShape
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 CacheMaker = Callable[[list[Any]], Cache]

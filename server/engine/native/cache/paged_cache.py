@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from server.engine.errors import DoesNotFit
-from server.engine.native.attention import (
+from infuse.server.engine.errors import DoesNotFit
+from infuse.server.engine.native.attention import (
     AttentionPlan,
     Chunk,
     LayerAttention,

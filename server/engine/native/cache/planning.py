@@ -8,11 +8,11 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from server.engine.errors import DoesNotFit, UnsupportedModel
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.kv_cache import FlatCache, StripCache
-from server.engine.native.cache.paged_cache import PagedCache
-from server.engine.native.kernels.attention import Kernels
+from infuse.server.engine.errors import DoesNotFit, UnsupportedModel
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.kv_cache import FlatCache, StripCache
+from infuse.server.engine.native.cache.paged_cache import PagedCache
+from infuse.server.engine.native.kernels.attention import Kernels
 
 _CPU_SHARE = 0.25
 _CUDA_SHARE = 0.85

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from server.engine.native.attention import LayerMemory, LayerShape
+from infuse.server.engine.native.attention import LayerMemory, LayerShape
 
 
 class Strip(NamedTuple):

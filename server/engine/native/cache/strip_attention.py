@@ -12,15 +12,15 @@ from typing import Protocol
 
 import torch
 
-from server.engine.native.attention import (
+from infuse.server.engine.native.attention import (
     Chunk,
     LayerAttention,
     LayerMemory,
     attend_chunk,
     causal_mask,
 )
-from server.engine.native.cache.slabs import Strip
-from server.engine.native.kernels.attention import Kernels
+from infuse.server.engine.native.cache.slabs import Strip
+from infuse.server.engine.native.kernels.attention import Kernels
 
 _GAP_TOKENS = 512
 """Tokens of strips between decoding rows that a matmul computes in vain rather than be cut in two:

@@ -24,12 +24,12 @@ from torch._inductor.utils import InputType
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adapters.model.slots import IA3Slots, Version
-from server.engine.native.attention import AttentionPlan, Chunk, StepContext
-from server.engine.native.cache.kv_cache import FlatCache
-from server.engine.native.cache.strip_attention import StripPlan
-from server.engine.native.forward.linear_sites import TracedLinear
-from server.engine.native.forward.tracing import (
+from infuse.adapters.model.slots import IA3Slots, Version
+from infuse.server.engine.native.attention import AttentionPlan, Chunk, StepContext
+from infuse.server.engine.native.cache.kv_cache import FlatCache
+from infuse.server.engine.native.cache.strip_attention import StripPlan
+from infuse.server.engine.native.forward.linear_sites import TracedLinear
+from infuse.server.engine.native.forward.tracing import (
     Forward,
     NotTraced,
     TracedForward,
@@ -38,9 +38,9 @@ from server.engine.native.forward.tracing import (
     probing,
     traced_example,
 )
-from server.engine.native.kernels.attention import AttentionCall
-from server.engine.native.kernels.linear import LinearCall
-from server.engine.native.kernels.operators import (
+from infuse.server.engine.native.kernels.attention import AttentionCall
+from infuse.server.engine.native.kernels.linear import LinearCall
+from infuse.server.engine.native.kernels.operators import (
     ATTEND,
     KERNEL_ATTEND,
     KERNEL_LINEAR,

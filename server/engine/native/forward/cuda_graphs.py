@@ -4,11 +4,11 @@ from collections import abc
 
 import torch
 
-from adapters.model.slots import IA3Slots
-from server.engine.native.attention import Chunk, StepContext
-from server.engine.native.cache.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
-from server.engine.native.cache.planning import Limits
-from server.engine.native.forward.tracing import Forward
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.native.attention import Chunk, StepContext
+from infuse.server.engine.native.cache.paged_cache import BLOCK, PagedCache, PagedIndex, PagedPlan
+from infuse.server.engine.native.cache.planning import Limits
+from infuse.server.engine.native.forward.tracing import Forward
 
 
 class DecodeGraphs:

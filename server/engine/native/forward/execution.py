@@ -11,26 +11,26 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapters.model.slots import IA3Slots
-from server.engine.errors import UnsupportedModel
-from server.engine.native.attention import LayerShape, StepContext, install, probe
-from server.engine.native.cache.kv_cache import FlatCache, KVCache
-from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_layers import maker_of, states_nbytes
-from server.engine.native.cache.planning import Limits, cache_tokens, make_flat_cache
-from server.engine.native.forward.compiling import CompiledForward, compile_forward
-from server.engine.native.forward.fidelity import Fidelity, Unfaithful
-from server.engine.native.forward.padded_runner import PaddedRunner
-from server.engine.native.forward.probing import continues_states, probe_padded
-from server.engine.native.forward.runner import FlatRunner, Modules, Runner
-from server.engine.native.forward.trace_cache import find_or_trace, key_of
-from server.engine.native.forward.tracing import Forward, NotTraced, TracedForward
-from server.engine.native.kernels.attention import Kernels, attention_kernels
-from server.engine.native.kernels.linear import Pack, linear_kernels
-from server.engine.native.kernels.operators import load_operators
-from server.engine.native.model.norms import fuse_norms
-from server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
-from server.engine.native.model.time_steps import limit_time_steps
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.errors import UnsupportedModel
+from infuse.server.engine.native.attention import LayerShape, StepContext, install, probe
+from infuse.server.engine.native.cache.kv_cache import FlatCache, KVCache
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.native.cache.padded_layers import maker_of, states_nbytes
+from infuse.server.engine.native.cache.planning import Limits, cache_tokens, make_flat_cache
+from infuse.server.engine.native.forward.compiling import CompiledForward, compile_forward
+from infuse.server.engine.native.forward.fidelity import Fidelity, Unfaithful
+from infuse.server.engine.native.forward.padded_runner import PaddedRunner
+from infuse.server.engine.native.forward.probing import continues_states, probe_padded
+from infuse.server.engine.native.forward.runner import FlatRunner, Modules, Runner
+from infuse.server.engine.native.forward.trace_cache import find_or_trace, key_of
+from infuse.server.engine.native.forward.tracing import Forward, NotTraced, TracedForward
+from infuse.server.engine.native.kernels.attention import Kernels, attention_kernels
+from infuse.server.engine.native.kernels.linear import Pack, linear_kernels
+from infuse.server.engine.native.kernels.operators import load_operators
+from infuse.server.engine.native.model.norms import fuse_norms
+from infuse.server.engine.native.model.packing import noting_siblings, pack_linears, panel_width_of
+from infuse.server.engine.native.model.time_steps import limit_time_steps
 
 log = logging.getLogger(__name__)
 

@@ -21,18 +21,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from adapters.checkpoint.checkpoint import AdapterVectors
-from adapters.checkpoint.config import IA3Config
-from adapters.checkpoint.targets import Side, Target, resolve_targets
-from adapters.errors import InvalidAdapter
-from adapters.model.bank import BASE_SLOT
-from adapters.model.slots import IA3Slots
-from server.engine.native.cache.kv_cache import KVCache
-from server.engine.native.forward.runner import Runner
-from server.engine.native.model.packing import noting_reads
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import GenerationRequest, SamplingParams
+from infuse.adapters.checkpoint.checkpoint import AdapterVectors
+from infuse.adapters.checkpoint.config import IA3Config
+from infuse.adapters.checkpoint.targets import Side, Target, resolve_targets
+from infuse.adapters.errors import InvalidAdapter
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.native.cache.kv_cache import KVCache
+from infuse.server.engine.native.forward.runner import Runner
+from infuse.server.engine.native.model.packing import noting_reads
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import GenerationRequest, SamplingParams
 
 log = logging.getLogger(__name__)
 

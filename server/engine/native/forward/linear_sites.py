@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.model.layer import IA3Layer, Scale, Wrapper
-from server.engine.native.kernels.linear import KernelLinear, Scales
-from server.engine.native.model.packing import PackedLinear, PackedSibling, Siblings
+from infuse.adapters.model.layer import IA3Layer, Scale, Wrapper
+from infuse.server.engine.native.kernels.linear import KernelLinear, Scales
+from infuse.server.engine.native.model.packing import PackedLinear, PackedSibling, Siblings
 
 _LINEAR = (nn.Linear, Conv1D, PackedLinear, PackedSibling)
 

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from adapters.model.slots import IA3Slots
-from server.engine.errors import UnsupportedModel
-from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_group import Group
-from server.engine.native.forward.runner import Logits, slot_of
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.errors import UnsupportedModel
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.native.cache.padded_group import Group
+from infuse.server.engine.native.forward.runner import Logits, slot_of
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

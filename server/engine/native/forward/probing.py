@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from adapters.model.bank import BASE_SLOT
-from adapters.model.slots import IA3Slots
-from server.engine.errors import UnsupportedModel
-from server.engine.native.attention import LayerShape
-from server.engine.native.cache.padded_cache import PaddedCache
-from server.engine.native.cache.padded_layers import LayerStates, kinds_of, maker_of
-from server.engine.native.forward.padded_runner import PaddedRunner, Piece
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.errors import UnsupportedModel
+from infuse.server.engine.native.attention import LayerShape
+from infuse.server.engine.native.cache.padded_cache import PaddedCache
+from infuse.server.engine.native.cache.padded_layers import LayerStates, kinds_of, maker_of
+from infuse.server.engine.native.forward.padded_runner import PaddedRunner, Piece
 
 _PROBED = (3, 7)
 """Tokens of the two rows."""

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from adapters.model.bank import Segment
-from adapters.model.slots import IA3Slots
-from server.engine.native.attention import Chunk, StepContext
-from server.engine.native.cache.kv_cache import FlatCache
-from server.engine.native.cache.paged_cache import PagedCache
-from server.engine.native.cache.planning import Limits
-from server.engine.native.forward.cuda_graphs import DecodeGraphs
-from server.engine.native.forward.tracing import Forward
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
+from infuse.adapters.model.bank import Segment
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.native.attention import Chunk, StepContext
+from infuse.server.engine.native.cache.kv_cache import FlatCache
+from infuse.server.engine.native.cache.paged_cache import PagedCache
+from infuse.server.engine.native.cache.planning import Limits
+from infuse.server.engine.native.forward.cuda_graphs import DecodeGraphs
+from infuse.server.engine.native.forward.tracing import Forward
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
 
 
 @dataclass(frozen=True, slots=True)

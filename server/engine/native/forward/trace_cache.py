@@ -19,12 +19,17 @@ from torch._ops import OpOverload
 from torch.fx.node import map_aggregate, map_arg
 from transformers import PreTrainedModel
 
-import adapters
-import server.engine
-from adapters.model.slots import IA3Slots
-from server.engine.native.attention import LayerAttention, StepContext
-from server.engine.native.forward.linear_sites import innermost, linear_sites, siblings_of, width_of
-from server.engine.native.forward.tracing import (
+from infuse import adapters
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server import engine
+from infuse.server.engine.native.attention import LayerAttention, StepContext
+from infuse.server.engine.native.forward.linear_sites import (
+    innermost,
+    linear_sites,
+    siblings_of,
+    width_of,
+)
+from infuse.server.engine.native.forward.tracing import (
     Forward,
     Trace,
     TracedForward,
@@ -99,7 +104,7 @@ def find_or_trace(
 
 def sources() -> list[Path]:
     """Our source files that kept traces depend on: those of engine and adapters, with kernels."""
-    folders = (Path(adapters.__file__).parent, Path(server.engine.__file__).parent)
+    folders = (Path(adapters.__file__).parent, Path(engine.__file__).parent)
     files = (file for folder in folders for file in folder.rglob("*"))
     return sorted(file for file in files if file.suffix in (".py", ".cpp", ".h"))
 

@@ -18,9 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
-from adapters.model.slots import IA3Slots
-from server.engine.native.attention import AttentionPlan, LayerAttention, Probe, StepContext
-from server.engine.native.forward.linear_sites import (
+from infuse.adapters.model.slots import IA3Slots
+from infuse.server.engine.native.attention import AttentionPlan, LayerAttention, Probe, StepContext
+from infuse.server.engine.native.forward.linear_sites import (
     LinearSite,
     TracedLinear,
     innermost,
@@ -28,8 +28,8 @@ from server.engine.native.forward.linear_sites import (
     siblings_of,
     width_of,
 )
-from server.engine.native.kernels.operators import ATTEND, LINEAR
-from server.engine.native.model.packing import Siblings
+from infuse.server.engine.native.kernels.operators import ATTEND, LINEAR
+from infuse.server.engine.native.model.packing import Siblings
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes token ids and positions, `[1, tokens]` each, and the indices `[index]` of the tokens whose

@@ -11,8 +11,8 @@ from typing import Self
 
 import torch
 
-from server.engine.native.attention import LayerAttention, LayerMemory, LayerShape
-from server.engine.native.kernels.build import NUMBERS, load_kernel
+from infuse.server.engine.native.attention import LayerAttention, LayerMemory, LayerShape
+from infuse.server.engine.native.kernels.build import NUMBERS, load_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Use glibc's vectorised functions, but keep the order of sums.

@@ -13,8 +13,8 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from adapters.model.layer import Scale
-from server.engine.native.kernels.build import NUMBERS, load_kernel
+from infuse.adapters.model.layer import Scale
+from infuse.server.engine.native.kernels.build import NUMBERS, load_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine.native.kernels.build import load_kernel
+from infuse.server.engine.native.kernels.build import load_kernel
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # torch's headers require the version of the stable interface that the source uses.

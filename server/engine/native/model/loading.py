@@ -13,15 +13,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from server.engine.errors import UnsupportedModel
-from server.engine.model_files import (
+from infuse.server.engine.errors import UnsupportedModel
+from infuse.server.engine.model_files import (
     default_model_folder,
     end_tokens,
     refusing_models,
     served_name,
 )
-from server.engine.native.model.packing import speed_of
-from server.engine.native.model.quantization import Quantization, loading_arguments, settle
+from infuse.server.engine.native.model.packing import speed_of
+from infuse.server.engine.native.model.quantization import Quantization, loading_arguments, settle
 
 _WORTH_ROUNDING = 1.2
 """How many times as fast as float32 bfloat16 must be on a CPU for it to be the default."""

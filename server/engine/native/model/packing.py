@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from server.engine.native.kernels.linear import KernelLinear, Linear, Pack
-from server.engine.native.model.quantization import is_quantized
+from infuse.server.engine.native.kernels.linear import KernelLinear, Linear, Pack
+from infuse.server.engine.native.model.quantization import is_quantized
 
 _USUAL_TOKENS = 128
 """oneDNN chooses the layout for this many tokens. The layout serves any number, one token too."""

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_bitsandbytes_available, is_torchao_available
 
-from server.engine.errors import UnsupportedModel
+from infuse.server.engine.errors import UnsupportedModel
 
 Quantization = Literal["none", "int8", "int4"]
 

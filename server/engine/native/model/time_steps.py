@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters.model.layer import Wrapper
+from infuse.adapters.model.layer import Wrapper
 
 
 class _LimitedSteps(Wrapper):

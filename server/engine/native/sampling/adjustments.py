@@ -5,7 +5,7 @@ from collections import abc
 import numpy as np
 import torch
 
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.sequence import Sequence
 
 
 def column(values: abc.Sequence[float], device: torch.device) -> torch.Tensor:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from server.engine.native.sampling.adjustments import Allowed, Bias, Penalties, column
-from server.engine.native.sequences.constraint import Constraint, MaskMaker
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Draft
-from server.engine.request import TokenLogprob
+from infuse.server.engine.native.sampling.adjustments import Allowed, Bias, Penalties, column
+from infuse.server.engine.native.sequences.constraint import Constraint, MaskMaker
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Draft
+from infuse.server.engine.request import TokenLogprob
 
 _CANDIDATES = 512
 """How many of the best tokens are sorted. If a row needs more for its top-k or top-p, all are."""

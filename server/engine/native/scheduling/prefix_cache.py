@@ -9,8 +9,8 @@ from collections import OrderedDict, abc
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from server.engine.native.cache.blocks import Blocks
-from server.engine.native.sequences.sequence import Sequence, common_tokens
+from infuse.server.engine.native.cache.blocks import Blocks
+from infuse.server.engine.native.sequences.sequence import Sequence, common_tokens
 
 _TOKENS = attrgetter("tokens")
 

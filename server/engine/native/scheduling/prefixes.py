@@ -7,9 +7,9 @@ rank is computing that prefix at the moment, the new sequence waits for it.
 from collections import Counter
 from collections.abc import Hashable
 
-from server.engine.native.cache.kv_cache import KVCache
-from server.engine.native.scheduling.prefix_cache import Node, PrefixCache
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.cache.kv_cache import KVCache
+from infuse.server.engine.native.scheduling.prefix_cache import Node, PrefixCache
+from infuse.server.engine.native.sequences.sequence import Sequence
 
 LEAST_SHARED = 32
 """Tokens of the shortest prefix that is shared: fewer are not worth a copy or a step of waiting."""

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
-from adapters.model.bank import BASE_SLOT
-from adapters.residency import Residency
-from server.engine.fair_queue import HEADROOM, FairQueue
-from server.engine.native.cache.kv_cache import KVCache
-from server.engine.native.faults import FAULTS, Fault
-from server.engine.native.scheduling.prefixes import Prefixes
-from server.engine.native.scheduling.speculation import Speculation
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Step
-from server.engine.request import WaitsFor
+from infuse.adapters.model.bank import BASE_SLOT
+from infuse.adapters.residency import Residency
+from infuse.server.engine.fair_queue import HEADROOM, FairQueue
+from infuse.server.engine.native.cache.kv_cache import KVCache
+from infuse.server.engine.native.faults import FAULTS, Fault
+from infuse.server.engine.native.scheduling.prefixes import Prefixes
+from infuse.server.engine.native.scheduling.speculation import Speculation
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Step
+from infuse.server.engine.request import WaitsFor
 
 _FIRST_SHARE = 4
 """The prompt of the highest rank gets at least a step's prompt tokens divided by this."""

@@ -9,11 +9,11 @@ import math
 from bisect import bisect_left
 from dataclasses import replace
 
-from server.engine.native.scheduling.prefixes import Prefixes
-from server.engine.native.sequences.drafting import Drafter
-from server.engine.native.sequences.sequence import Sequence
-from server.engine.native.sequences.step import Draft, Step
-from server.engine.request import GenerationRequest
+from infuse.server.engine.native.scheduling.prefixes import Prefixes
+from infuse.server.engine.native.sequences.drafting import Drafter
+from infuse.server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.step import Draft, Step
+from infuse.server.engine.request import GenerationRequest
 
 MOST = 16
 """The most tokens that are drafted for one row in a step."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
-from server.engine.constraints.grammars import Grammar, Masks, masks_of
+from infuse.server.engine.constraints.grammars import Grammar, Masks, masks_of
 
 
 class Constraint:

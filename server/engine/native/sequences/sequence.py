@@ -7,11 +7,11 @@ from collections import abc, deque
 
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.detokenizer import Detokenizer
-from server.engine.fair_queue import HEADROOM
-from server.engine.native.sequences.constraint import Constraint
-from server.engine.native.sequences.drafting import Drafter
-from server.engine.request import GenerationRequest, TokenLogprob
+from infuse.server.engine.detokenizer import Detokenizer
+from infuse.server.engine.fair_queue import HEADROOM
+from infuse.server.engine.native.sequences.constraint import Constraint
+from infuse.server.engine.native.sequences.drafting import Drafter
+from infuse.server.engine.request import GenerationRequest, TokenLogprob
 
 _MARK = 256
 """The most characters of a match that begins a grammar."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from server.engine.native.sequences.sequence import Sequence
+from infuse.server.engine.native.sequences.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
