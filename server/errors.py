@@ -145,6 +145,10 @@ class ApiError(Exception):
 
 def error_body(error: ApiError) -> str:
     """The JSON text of an error."""
+    return json.dumps(error_json(error))
+
+
+def error_json(error: ApiError) -> dict[str, Any]:
     info = {
         "message": error.message,
         "type": _type(error.status),
@@ -155,7 +159,7 @@ def error_body(error: ApiError) -> str:
             for fault in error.details
         ],
     }
-    return json.dumps({"error": info})
+    return {"error": info}
 
 
 def error_response(error: ApiError) -> Response:

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.answering import documented_answers, respond
 from infuse.server.api.chat_schemas import ChatBody, ChatCompletion
 from infuse.server.api.chat_writer import ChatWriter, Conversation
 from infuse.server.api.checking import check_body
 from infuse.server.api.constraining import chat_grammar
-from infuse.server.api.deadlines import DeadlineDep
+from infuse.server.api.deadlines import Deadline, DeadlineDep
 from infuse.server.api.generation import Generation
 from infuse.server.api.leasing import leased
 from infuse.server.api.orders import Order, Prompt, place_order
@@ -22,10 +23,10 @@ from infuse.server.api.prompts import (
     fit_to_window,
     truncated,
 )
-from infuse.server.api.responses import documented_answers, respond
 from infuse.server.api.sampling import sampling_params
 from infuse.server.api.tool_formats import CallFormat, find_format
 from infuse.server.auth import CallerDep
+from infuse.server.caller import Caller
 from infuse.server.engine import Engine, ServedModel
 from infuse.server.errors import ApiError
 from infuse.server.services import Services, get_services
@@ -47,6 +48,24 @@ async def create_chat_completion(
     deadline: DeadlineDep,
 ) -> Response:
     """Answer a conversation with the base model or an adapter, as OpenAI's API does."""
+    order, conversation = await order_chat(
+        body, request, services, caller, deadline, prefix="chatcmpl-"
+    )
+    with Generation(services, order) as generation:
+        return await respond(request, body, generation, ChatWriter(body, order, conversation))
+
+
+async def order_chat(
+    body: ChatBody,
+    request: Request,
+    services: Services,
+    caller: Caller,
+    deadline: Deadline,
+    *,
+    prefix: str,
+) -> tuple[Order, Conversation]:
+    """Check a conversation and prepare its answer, whose id begins with `prefix`. Raises ApiError
+    and AdapterError."""
     check_body(body, 1, services.settings.max_queue)
 
     def prepare() -> tuple[Order, Conversation]:
@@ -56,7 +75,7 @@ async def create_chat_completion(
                 services,
                 body,
                 caller,
-                "chatcmpl",
+                prefix,
                 [prompt],
                 lease,
                 vocabulary,
@@ -65,9 +84,7 @@ async def create_chat_completion(
             )
             return order, conversation
 
-    order, conversation = await prepared(request, services, caller, deadline, prepare)
-    with Generation(services, order) as generation:
-        return await respond(request, body, generation, ChatWriter(body, order, conversation))
+    return await prepared(request, services, caller, deadline, prepare)
 
 
 def _prompt(engine: Engine, vocabulary: Vocabulary, body: ChatBody) -> tuple[Prompt, Conversation]:

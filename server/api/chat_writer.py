@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.answering import Chunk, Writer
 from infuse.server.api.chat_schemas import (
     AssistantMessage,
     ChatBody,
@@ -18,10 +19,9 @@ from infuse.server.api.chat_schemas import (
 from infuse.server.api.endings import finished_because, stopped_by
 from infuse.server.api.logprobs import TokenBytes, chat_logprobs
 from infuse.server.api.orders import Order
-from infuse.server.api.responses import Chunk
 from infuse.server.api.tool_formats import CallFormat
 from infuse.server.api.tool_reading import CallPart, Reader, Said, make_reader
-from infuse.server.api.tool_schemas import CalledFunction, ToolCall
+from infuse.server.api.tool_schemas import CalledFunction, Tool, ToolCall
 from infuse.server.engine.request import Output
 
 
@@ -34,14 +34,29 @@ class Conversation:
     calls: CallFormat | None
     """None where the request offers no tools."""
 
+    def make_reader(self, tools: Sequence[Tool]) -> Reader | None:
+        """What reads one choice's calls of these tools; None where there are none."""
+        return None if self.calls is None else make_reader(self.calls, self.text, tools)
 
-class ChatWriter:
+
+def read(reader: Reader | None, output: Output) -> Said:
+    """Split a choice's next output into its text and its tool calls."""
+    if reader is None:
+        return Said(output.text, [])
+    said = reader.feed(output.text)
+    if output.finish_reason is None:
+        return said
+    rest = reader.finish()
+    return Said(said.content + rest.content, said.calls + rest.calls)
+
+
+class ChatWriter(Writer):
     """Writes outputs as OpenAI's chat completions, and as their chunks."""
 
     def __init__(self, body: ChatBody, order: Order, conversation: Conversation) -> None:
         self._body = body
         self._conversation = conversation
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, Reader | None] = {}
         self._called: set[int] = set()
         """The numbers of the choices that have called a tool."""
         self._token_bytes = TokenBytes(order.vocabulary.tokenizer) if body.logprobs else None
@@ -77,8 +92,9 @@ class ChatWriter:
             last["stop_reason"] = stopped_by(self._body, output)
             yield self._chunk([last])
 
-    def usage_chunk(self, usage: Usage) -> Chunk:
-        return {**self._chunk([]), "usage": usage.model_dump(exclude_unset=True)}
+    def closing(self, usage: Usage) -> Iterator[Chunk]:
+        if self._body.wants_usage_chunk:
+            yield {**self._chunk([]), "usage": usage.model_dump(exclude_unset=True)}
 
     def _chunk(self, choices: list[ChunkChoice]) -> Chunk:
         return {**self._chunk_head, "choices": choices}
@@ -100,17 +116,9 @@ class ChatWriter:
         )
 
     def _read(self, number: int, output: Output) -> Said:
-        """Split an output into its text and its tool calls."""
-        text, calls = self._conversation.text, self._conversation.calls
-        if calls is None:
-            return Said(output.text, [])
         if number not in self._readers:
-            self._readers[number] = make_reader(calls, text, self._body.offered_tools)
-        reader = self._readers[number]
-        said = reader.feed(output.text)
-        if output.finish_reason is not None:
-            rest = reader.finish()
-            said = Said(said.content + rest.content, said.calls + rest.calls)
+            self._readers[number] = self._conversation.make_reader(self._body.offered_tools)
+        said = read(self._readers[number], output)
         if said.calls:
             self._called.add(number)
         return said

@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.answering import Chunk, Writer
 from infuse.server.api.completion_schemas import Completion, CompletionBody, CompletionLogprobs
 from infuse.server.api.endings import finished_because, stopped_by
 from infuse.server.api.logprobs import CompletionLogprobWriter, TokenBytes
 from infuse.server.api.orders import Order
-from infuse.server.api.responses import Chunk
 from infuse.server.engine.request import Output
 
 
-class CompletionWriter:
+class CompletionWriter(Writer):
     """Writes outputs as OpenAI's completions: a chunk has the same shape as the whole."""
 
     def __init__(self, body: CompletionBody, order: Order) -> None:
@@ -35,8 +35,9 @@ class CompletionWriter:
         if choice["text"] or choice["finish_reason"] or scored:
             yield {**self._chunk_head, "choices": [choice]}
 
-    def usage_chunk(self, usage: Usage) -> Chunk:
-        return {**self._head, "choices": [], "usage": usage.model_dump(exclude_unset=True)}
+    def closing(self, usage: Usage) -> Iterator[Chunk]:
+        if self._body.wants_usage_chunk:
+            yield {**self._head, "choices": [], "usage": usage.model_dump(exclude_unset=True)}
 
     def _choice(self, number: int, output: Output) -> dict[str, Any]:
         echo = ""

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
+from infuse.server.api.answering import documented_answers, respond
 from infuse.server.api.checking import check_body
 from infuse.server.api.completion_schemas import Completion, CompletionBody
 from infuse.server.api.completion_writer import CompletionWriter
@@ -16,7 +17,6 @@ from infuse.server.api.leasing import leased
 from infuse.server.api.orders import Order, Prompt, place_order
 from infuse.server.api.preparing import prepared
 from infuse.server.api.prompts import encode_prompts, fit_to_window, truncated
-from infuse.server.api.responses import documented_answers, respond
 from infuse.server.api.sampling import sampling_params
 from infuse.server.auth import CallerDep
 from infuse.server.engine import Engine, ServedModel
@@ -52,7 +52,7 @@ async def create_completion(
                 services,
                 body,
                 caller,
-                "cmpl",
+                "cmpl-",
                 prompts,
                 lease,
                 vocabulary,

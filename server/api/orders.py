@@ -91,7 +91,7 @@ def place_order(
     ApiError 400 where the key's scope allows no prompt, or no answer, of this length.
     """
     prompts = [_within_scope(caller, body, prompt) for prompt in prompts]
-    order_id = f"{prefix}-{uuid.uuid4().hex}"
+    order_id = f"{prefix}{uuid.uuid4().hex}"
     choices = body.choices_per_prompt
     salt = json.dumps([services.cache_scope(caller.name), body.cache_salt])
     with ExitStack() as undo:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
 from infuse.server.api.answer_schemas import Usage
+from infuse.server.api.answering import documented_answers, whole_answer
 from infuse.server.api.checking import check_body
 from infuse.server.api.deadlines import DeadlineDep
 from infuse.server.api.disconnects import unless_client_leaves
@@ -22,7 +23,6 @@ from infuse.server.api.model_schemas import ModelBody
 from infuse.server.api.orders import Order, Prompt, place_order
 from infuse.server.api.preparing import prepared
 from infuse.server.api.prompts import encode_choice, encode_pair
-from infuse.server.api.responses import documented_answers, whole_answer
 from infuse.server.api.texts import check_text
 from infuse.server.auth import CallerDep
 from infuse.server.engine import ServedModel
@@ -123,7 +123,9 @@ async def rank(
     def prepare() -> Order:
         with leased(services, body, caller) as (lease, vocabulary):
             prompts = list(_prompts(services.engine.model, vocabulary, body))
-            return place_order(services, body, caller, "rank", prompts, lease, vocabulary, deadline)
+            return place_order(
+                services, body, caller, "rank-", prompts, lease, vocabulary, deadline
+            )
 
     order = await prepared(request, services, caller, deadline, prepare)
     with Generation(services, order) as generation:

@@ -1,8 +1,10 @@
 """Sends what is generated, as one JSON answer or as a stream of server-sent events."""
 
+import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import pydantic_core
 from fastapi import Request
@@ -17,7 +19,7 @@ from infuse.server.api.endings import raise_if_failed
 from infuse.server.api.generation import Generation
 from infuse.server.api.schemas import GenerationBody
 from infuse.server.engine.request import Output
-from infuse.server.errors import ApiError, error_body
+from infuse.server.errors import ApiError, error_json
 from infuse.server.openapi import READS, errors, header
 
 log = logging.getLogger(__name__)
@@ -27,25 +29,42 @@ Chunk = Mapping[str, object]
 every token."""
 
 
-class Writer(Protocol):
+class Writer(ABC):
     """Writes an order's outputs in the shape of one endpoint."""
 
+    is_typed: ClassVar[bool] = False
+    """Whether a stream's events are named by their `type`, and the last of them ends it. Otherwise
+    they have no names, and `[DONE]` ends it."""
+
+    @abstractmethod
     def whole(self, outputs: Sequence[Output], usage: Usage) -> BaseModel: ...
 
+    def opening(self) -> Iterable[Chunk]:
+        """What a stream begins with, before there are outputs."""
+        return ()
+
+    @abstractmethod
     def chunks(self, number: int, output: Output) -> Iterable[Chunk]:
         """What the next output of choice `number` adds to a stream."""
 
-    def usage_chunk(self, usage: Usage) -> Chunk: ...
+    @abstractmethod
+    def closing(self, usage: Usage) -> Iterable[Chunk]:
+        """What ends a stream that has not failed."""
+
+    def failure(self, error: ApiError) -> Chunk:
+        """What ends a stream that has failed."""
+        return error_json(error)
 
 
-def documented_answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """A generation endpoint's answers in the OpenAPI document."""
-    events = {"text/event-stream": {"example": 'data: {"id": "…"}\n\ndata: [DONE]\n\n'}}
+def documented_answers(
+    whole: type[BaseModel], events: str = 'data: {"id": "…"}\n\ndata: [DONE]\n\n'
+) -> dict[int | str, dict[str, Any]]:
+    """A generation endpoint's answers in the OpenAPI document. `events`: how its streams look."""
     which = header("Which revision answered; the base has none.", always=False)
     answer = {
         "model": whole,
         "description": "The answer; with `stream`, its chunks as events.",
-        "content": events,
+        "content": {"text/event-stream": {"example": events}},
         "headers": {"Infuse-Adapter": which},
     }
     disabled = "The key may not do this, or the adapter is disabled."
@@ -69,8 +88,7 @@ def whole_answer(generation: Generation, answer: BaseModel) -> Response:
 
 
 class GenerationStream(EventSourceResponse):
-    """Streams the outputs as server-sent events, then `[DONE]`; a client that leaves early cancels
-    the rest."""
+    """Streams the outputs as server-sent events; a client that leaves early cancels the rest."""
 
     def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
         self._generation = generation
@@ -92,29 +110,42 @@ async def _events(
     """The stream's events: those of a step in one piece, and in the last piece those that end the
     stream."""
     counts = body.wants_usage_in_all_chunks
-    events: list[bytes] = []
+    events = [_event(writer, chunk) for chunk in writer.opening()]
     try:
+        if events:
+            yield b"".join(events)
+            events.clear()
         while outputs := await generation.next():
             for number, output in outputs:
                 raise_if_failed(output)
                 chunks = writer.chunks(number, output)
                 if counts:
                     chunks = [{**chunk, "usage": generation.usage_so_far} for chunk in chunks]
-                events += [_event(chunk) for chunk in chunks]
+                events += [_event(writer, chunk) for chunk in chunks]
             if events and not generation.ended:
                 yield b"".join(events)
                 events.clear()
         await generation.metered()
-        if body.wants_usage_chunk:
-            events.append(_event(writer.usage_chunk(generation.usage)))
+        events += [_event(writer, chunk) for chunk in writer.closing(generation.usage)]
     except ApiError as error:
-        events.append(format_sse_event(data_str=error_body(error)))
+        events.append(_failure(writer, error))
     except Exception as error:
         log.error("The stream %s failed.", generation.order.id, exc_info=error)
-        failure = ApiError(500, "The server failed; its log says why.")
-        events.append(format_sse_event(data_str=error_body(failure)))
-    yield b"".join([*events, format_sse_event(data_str="[DONE]")])
+        events.append(_failure(writer, ApiError(500, "The server failed; its log says why.")))
+    if not writer.is_typed:
+        events.append(format_sse_event(data_str="[DONE]"))
+    yield b"".join(events)
 
 
-def _event(chunk: Chunk) -> bytes:
-    return format_sse_event(data_str=pydantic_core.to_json(chunk).decode())
+def _event(writer: Writer, chunk: Chunk) -> bytes:
+    return _written(writer, chunk, pydantic_core.to_json(chunk).decode())
+
+
+def _failure(writer: Writer, error: ApiError) -> bytes:
+    chunk = writer.failure(error)
+    # An error's message may have half of a surrogate pair, which pydantic does not write.
+    return _written(writer, chunk, json.dumps(chunk))
+
+
+def _written(writer: Writer, chunk: Chunk, text: str) -> bytes:
+    return format_sse_event(data_str=text, event=str(chunk["type"]) if writer.is_typed else None)
