@@ -4,9 +4,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
+
+
+@cache
+def _real(file: str) -> Path:
+    """Where a file lies: packages are imported by a link to their folder."""
+    return Path(file).resolve()
 
 
 class Way:
@@ -50,7 +57,7 @@ class Way:
 
     def _file(self, frame: FrameType) -> str | None:
         """The file of the folder that a frame is in; None for others, and for schemas."""
-        path = Path(frame.f_code.co_filename)
+        path = _real(frame.f_code.co_filename)
         if not path.is_relative_to(self._folder) or path.stem.endswith("schemas"):
             return None
         return str(path.relative_to(self._folder))
