@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from infuse.server.errors import ApiError, error_body
 from infuse.server.headers import SAFE
+from infuse.server.lingering import LingeringTransport
 from infuse.server.observability.metrics import HttpMetrics
 from infuse.server.services import Services
 from infuse.server.settings import Settings
@@ -53,6 +54,9 @@ class Limits:
     """How long a request's head may take."""
     send_seconds: float
     """How long a client may leave its answer unread."""
+    discarded_bytes: int
+    """How much is read and thrown away of a request that is answered already. It has
+    `receive_seconds` for it."""
 
 
 class Connection(asyncio.Protocol):
@@ -64,7 +68,7 @@ class Connection(asyncio.Protocol):
 
     limits: Limits
     metrics: HttpMetrics
-    transport: asyncio.Transport
+    transport: LingeringTransport
     connections: set["Connection"]
     cycle: Any
     """uvicorn's: the newest request, None before the first."""
@@ -76,13 +80,22 @@ class Connection(asyncio.Protocol):
         """Whether a part of the next request has come."""
         self._in_head = False
         self._head_bytes = 0
+        self._in_body = False
+        self._discarded_bytes = 0
+        """How much of an answered request has come since its answer."""
         self._unread_since: float | None = None
-        super().connection_made(transport)
+        super().connection_made(LingeringTransport(transport, lambda: self._is_discarding))
         if len(self.connections) > self.limits.connections:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle longest; where none is idle, refuse this one."""
+        """Close the connections that linger, or else the one that has been idle longest; where none
+        is idle, refuse this one."""
+        lingering = [each for each in self.connections if each.transport.lingers]
+        for each in lingering:
+            each.transport.abort()
+        if len(self.connections) - len(lingering) <= self.limits.connections:
+            return
         others = [each for each in self.connections if each.is_idle and each is not self]
         others = [each for each in others if not each.transport.is_closing()]
         if others:
@@ -97,7 +110,18 @@ class Connection(asyncio.Protocol):
         """Whether no request runs on the connection."""
         return self.cycle is None or bool(self.cycle.response_complete)
 
+    @property
+    def _is_discarding(self) -> bool:
+        """Whether what comes belongs to a request that is answered already."""
+        return self.transport.lingers or (self._in_body and self.is_idle)
+
     def data_received(self, data: bytes) -> None:
+        if self._is_discarding:
+            self._discarded_bytes += len(data)
+            if self._discarded_bytes > self.limits.discarded_bytes:
+                self.transport.abort()
+        if self.transport.is_closing():
+            return
         was_in_head = self._in_head
         self._has_begun = True
         super().data_received(data)
@@ -113,8 +137,12 @@ class Connection(asyncio.Protocol):
         self._in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         super().on_headers_complete()  # type: ignore[misc]
+
+    def on_message_complete(self) -> None:
+        self._in_body, self._discarded_bytes = False, 0
+        super().on_message_complete()  # type: ignore[misc]
 
     def on_response_complete(self) -> None:
         self.idle_since = time.monotonic()
@@ -135,12 +163,17 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """End the connection where its client is too slow; what runs for it is cancelled then."""
+        is_late = now - self.idle_since > self.limits.receive_seconds
+        if self._is_discarding:
+            if is_late:
+                self.transport.abort()
+            return
         if self.transport.is_closing() and self._unread_since is None:
             self._unread_since = now
         if self._unread_since is not None:
             if now - self._unread_since > self.limits.send_seconds:
                 self.transport.abort()
-        elif self.is_idle and now - self.idle_since > self.limits.receive_seconds:
+        elif self.is_idle and is_late:
             message = f"No request came within {self.limits.receive_seconds:g} s."
             self._refuse(ApiError(408, message, code="request_timeout"), self._has_begun)
 
@@ -154,7 +187,16 @@ class Connection(asyncio.Protocol):
             head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
             head += ["Connection: close", "", ""]
             self.transport.write("\r\n".join(head).encode() + body)
+            self.idle_since = time.monotonic()
+            self.transport.linger()
         self.transport.close()
+
+    def shutdown(self) -> None:
+        """The server stops: it does not wait for the rest of what it has answered."""
+        if self._is_discarding:
+            self.transport.abort()
+        else:
+            super().shutdown()  # type: ignore[misc]
 
 
 class Server(uvicorn.Server):
@@ -173,7 +215,12 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         config.load()
-        limits = Limits(settings.max_connections, settings.receive_timeout, settings.send_timeout)
+        limits = Limits(
+            settings.max_connections,
+            settings.receive_timeout,
+            settings.send_timeout,
+            2 * settings.max_upload_bytes,
+        )
         services: Services = state.services
         self._metrics = services.metrics.http
         self._metrics.most_connections.set(limits.connections)

@@ -229,7 +229,7 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         description="Seconds in which a request's headers must arrive, and then its body; a body "
-        "has one second more for each 16 KiB.",
+        "has one second more for each 16 KiB. What is still sent of a refused request has as long.",
         examples=[30.0],
     )
     send_timeout: float = Field(

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from infuse.server import listener
-from infuse.server.settings import Settings
+from infuse.server.settings import MEBIBYTE, Settings
 from tests.api.conftest import RunningServer, run_server
 from tests.api.test_health import MANY
 from tests.api.test_streaming import at_rest, eventually
@@ -253,13 +253,15 @@ def is_listening(url: str) -> bool:
 def limited(
     model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Four connections, and a second for everything."""
+    """Four connections, a second for everything, and small bodies."""
     folder = tmp_path_factory.mktemp("limited")
     settings = Settings(
         model=str(model_folder),
         served_model_name="tiny",
         adapters_dir=folder / "store",
         max_connections=4,
+        max_body_bytes=1 << 16,
+        max_upload_bytes=MEBIBYTE,
         receive_timeout=1.0,
         send_timeout=1.0,
     )
@@ -467,6 +469,140 @@ def test_where_all_connections_are_at_work_one_more_is_told_to_come_back(
 
     assert error_of(refused, 503)["code"] == "too_many_connections"
     assert int(response_of(refused).headers["retry-after"]) >= 1
+
+
+def answer_to_a_head(connected: socket.socket, length: int, *headers: str) -> bytes:
+    """The answer to a request of which the body has not come yet."""
+    connected.sendall(request("POST", COMPLETIONS, f"Content-Length: {length}", *headers))
+    answer = b""
+    while not answer.endswith(b"}}"):
+        answer += connected.recv(1 << 16)
+    return answer
+
+
+def is_reset(connected: socket.socket, more: bytes) -> bool:
+    """Whether the server takes no more of a request."""
+    try:
+        connected.sendall(more)
+    except ConnectionError:
+        return True
+    return False
+
+
+@pytest.mark.fault(
+    "network",
+    "A body comes after its refusal",
+    by="a raw socket",
+    promise="It is read and thrown away; then the connection is closed, without a reset.",
+)
+def test_a_request_is_sent_to_its_end_after_its_refusal(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        answer = answer_to_a_head(connected, MEBIBYTE, "Connection: close")
+        assert error_of(answer, 413)["code"] == "body_too_large"
+        for _ in range(16):
+            connected.sendall(b"x" * (MEBIBYTE // 16))
+
+        assert received(connected) == b""
+
+
+def test_a_connection_that_stays_open_answers_after_a_refused_body(limited: RunningServer) -> None:
+    with connection(limited) as connected:
+        answer_to_a_head(connected, MEBIBYTE)
+        connected.sendall(b"x" * MEBIBYTE)
+        connected.sendall(request("GET", "/health/live", "Connection: close"))
+
+        assert response_of(received(connected)).status_code == 200
+
+
+@pytest.mark.parametrize("what", ["a head without end", "no request"])
+def test_a_connection_that_is_refused_before_its_request_is_read_is_not_reset(
+    limited: RunningServer, what: str
+) -> None:
+    start = b"GET / HTTP/1.1\r\nX: " if what == "a head without end" else b"\x16\x03\x01\r\n\r\n"
+    with connection(limited) as connected:
+        connected.sendall(start)
+        for _ in range(16):
+            connected.sendall(b"x" * (MEBIBYTE // 16))
+
+        assert response_of(received(connected)).status_code in (400, 431)
+
+
+def test_a_client_that_sends_slowly_reads_its_refusal(limited: RunningServer) -> None:
+    def refusals() -> float:
+        text = httpx.get(f"{limited.base_url}/metrics").text
+        found = re.findall(
+            rf'^infuse_http_requests_total.*"{COMPLETIONS}",status="413"}} (.+)', text, re.M
+        )
+        return sum(map(float, found))
+
+    def body() -> Iterator[bytes]:
+        yield b"x"
+        assert eventually(lambda: refusals() > before)
+        for _ in range(16):
+            yield b"x" * (MEBIBYTE // 16)
+
+    before = refusals()
+    headers = {"Content-Length": str(MEBIBYTE + 1), "Connection": "close"}
+    answer = httpx.post(limited.base_url + COMPLETIONS, content=body(), headers=headers)
+
+    assert answer.status_code == 413
+
+
+@pytest.mark.fault(
+    "network",
+    "A refused body has no end",
+    by="a raw socket",
+    promise="The connection is closed beyond twice `--max-upload-bytes`.",
+)
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)])
+def test_a_refused_body_is_not_read_without_end(
+    limited: RunningServer, headers: tuple[str, ...]
+) -> None:
+    with connection(limited) as connected:
+        answer_to_a_head(connected, 1 << 30, *headers)
+        assert eventually(lambda: is_reset(connected, b"x" * MEBIBYTE), 30)
+
+
+@pytest.mark.fault(
+    "network",
+    "A refused body comes byte by byte",
+    by="a raw socket",
+    promise="The connection is closed after `--receive-timeout`.",
+)
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)])
+def test_a_refused_body_is_not_waited_for_without_end(
+    limited: RunningServer, headers: tuple[str, ...]
+) -> None:
+    with connection(limited) as connected:
+        answer_to_a_head(connected, 1 << 30, *headers)
+        assert eventually(lambda: is_reset(connected, b"x"), 30)
+
+
+def test_refused_requests_that_are_still_sent_take_no_connection_from_others(
+    limited: RunningServer,
+) -> None:
+    with ExitStack() as opened:
+        for _ in range(4):
+            refused = opened.enter_context(connection(limited))
+            answer_to_a_head(refused, MEBIBYTE, "Connection: close")
+
+        assert httpx.get(f"{limited.base_url}/health/live").status_code == 200
+
+
+def test_a_server_that_stops_does_not_wait_for_the_rest_of_a_refused_request(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(model=str(model_folder), adapters_dir=tmp_path, max_body_bytes=1)
+    with run_server(settings) as (url, services):
+        server = RunningServer(url, services, model_folder, {})
+        with ExitStack() as opened:
+            for headers in ((), ("Connection: close",)):
+                refused = opened.enter_context(connection(server))
+                answer_to_a_head(refused, MEBIBYTE, *headers)
+            clients = opened.pop_all()
+    clients.close()
+
+    assert "The drain's time is over" not in caplog.text
 
 
 def test_compose_gives_a_container_longer_than_the_drain_takes() -> None:
