@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import logging
 import shutil
-import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
@@ -15,8 +14,6 @@ from pathlib import Path
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infuse.adapters.checkpoint.config import CONFIG_FILE, IA3Config
 from infuse.adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
@@ -31,7 +28,6 @@ from infuse.adapters.storage.shared_bucket import SharedBucketStorage
 from infuse.adapters.storage.shared_folder import SharedFolderStorage
 from infuse.adapters.storage.storage import Storage
 from infuse.adapters.storage.store import AdapterStore
-from infuse.adapters.storage.stored import StoredAdapters
 from infuse.server.api import (
     adapters,
     chat,
@@ -44,36 +40,33 @@ from infuse.server.api import (
     usage,
 )
 from infuse.server.auth import Authorize
+from infuse.server.documentation import add_pages
 from infuse.server.engine.fair_turns import FairTurns
 from infuse.server.engine.model_files import cache_dir
 from infuse.server.engine.threads import on_passing_thread
 from infuse.server.engines import open_engine
-from infuse.server.errors import AnswerAll, ApiError, error_response, install_error_handlers
+from infuse.server.errors import AnswerAll, install_error_handlers
 from infuse.server.gzip_bodies import GunzipBodies
 from infuse.server.jobs import MergeJobs
 from infuse.server.keys.keyring import open_keyring
+from infuse.server.middleware import CatchUp, HeadAsGet, LimitBodies
 from infuse.server.observability.access import Observe, Routes
 from infuse.server.observability.latest import LatestAnswers
 from infuse.server.observability.metering import Meter
 from infuse.server.observability.metrics import Metrics, build_info
 from infuse.server.observability.otlp import open_traces
 from infuse.server.openapi import Application
+from infuse.server.outside import layers
 from infuse.server.services import Services
+from infuse.server.setting_types import origins_of
 from infuse.server.settings import MEBIBYTE, Settings
 from infuse.server.streams import Streams
 from infuse.server.uploads import UploadBudget
 
 log = logging.getLogger(__name__)
 
-_UPLOADS = "/v1/adapters"
-_SLOWEST = 16 << 10
-"""A body has one second more for each so many bytes that have arrived."""
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI document only: `Authorize` has checked the key already."""
-_CATCHING_UP = 1.0
-"""Seconds for which a request waits until this server knows what others have changed."""
-_LOOK = 0.01
-"""Seconds between two looks whether it does."""
 _PRELOADED = Origin(source="preload")
 _HOUR = 3600.0
 _NAMES_AT_ONCE = 10
@@ -121,7 +114,12 @@ def create_app(settings: Settings) -> FastAPI:
         title="Infuse",
         summary="One base model, thousands of IA3 adapters, one batch.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
+    app.outside = layers(settings.root_path, origins_of(settings.cors_origins))
+    add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
     for module in (completions, chat, rank, models, adapters, merges, usage, debug):
@@ -329,89 +327,3 @@ def preload(registry: AdapterRegistry, folder: Path) -> None:
                     registry.add(name, staged, _PRELOADED)
             except AdapterError as error:
                 log.warning("The adapter in %s is not offered: %s", source, error)
-
-
-class HeadAsGet:
-    """ASGI middleware that lets routes for GET answer HEAD too. The server sends no body for it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
-        await self._app(scope, receive, send)
-
-
-class CatchUp:
-    """ASGI middleware that lets a request wait, for a second at most, while this server reads what
-    others have changed since it was stopped or had no processor."""
-
-    def __init__(self, app: ASGIApp, stored: StoredAdapters) -> None:
-        self._app = app
-        self._stored = stored
-        self._is_in_vain = False
-        """Whether a request has waited for so long, and nothing was read since."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._stored.is_behind:
-            await self._wait()
-        else:
-            self._is_in_vain = False
-        await self._app(scope, receive, send)
-
-    async def _wait(self) -> None:
-        deadline = time.monotonic() + _CATCHING_UP
-        while self._stored.is_behind and not self._is_in_vain:
-            self._is_in_vain = time.monotonic() > deadline
-            await asyncio.sleep(_LOOK)
-
-
-class LimitBodies:
-    """ASGI middleware that refuses bodies over their limit, by the header or while they arrive, and
-    bodies that arrive too slowly."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = app
-        self._upload_limit = settings.max_upload_bytes + MEBIBYTE
-        """A form takes some bytes beside its files."""
-        self._body_limit = settings.max_body_bytes
-        self._seconds = settings.receive_timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        form = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
-        upload = form and str(scope["path"]).startswith(_UPLOADS)
-        limit = self._upload_limit if upload else self._body_limit
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            refusal = ApiError(413, _too_large(limit), code="body_too_large")
-            await error_response(refusal)(scope, receive, send)
-            return
-        until = asyncio.get_running_loop().time() + self._seconds
-        received, more = 0, True
-
-        async def limited() -> Message:
-            nonlocal received, more
-            if not more:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until + received / _SLOWEST):
-                    message = await receive()
-            except TimeoutError:
-                problem = f"The body does not come: {received} bytes so far. Send it faster."
-                raise HTTPException(408, problem, headers={"Connection": "close"}) from None
-            more = bool(message.get("more_body", False))
-            received += len(message.get("body", b""))
-            if received > limit:
-                raise HTTPException(413, _too_large(limit))
-            return message
-
-        await self._app(scope, limited, send)
-
-
-def _too_large(limit: int) -> str:
-    return f"The body is larger than this server's limit of {limit} bytes."

@@ -121,8 +121,7 @@ def merge(
 )
 def serve(context: typer.Context) -> None:
     settings = _settings("serve", context.args, Settings)
-    ports = [port for port in (settings.port, settings.admin_port) if port is not None]
-    listening = [bind(settings.host, port) for port in ports]
+    listening = listen(settings)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from infuse.server.app import create_app
     from infuse.server.engine import EngineError
@@ -137,7 +136,11 @@ def serve(context: typer.Context) -> None:
         _refuse(str(error))
     freeze_heap()
     server = Server(application, settings, application.state)
-    server.run(sockets=listening)
+    try:
+        server.run(sockets=listening)
+    finally:
+        if settings.uds is not None:
+            settings.uds.unlink(missing_ok=True)
     _leave_threads(int(server.has_failed))
 
 
@@ -208,6 +211,13 @@ def _leave_threads(status: int) -> None:
         raise typer.Exit(status)
 
 
+def listen(settings: Settings) -> list[socket.socket]:
+    """The sockets of a server: the public one, and that of administration where it has its own."""
+    here, host = settings.uds, settings.host
+    public = bind(host, settings.port) if here is None else bind_unix(here)
+    return [public] if settings.admin_port is None else [public, bind(host, settings.admin_port)]
+
+
 def bind(host: str, port: int, command: str = "serve") -> socket.socket:
     """A socket bound to this address. The model is loaded later, so that a port in use is reported
     at once."""
@@ -220,6 +230,21 @@ def bind(host: str, port: int, command: str = "serve") -> socket.socket:
     except OSError as error:
         listening.close()
         _refuse(f"cannot listen on {host}, port {port}: {error.strerror}", command)
+    return listening
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A unix socket bound to this path, where a server that was killed may have left one."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and listening.connect_ex(str(path)) != 0:
+            path.unlink()
+        listening.bind(str(path))
+        # Who may open the folder may connect, such as a proxy of another user.
+        path.chmod(0o666)
+    except OSError as error:
+        listening.close()
+        _refuse(f"cannot listen on {path}: {error.strerror}")
     return listening
 
 

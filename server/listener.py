@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -213,6 +214,11 @@ class Server(uvicorn.Server):
             backlog=_BACKLOG,
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+            ssl_keyfile_password=settings.ssl_keyfile_password,
+            ssl_ca_certs=settings.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
         config.load()
         limits = Limits(
@@ -240,9 +246,16 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         assert sockets is not None
         for listening, what in zip(sockets, ("Infuse", "Administration"), strict=False):
-            host, port = listening.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            log.info("%s answers on http://%s:%d (/docs says what it can do).", what, shown, port)
+            url = self._url(listening.getsockname())
+            log.info("%s answers on %s (/docs says what it can do).", what, url)
+
+    def _url(self, address: Any) -> str:
+        """The URL of a socket's address: of a unix socket a path, of others host and port."""
+        scheme = "http" if self.config.ssl is None else "https"
+        if isinstance(address, str):
+            return f"{scheme}+unix://{address}"
+        host, port = address[:2]
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:

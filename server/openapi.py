@@ -5,12 +5,14 @@ added here: 401, 403, 429 and 503 where a key is needed; 400 where something is 
 where a body is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from infuse.server.errors import ErrorBody
+from infuse.server.outside import Layer
 
 Json = dict[str, Any]
 
@@ -68,7 +70,17 @@ def errors(*statuses: int, said: Mapping[int, str] | None = None) -> dict[int | 
 
 
 class Application(FastAPI):
-    """FastAPI with a complete OpenAPI document."""
+    """FastAPI with a complete OpenAPI document, and layers before all of its middleware."""
+
+    outside: Sequence[Layer] = ()
+    """The innermost first. They see each answer; one that no middleware sees is that for what
+    nobody has foreseen."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app = super().build_middleware_stack()
+        for layer in self.outside:
+            app = layer(app)
+        return app
 
     def openapi(self) -> Json:
         if self.openapi_schema is None:

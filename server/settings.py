@@ -1,23 +1,25 @@
 """All settings: the flags of `infuse serve`, their environment variables, and their checks."""
 
 import ipaddress
-import json
-import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from infuse.adapters.errors import BadSource
-from infuse.adapters.sources.source_url import parse_prefixes
+from infuse.server.setting_types import (
+    QUOTABLE,
+    Address,
+    FolderOrBucket,
+    IssuerUrl,
+    JsonObject,
+    Origins,
+    PathPrefix,
+    SourcePrefixes,
+    check_certificate,
+)
 
 MEBIBYTE = 1 << 20
-BUCKET = "^(s3|gs|az)://[^/]"
-_QUOTABLE = r"[!#-\[\]-~]+"
-"""What may stand within quotes in a header."""
-_ISSUER = rf"https://{_QUOTABLE}|http://(localhost|127\.0\.0\.1)(:\d+)?(/{_QUOTABLE})?"
-BucketUrl = Annotated[str, StringConstraints(pattern=BUCKET)]
 
 
 class Settings(BaseSettings):
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
         "the stored and preloaded adapters rescale.",
         examples=["q_proj,v_proj,down_proj:input"],
     )
-    vllm_options: str = Field(
+    vllm_options: JsonObject = Field(
         "{}",
         description="With vllm: further arguments of its engine, by its names, as JSON.",
         examples=['{"tensor_parallel_size": 2}'],
@@ -64,7 +66,7 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(
         None, description="The base model's name in requests.", examples=["base"]
     )
-    adapters_dir: Path | BucketUrl = Field(
+    adapters_dir: FolderOrBucket = Field(
         Path("data/adapters"),
         description="Where adapters are kept: a folder, or s3://, gs:// or az:// with a bucket.",
         examples=["/data/adapters"],
@@ -113,7 +115,7 @@ class Settings(BaseSettings):
         description="A folder of adapter folders; those that fit the model are added at start.",
         examples=["examples/adapters"],
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
+    host: Address = Field("127.0.0.1", description="Address to listen on.", examples=["0.0.0.0"])
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.", examples=[8000])
     admin_port: int | None = Field(
         None,
@@ -122,6 +124,41 @@ class Settings(BaseSettings):
         description="A port of its own for adapters, merges, usage, /metrics and /debug, which "
         "--port does not have then. Health and documentation are on both.",
         examples=[8001],
+    )
+    uds: Path | None = Field(
+        None,
+        description="A unix socket to listen on, in place of --host and --port.",
+        examples=["/run/infuse/infuse.sock"],
+    )
+    root_path: PathPrefix = Field(
+        "",
+        description="The path under which a proxy has the server, whether or not it removes it.",
+        examples=["/infuse"],
+    )
+    cors_origins: Origins = Field(
+        "",
+        description="The origins whose pages a browser lets call the server, separated by commas; "
+        "*: all. Default: none but the server's own.",
+        examples=["https://app.example.com,http://localhost:5173"],
+    )
+    ssl_certfile: Path | None = Field(
+        None,
+        description="Speak TLS with this certificate and those between it and its root, in PEM.",
+        examples=["/etc/infuse/tls.crt"],
+    )
+    ssl_keyfile: Path | None = Field(
+        None,
+        description="The private key of --ssl-certfile, in PEM. Default: in the same file.",
+        examples=["/etc/infuse/tls.key"],
+    )
+    ssl_keyfile_password: str | None = Field(
+        None, description="The password of --ssl-keyfile.", examples=["secret"]
+    )
+    ssl_ca_certs: Path | None = Field(
+        None,
+        description="Take only clients with a certificate that one of these authorities, in PEM, "
+        "has signed.",
+        examples=["/etc/infuse/clients.crt"],
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto: the GPU if there is one.", examples=["cpu"]
@@ -238,7 +275,7 @@ class Settings(BaseSettings):
         description="Seconds that a client may leave its answer unread before it is cancelled.",
         examples=[60.0],
     )
-    source_prefixes: str = Field(
+    source_prefixes: SourcePrefixes = Field(
         "",
         description="What the URLs of adapters to fetch may begin with, separated by commas: "
         "hf://, s3://, gs://, az:// or file://. Default: nothing is fetched.",
@@ -253,7 +290,7 @@ class Settings(BaseSettings):
         "server follows its changes.",
         examples=["keys.json"],
     )
-    oidc_issuer: str | None = Field(
+    oidc_issuer: IssuerUrl | None = Field(
         None,
         description="Take tokens (JWT) of this OIDC issuer beside keys; entries of the keys file "
         "say by `claims` what each may do.",
@@ -261,7 +298,7 @@ class Settings(BaseSettings):
     )
     oidc_audience: str | None = Field(
         None,
-        pattern=f"^{_QUOTABLE}$",
+        pattern=f"^{QUOTABLE}$",
         description="With --oidc-issuer: the audience (`aud`) that tokens must be for.",
         examples=["infuse"],
     )
@@ -308,54 +345,6 @@ class Settings(BaseSettings):
         examples=[False],
     )
 
-    @field_validator("adapters_dir", mode="before")
-    @classmethod
-    def _is_folder_or_bucket(cls, value: object) -> object:
-        """Refuse a URL of any other kind, which would be taken for a folder."""
-        if isinstance(value, str) and "://" in value and not re.match(BUCKET, value):
-            raise ValueError(
-                f"'{value}' is no folder and no bucket: set a path, s3://…, gs://… or az://…"
-            )
-        return value
-
-    @field_validator("host")
-    @classmethod
-    def _is_address(cls, host: str) -> str:
-        if host != "localhost":
-            try:
-                ipaddress.ip_address(host)
-            except ValueError:
-                raise ValueError(f"'{host}' is no IP address and not localhost") from None
-        return host
-
-    @field_validator("vllm_options")
-    @classmethod
-    def _is_object(cls, options: str) -> str:
-        try:
-            parsed = json.loads(options)
-        except ValueError as error:
-            raise ValueError(f"'{options}' is no JSON: {error}") from None
-        if not isinstance(parsed, dict):
-            raise ValueError(f"'{options}' is no JSON object; write {{\"name\": value}}")
-        return options
-
-    @field_validator("source_prefixes")
-    @classmethod
-    def _are_prefixes(cls, prefixes: str) -> str:
-        try:
-            parse_prefixes(prefixes)
-        except BadSource as error:
-            raise ValueError(str(error)) from None
-        return prefixes
-
-    @field_validator("oidc_issuer")
-    @classmethod
-    def _has_tls(cls, issuer: str | None) -> str | None:
-        """Without TLS, whoever is between could give other keys than the issuer's."""
-        if issuer is not None and not re.fullmatch(_ISSUER, issuer):
-            raise ValueError(f"'{issuer}' is no issuer's URL, which begins with https://")
-        return issuer
-
     @property
     def uploads_bytes(self) -> int:
         """Bytes that all uploads in progress may take together."""
@@ -389,6 +378,18 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _can_speak_tls(self) -> Self:
+        """Checked here: the server would find out after it has loaded the model."""
+        if self.ssl_certfile is None:
+            if self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs:
+                raise ValueError("TLS needs a certificate: set ssl-certfile")
+            return self
+        check_certificate(
+            self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs
+        )
+        return self
+
+    @model_validator(mode="after")
     def _knows_whose_tokens_it_takes(self) -> Self:
         if (self.oidc_issuer is None) is not (self.oidc_audience is None):
             raise ValueError("oidc-issuer and oidc-audience go together: set both, or neither")
@@ -404,7 +405,8 @@ class Settings(BaseSettings):
         if self.keys_file is not None and not self.keys_file.is_file():
             raise ValueError(f"there is no keys file at {self.keys_file}")
         loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        if not loopback and self.keys_file is None and not self.allow_anonymous:
+        is_local = loopback or (self.uds is not None and self.admin_port is None)
+        if not is_local and self.keys_file is None and not self.allow_anonymous:
             raise ValueError(
                 f"without keys the server listens on loopback only, not on {self.host}: set "
                 "--keys-file, or --allow-anonymous if something else guards it"

@@ -14,7 +14,7 @@ from infuse.adapters.storage.audit import audit, entries_of
 from infuse.adapters.storage.backup import back_up
 from infuse.adapters.storage.backup import restore as restore_from
 from infuse.adapters.storage.chain import Event
-from infuse.server.settings import BUCKET
+from infuse.server.setting_types import BUCKET
 
 audit_app = typer.Typer(
     no_args_is_help=True, help="Show who changed which adapter, and check that nobody edited it."

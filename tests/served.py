@@ -17,7 +17,9 @@ def address_of(
 ) -> str:
     """Wait until a server's log has its address. Fails where the server ends, or takes longer."""
     deadline = time.monotonic() + seconds
-    while not (found := re.search(r"answers on (http://\S+)", log.read_text())):
+    while not (
+        found := re.search(r"answers on ((?:http|https)(?:\+unix)?://\S+)", log.read_text())
+    ):
         assert server.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from infuse.server.settings import Settings
+from tests.certificates import certificates
 
 VALUES = {
     "model": "folder",
@@ -26,6 +27,9 @@ VALUES = {
     "host": "127.0.0.2",
     "port": "8123",
     "admin_port": "8124",
+    "uds": "/run/infuse.sock",
+    "root_path": "/team/infuse",
+    "cors_origins": "https://app.example.com,http://localhost:5173",
     "device": "cpu",
     "dtype": "bfloat16",
     "quantization": "int8",
@@ -64,10 +68,28 @@ VALUES = {
 }
 
 
+NEED_MORE = {"host", "keys_file", "oidc_issuer", "oidc_audience"}
+NEED_MORE |= {name for name in Settings.model_fields if name.startswith("ssl_")}
+"""Settings that stand only beside others, or name a file that there must be."""
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_around(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(f"INFUSE_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, str]:
+    """Every setting, with a value that is not its default."""
+    made = certificates(tmp_path)
+    tls = {
+        "ssl_certfile": str(made.server),
+        "ssl_keyfile": str(made.server),
+        "ssl_keyfile_password": "of no use",
+        "ssl_ca_certs": str(made.authority),
+    }
+    return VALUES | tls
 
 
 def as_text(settings: Settings) -> dict[str, str]:
@@ -78,22 +100,24 @@ def as_text(settings: Settings) -> dict[str, str]:
     }
 
 
-def test_every_setting_is_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in VALUES.items():
+def test_every_setting_is_an_environment_variable(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in values.items():
         monkeypatch.setenv(f"INFUSE_{name.upper()}", value)
 
-    assert as_text(Settings()) == VALUES
-    assert VALUES.keys() == Settings.model_fields.keys()
+    assert as_text(Settings()) == values
+    assert values.keys() == Settings.model_fields.keys()
 
 
-def test_every_setting_is_a_flag() -> None:
+def test_every_setting_is_a_flag(values: dict[str, str]) -> None:
     switches = {"true": "--", "false": "--no-"}
     flags = [
         f"{switches[value]}{flag}" if value in switches else f"--{flag}={value}"
-        for flag, value in ((name.replace("_", "-"), value) for name, value in VALUES.items())
+        for flag, value in ((name.replace("_", "-"), value) for name, value in values.items())
     ]
 
-    assert as_text(CliApp.run(Settings, cli_args=flags)) == VALUES
+    assert as_text(CliApp.run(Settings, cli_args=flags)) == values
 
 
 def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +146,7 @@ def test_every_setting_is_described_with_an_example_that_fits() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         [example] = field.examples or [None]
-        if name not in ("host", "keys_file", "oidc_issuer", "oidc_audience"):
+        if name not in NEED_MORE:
             Settings(**{name: example})
 
 
@@ -157,6 +181,17 @@ def test_the_world_needs_keys_or_a_word_that_it_is_guarded(host: str, tmp_path: 
         Settings(host=host)
     assert Settings(host=host, keys_file=keys).host == host
     assert Settings(host=host, allow_anonymous=True).host == host
+
+
+def test_a_unix_socket_is_of_this_machine_and_a_port_beside_it_may_not_be(tmp_path: Path) -> None:
+    assert Settings(host="0.0.0.0", uds=tmp_path / "socket").keys_file is None
+    with pytest.raises(ValidationError, match="loopback only"):
+        Settings(host="0.0.0.0", uds=tmp_path / "socket", admin_port=8001)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("/", ""), ("/a/", "/a"), ("/a/b", "/a/b")])
+def test_a_path_of_a_proxy_ends_without_a_slash(given: str, taken: str) -> None:
+    assert Settings(root_path=given).root_path == taken
 
 
 @pytest.mark.parametrize(
@@ -215,6 +250,17 @@ def test_an_issuer_needs_a_keys_file(issuer: str) -> None:
         ("source_timeout", 0),
         ("log_level", "loud"),
         ("keys_file", "/no/such/file"),
+        ("ssl_keyfile", __file__),
+        ("ssl_ca_certs", __file__),
+        ("ssl_certfile", __file__),
+        ("ssl_certfile", "/no/such/file"),
+        ("root_path", "infuse"),
+        ("root_path", "/in fuse"),
+        ("root_path", "/a//b"),
+        ("root_path", "/../v1"),
+        ("cors_origins", "app.example.com"),
+        ("cors_origins", "https://app.example.com/path"),
+        ("cors_origins", "https://*.example.com"),
         ("modell", "x"),
     ],
 )

@@ -1,5 +1,6 @@
 """The OpenAPI document is complete and true."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -80,13 +81,18 @@ def has_example(field: Json) -> bool:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
-def test_the_page_loads_and_shows_this_server(client: httpx.Client, path: str) -> None:
+def test_the_page_shows_this_server_and_needs_no_other(client: httpx.Client, path: str) -> None:
     response = client.get(path)
 
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
     assert "Infuse" in response.text
     assert "/openapi.json" in response.text
+    assert "//" not in re.sub("<!--.*?-->", "", response.text)
+    used = re.findall(r'(?:src|href)="([^"]+)"', response.text)
+    assert len(used) >= 2
+    for each in used:
+        assert client.get(each).status_code == 200, each
 
 
 def test_every_field_of_every_schema_is_described_with_an_example(page: Json) -> None:

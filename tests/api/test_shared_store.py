@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from infuse.adapters.storage.stored import StoredAdapters
-from infuse.server.app import CatchUp
+from infuse.server.middleware import CatchUp
 from tests.api.oracle import upload
 from tests.api.stores import ADAPTERS, Place, Serve, complete, error_of, text_of
 from tests.api.stores import place as place
