@@ -95,6 +95,11 @@ class Caller:
         """Its share of the model, beside others'."""
         return self.scope.weight or 1.0
 
+    @property
+    def guaranteed(self) -> int:
+        """The tokens a minute that it gets ahead of others."""
+        return self.scope.guaranteed_tokens_per_minute or 0
+
     def check_order(self, requests: int, tokens: int, capacity: int) -> None:
         """Check that so many requests to the engine may be submitted now, with so many tokens in
         their prompts. `capacity`: the queue's. Raises ApiError 400, 429."""
@@ -113,10 +118,11 @@ class Caller:
 
     def check_tokens(self, tokens: int) -> None:
         """Check that prompts of so many tokens keep to its rate now. Raises ApiError 429."""
-        per_minute = self.scope.tokens_per_minute
-        seconds = self.usage.tokens.seconds_until(tokens, per_minute)
+        per_minute, burst = self.scope.tokens_per_minute, self.scope.burst_tokens
+        seconds = self.usage.tokens.seconds_until(tokens, per_minute, burst)
         if seconds:
-            raise self._too_many(f"{per_minute} tokens a minute", seconds)
+            at_once = "" if burst is None else f", {burst} at once"
+            raise self._too_many(f"{per_minute} tokens a minute{at_once}", seconds)
 
     def begin_order(self, requests: int, tokens: int) -> None:
         self.usage.queued += requests

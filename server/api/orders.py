@@ -105,6 +105,7 @@ def place_order(
                 adapter_name="" if body.model == services.model_name else body.model,
                 tenant=caller.name or "",
                 weight=caller.weight,
+                guaranteed=caller.guaranteed,
                 priority=body.priority or 0,
                 speculation=speculation,
                 http_id=request_id.current.get() or "",

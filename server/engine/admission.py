@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from infuse.server.engine.errors import QueueFull, WaitTooLong
+from infuse.server.engine.fair_queue import least_charge
 from infuse.server.engine.request import GenerationRequest
 
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
@@ -97,6 +98,8 @@ class Admission:
         """Tenant -> adapter -> how many requests are in flight."""
         self._weights: dict[str, float] = {}
         """Tenant with requests in flight -> its weight."""
+        self._tokens: Counter[str] = Counter()
+        """Tenant -> the tokens that its requests in flight are charged at least."""
         self._now = now
         self._pace = _Pace(rows, now)
         self._promised: dict[str, deque[float]] = {}
@@ -115,6 +118,7 @@ class Admission:
             self.admitted += 1
             self._of.setdefault(request.tenant, Counter())[request.adapter] += 1
             self._weights[request.tenant] = request.weight
+            self._tokens[request.tenant] += least_charge([request])
         self._pace.change(self.admitted)
         return True
 
@@ -122,8 +126,9 @@ class Admission:
         """Why these requests are not admitted, and when they should be sent again."""
         first, seconds = requests[0], self.seconds_until_free(requests)
         if self._wait_beyond(first) > 0:
-            wait = self._wait(first.tenant, first.weight)
-            return WaitTooLong(wait, min(self._longest_wait, first.patience), seconds)
+            return WaitTooLong(
+                self._wait_of(first), min(self._longest_wait, first.patience), seconds
+            )
         return QueueFull(max(0, self.admitted - self._rows), seconds)
 
     def leave(self, request: GenerationRequest) -> None:
@@ -136,10 +141,12 @@ class Admission:
         adapters = self._of[request.tenant]
         self.admitted -= 1
         adapters[request.adapter] -= 1
+        self._tokens[request.tenant] -= least_charge([request])
         if not adapters[request.adapter]:
             del adapters[request.adapter]
         if not adapters:
             del self._of[request.tenant], self._weights[request.tenant]
+            del self._tokens[request.tenant]
 
     def _limit_for(self, request: GenerationRequest) -> int:
         """The number of requests in flight from which on such a request is refused."""
@@ -177,6 +184,15 @@ class Admission:
         ends = self._ends_before(tenant, weight)
         return self._pace.seconds_until(ends) if ends and self._pace.is_known else 0.0
 
+    def _wait_of(self, request: GenerationRequest) -> float:
+        """Estimate the seconds until a request would start: by its tenant's share, or by what the
+        tenant is guaranteed where that is sooner."""
+        by_share = self._wait(request.tenant, request.weight)
+        if not by_share or not request.guaranteed:
+            return by_share
+        before = self._tokens[request.tenant] * 60 / request.guaranteed
+        return min(by_share, max(before, self._pace.seconds_until(1)))
+
     def _ends_before(self, tenant: str, weight: float) -> int:
         """Estimate how many requests end before a further one of this tenant starts.
 
@@ -195,9 +211,7 @@ class Admission:
 
     def _wait_beyond(self, request: GenerationRequest) -> float:
         """By how many seconds a request would wait longer than it can, or than it may."""
-        return self._wait(request.tenant, request.weight) - min(
-            self._longest_wait, request.patience
-        )
+        return self._wait_of(request) - min(self._longest_wait, request.patience)
 
     def seconds_until_free(self, requests: Sequence[GenerationRequest]) -> float:
         """Estimate the seconds until these refused requests can be admitted.

@@ -1,10 +1,13 @@
 """The waiting queue: it chooses the next request fairly among tenants and each tenant's adapters.
 
-It counts virtual tokens, after "Fairness in Serving Large Language Models" (Sheng et al., OSDI
-2024), on two levels: the tenant that has used the fewest tokens for its weight is next, and within
-it the adapter that has used the fewest. An idle tenant saves up no credit. A tenant is an API key.
+Tenants first get the tokens that they are guaranteed. What is left is shared by virtual tokens,
+after "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024), on two levels: the
+tenant that has used the fewest tokens for its weight is next, and within it the adapter that has
+used the fewest. An idle tenant saves up no credit. A tenant is an API key.
 """
 
+import itertools
+import time
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +15,7 @@ from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 from infuse.server.engine.request import GenerationRequest
+from infuse.server.engine.token_bucket import Bucket
 
 MAX_OVERTAKEN = 8
 """How many sequences may overtake a tenant's older ones of a worse priority before one starts."""
@@ -82,6 +86,10 @@ class _Share:
     def used(self) -> float:
         return self.ended + sum(each.charge / each.request.weight for each in self.started)
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.started)
+
 
 S = TypeVar("S", bound=_Share)
 
@@ -131,16 +139,61 @@ class _Shares(Generic[S]):
             self._shares = {
                 name: share
                 for name, share in self._shares.items()
-                if share.waiting or share.started or share.used > self._clock
+                if not share.is_idle or share.used > self._clock
             }
             self._sweep_at = max(_SWEEP_FROM, 2 * len(self._shares))
+
+
+class _Guarantee:
+    """The tokens by which a tenant's sequences may start ahead of others'. They fill evenly, up to
+    a minute's worth. What starts by them is not charged to the tenant's share."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.per_minute = 0
+        """0: nothing is guaranteed."""
+        self.latest = 0
+        """The number of the sequence that last started by it, among all that start so."""
+        self._bucket = Bucket(now)
+        self._spent: dict[Queued, int] = {}
+        """Sequence that started by it and has not ended -> the tokens that it has spent."""
+
+    def __contains__(self, sequence: Queued) -> bool:
+        return sequence in self._spent
+
+    @property
+    def left(self) -> float:
+        """The tokens that are left. Where it is 0 or less, nothing starts by it."""
+        if not self.per_minute:
+            return 0.0
+        for sequence in self._spent:
+            self._spend(sequence, sequence.charge)
+        return self._bucket.left(self.per_minute)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is spent of it."""
+        return not self._spent and self.left >= self.per_minute
+
+    def start(self, sequence: Queued, number: int) -> None:
+        self.latest = number
+        self._spent[sequence] = 0
+
+    def end(self, sequence: Queued) -> None:
+        self._spend(sequence, sequence.used_tokens)
+        del self._spent[sequence]
+
+    def _spend(self, sequence: Queued, tokens: int) -> None:
+        """Note that a sequence has spent so many tokens since its start."""
+        self._bucket.spend(tokens - self._spent[sequence], self.per_minute)
+        self._spent[sequence] = tokens
 
 
 class _Tenant(_Share, Generic[Q]):
     """A tenant's waiting sequences: by priority, then fair among adapters."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         super().__init__()
+        self.guarantee = _Guarantee(now)
         self.adapters = _Shares(_Share)
         self._classes: dict[int, dict[str, list[Q]]] = {}
         """Priority -> adapter -> its waiting sequences, in order of arrival."""
@@ -153,7 +206,18 @@ class _Tenant(_Share, Generic[Q]):
             for line in adapters.values():
                 yield from line
 
+    @property
+    def turn(self) -> tuple[float, float]:
+        """The tenant with the smallest is next. Those who have something left of what they are
+        guaranteed come first, one after the other."""
+        return (0, self.guarantee.latest) if self.guarantee.left > 0 else (1, self.used)
+
+    @property
+    def is_idle(self) -> bool:
+        return super().is_idle and self.guarantee.is_whole
+
     def add(self, sequence: Q) -> None:
+        self.guarantee.per_minute = sequence.request.guaranteed
         adapters = self._classes.setdefault(sequence.request.priority, {})
         insort(adapters.setdefault(sequence.request.adapter, []), sequence, key=_SEQ_ID)
 
@@ -195,13 +259,14 @@ class _Tenant(_Share, Generic[Q]):
 class FairQueue(Generic[Q]):
     """The waiting sequences, and the tokens that started ones are charged to tenants and adapters.
 
-    Preempted sequences come first, in order of rank, then the tenant that has used the fewest
-    tokens for its weight. Within a tenant a better priority goes first, but a worse one is not
-    overtaken for ever.
+    Preempted sequences come first, in order of rank; then tenants that have something left of what
+    they are guaranteed; then the tenant that has used the fewest tokens for its weight. Within a
+    tenant a better priority goes first, but a worse one is not overtaken for ever.
     """
 
-    def __init__(self) -> None:
-        self._tenants = _Shares[_Tenant[Q]](_Tenant)
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._tenants = _Shares[_Tenant[Q]](lambda: _Tenant(now))
+        self._numbers = itertools.count(1)
         self._preempted: list[Q] = []
 
     def __iter__(self) -> Iterator[Q]:
@@ -236,7 +301,7 @@ class FairQueue(Generic[Q]):
             if eligible(sequence):
                 return sequence
         waiting = [tenant for tenant in self._tenants if tenant.waiting]
-        found = [tenant.first(eligible) for tenant in sorted(waiting, key=attrgetter("used"))]
+        found = [tenant.first(eligible) for tenant in sorted(waiting, key=attrgetter("turn"))]
         return next((sequence for sequence in found if sequence is not None), None)
 
     def start(self, sequence: Q) -> None:
@@ -247,11 +312,18 @@ class FairQueue(Generic[Q]):
         tenant = self._tenants[sequence.request.tenant]
         tenant.count_overtaking(sequence)
         tenant.remove(sequence)
-        self._tenants.start(sequence.request.tenant, sequence)
+        if tenant.guarantee.left > 0:
+            tenant.waiting -= 1
+            tenant.guarantee.start(sequence, next(self._numbers))
+        else:
+            self._tenants.start(sequence.request.tenant, sequence)
         tenant.adapters.start(sequence.request.adapter, sequence)
 
     def end(self, sequence: Q) -> None:
         """Settle the charge of a sequence that has started and ended."""
         tenant = self._tenants[sequence.request.tenant]
         tenant.adapters.end(sequence.request.adapter, sequence)
-        self._tenants.end(sequence.request.tenant, sequence)
+        if sequence in tenant.guarantee:
+            tenant.guarantee.end(sequence)
+        else:
+            self._tenants.end(sequence.request.tenant, sequence)

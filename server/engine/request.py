@@ -114,6 +114,8 @@ class GenerationRequest:
     of its own."""
     weight: float = 1.0
     """The tenant's share beside others': with 2, twice as many tokens as a tenant with 1."""
+    guaranteed: int = 0
+    """The tokens a minute by which the tenant's requests start ahead of others'."""
     priority: int = 0
     """Among a tenant's requests, those with a lower value start earlier."""
     patience: float = field(default=math.inf, compare=False)

@@ -51,6 +51,12 @@ def create(
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="Tokens of prompts and answers.")
     ] = None,
+    burst_tokens: Annotated[
+        int | None, typer.Option(help="How many of these at once. [a minute's]")
+    ] = None,
+    guaranteed_tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Tokens that it gets ahead of others.")
+    ] = None,
     max_requests_at_once: Annotated[int | None, typer.Option(help="HTTP requests.")] = None,
     max_queue_share: Annotated[
         float | None, typer.Option(help="Share of the queue's places, up to 1.")
@@ -85,6 +91,8 @@ def create(
         "weight": weight,
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
+        "burst_tokens": burst_tokens,
+        "guaranteed_tokens_per_minute": guaranteed_tokens_per_minute,
         "max_requests_at_once": max_requests_at_once,
         "max_queue_share": max_queue_share,
         "max_prompt_tokens": max_prompt_tokens,

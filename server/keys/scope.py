@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from infuse.adapters.errors import BadSource
 from infuse.adapters.sources.source_url import Source, parse_prefixes
@@ -56,6 +63,10 @@ class Scope(BaseModel):
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
     """Tokens of prompts and answers."""
+    burst_tokens: Count | None = None
+    """How many of these may be used at once. None: a minute's worth."""
+    guaranteed_tokens_per_minute: Count | None = None
+    """Its requests start ahead of other keys' until it has had so many."""
     max_requests_at_once: Count | None = None
     max_queue_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """The share of the queue's places that its choices and prompts may take."""
@@ -70,6 +81,18 @@ class Scope(BaseModel):
         except BadSource as error:
             raise ValueError(str(error)) from None
         return sources
+
+    @model_validator(mode="after")
+    def _has_rates_that_agree(self) -> Self:
+        most, guaranteed = self.tokens_per_minute, self.guaranteed_tokens_per_minute
+        if self.burst_tokens is not None and most is None:
+            raise ValueError("burst_tokens is for a key with tokens_per_minute: give both")
+        if most is not None and guaranteed is not None and guaranteed > most:
+            raise ValueError(
+                f"guaranteed_tokens_per_minute ({guaranteed}) is more than tokens_per_minute "
+                f"({most}), which refuses what is beyond: lower the one or raise the other"
+            )
+        return self
 
     @property
     def is_tenants(self) -> bool:

@@ -35,6 +35,7 @@ class Arrival:
     """"" is the base."""
     tenant: str = ""
     weight: float = 1.0
+    guaranteed: int = 0
     priority: int = 0
     patience: float | None = None
     """Seconds after which the client leaves."""
@@ -103,15 +104,20 @@ class Simulation:
         self.step_seconds, self.token_seconds = step_seconds, token_seconds
         self.fill_seconds = fill_seconds
         self.rows, self.chunk = rows, chunk
+        self.now = 0.0
         self.slots = Slots(slots)
         self.residency = Residency(self.slots, host_bytes=host_adapters * _ADAPTER_BYTES)
         self.cache = StripCache(
             [], total_tokens=cache_tokens or (rows + 1) * window, max_tokens=window
         )
         self.scheduler = Scheduler(
-            self.cache, self.residency, max_rows=rows, chunk_tokens=chunk, prefix_cache=False
+            self.cache,
+            self.residency,
+            max_rows=rows,
+            chunk_tokens=chunk,
+            prefix_cache=False,
+            now=lambda: self.now,
         )
-        self.now = 0.0
         self.steps = 0
         self.reads = 0
         """How often an adapter that was asked for was not in memory."""
@@ -150,6 +156,7 @@ class Simulation:
             lease=lease,
             tenant=arrival.tenant,
             weight=arrival.weight,
+            guaranteed=arrival.guaranteed,
             priority=arrival.priority,
         )
         journey = Journey(arrival, Sequence(request, seq_id, _TOKENIZER))

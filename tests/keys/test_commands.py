@@ -58,7 +58,7 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
         *("create", "acme", "--role", "generate", "--role", "admin"),
         *("--adapters", "acme/*", "--see", "shared-*", "--source", "hf://acme/"),
         *("--max-adapters", 3, "--tokens-per-minute", 1000, "--max-queue-share", 0.25),
-        *("--weight", 2.5),
+        *("--weight", 2.5, "--burst-tokens", 500, "--guaranteed-tokens-per-minute", 800),
     )
 
     assert entries(path)[0]["roles"] == ["generate", "admin"]
@@ -68,6 +68,8 @@ def test_a_key_gets_roles_patterns_and_limits(keys: Keys, path: Path) -> None:
         "max_adapters": 3,
         "weight": 2.5,
         "tokens_per_minute": 1000,
+        "burst_tokens": 500,
+        "guaranteed_tokens_per_minute": 800,
         "max_queue_share": 0.25,
     }
 

@@ -87,3 +87,15 @@ def test_a_bad_scope_is_refused_with_the_place(scope: dict[str, Any], where: str
         Scope.model_validate(scope)
 
     assert ".".join(map(str, caught.value.errors()[0]["loc"])) == where
+
+
+@pytest.mark.parametrize(
+    ("scope", "problem"),
+    [
+        ({"burst_tokens": 10}, "give both"),
+        ({"tokens_per_minute": 5, "guaranteed_tokens_per_minute": 6}, "more than tokens_per_min"),
+    ],
+)
+def test_rates_that_contradict_each_other_are_refused(scope: dict[str, int], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Scope(**scope)

@@ -1,8 +1,9 @@
 """The scheduler: it decides which rows run in the next step, and how many of their tokens."""
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -95,6 +96,7 @@ class Scheduler:
         prefix_cache: bool = True,
         whole_prompts: bool = False,
         speculation: Speculation | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall.
         With `whole_prompts` a prompt is not divided, and `chunk_tokens` bounds their sum. Without
@@ -107,7 +109,7 @@ class Scheduler:
         self._whole_prompts = whole_prompts
         self._speculation = speculation
         self.prefixes = Prefixes(cache, across_orders=prefix_cache)
-        self._queue: FairQueue[Sequence] = FairQueue()
+        self._queue: FairQueue[Sequence] = FairQueue(now)
         self._awaiting_prefix: list[Sequence] = []
         """Waiting sequences whose prefix another sequence is computing."""
         self._turns = itertools.count()

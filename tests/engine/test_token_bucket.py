@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infuse.server.keys.usage import Bucket
+from infuse.server.engine.token_bucket import Bucket
 
 PAUSES = st.floats(0, 100)
 AMOUNTS = st.integers(1, 50)
 LIMITS = st.integers(1, 40)
+HOLDS = st.one_of(st.none(), st.integers(1, 80))
 
 
 class Clock:
@@ -21,31 +22,32 @@ class Clock:
         return self.now
 
 
-@given(LIMITS, st.lists(st.tuples(PAUSES, AMOUNTS), max_size=60))
+@given(LIMITS, HOLDS, st.lists(st.tuples(PAUSES, AMOUNTS), max_size=60))
 def test_no_time_lets_more_in_than_it_fills_and_one_overdraft(
-    limit: int, asked: list[tuple[float, int]]
+    limit: int, holds: int | None, asked: list[tuple[float, int]]
 ) -> None:
     clock = Clock()
     bucket = Bucket(clock)
     admitted: list[tuple[float, int]] = []
     for pause, amount in asked:
         clock.now += pause
-        if bucket.seconds_until(amount, limit) == 0:
+        if bucket.seconds_until(amount, limit, holds) == 0:
             bucket.spend(amount, limit)
             admitted.append((clock.now, amount))
 
+    most = holds or limit
     for first in range(len(admitted)):
         for last in range(first, len(admitted)):
             seconds = admitted[last][0] - admitted[first][0]
             spent = sum(amount for _, amount in admitted[first:last])
-            room = limit * (1 + seconds / 60) - min(admitted[last][1], limit)
-            overdraft = max(0, *(amount - limit for _, amount in admitted[first : last + 1]))
+            room = most + limit * seconds / 60 - min(admitted[last][1], most)
+            overdraft = max(0, *(amount - most for _, amount in admitted[first : last + 1]))
             assert spent <= room + overdraft + 1e-3
 
 
-@given(LIMITS, st.lists(st.tuples(PAUSES, AMOUNTS), max_size=20), AMOUNTS)
+@given(LIMITS, HOLDS, st.lists(st.tuples(PAUSES, AMOUNTS), max_size=20), AMOUNTS)
 def test_who_comes_back_when_told_is_let_in_and_not_a_second_earlier(
-    limit: int, spent: list[tuple[float, int]], amount: int
+    limit: int, holds: int | None, spent: list[tuple[float, int]], amount: int
 ) -> None:
     clock = Clock()
     bucket = Bucket(clock)
@@ -53,12 +55,12 @@ def test_who_comes_back_when_told_is_let_in_and_not_a_second_earlier(
         clock.now += pause
         bucket.spend(each, limit)
 
-    seconds = math.ceil(bucket.seconds_until(amount, limit))
+    seconds = math.ceil(bucket.seconds_until(amount, limit, holds))
     if seconds:
         clock.now += seconds - 1
-        assert bucket.seconds_until(amount, limit) > 0
+        assert bucket.seconds_until(amount, limit, holds) > 0
         clock.now += 1
-    assert bucket.seconds_until(amount, limit) == 0
+    assert bucket.seconds_until(amount, limit, holds) == 0
 
 
 @given(st.lists(st.tuples(PAUSES, AMOUNTS)))
