@@ -4,6 +4,7 @@ oneDNN's two operators are part of torch (its Inductor backend uses them) but no
 dtype is tried on a small example first, and the layers of a dtype that fails stay as they are.
 """
 
+import os
 import timeit
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,13 @@ _MEASURED_BYTES = 1 << 26
 """Bytes of weights that are measured: too many for the processor's caches, as a model's are."""
 _TURNS = 5
 """How many times each measurement is repeated."""
+_KEPT_SHAPES = 256
+"""oneDNN prepares each pair of a layer's shape and a number of tokens, which takes up to 2 MB and a
+few milliseconds, and keeps so many of them; by default 1,024, and 1,024 more in the layer above it.
+Steps that only decode have fewer: 32 rows and five shapes of layers make 160."""
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    # oneDNN, and torch's layer above it, read these when they are first used.
+    os.environ.setdefault(_cache, str(_KEPT_SHAPES))
 
 
 def pack_for_onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
