@@ -117,7 +117,7 @@ class TooManyPinned(AdapterError):
     def __init__(self, most: int) -> None:
         super().__init__(
             f"{most} adapters are pinned already, and one slot must stay for the others: unpin "
-            "one, or raise max-resident-adapters."
+            "one, or raise --max-resident-adapters."
         )
 
 

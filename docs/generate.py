@@ -20,19 +20,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from infuse.adapters import errors as adapter_errors
 from infuse.adapters.registry import RegistryStats
 from infuse.server.cli import app
+from infuse.server.commands.settings import grouped, in_words
+from infuse.server.config_file import flag_of
 from infuse.server.engine import EngineStats
 from infuse.server.engine import errors as engine_errors
 from infuse.server.errors import ApiError, ErrorDetail, ErrorInfo, error_body
 from infuse.server.observability.metrics import Metrics, build_info
 from infuse.server.on_ray.settings import DeploySettings
-from infuse.server.settings import Settings
 
 DOCS = Path(__file__).parent
 SERVER = DOCS.parent / "server"
 _WRITTEN = "Written by `python docs/generate.py`; do not edit."
 _OTHER_VARIABLES = {
-    "`INFUSE_URL`, `INFUSE_API_KEY`": "Where [`infuse adapters`](cli.md) finds the server, and the "
-    "key that it sends.",
+    "`INFUSE_URL`, `INFUSE_API_KEY`": "Where [`infuse adapters`, `infuse merges` and `infuse "
+    "chat`](cli.md) find the server, and the key that they send.",
     "`INFUSE_CACHE_DIR`": "Where converted and compiled models are kept, and local copies of what "
     "is in a bucket. Default: `~/.cache/infuse`.",
     "`HF_TOKEN`, `AWS_*`, `GOOGLE_*`, `AZURE_*`": "Credentials for the hub and for buckets, as "
@@ -72,22 +73,22 @@ def page(*parts: str) -> str:
 
 
 def settings_page() -> str:
-    of_one, of_many = (
-        kind.model_json_schema()["properties"] for kind in (Settings, DeploySettings)
-    )
-    more = {name: field for name, field in of_many.items() if name not in of_one}
+    fields = DeploySettings.model_json_schema()["properties"]
     head = ["flag", "default", "what it does"]
+    parts = []
+    for title, names in grouped(DeploySettings).items():
+        rows = table(head, _settings_rows({name: fields[name] for name in names}))
+        parts += [f"## {title}", rows] if title else [rows]
     return page(
         "# Settings",
         _WRITTEN,
         "Each is a flag of `infuse serve`, `infuse deploy` and `infuse warm`, and an environment "
-        "variable: `--max-model-len` is `INFUSE_MAX_MODEL_LEN`. A flag wins over its variable, and "
-        "an empty variable counts as none. A switch is turned off by `--no-…`, as in "
-        "`--no-prefix-cache`, or by `INFUSE_PREFIX_CACHE=false`.",
-        table(head, _settings_rows(of_one)),
-        "## Replicas on Ray",
-        "`infuse deploy` takes the settings above, for each replica, and these.",
-        table(head, _settings_rows(more)),
+        "variable, and a key of the config file: `--max-model-len` is `INFUSE_MAX_MODEL_LEN` and "
+        "`max-model-len`. A flag wins over its variable, the variable over the file, and an empty "
+        "variable counts as none. A switch is turned off by `--no-…`, as in `--no-prefix-cache`, "
+        "by `INFUSE_PREFIX_CACHE=false`, or by `prefix-cache = false` in the file. What is under "
+        "Replicas is for `infuse deploy`, whose replicas each have all the others.",
+        *parts,
         "## Other variables",
         table(
             ["variable", "what it does"],
@@ -98,8 +99,9 @@ def settings_page() -> str:
 
 def _settings_rows(fields: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, field in fields.items():
-        default = _value(json.loads(json.dumps(field["default"])))
-        yield f"`--{name.replace('_', '-')}`", default, f"{field['description']} {_range(field)}"
+        default = field["default"]
+        value = _value(default if isinstance(default, bool) else in_words(name, default))
+        yield f"`--{flag_of(name)}`", value, f"{field['description']} {_range(field)}"
 
 
 def _value(default: Any) -> str:

@@ -1,29 +1,29 @@
-"""`infuse serve`, `infuse deploy`, commands for keys and for stores, and `infuse adapters …` for a
-server."""
+"""The command line: `infuse serve`, `infuse deploy` and `infuse warm`; the other commands are in
+`server/commands/`."""
 
-import json
 import logging
 import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import CliApp
 
 from infuse.adapters.errors import AdapterError
 from infuse.server import openmp
-from infuse.server.client import AdminClient, ClientError
-from infuse.server.keys.commands import keys_app
+from infuse.server.commands.adapters import adapters_app
+from infuse.server.commands.chat import chat
+from infuse.server.commands.keys import keys_app
+from infuse.server.commands.merge import merge
+from infuse.server.commands.merges import merges_app
+from infuse.server.commands.settings import read_settings
+from infuse.server.commands.stores import audit_app, backup, restore
 from infuse.server.observability import logs
 from infuse.server.on_ray.settings import DeploySettings
 from infuse.server.settings import Settings
-from infuse.server.store_commands import audit_app, backup, restore
+from infuse.server.version import own_version
 
 log = logging.getLogger(__name__)
 
@@ -32,33 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve many IA3 adapters on one base model.",
 )
-adapters_app = typer.Typer(
-    no_args_is_help=True, help="Add, list, remove and check adapters of a server that runs."
-)
-app.add_typer(adapters_app, name="adapters")
-app.add_typer(keys_app, name="keys")
-app.add_typer(audit_app, name="audit")
-app.command()(backup)
-app.command()(restore)
-
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands whose options are settings, which pydantic reads."""
-
-Url = Annotated[str, typer.Option(envvar="INFUSE_URL", help="The server's URL.")]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar="INFUSE_API_KEY", help="A key with the role admin.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="What PEFT's save_pretrained wrote: a folder here, or hf://, s3://, gs://, az:// or "
-        "file://, which the server fetches."
-    ),
-]
-_S = TypeVar("_S", bound=Settings)
-_HERE = "http://127.0.0.1:8000"
 _THREAD_SECONDS = 1.0
 """How long a thread that is still at work has to end, after the server has stopped."""
 
@@ -74,45 +49,22 @@ def main() -> None:
     app()
 
 
-@app.command()
-def merge(
-    output: Annotated[Path, typer.Argument(help="The folder to create.")],
-    adapters: Annotated[list[str], typer.Argument(help="One or several FOLDER or FOLDER=WEIGHT.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or cached hub id of the base model. Default: the default model."),
-    ] = None,
-    composition: Annotated[
-        Literal["product", "linear"], typer.Option(help="How several adapters are mixed.")
-    ] = "product",
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"infuse {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
 ) -> None:
-    """Fold adapters into a copy of the base model, which plain transformers loads.
-
-    `product` mixes as several active adapters do in PEFT, `linear` as its `add_weighted_adapter`.
-
-    Example: infuse merge ./merged ./out/support-de --model ./my-base-model
-    """
-    # These import torch and transformers: seconds that nothing else here need wait for.
-    from infuse.adapters.checkpoint.checkpoint import effective_vectors, read_checkpoint
-    from infuse.adapters.derive.base_checkpoint import BaseCheckpoint
-    from infuse.adapters.derive.combine import Recipe, mix
-    from infuse.adapters.derive.merge import merge as merge_into
-    from infuse.server.engine import EngineError
-    from infuse.server.engine.model_files import model_folder
-
-    parts = [_part(adapter) for adapter in adapters]
-    weights = tuple(part["weight"] for part in parts)
-    name = None if model is None or Path(model).is_dir() else model
-    try:
-        base = BaseCheckpoint(model_folder(model), name)
-        vectors = [effective_vectors(read_checkpoint(Path(p["name"])), base.modules) for p in parts]
-        merged = mix(vectors, Recipe(method=composition, weights=weights))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        merge_into(base, merged, output, f"{composition} of {', '.join(adapters)}")
-    except (AdapterError, EngineError, OSError) as error:
-        typer.echo(f"infuse merge: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(f"{output} holds the merged model")
+    pass
 
 
 @app.command(
@@ -120,7 +72,7 @@ def merge(
     help="Serve a model. `infuse serve --help` lists every setting.",
 )
 def serve(context: typer.Context) -> None:
-    settings = _settings("serve", context.args, Settings)
+    settings = read_settings("serve", context.args, Settings)
     listening = listen(settings)
     # These import torch and transformers: seconds that nothing else here need wait for.
     from infuse.server.app import create_app
@@ -149,7 +101,7 @@ def serve(context: typer.Context) -> None:
     help="Serve with several replicas on Ray. `infuse deploy --help` lists every setting.",
 )
 def deploy(context: typer.Context) -> None:
-    settings = _settings("deploy", context.args, DeploySettings)
+    settings = read_settings("deploy", context.args, DeploySettings)
     with bind(settings.host, settings.port, "deploy") as free:
         port = free.getsockname()[1]
     from infuse.server.engine import EngineError
@@ -171,7 +123,7 @@ def warm(context: typer.Context) -> None:
 
     Takes the same settings as `infuse serve`.
     """
-    settings = _settings("warm", ["--compile", *context.args], Settings)
+    settings = read_settings("warm", ["--compile", *context.args], Settings)
     from infuse.server.app import warm_up
     from infuse.server.engine import EngineError
 
@@ -182,19 +134,6 @@ def warm(context: typer.Context) -> None:
     if not compiled:
         raise typer.Exit(1)
     typer.echo("The model is compiled")
-
-
-def _settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
-    try:
-        settings = CliApp.run(kind, cli_args=arguments)
-    except ValidationError as error:
-        for each in error.errors():
-            where = " ".join(f"--{str(part).replace('_', '-')}" for part in each["loc"])
-            said = each["msg"].removeprefix("Value error, ")
-            typer.echo(f"infuse {command}: {where or 'settings'}: {said}", err=True)
-        raise typer.Exit(2) from None
-    logs.set_up(settings.log_level, settings.log_format)
-    return settings
 
 
 def _leave_threads(status: int) -> None:
@@ -253,148 +192,11 @@ def _refuse(reason: str, command: str = "serve") -> NoReturn:
     raise typer.Exit(2) from None
 
 
-@adapters_app.command()
-def add(
-    name: Name,
-    source: Source,
-    replace: Annotated[bool, typer.Option(help="Add a revision to a known adapter.")] = False,
-    url: Url = _HERE,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Add an adapter.
-
-    Example: infuse adapters add support-de ./out/support-de
-
-    Example: infuse adapters add support-de hf://my-org/support-de@main
-    """
-    with _client(url, api_key) as client:
-        answer = client.replace(name, source) if replace else client.add(name, source)
-    _warn(answer)
-    done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
-    _print(answer, as_json, f"{name} {done}")
-
-
-@adapters_app.command("list")
-def list_adapters(url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """List the adapters: name, revision, bytes, time.
-
-    Example: infuse adapters list --json
-    """
-    with _client(url, api_key) as client:
-        adapters = client.adapters()
-    lines = [f"{a['name']}\t{a['revision']}\t{a['size']}\t{a['created']}" for a in adapters]
-    _print(adapters, as_json, "\n".join(lines))
-
-
-@adapters_app.command()
-def remove(name: Name, url: Url = _HERE, api_key: ApiKey = None) -> None:
-    """Remove an adapter; requests that run on it finish.
-
-    Example: infuse adapters remove support-de
-    """
-    with _client(url, api_key) as client:
-        client.remove(name)
-
-
-@adapters_app.command()
-def combine(
-    name: Name,
-    parts: Annotated[list[str], typer.Argument(help="One or several ADAPTER or ADAPTER=WEIGHT.")],
-    method: Annotated[
-        str,
-        typer.Option(help="linear, product, task_arithmetic, ties, dare_linear or dare_ties."),
-    ] = "task_arithmetic",
-    density: Annotated[float, typer.Option(help="The share that TIES and DARE keep.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The seed by which DARE drops differences.")] = 0,
-    url: Url = _HERE,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a new adapter out of others.
-
-    Example: infuse adapters combine support-all support-de=0.5 support-fr=0.5 --method ties
-    """
-    weighted = [_part(part) for part in parts]
-    with _client(url, api_key) as client:
-        answer = client.combine(name, weighted, method=method, density=density, seed=seed)
-    _warn(answer)
-    _print(answer, as_json, f"{name} is revision {answer['revision']}")
-
-
-def _part(text: str) -> dict[str, Any]:
-    name, equals, weight = text.partition("=")
-    try:
-        return {"name": name, "weight": float(weight) if equals else 1.0}
-    except ValueError:
-        raise typer.BadParameter(f"'{weight}' is no weight; write {name}=0.5") from None
-
-
-@adapters_app.command()
-def revisions(
-    name: Name, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
-) -> None:
-    """List an adapter's revisions: number, digest, time, source, key.
-
-    Example: infuse adapters revisions support-de
-    """
-    with _client(url, api_key) as client:
-        found = client.revisions(name)
-    lines = [
-        f"{r['revision']}\t{r['digest'][:12]}\t{r['created']}\t{r['source']}\t{r['by'] or '-'}"
-        for r in found
-    ]
-    _print(found, as_json, "\n".join(lines))
-
-
-@adapters_app.command()
-def rollback(
-    name: Name,
-    revision: Annotated[int, typer.Argument(help="The revision to go back to.")],
-    url: Url = _HERE,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Go back to an older revision, as a new one.
-
-    Example: infuse adapters rollback support-de 2
-    """
-    with _client(url, api_key) as client:
-        answer = client.roll_back(name, revision)
-    done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
-    _print(answer, as_json, f"{name} {done}")
-
-
-@adapters_app.command()
-def check(
-    source: Source, url: Url = _HERE, api_key: ApiKey = None, as_json: AsJson = False
-) -> None:
-    """Check whether the server could serve an adapter, and keep nothing.
-
-    Example: infuse adapters check ./out/support-de
-    """
-    with _client(url, api_key) as client:
-        answer = client.check(source)
-    _warn(answer)
-    _print(answer, as_json, f"{source} fits: it rescales {answer['targets']} modules")
-
-
-@contextmanager
-def _client(url: str, api_key: str | None) -> Iterator[AdminClient]:
-    """A client of the server. Its errors end the command."""
-    try:
-        with AdminClient(url, api_key) as client:
-            yield client
-    except ClientError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-
-
-def _warn(answer: dict[str, Any]) -> None:
-    for warning in answer["warnings"]:
-        typer.echo(f"Warning: {warning}", err=True)
-
-
-def _print(answer: Any, as_json: bool, text: str) -> None:
-    if as_json or text:
-        typer.echo(json.dumps(answer, indent=2) if as_json else text)
+app.command()(chat)
+app.add_typer(adapters_app, name="adapters")
+app.command()(merge)
+app.add_typer(merges_app, name="merges")
+app.add_typer(keys_app, name="keys")
+app.command()(backup)
+app.command()(restore)
+app.add_typer(audit_app, name="audit")

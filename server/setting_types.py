@@ -96,7 +96,7 @@ def check_certificate(
             context.load_verify_locations(authorities)
     except OSError as error:
         raise ValueError(
-            f"ssl-certfile {certificate} cannot be used with its key and authorities: {error}"
+            f"--ssl-certfile {certificate} cannot be used with its key and authorities: {error}"
         ) from None
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from infuse.server.config_file import ConfigFile
 from infuse.server.setting_types import (
     QUOTABLE,
     Address,
@@ -40,6 +41,12 @@ class Settings(BaseSettings):
         extra="forbid",
     )
 
+    config: Path | None = Field(
+        None,
+        description="A file of settings in TOML, for what neither flags nor variables set: "
+        "max-model-len = 4096. Default: infuse.toml in the working folder, if it is there.",
+        examples=["/etc/infuse/infuse.toml"],
+    )
     model: str | None = Field(
         None,
         description="Hub id or folder of the base model. Default: SmolLM2-135M-Instruct.",
@@ -345,6 +352,17 @@ class Settings(BaseSettings):
         examples=[False],
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, ConfigFile(settings_cls)
+
     @property
     def uploads_bytes(self) -> int:
         """Bytes that all uploads in progress may take together."""
@@ -366,15 +384,15 @@ class Settings(BaseSettings):
         needed = self._one_upload
         if self.uploads_bytes < needed:
             raise ValueError(
-                f"max-uploads-bytes {self.uploads_bytes} is less than one upload of "
-                f"max-upload-bytes takes, packed and unpacked: set {needed} or more"
+                f"--max-uploads-bytes {self.uploads_bytes} is less than one upload of "
+                f"--max-upload-bytes takes, packed and unpacked: set {needed} or more"
             )
         return self
 
     @model_validator(mode="after")
     def _has_two_ports(self) -> Self:
         if self.admin_port == self.port:
-            raise ValueError(f"admin-port and port are both {self.port}: set another one")
+            raise ValueError(f"--admin-port and --port are both {self.port}: set another one")
         return self
 
     @model_validator(mode="after")
@@ -382,7 +400,7 @@ class Settings(BaseSettings):
         """Checked here: the server would find out after it has loaded the model."""
         if self.ssl_certfile is None:
             if self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs:
-                raise ValueError("TLS needs a certificate: set ssl-certfile")
+                raise ValueError("TLS needs a certificate: set --ssl-certfile")
             return self
         check_certificate(
             self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs
@@ -392,10 +410,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _knows_whose_tokens_it_takes(self) -> Self:
         if (self.oidc_issuer is None) is not (self.oidc_audience is None):
-            raise ValueError("oidc-issuer and oidc-audience go together: set both, or neither")
+            raise ValueError("--oidc-issuer and --oidc-audience go together: set both, or neither")
         if self.oidc_issuer is not None and self.keys_file is None:
             raise ValueError(
-                "oidc-issuer needs --keys-file, whose entries say what tokens may do: "
+                "--oidc-issuer needs --keys-file, whose entries say what tokens may do: "
                 "`infuse keys create NAME --claim CLAIM=PATTERN` writes one"
             )
         return self

@@ -33,6 +33,7 @@ FORBIDDEN = {
         "server.engines",
         "server.app",
         "server.cli",
+        "server.commands",
         "server.listener",
     ),
     "server": ("peft", "tests", "examples", "benchmarks"),

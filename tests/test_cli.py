@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from infuse.adapters.storage.store import AdapterStore
 from infuse.server.cli import app, bind
-from infuse.server.client import AdminClient
+from infuse.server.client import Client
 from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.factories import save_adapter, save_tiny_model, tiny_model
@@ -121,7 +121,7 @@ def test_json_is_the_servers_answer(url: str, adapter: Path) -> None:
 def test_a_list_of_more_than_a_page_is_whole(url: str, adapter: Path) -> None:
     for number in range(3):
         infuse(url, "add", f"a{number}", adapter)
-    with AdminClient(url, KEY) as client:
+    with Client(url, KEY) as client:
         assert [a["name"] for a in client.adapters(page_size=2)] == ["a0", "a1", "a2"]
     for number in range(3):
         infuse(url, "remove", f"a{number}")

@@ -1,5 +1,6 @@
 """Settings: flags, environment variables and defaults, and what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from infuse.server.settings import Settings
 from tests.certificates import certificates
 
 VALUES = {
+    "config": os.devnull,
     "model": "folder",
     "engine": "vllm",
     "ia3_targets": "q_proj,down_proj:input",
@@ -68,7 +70,7 @@ VALUES = {
 }
 
 
-NEED_MORE = {"host", "keys_file", "oidc_issuer", "oidc_audience"}
+NEED_MORE = {"config", "host", "keys_file", "oidc_issuer", "oidc_audience"}
 NEED_MORE |= {name for name in Settings.model_fields if name.startswith("ssl_")}
 """Settings that stand only beside others, or name a file that there must be."""
 
@@ -202,7 +204,7 @@ def test_a_path_of_a_proxy_ends_without_a_slash(given: str, taken: str) -> None:
         ("http://127.0.0.1@example.com", "begins with https://"),
         ("login.example.com", "begins with https://"),
         ('https://login.example.com/"', "begins with https://"),
-        (None, "oidc-issuer and oidc-audience go together"),
+        (None, "--oidc-issuer and --oidc-audience go together"),
     ],
 )
 def test_an_issuer_has_tls_and_an_audience(issuer: str | None, problem: str) -> None:
@@ -222,7 +224,7 @@ def test_an_issuer_has_tls_and_an_audience(issuer: str | None, problem: str) -> 
 def test_an_issuer_needs_a_keys_file(issuer: str) -> None:
     Settings(oidc_issuer=issuer, oidc_audience="infuse", keys_file=Path(__file__))
 
-    with pytest.raises(ValidationError, match="oidc-issuer needs --keys-file"):
+    with pytest.raises(ValidationError, match="--oidc-issuer needs --keys-file"):
         Settings(oidc_issuer=issuer, oidc_audience="infuse")
 
 

@@ -17,6 +17,8 @@ CONVERT = (
 PICKLED = Fault(WEIGHTS_FILE, f"{PICKLED_FILE} is pickled, which can run code", CONVERT)
 """The fault of a folder that has no other weights."""
 _SHOWN = 5
+_DEEPER = (2, 3)
+"""How many folders further down an adapter is looked for, to name it."""
 
 
 def adapter_folder(files: Iterable[PurePosixPath]) -> PurePosixPath | None:
@@ -45,7 +47,19 @@ def folder_with_adapter(folder: Path) -> Path:
     if (folder / CONFIG_FILE).exists():
         return folder
     below = [PurePosixPath(p.relative_to(folder)) for p in folder.glob(f"*/{CONFIG_FILE}")]
-    return folder / (adapter_folder(below) or "")
+    found = adapter_folder(below)
+    if found is None and (deeper := _deeper(folder)):
+        fix = f"name {deeper}"
+        raise InvalidAdapter([Fault(CONFIG_FILE, f"is not in {folder}, but further down", fix)])
+    return folder / (found or "")
+
+
+def _deeper(folder: Path) -> Path | None:
+    """Return a folder further down that has an adapter, such as one that a trainer wrote."""
+    for depth in _DEEPER:
+        for config in sorted(folder.glob("*/" * depth + CONFIG_FILE)):
+            return config.parent
+    return None
 
 
 def missing_files(names: Collection[str]) -> list[Fault]:

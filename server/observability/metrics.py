@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from infuse.adapters.registry import RegistryStats
 from infuse.server.engine import EngineStats
+from infuse.server.version import own_version
 
 _MAX_ADAPTER_LABELS = 100
 """How many adapters have series of their own: the first that requests name. The others are counted
@@ -30,12 +31,7 @@ _LONG_SECONDS = (*_SECONDS, 120.0, 300.0)
 
 def build_info(engine: str) -> dict[str, str]:
     """The labels of `infuse_build_info`; `engine` is the setting."""
-    try:
-        ours = version("infuse-server")
-    except PackageNotFoundError:
-        # The server runs from a folder that is not installed.
-        ours = "unknown"
-    return {"version": ours, "engine": engine, "torch": version("torch")}
+    return {"version": own_version(), "engine": engine, "torch": version("torch")}
 
 
 class Metrics:

@@ -65,18 +65,18 @@ class DeploySettings(Settings):
     @model_validator(mode="after")
     def _has_one_port(self) -> Self:
         if self.admin_port is not None:
-            raise ValueError("admin-port is for infuse serve: Ray's proxy listens on one port")
+            raise ValueError("--admin-port is for infuse serve: Ray's proxy listens on one port")
         for name in ("uds", "ssl_certfile"):
             if getattr(self, name) is not None:
                 flag = name.replace("_", "-")
-                raise ValueError(f"{flag} is for infuse serve: put a proxy with it before Ray's")
+                raise ValueError(f"--{flag} is for infuse serve: put a proxy with it before Ray's")
         return self
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:
         if self.most_replicas < self.replicas:
             raise ValueError(
-                f"max-replicas {self.max_replicas} is less than replicas {self.replicas}"
+                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
             )
         return self
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from infuse.adapters.storage.store import AdapterStore
 from infuse.adapters.vocabulary import sandbox
 from infuse.adapters.vocabulary.sandbox import Limits
-from infuse.server.client import AdminClient, ClientError
+from infuse.server.client import Client, ClientError
 from infuse.server.services import Services
 from tests.adapters.vocabulary.test_sandbox import RUNAWAYS, processes
 from tests.adapters.vocabulary.test_vocabulary import aborts, panics, replaces
@@ -40,8 +40,8 @@ def _low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def admin(server: RunningServer) -> Iterator[AdminClient]:
-    with AdminClient(server.base_url, None) as admin:
+def admin(server: RunningServer) -> Iterator[Client]:
+    with Client(server.base_url, None) as admin:
         yield admin
 
 
@@ -72,7 +72,7 @@ def ask(client: httpx.Client, model: str, messages: Messages = MESSAGES) -> http
 
 def test_an_adapter_that_is_deleted_while_its_template_is_read_is_not_found(
     client: httpx.Client,
-    admin: AdminClient,
+    admin: Client,
     bringing: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,7 +92,7 @@ def test_an_adapter_that_is_deleted_while_its_template_is_read_is_not_found(
 @pytest.mark.parametrize("change", [replaces, panics, aborts])
 def test_a_tokenizer_that_does_something_else_is_refused_at_the_upload(
     client: httpx.Client,
-    admin: AdminClient,
+    admin: Client,
     bringing: Callable[..., Path],
     change: Change,
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_does_something_else_is_refused_at_the_upload(
 
 @pytest.mark.parametrize("kind", ["two loops", "a power that is folded", "a string that doubles"])
 def test_a_template_that_runs_away_is_refused_at_the_upload(
-    client: httpx.Client, admin: AdminClient, bringing: Callable[..., Path], kind: str
+    client: httpx.Client, admin: Client, bringing: Callable[..., Path], kind: str
 ) -> None:
     with pytest.raises(ClientError, match=r"chat_template\.jinja: .* takes more than"):
         admin.add("other", str(bringing(RUNAWAYS[kind])))
@@ -116,7 +116,7 @@ def test_a_template_that_runs_away_is_refused_at_the_upload(
 
 
 def test_a_template_that_runs_away_later_ends_its_own_requests_only(
-    client: httpx.Client, admin: AdminClient, bringing: Callable[..., Path]
+    client: httpx.Client, admin: Client, bringing: Callable[..., Path]
 ) -> None:
     late = "{% if messages | length > 1 %}" + LOOPS + "{% endif %}" + CHAT_TEMPLATE
     admin.add("late", str(bringing(late)))
@@ -172,7 +172,7 @@ def test_uploads_that_are_slow_to_read_hold_up_no_other_route(
     monkeypatch.setattr(sandbox, "TEMPLATE", Limits(60, 60, 128 << 20))
     url, services = start_server()
     folder = str(bringing(CHAT_TEMPLATE + " "))
-    with AdminClient(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
+    with Client(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
         admin.add("first", folder)
         ours = [each for each in processes() if each.ppid() == os.getpid()]
         parent = max(ours, key=lambda each: each.create_time())
@@ -198,7 +198,7 @@ def test_an_ordinary_adapter_starts_no_process(
 ) -> None:
     url, _ = start_server()
     before = set(psutil.Process().children())
-    with AdminClient(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
+    with Client(url, None) as admin, httpx.Client(base_url=url, timeout=60) as client:
         admin.add("plain", str(server.adapter_folders["default"]))
         assert ask(client, "plain").status_code == 200
         assert ask(client, "tiny").status_code == 200

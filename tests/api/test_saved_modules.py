@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infuse.server.client import AdminClient, ClientError
+from infuse.server.client import Client, ClientError
 from tests.api.conftest import RunningServer
 from tests.api.oracle import Oracle
 from tests.factories import TOKENS, save_adapter
@@ -49,8 +49,8 @@ def with_head(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def admin(server: RunningServer) -> Iterator[AdminClient]:
-    with AdminClient(server.base_url, None) as admin:
+def admin(server: RunningServer) -> Iterator[Client]:
+    with Client(server.base_url, None) as admin:
         yield admin
 
 
@@ -76,7 +76,7 @@ def greedy(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
 @of_whole_modules
 def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
     client: httpx.Client,
-    admin: AdminClient,
+    admin: Client,
     server: RunningServer,
     with_head: Path,
 ) -> None:
@@ -103,7 +103,7 @@ def test_an_adapter_with_its_own_head_answers_as_peft_from_upload_to_deletion(
 
 @of_whole_modules
 def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
-    client: httpx.Client, admin: AdminClient, server: RunningServer, with_head: Path
+    client: httpx.Client, admin: Client, server: RunningServer, with_head: Path
 ) -> None:
     admin.add("leaving", str(with_head))
     body = {**GREEDY, "model": "leaving", "prompt": "once upon", "max_tokens": 60, "stream": True}
@@ -121,7 +121,7 @@ def test_a_deleted_adapter_finishes_its_running_stream_on_its_own_head(
 
 @of_whole_modules
 def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
-    client: httpx.Client, admin: AdminClient, server: RunningServer, grown: Path
+    client: httpx.Client, admin: Client, server: RunningServer, grown: Path
 ) -> None:
     admin.add("grown", str(grown))
     body = {"model": "grown", "messages": MESSAGES, "logprobs": True, **GREEDY}
@@ -149,7 +149,7 @@ def test_a_chat_with_added_tokens_is_pefts_and_leaves_others_alone(
 
 @of_whole_modules
 def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
-    client: httpx.Client, admin: AdminClient, grown: Path
+    client: httpx.Client, admin: Client, grown: Path
 ) -> None:
     admin.add("asked", str(grown))
     body = {**GREEDY, "model": "asked", "prompt": [TOKENS + 2], "logit_bias": {str(TOKENS): 100}}
@@ -163,7 +163,7 @@ def test_added_tokens_can_be_asked_for_by_id_and_by_bias_on_their_adapter_only(
 
 @of_whole_modules
 def test_a_constrained_answer_is_written_in_the_bases_tokens(
-    client: httpx.Client, admin: AdminClient, grown: Path
+    client: httpx.Client, admin: Client, grown: Path
 ) -> None:
     admin.add("held", str(grown))
     body = {"model": "held", "prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}}
@@ -175,7 +175,7 @@ def test_a_constrained_answer_is_written_in_the_bases_tokens(
 
 
 def test_a_chat_template_alone_is_enough_to_have_ones_own(
-    client: httpx.Client, admin: AdminClient, server: RunningServer, tmp_path: Path
+    client: httpx.Client, admin: Client, server: RunningServer, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(server.adapter_folders["default"], tmp_path / "templated")
     (folder / "chat_template.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
@@ -197,7 +197,7 @@ def test_a_chat_template_alone_is_enough_to_have_ones_own(
 
 
 def test_the_bases_own_tokenizer_beside_an_adapter_changes_nothing(
-    admin: AdminClient, server: RunningServer, tmp_path: Path
+    admin: Client, server: RunningServer, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(server.adapter_folders["default"], tmp_path / "same")
     AutoTokenizer.from_pretrained(server.model_folder).save_pretrained(folder)
@@ -209,7 +209,7 @@ def test_the_bases_own_tokenizer_beside_an_adapter_changes_nothing(
 
 @of_whole_modules
 def test_an_adapters_own_end_token_ends_its_answers(
-    client: httpx.Client, admin: AdminClient, copied: Path
+    client: httpx.Client, admin: Client, copied: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(copied)
     tokenizer.eos_token = "<end>"
@@ -265,7 +265,7 @@ def broken_template(folder: Path) -> None:
     ],
 )
 def test_texts_that_do_not_fit_are_refused(
-    admin: AdminClient, copied: Path, spoil: Callable[[Path], None], file: str, problem: str
+    admin: Client, copied: Path, spoil: Callable[[Path], None], file: str, problem: str
 ) -> None:
     spoil(copied)
     with pytest.raises(ClientError) as refusal:
@@ -279,7 +279,7 @@ def test_modules_beyond_the_budget_are_refused_with_the_setting(
     start_server: Callable[..., Any], with_head: Path
 ) -> None:
     url, _ = start_server(max_saved_module_bytes=1000)
-    with AdminClient(url, None) as admin, pytest.raises(ClientError) as refusal:
+    with Client(url, None) as admin, pytest.raises(ClientError) as refusal:
         admin.add("large", str(with_head))
     assert f"take {(TOKENS + 1) * 32 * 4} bytes, and this server has room for 1000" in str(
         refusal.value
@@ -288,9 +288,7 @@ def test_modules_beyond_the_budget_are_refused_with_the_setting(
 
 
 @of_whole_modules
-def test_whole_modules_are_not_mixed(
-    client: httpx.Client, admin: AdminClient, with_head: Path
-) -> None:
+def test_whole_modules_are_not_mixed(client: httpx.Client, admin: Client, with_head: Path) -> None:
     admin.add("whole", str(with_head))
     parts = [{"name": "whole"}, {"name": "default"}]
     mixed = client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "adapters": parts})

@@ -147,6 +147,7 @@ def test_the_schema_knows_every_setting_that_is_of_use_and_not_the_charts_own() 
         "adapters-dir",
         "admin-port",
         "allow-anonymous",
+        "config",
         "drain-timeout",
         "engine",
         "host",

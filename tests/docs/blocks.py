@@ -15,6 +15,7 @@ GUIDE = [
             "your-adapters",
             "generation",
             "combine-and-merge",
+            "command-line",
             "production",
             "operations",
             "alerts",
@@ -32,7 +33,8 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 class Block:
     language: str
     """`bash` and `python` are run. `console` is not: its lines begin with `$`. `text` is what the
-    block before it prints. `yaml` is a file of values for the Helm chart."""
+    block before it prints. `yaml` is a file of values for the Helm chart, `toml` a config
+    file."""
     text: str
     line: int
 

@@ -113,7 +113,7 @@ def test_a_command_that_is_shown_but_not_run_has_only_known_flags(
 @PAGES
 def test_a_block_says_whether_it_is_run(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in ("bash", "python", "text", "console", "yaml"), block
+        assert block.language in ("bash", "python", "text", "console", "yaml", "toml"), block
         if block.language == "console":
             lines = block.text.replace("\\\n", " ").splitlines()
             assert all(line.startswith("$ ") for line in lines), block

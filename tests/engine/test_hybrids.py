@@ -156,7 +156,7 @@ def test_the_states_of_all_rows_count_as_memory() -> None:
     cache = PaddedCache(shapes, CPU, total_tokens=512, max_tokens=256, carried=carried, max_rows=4)
 
     assert cache.nbytes == 512 * 2 * 16 * 4 + 2 * 4 * 1000
-    with pytest.raises(DoesNotFit, match="set max-rows lower"):
+    with pytest.raises(DoesNotFit, match="set --max-batch-rows lower"):
         cache_tokens(shapes, CPU, Limits(max_rows=4, max_tokens=256), asked=512, states=1 << 60)
 
 

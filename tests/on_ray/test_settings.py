@@ -27,7 +27,7 @@ def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
     status, said = deploy("--shared-store", "--replicas=3", "--max-replicas=2")
 
     assert status == 2
-    assert said == ["infuse deploy: settings: max-replicas 2 is less than replicas 3"]
+    assert said == ["infuse deploy: settings: --max-replicas 2 is less than --replicas 3"]
 
 
 def test_a_port_for_administration_is_refused_as_ray_s_proxy_has_one() -> None:
@@ -35,7 +35,7 @@ def test_a_port_for_administration_is_refused_as_ray_s_proxy_has_one() -> None:
 
     assert status == 2
     assert said == [
-        "infuse deploy: settings: admin-port is for infuse serve: Ray's proxy listens on one port"
+        "infuse deploy: settings: --admin-port is for infuse serve: Ray's proxy listens on one port"
     ]
 
 

@@ -102,7 +102,7 @@ class StripCache:
         if slabs < 2:
             raise DoesNotFit(
                 f"a cache of {total_tokens} tokens is too small for a window of {max_tokens}: "
-                f"set kv-cache-tokens to {2 * self.slab_tokens} or more, or max-model-len lower"
+                f"set --kv-cache-tokens to {2 * self.slab_tokens} or more, or --max-model-len lower"
             )
         self.total_tokens = slabs * self.slab_tokens
         self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)

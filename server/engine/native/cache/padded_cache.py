@@ -143,7 +143,7 @@ class PaddedCache:
         if total_tokens < _rounded(max_tokens):
             raise DoesNotFit(
                 f"a cache of {total_tokens} tokens is too small for a window of {max_tokens}: "
-                f"set kv-cache-tokens to {_rounded(max_tokens)} or more, or max-model-len lower"
+                f"set --kv-cache-tokens to {_rounded(max_tokens)} or more, or --max-model-len lower"
             )
         self.total_tokens = total_tokens
         self.nbytes = total_tokens * sum(s.nbytes for s in shapes) * (2 if crosses else 1)

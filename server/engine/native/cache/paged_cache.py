@@ -51,7 +51,8 @@ class PagedCache:
         if pages < self.table_width:
             raise DoesNotFit(
                 f"a cache of {total_tokens} tokens is too small for a window of {max_tokens}: "
-                f"set kv-cache-tokens to {self.table_width * BLOCK} or more, or max-model-len lower"
+                f"set --kv-cache-tokens to {self.table_width * BLOCK} or more, or "
+                "--max-model-len lower"
             )
         self.total_tokens = pages * BLOCK
         self.nbytes = self.total_tokens * sum(shape.nbytes for shape in shapes)

@@ -48,10 +48,10 @@ def window_of(model: PreTrainedModel, asked: int | None) -> int:
         # Relative positions (T5) and ALiBi (Bloom) have no limit: these fields are advice.
         advised = getattr(config, "n_positions", None) or getattr(config, "seq_length", None)
         if asked is None and advised is None and not config.is_encoder_decoder:
-            raise UnsupportedModel("the model's config names no window; set max-model-len")
+            raise UnsupportedModel("the model's config names no window; set --max-model-len")
         return asked or advised or _ENCODER_WINDOW
     if asked is not None and asked > window:
-        raise DoesNotFit(f"max-model-len {asked} is longer than the model's window of {window}")
+        raise DoesNotFit(f"--max-model-len {asked} is longer than the model's window of {window}")
     return asked or int(window)
 
 
@@ -76,8 +76,8 @@ def cache_tokens(
         free = max(0, free - set_aside)
     if states > free:
         raise DoesNotFit(
-            f"the states of max-rows {limits.max_rows} take {states / 2**30:.1f} GiB, but only "
-            f"{free / 2**30:.1f} GiB are free; set max-rows lower"
+            f"the states of --max-batch-rows {limits.max_rows} take {states / 2**30:.1f} GiB, "
+            f"but only {free / 2**30:.1f} GiB are free; set --max-batch-rows lower"
         )
     free -= states
     tokens = asked
@@ -88,7 +88,7 @@ def cache_tokens(
         tokens = min(tokens, (limits.max_rows + 1) * 2 * limits.max_tokens)
     if tokens * per_token > free:
         raise DoesNotFit(
-            f"kv-cache-tokens {tokens} takes {tokens * per_token / 2**30:.1f} GiB, but only "
+            f"--kv-cache-tokens {tokens} takes {tokens * per_token / 2**30:.1f} GiB, but only "
             f"{free / 2**30:.1f} GiB are free; {int(free * 0.9 / per_token)} would fit"
         )
     return tokens

@@ -1,0 +1,1 @@
+"""The commands of `infuse`, a file for each group."""

@@ -1,0 +1,107 @@
+"""Reads the settings of `infuse serve`, `deploy` and `warm`, and writes their help."""
+
+import inspect
+import logging
+import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import CliApp, CliSettingsSource
+
+from infuse.server.config_file import BadConfigFile, flag_of, unknown_variables
+from infuse.server.observability import logs
+from infuse.server.on_ray.settings import DeploySettings
+from infuse.server.settings import MEBIBYTE, Settings
+
+log = logging.getLogger(__name__)
+
+GROUPS = {
+    "model": "The model",
+    "adapters_dir": "Where things are kept",
+    "host": "The address",
+    "device": "How it computes",
+    "max_queue": "Limits of requests",
+    "source_prefixes": "Published adapters",
+    "keys_file": "Who may do what",
+    "drain_timeout": "The process and its log",
+    "pack_linears": "Speed",
+    "replicas": "Replicas",
+}
+"""The first setting of each group -> the group's title. A group ends where the next begins."""
+_S = TypeVar("_S", bound=Settings)
+_VALUES = {"str": "TEXT", "int": "N", "float": "N", "Path": "PATH", "{Path,str}": "PATH"}
+"""What stands for a flag's value in the help."""
+_SECONDS = ("_seconds", "_timeout", "_lease")
+
+
+def read_settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
+    """Read settings from flags, environment and config file, and set up the log. What is wrong with
+    them ends the command."""
+    try:
+        settings = CliApp.run(kind, arguments, _flags(command, kind))
+    except BadConfigFile as error:
+        typer.echo(f"infuse {command}: {error}", err=True)
+        raise typer.Exit(2) from None
+    except ValidationError as error:
+        for each in error.errors():
+            where = " ".join(f"--{flag_of(str(part))}" for part in each["loc"])
+            said = each["msg"].removeprefix("Value error, ")
+            typer.echo(f"infuse {command}: {where or 'settings'}: {said}", err=True)
+        raise typer.Exit(2) from None
+    logs.set_up(settings.log_level, settings.log_format)
+    for said in unknown_variables(DeploySettings, os.environ):
+        log.warning(said)
+    return settings
+
+
+def grouped(kind: type[Settings]) -> dict[str, list[str]]:
+    """The names of the settings under the title of their group; "" for those before any."""
+    groups: dict[str, list[str]] = {"": []}
+    title = ""
+    for name in kind.model_fields:
+        title = GROUPS.get(name, title)
+        groups.setdefault(title, []).append(name)
+    return groups
+
+
+def in_words(name: str, default: Any) -> str:
+    """A setting's default for people; empty where its description tells it."""
+    match default:
+        case None | "":
+            return ""
+        case bool():
+            return "on" if default else "off"
+        case int() if name.endswith("_bytes"):
+            return f"{default // MEBIBYTE} MiB"
+        case float() if name.endswith(_SECONDS):
+            return f"{default:g} s"
+        case _:
+            return str(default)
+
+
+def _flags(command: str, kind: type[_S]) -> CliSettingsSource[ArgumentParser]:
+    """The source of settings that reads flags, with a help of ours."""
+    parser = ArgumentParser(
+        prog=f"infuse {command}",
+        usage=f"infuse {command} [--SETTING VALUE] ...",
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sections: dict[str, Any] = {}
+    for title, names in grouped(kind).items():
+        section = parser.add_argument_group(title) if title else parser
+        sections |= dict.fromkeys(names, section)
+
+    def add(_: Any, *flags: str, **how: Any) -> None:
+        name, field = how["dest"], kind.model_fields[how["dest"]]
+        words = in_words(name, field.default)
+        text = f"{field.description} (default: {words})" if words else field.description or ""
+        how["help"] = text.replace("%", "%%")
+        if "metavar" in how:
+            how["metavar"] = _VALUES.get(how["metavar"], how["metavar"])
+        sections[name].add_argument(*flags, **how)
+
+    return CliSettingsSource(kind, root_parser=parser, add_argument_method=add)
