@@ -11,6 +11,7 @@ GUIDE = [
     *(
         ROOT / "docs" / "guide" / f"{name}.md"
         for name in (
+            "installing",
             "quickstart",
             "your-adapters",
             "generation",

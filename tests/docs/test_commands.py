@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from infuse.server.cli import app
 from infuse.server.on_ray.settings import DeploySettings
 from infuse.server.settings import Settings
+from tests.certificates import certificates
 from tests.docs.blocks import GUIDE, ROOT, Block, blocks, shown_commands
 from tests.served import served_by
 
@@ -101,6 +103,9 @@ def test_a_command_that_is_shown_but_not_run_has_only_known_flags(
     page: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "keys.json").touch()
+    made = certificates(tmp_path).server
+    for name in ("tls.crt", "tls.key"):
+        shutil.copy(made, tmp_path / name)
     with contextlib.chdir(tmp_path):
         for command in shown_commands(page):
             program, *arguments = [w for w in shlex.split(command) if not w.startswith("INFUSE_")]
@@ -125,10 +130,11 @@ def test_every_flag_and_variable_that_a_page_names_is_one(page: Path) -> None:
     variables = {f"INFUSE_{name.upper()}" for name in DeploySettings.model_fields}
     variables |= {"INFUSE_URL", "INFUSE_API_KEY", "INFUSE_CACHE_DIR", "INFUSE_IA3_ADAPTERS"}
     assert set(re.findall(r"\bINFUSE_[A-Z0-9_]+\b", text)) <= variables
-    code = re.findall(r"`[^`\n]+`", text) + [block.text for block in blocks(page)]
+    lines = (block.text.replace("\\\n", " ").splitlines() for block in blocks(page))
+    code = [*re.findall(r"`[^`\n]+`", text), *chain.from_iterable(lines)]
     known = {"--" + name.replace("_", "-") for name in DeploySettings.model_fields} | _flags()
     known |= {f"--no-{flag[2:]}" for flag in known}
-    others = ("docker", "helm", "pip", "vllm serve")
+    others = ("curl", "docker", "helm", "pip", "uvx", "vllm serve")
     for command in (each for each in code if not any(other in each for other in others)):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", command)) <= known, command
 
