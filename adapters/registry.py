@@ -309,14 +309,18 @@ class AdapterRegistry:
         )
 
     def resolve(self, model: str) -> Revision:
-        """Return the revision that `name` or `name@number` names."""
+        """Return the revision that `name` or `name@number` names, for a request to run on."""
+        revision = self.find(model)
+        if not self._store.details(revision.name).enabled:
+            raise AdapterDisabled(revision.name)
+        return revision
+
+    def find(self, model: str) -> Revision:
+        """`resolve`, also for an adapter that is disabled."""
         name, at, number = model.partition("@")
         if at and not (number.isascii() and number.isdigit() and len(number) < 10):
             raise UnknownAdapter(model)
-        revision = self._store.revision(name, int(number)) if at else self._store.current(name)
-        if not self._store.details(name).enabled:
-            raise AdapterDisabled(name)
-        return revision
+        return self._store.revision(name, int(number)) if at else self._store.current(name)
 
     def vectors(self, revision: Revision) -> AdapterVectors:
         """Return a revision's vectors, from memory where they are in memory."""

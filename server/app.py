@@ -38,6 +38,7 @@ from infuse.server.api import (
     models,
     rank,
     usage,
+    vectors,
 )
 from infuse.server.auth import Authorize
 from infuse.server.documentation import add_pages
@@ -122,7 +123,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
-    for module in (completions, chat, rank, models, adapters, merges, usage, debug):
+    for module in (completions, chat, rank, models, vectors, adapters, merges, usage, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.add_middleware(LimitBodies, settings=settings)

@@ -7,7 +7,7 @@ from infuse.adapters.errors import Fault, InvalidAdapter
 NAME_PATTERN = r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """A name, or an owner and a name, as hubs write them."""
 MAX_NAME = 96 + 1 + 128
-_PARTS = ("files", "revisions", "rollback")
+_PARTS = ("files", "revisions", "rollback", "vectors")
 """What follows a name in paths of the API. So an adapter `owner/files` cannot be."""
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from infuse.adapters.derive.combine import SPARSE, Method
+from infuse.adapters.derive.combine import SPARSE, Method, Recipe
 from infuse.adapters.storage.names import NAME_PATTERN
 from infuse.adapters.storage.revision import Details, Revision
 from infuse.server.api.model_schemas import AdapterWeight
@@ -158,14 +158,11 @@ class RollbackBody(AdminBody):
     revision: int = Field(ge=1, description="The revision to go back to.", examples=[2])
 
 
-class CombineBody(AdminBody):
-    """A new adapter out of others. With d = l - 1, what an adapter's vector l changes:
+class RecipeBody(AdminBody):
+    """How adapters are combined. With d = l - 1, what an adapter's vector l changes:
     `linear` is sum(w * l), `product` prod(1 + w * d), `task_arithmetic` 1 + sum(w * d); TIES and
     DARE drop some of the d first."""
 
-    name: str = Field(
-        pattern=f"^{NAME_PATTERN}$", description="The new adapter's name.", examples=["support-all"]
-    )
     adapters: list[AdapterWeight] = Field(
         min_length=1,
         max_length=MAX_COMBINED,
@@ -195,6 +192,24 @@ class CombineBody(AdminBody):
         if self.density != 1 and self.method not in SPARSE:
             raise ValueError(f"density is for the methods {', '.join(SPARSE)}")
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            method=self.method,
+            weights=tuple(part.weight for part in self.adapters),
+            missing=self.missing,
+            density=self.density,
+            seed=self.seed,
+        )
+
+
+class CombineBody(RecipeBody):
+    """A new adapter out of others."""
+
+    name: str = Field(
+        pattern=f"^{NAME_PATTERN}$", description="The new adapter's name.", examples=["support-all"]
+    )
 
 
 def revision_of(services: Services, caller: Caller, revision: Revision) -> AdapterRevision:

@@ -45,7 +45,7 @@ class _NameConvertor(StringConvertor):
     """Matches a name in a path. It may hold one slash, as it is or as %2F; what follows a name in
     other paths is no part of it (see `infuse.adapters.storage.names`)."""
 
-    regex = r"[^/]+(?:/(?!(?:files|revisions|rollback)(?:/|$))[^/]+)?"
+    regex = r"[^/]+(?:/(?!(?:files|revisions|rollback|vectors)(?:/|$))[^/]+)?"
 
 
 register_url_convertor("adapter", _NameConvertor())

@@ -41,6 +41,7 @@ ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("PUT", f"{ADAPTERS}/unknown", {"json": {"source": "hf://org/name"}}),
     ("GET", f"{ADAPTERS}/unknown", {}),
     ("PUT", f"{ADAPTERS}/unknown", {}),
+    ("GET", f"{ADAPTERS}/unknown/vectors", {}),
     ("DELETE", f"{ADAPTERS}/unknown", {}),
     ("GET", f"{ADAPTERS}/unknown/files/adapter_config.json", {}),
     ("GET", "/v1/merges", {}),

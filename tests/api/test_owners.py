@@ -90,7 +90,7 @@ def test_it_is_combined_mixed_merged_and_asked_for_by_clients(
 REFUSED = ["/a", "a/", "a//b", "a/b/c", "../a", "a/..", "./a", "a/.b", "a/b@1", "a\\b", "a%2Fb"]
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "a/files", "a/revisions", "a/rollback"])
+@pytest.mark.parametrize("name", [*REFUSED, "a/files", "a/revisions", "a/rollback", "a/vectors"])
 def test_a_name_that_leads_elsewhere_is_refused(
     client: httpx.Client, adapter_folders: dict[str, Path], name: str
 ) -> None:

@@ -155,8 +155,12 @@ def named(suffix: str = "", **content: Any) -> list[Probe]:
     ]
 
 
+def weighing(name: str) -> dict[str, Any]:
+    return {"adapters": [{"name": name}], "method": "linear"}
+
+
 def combining(name: str, new: str) -> dict[str, Any]:
-    return {"name": new, "adapters": [{"name": name}], "method": "linear"}
+    return {"name": new} | weighing(name)
 
 
 FORM = {"data": {}, "files": {"config": b"{}", "weights": b""}}
@@ -191,6 +195,15 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
         lambda name: {"url": f"{ADAPTERS}/combine", "json": combining(name, "acme/new")},
         lambda name: {"url": f"{ADAPTERS}/combine", "json": combining(f"{name}@1", "acme/new")},
         lambda name: {"url": f"{ADAPTERS}/combine", "json": combining(MINE, name)},
+    ],
+    ("GET", f"{ADAPTERS}/{{name}}/vectors"): [*named("/vectors"), *named("/vectors?revision=1")],
+    ("POST", f"{ADAPTERS}/vectors"): [
+        lambda name: {"url": f"{ADAPTERS}/vectors", "json": weighing(name)},
+        lambda name: {"url": f"{ADAPTERS}/vectors", "json": weighing(f"{name}@1")},
+    ],
+    ("POST", f"{ADAPTERS}/similarity"): [
+        lambda name: {"url": f"{ADAPTERS}/similarity", "json": {"adapters": [MINE, name]}},
+        lambda name: {"url": f"{ADAPTERS}/similarity", "json": {"adapters": [f"{name}@1"]}},
     ],
     ("GET", f"{ADAPTERS}/{{name}}"): named(),
     ("PUT", f"{ADAPTERS}/{{name}}"): [

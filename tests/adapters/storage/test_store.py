@@ -156,7 +156,7 @@ def test_names_are_sorted_and_come_in_pages(store: AdapterStore) -> None:
     assert len(store) == 4
 
 
-@pytest.mark.parametrize("part", ["files", "revisions", "rollback"])
+@pytest.mark.parametrize("part", ["files", "revisions", "rollback", "vectors"])
 def test_a_name_that_is_also_a_part_of_another_adapter_is_refused(
     store: AdapterStore, part: str
 ) -> None:
