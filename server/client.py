@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import quote
 
-import httpx
+import httpx2
 
 from infuse.adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
 from infuse.adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from infuse.adapters.errors import Fault, InvalidAdapter
 
 _TIMEOUT = 60.0
-_UNLIMITED = httpx.Timeout(None, connect=_TIMEOUT)
+_UNLIMITED = httpx2.Timeout(None, connect=_TIMEOUT)
 """For what the server itself limits: uploads, fetches, answers."""
 _PAGE = 1000
 _CHUNK = 1 << 18
@@ -34,11 +34,11 @@ class ClientError(Exception):
         self.code = code
 
 
-class _Counted(httpx.SyncByteStream):
+class _Counted(httpx2.SyncByteStream):
     """The body of a request, which tells how much of it was sent."""
 
-    def __init__(self, request: httpx.Request, progress: Progress) -> None:
-        assert isinstance(request.stream, httpx.SyncByteStream)
+    def __init__(self, request: httpx2.Request, progress: Progress) -> None:
+        assert isinstance(request.stream, httpx2.SyncByteStream)
         self._body = request.stream
         self._nbytes = int(request.headers["Content-Length"])
         self._progress = progress
@@ -56,7 +56,7 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +187,7 @@ class Client:
             return _content(self._http.request(method, path, **content))
 
     @contextmanager
-    def _streamed(self, method: str, path: str, **content: Any) -> Iterator[httpx.Response]:
+    def _streamed(self, method: str, path: str, **content: Any) -> Iterator[httpx2.Response]:
         """An answer that is read as it comes."""
         with (
             self._answering(),
@@ -199,13 +199,13 @@ class Client:
     def _answering(self) -> Iterator[None]:
         try:
             yield
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise ClientError(
                 f"no answer from {self._http.base_url}: {error}; is the server up? (--url)"
             ) from None
 
 
-def _check(response: httpx.Response) -> None:
+def _check(response: httpx2.Response) -> None:
     """Raises ClientError where the server refused."""
     if response.is_success:
         return
@@ -217,7 +217,7 @@ def _check(response: httpx.Response) -> None:
     raise refused
 
 
-def _content(response: httpx.Response) -> dict[str, Any]:
+def _content(response: httpx2.Response) -> dict[str, Any]:
     _check(response)
     return {} if response.status_code == 204 else dict(response.json())
 
@@ -242,7 +242,7 @@ def _path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
 
 
-def _write(response: httpx.Response, path: Path, progress: Progress) -> None:
+def _write(response: httpx2.Response, path: Path, progress: Progress) -> None:
     nbytes, written = int(response.headers["Content-Length"]), 0
     with path.open("wb") as file:
         for chunk in response.iter_bytes(_CHUNK):
