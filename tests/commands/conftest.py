@@ -6,6 +6,8 @@ import pty
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +72,39 @@ def infuse(environment: None) -> Infuse:  # noqa: ARG001
 
 
 @pytest.fixture
-def typed(environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Typed]:  # noqa: ARG001
+def typed(environment: None, monkeypatch: pytest.MonkeyPatch) -> Typed:  # noqa: ARG001
     """`lines`: what is typed in."""
-    keyboard, stdin = pty.openpty()
-    screen, stdout = pty.openpty()
-    with open(stdin) as typed_in, open(stdout, "w") as shown:
 
-        def run(*words: object, lines: tuple[str, ...] = ()) -> str:
-            os.write(keyboard, "".join(f"{line}\n" for line in lines).encode())
-            with monkeypatch.context() as patch:
+    def run(*words: object, lines: tuple[str, ...] = ()) -> str:
+        keyboard, stdin = pty.openpty()
+        screen, stdout = pty.openpty()
+        os.write(keyboard, "".join(f"{line}\n" for line in lines).encode())
+        with ThreadPoolExecutor(1) as thread:
+            seen = thread.submit(all_of, screen)
+            with (
+                monkeypatch.context() as patch,
+                open(stdin) as typed_in,
+                open(stdout, "w") as shown,
+            ):
                 patch.setenv("COLUMNS", "200")
                 patch.setattr(sys, "stdin", typed_in)
                 patch.setattr(sys, "stdout", shown)
                 patch.setattr(sys, "stderr", shown)
                 app([str(word) for word in words], standalone_mode=False)
-                shown.flush()
-            return re.sub(r"\x1b\[\d*m", "", os.read(screen, 1 << 16).decode())
+        os.close(keyboard)
+        os.close(screen)
+        return re.sub(r"\x1b\[\d*m", "", seen.result().decode())
 
-        yield run
-    os.close(keyboard)
-    os.close(screen)
+    return run
+
+
+def all_of(screen: int) -> bytes:
+    """All that comes until the terminal is closed, which Linux tells by an error."""
+    read = b""
+    with suppress(OSError):
+        while more := os.read(screen, 1 << 16):
+            read += more
+    return read
 
 
 @pytest.fixture(scope="package")
