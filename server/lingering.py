@@ -32,7 +32,9 @@ class LingeringTransport(asyncio.Transport):
         if self.is_closing():
             return
         self.lingers = True
-        self._transport.write_eof()
+        # TLS has no such end: there the client counts the answer's bytes.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
         self._transport.resume_reading()
 
     def abort(self) -> None:

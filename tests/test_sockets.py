@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from infuse.server.listener import MAX_HEAD_BYTES
 from tests.certificates import Certificates, certificates
 from tests.factories import save_tiny_model
 from tests.served import address_of
@@ -117,3 +118,21 @@ def test_tls_serves_those_who_trust_its_authority_and_asks_for_their_certificate
         stranger.get(f"{url}/health/live")
     with pytest.raises(httpx.ConnectError, match="certificate"):
         httpx.get(f"{url}/health/live")
+
+
+def test_over_tls_headers_that_are_too_large_are_refused_before_they_end(
+    serve: Serve, made: Certificates, tmp_path: Path
+) -> None:
+    server, url = serve("--port", "0", "--ssl-certfile", made.server)
+    address = httpx.URL(url)
+    context = ssl.create_default_context(cafile=str(made.authority))
+
+    with (
+        socket.create_connection((address.host, address.port)) as plain,
+        context.wrap_socket(plain, server_hostname=address.host) as connection,
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 2 * MAX_HEAD_BYTES)
+        assert b" 431 " in connection.recv(4096)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
