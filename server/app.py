@@ -34,10 +34,12 @@ from infuse.server.api import (
     completions,
     console,
     debug,
+    embeddings,
     health,
     merges,
     models,
     rank,
+    tokenize,
     usage,
     vectors,
 )
@@ -124,7 +126,8 @@ def create_app(settings: Settings) -> FastAPI:
     add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
-    for module in (completions, chat, rank, models, vectors, adapters, merges, usage, debug):
+    generating = (completions, chat, rank, embeddings, tokenize)
+    for module in (*generating, models, vectors, adapters, merges, usage, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)
     app.include_router(console.router)

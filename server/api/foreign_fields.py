@@ -99,6 +99,8 @@ REFUSED: Mapping[str, Refusal] = {
     "chat_template": Refusal("write the prompt yourself, for /v1/completions"),
     "documents": _PROMPT_TEXT,
     "early_stopping": _SAMPLING,
+    # Where it is no field of the endpoint's own.
+    "echo": Refusal("repeat the last message yourself; /v1/completions serves it"),
     "ec_transfer_params": _LEAVE_OUT,
     "guided_json_object": Refusal('use response_format: {"type": "json_object"}'),
     "guided_whitespace_pattern": Refusal("leave it out; JSON has one blank where blanks may be"),
@@ -107,6 +109,7 @@ REFUSED: Mapping[str, Refusal] = {
     "length_penalty": Refusal(_SAMPLING.mend, (None, 1)),
     "logits_processors": _LEAVE_OUT,
     "logprob_token_ids": Refusal("use 'top_logprobs' or 'logprobs', or /v1/rank to score texts"),
+    "mm_payload": _TEXT_ONLY,
     "prompt_embeds": Refusal("send text or token ids"),
     "prompt_logprobs": Refusal(
         "use /v1/completions with echo: true, logprobs and max_tokens: 0, or /v1/rank", (None,)

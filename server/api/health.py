@@ -26,10 +26,11 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
 
 
-@router.get(
-    "/health/live",
-    responses=errors(said={503: "The model has ended or hangs: restart the server."}),
-)
+_LIVE = errors(said={503: "The model has ended or hangs: restart the server."})
+
+
+@router.get("/health", summary="Health, as vLLM's clients ask for it", responses=_LIVE)
+@router.get("/health/live", responses=_LIVE)
 async def live(services: ServicesDep) -> Health:
     """The process answers, and can compute. Where it says no, restart it."""
     if not services.engine.stats().alive:

@@ -20,7 +20,7 @@ from infuse.server.observability.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
 
-_QUIET = ("/metrics", "/health/live", "/health/ready")
+_QUIET = ("/metrics", "/health", "/health/live", "/health/ready")
 """Scrapes and probes come every few seconds, so only those that fail are told of."""
 _MOST_PATH = 200
 """How many characters of a path are logged."""

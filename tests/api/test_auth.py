@@ -30,6 +30,10 @@ GENERATE: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/chat/completions", {"json": {"model": "tiny", "messages": []}}),
     ("GET", "/v1/models", {}),
     ("GET", "/v1/models/tiny", {}),
+    ("POST", "/tokenize", {"json": {"prompt": "a"}}),
+    ("POST", "/detokenize", {"json": {"tokens": [5]}}),
+    ("GET", "/tokenizer_info", {}),
+    ("POST", "/v1/embeddings", {"json": {}}),
 ]
 ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/debug/batch", {}),

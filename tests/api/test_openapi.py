@@ -24,6 +24,10 @@ STATUSES = {
     ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/tokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/detokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("get", "/tokenizer_info"): {200, *KEYED},
+    ("post", "/v1/embeddings"): {200, 400, *KEYED, *BODY},
     ("get", "/v1/models"): {200, 400, *KEYED},
     ("get", "/v1/models/{model}"): {200, *KEYED, 404},
     ("post", "/v1/adapters"): {200, 201, 400, *KEYED, 409, *BODY, 502, 504, 507},
@@ -44,6 +48,7 @@ STATUSES = {
     ("get", "/v1/merges/{id}"): {200, 400, *KEYED, 404},
     ("delete", "/v1/merges/{id}"): {204, 400, *KEYED, 404},
     ("get", "/v1/merges/{id}/archive"): {200, 400, *KEYED, 404, 409},
+    ("get", "/health"): {200, 503},
     ("get", "/health/live"): {200, 503},
     ("get", "/health/ready"): {200, 503},
     ("get", "/v1/usage"): {200, 400, *KEYED, 500},
@@ -182,4 +187,5 @@ def test_the_page_says_where_a_key_goes(page: Json) -> None:
 
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
     for _, path, operation in operations(page):
-        assert ("security" in operation) == path.startswith(("/v1/", "/debug/")), path
+        is_open = path.startswith("/health") or path == "/metrics"
+        assert ("security" in operation) is not is_open, path

@@ -166,7 +166,10 @@ def combining(name: str, new: str) -> dict[str, Any]:
 FORM = {"data": {}, "files": {"config": b"{}", "weights": b""}}
 NAMES_NOTHING: list[Probe] = []
 ROUTES: dict[tuple[str, str], list[Probe]] = {
+    ("GET", "/health"): NAMES_NOTHING,
     ("GET", "/health/live"): NAMES_NOTHING,
+    ("GET", "/tokenizer_info"): NAMES_NOTHING,
+    ("POST", "/v1/embeddings"): NAMES_NOTHING,
     ("GET", "/health/ready"): NAMES_NOTHING,
     ("GET", "/metrics"): NAMES_NOTHING,
     ("GET", "/debug/batch"): NAMES_NOTHING,
@@ -185,6 +188,14 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
     ("POST", COMPLETIONS): generating(COMPLETIONS, prompt="x"),
     ("POST", CHAT): generating(CHAT, messages=[{"role": "user", "content": "Hi"}]),
     ("POST", "/v1/rank"): generating("/v1/rank", inputs=[{"prompt": "a", "choices": [" b"]}]),
+    ("POST", "/tokenize"): [
+        lambda name: {"url": "/tokenize", "json": {"model": name, "prompt": "a"}},
+        lambda name: {"url": "/tokenize", "json": {"model": f"{name}@1", "prompt": "a"}},
+    ],
+    ("POST", "/detokenize"): [
+        lambda name: {"url": "/detokenize", "json": {"model": name, "tokens": [5]}},
+        lambda name: {"url": "/detokenize", "json": {"model": f"{name}@1", "tokens": [5]}},
+    ],
     ("GET", ADAPTERS): [lambda name: {"url": ADAPTERS, "params": {"after": name}}],
     ("POST", ADAPTERS): [
         lambda name: {"url": ADAPTERS, "data": {"name": name}, "files": FORM["files"]},
