@@ -7,8 +7,9 @@ embeddings too, and this unties the head.
 
 import json
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,12 +53,15 @@ def merge(
     _check_targets(base, vectors)
     check_room(base, vectors, output.parent)
     with _naming_full_disks(output.parent):
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=output.parent))
+        unfinished = output.parent / f"{UNFINISHED}{secrets.token_hex(8)}"
+        unfinished.mkdir()
         try:
             _Merge(base, vectors, unfinished, progress).write()
-            (unfinished / "README.md").write_text(_card(base, recipe))
-            unfinished.chmod(0o755)
+            card = unfinished / "README.md"
+            card.write_text(_card(base, recipe))
             for file in unfinished.iterdir():
+                # As the umask has it; safetensors lets the owner alone read what it writes.
+                file.chmod(stat.S_IMODE(card.stat().st_mode))
                 sync(file)
             sync(unfinished)
             unfinished.rename(output)

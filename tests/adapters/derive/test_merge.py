@@ -1,6 +1,8 @@
 """Merged folders hold PEFT's merged weights, and plain transformers loads them."""
 
+import os
 import resource
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,23 @@ def test_the_tokenizer_comes_along_and_the_card_tells_the_recipe(tmp_path: Path)
 
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
     assert "support * 0.5" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_all_files_have_the_mode_that_the_umask_gives(
+    tmp_path: Path, mask: int, file: int, folder: int
+) -> None:
+    base = saved(tmp_path / "base")
+    adapter = save_adapter(tiny_model("llama"), tmp_path / "adapter")
+    before = os.umask(mask)
+    try:
+        merge(base, vectors_of(base, adapter), tmp_path / "out", "")
+    finally:
+        os.umask(before)
+
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {file}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folder
 
 
 def test_a_weight_that_overflows_is_named_and_nothing_is_left(tmp_path: Path) -> None:
