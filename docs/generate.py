@@ -326,6 +326,8 @@ def _parameter(parameter: Any) -> list[str] | None:
     is_option = parameter.param_type_name == "option"
     name = parameter.opts[0] if is_option else parameter.name.upper()
     default = parameter.default if is_option else None
+    if callable(default):
+        default = default()
     variable = f" Or `{parameter.envvar}`." if is_option and parameter.envvar else ""
     return [f"`{name}`", _value(default), f"{parameter.help or ''}{variable}"]
 

@@ -174,7 +174,19 @@ def test_a_server_that_is_not_there_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["add", "list", "remove", "check", "combine", "revisions", "rollback"]
+    "command",
+    [
+        "add",
+        "check",
+        "combine",
+        "download",
+        "list",
+        "remove",
+        "revisions",
+        "rollback",
+        "show",
+        "update",
+    ],
 )
 def test_every_command_shows_an_example(command: str) -> None:
     result = CliRunner().invoke(app, ["adapters", command, "--help"])

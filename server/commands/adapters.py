@@ -12,6 +12,7 @@ from infuse.server.commands.options import HERE, ApiKey, Url, connected, weighte
 from infuse.server.commands.output import (
     AsJson,
     Column,
+    print_done,
     print_json,
     print_record,
     print_table,
@@ -141,20 +142,18 @@ def update(
         raise typer.BadParameter("give --description, --tag, --pinned or --enabled")
     with connected(url, api_key) as client:
         answer = client.describe(name, changes)
-    if as_json:
-        print_json(answer)
-    else:
-        typer.echo(f"{name} is updated")
+    print_done(answer, as_json, f"{name} is updated")
 
 
 @adapters_app.command()
-def remove(name: Name, url: Url = HERE, api_key: ApiKey = None) -> None:
+def remove(name: Name, url: Url = HERE, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Remove an adapter; requests that run on it finish.
 
     Example: infuse adapters remove support-de
     """
     with connected(url, api_key) as client:
         client.remove(name)
+    print_done({"name": name, "removed": True}, as_json, f"{name} is removed")
 
 
 @adapters_app.command()
@@ -236,10 +235,9 @@ def download(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if as_json:
-        print_json({"name": name, "folder": str(folder), "files": _names(folder)})
-    else:
-        typer.echo(f"{folder} holds {name}")
+    files = sorted(path.name for path in folder.iterdir())
+    done = {"name": name, "folder": str(folder), "files": files}
+    print_done(done, as_json, f"{folder} holds {name}")
 
 
 @adapters_app.command()
@@ -252,10 +250,7 @@ def check(source: Source, url: Url = HERE, api_key: ApiKey = None, as_json: AsJs
     with connected(url, api_key) as client, progress_bar("Uploading") as progress:
         answer = client.check(source, progress)
     _warn(answer)
-    if as_json:
-        print_json(answer)
-    else:
-        typer.echo(f"{source} fits: it rescales {answer['targets']} modules")
+    print_done(answer, as_json, f"{source} fits: it rescales {answer['targets']} modules")
 
 
 def _tell_folder(source: str) -> None:
@@ -271,17 +266,10 @@ def _tell_folder(source: str) -> None:
 def _print_change(answer: dict[str, Any], as_json: bool) -> None:
     """Print what became of an adapter's revision."""
     _warn(answer)
-    if as_json:
-        print_json(answer)
-    else:
-        done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
-        typer.echo(f"{answer['name']} {done}")
+    done = "is unchanged" if answer["unchanged"] else f"is revision {answer['revision']}"
+    print_done(answer, as_json, f"{answer['name']} {done}")
 
 
 def _warn(answer: dict[str, Any]) -> None:
     for warning in answer["warnings"]:
         typer.echo(f"Warning: {warning}", err=True)
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())

@@ -1,6 +1,5 @@
 """`infuse keys …`: makes, lists, revokes and rotates the keys of a keys file."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from infuse.server.commands.output import AsJson, Column, print_done, print_json, print_table
+from infuse.server.commands.settings import from_file
 from infuse.server.keys.key_file import BadKeysFile, Entry, Key, edited, read_entries
 from infuse.server.keys.secrets import hash_key, new_key
 
@@ -18,10 +19,19 @@ keys_app = typer.Typer(
     help="Make, list, revoke and rotate keys. A running server follows the file within seconds.",
 )
 
-File = Annotated[Path, typer.Option(envvar="INFUSE_KEYS_FILE", help="The keys file.")]
+_HERE = "keys.json"
+File = Annotated[
+    Path,
+    typer.Option(
+        envvar="INFUSE_KEYS_FILE",
+        help="The keys file.",
+        default_factory=from_file("keys-file", _HERE),
+        show_default=_HERE,
+    ),
+]
 Name = Annotated[str, typer.Argument(help="The key's name, which is its tenant's.")]
 Patterns = list[str] | None
-_HERE = Path("keys.json")
+_COLUMNS = tuple(map(Column, ("name", "id or claims", "roles", "expires", "scope")))
 _SEEN_ONCE = "The key is printed once; the file keeps a hash of it."
 
 
@@ -67,7 +77,9 @@ def create(
         Patterns,
         typer.Option(help="NAME=PATTERN of a claim: lets in tokens that have it; makes no key."),
     ] = None,
-    file: File = _HERE,
+    *,
+    file: File,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, or let in tokens by their claims. Options that are not given set
     no limit.
@@ -113,15 +125,12 @@ def create(
         entries.append(entry)
     if claim:
         typer.echo(f"Tokens with {_shown(entry)} are {name}'s; no key was made.", err=True)
-    else:
-        _show(key)
+    if not claim or as_json:
+        _show(entry, None if claim else key, as_json)
 
 
 @keys_app.command("list")
-def list_keys(
-    file: File = _HERE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def list_keys(file: File, as_json: AsJson = False) -> None:
     """List the keys: name, id or claims, roles, end, scope. No key is among it.
 
     Example: infuse keys list --json
@@ -129,16 +138,13 @@ def list_keys(
     with _told():
         entries = [_without_secrets(each) for each in read_entries(file)]
     if as_json:
-        typer.echo(json.dumps(entries, indent=2))
-        return
-    for each in entries:
-        scope = json.dumps(each["scope"]) if "scope" in each else "-"
-        columns = [each["name"], _shown(each), ",".join(each["roles"])]
-        typer.echo("\t".join([*columns, each.get("expires", "-"), scope]))
+        print_json(entries)
+    else:
+        print_table(_COLUMNS, map(_row, entries))
 
 
 @keys_app.command()
-def revoke(name: Name, file: File = _HERE) -> None:
+def revoke(name: Name, file: File, as_json: AsJson = False) -> None:
     """Revoke a key. Requests that run finish.
 
     Example: infuse keys revoke acme
@@ -148,7 +154,7 @@ def revoke(name: Name, file: File = _HERE) -> None:
         if len(kept) == len(entries):
             raise BadKeysFile(f"{file} has no key '{name}': `infuse keys list` shows what it has")
         entries[:] = kept
-    typer.echo(f"{name} is revoked")
+    print_done({"name": name, "revoked": True}, as_json, f"{name} is revoked")
 
 
 @keys_app.command()
@@ -157,7 +163,9 @@ def rotate(
     grace_hours: Annotated[
         float, typer.Option(min=0, max=8760, help="Hours that the old key still works.")
     ] = 0.0,
-    file: File = _HERE,
+    *,
+    file: File,
+    as_json: AsJson = False,
 ) -> None:
     """Make a new key with the same roles and scope, print it, and end the old one.
 
@@ -175,7 +183,7 @@ def rotate(
             before = Key.model_validate(each).expires
             each["expires"] = min(before or end, end).isoformat(timespec="seconds")
         entries.append(newest | secret)
-    _show(key)
+    _show(newest | secret, key, as_json)
 
 
 def _check(entry: Entry) -> None:
@@ -226,7 +234,17 @@ def _told() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _show(key: str) -> None:
-    """Only the key goes to the standard output, for scripts to take it."""
-    typer.echo(key)
-    typer.echo(_SEEN_ONCE, err=True)
+def _row(entry: Entry) -> list[Any]:
+    known = [entry["name"], _shown(entry), ",".join(entry["roles"])]
+    return [*known, entry.get("expires"), entry.get("scope")]
+
+
+def _show(entry: Entry, key: str | None, as_json: bool) -> None:
+    """Print a new key. Only it goes to the standard output, for scripts to take it. `key`: None
+    where an entry has none."""
+    if as_json:
+        print_json(_without_secrets(entry) | ({} if key is None else {"key": key}))
+    else:
+        typer.echo(key)
+    if key is not None:
+        typer.echo(_SEEN_ONCE, err=True)

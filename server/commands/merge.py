@@ -7,7 +7,7 @@ import typer
 
 from infuse.adapters.errors import AdapterError
 from infuse.server.commands.options import weighted
-from infuse.server.commands.output import AsJson, print_json
+from infuse.server.commands.output import AsJson, print_done
 from infuse.server.commands.progress import progress_bar
 
 
@@ -50,7 +50,5 @@ def merge(
     except (AdapterError, EngineError, OSError) as error:
         typer.echo(f"infuse merge: {error}", err=True)
         raise typer.Exit(1) from None
-    if as_json:
-        print_json({"folder": str(output), "adapters": adapters, "composition": composition})
-    else:
-        typer.echo(f"{output} holds the merged model")
+    done = {"folder": str(output), "adapters": adapters, "composition": composition}
+    print_done(done, as_json, f"{output} holds the merged model")

@@ -9,6 +9,7 @@ from infuse.server.commands.options import HERE, ApiKey, Url, connected
 from infuse.server.commands.output import (
     AsJson,
     Column,
+    print_done,
     print_json,
     print_record,
     print_table,
@@ -79,7 +80,7 @@ def wait(id: Id, url: Url = HERE, api_key: ApiKey = None, as_json: AsJson = Fals
 
 
 @merges_app.command()
-def cancel(id: Id, url: Url = HERE, api_key: ApiKey = None) -> None:
+def cancel(id: Id, url: Url = HERE, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Cancel a merge that waits or runs.
 
     Example: infuse merges cancel merge-20261124061500123456-9f3a
@@ -91,6 +92,7 @@ def cancel(id: Id, url: Url = HERE, api_key: ApiKey = None) -> None:
             typer.echo(f"{id} has ended already: {state}", err=True)
             raise typer.Exit(1)
         client.cancel_merge(id)
+    print_done({"id": id, "cancelled": True}, as_json, f"{id} is cancelled")
 
 
 def _row(merge: dict[str, Any]) -> list[Any]:

@@ -66,6 +66,14 @@ def print_record(columns: Sequence[Column], values: Sequence[Any]) -> None:
     Console().print(table)
 
 
+def print_done(result: Any, as_json: bool, text: str) -> None:
+    """Print what a command has done, for people or as JSON."""
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(text)
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 

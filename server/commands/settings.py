@@ -4,13 +4,14 @@ import inspect
 import logging
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
 from pydantic import ValidationError
-from pydantic_settings import CliApp, CliSettingsSource
+from pydantic_settings import CliApp, CliSettingsSource, TomlConfigSettingsSource
 
-from infuse.server.config_file import BadConfigFile, flag_of, unknown_variables
+from infuse.server.config_file import CONFIG_FILE, BadConfigFile, flag_of, unknown_variables
 from infuse.server.observability import logs
 from infuse.server.on_ray.settings import DeploySettings
 from infuse.server.settings import MEBIBYTE, Settings
@@ -54,6 +55,20 @@ def read_settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
     for said in unknown_variables(DeploySettings, os.environ):
         log.warning(said)
     return settings
+
+
+def from_file(key: str, default: str) -> Callable[[], str]:
+    """What other commands take for a setting that neither a flag nor a variable gives: the config
+    file's, as the server would."""
+
+    def read() -> str:
+        path = os.environ.get("INFUSE_CONFIG") or CONFIG_FILE
+        try:
+            return str(TomlConfigSettingsSource(Settings, path)().get(key, default))
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"{path} cannot be read: {error}") from None
+
+    return read
 
 
 def grouped(kind: type[Settings]) -> dict[str, list[str]]:

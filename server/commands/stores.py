@@ -4,16 +4,19 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from infuse.adapters.errors import AdapterError
 from infuse.adapters.storage.audit import audit, entries_of
-from infuse.adapters.storage.backup import back_up
+from infuse.adapters.storage.backup import Backup, back_up
 from infuse.adapters.storage.backup import restore as restore_from
 from infuse.adapters.storage.chain import Event
+from infuse.server.commands.output import AsJson, Column, print_done, print_table
+from infuse.server.commands.settings import from_file
 from infuse.server.setting_types import BUCKET
 
 audit_app = typer.Typer(
@@ -21,15 +24,23 @@ audit_app = typer.Typer(
 )
 _FOLDER = "data/adapters"
 Store = Annotated[
-    str, typer.Option(envvar="INFUSE_ADAPTERS_DIR", help="Where the adapters are kept.")
+    str,
+    typer.Option(
+        envvar="INFUSE_ADAPTERS_DIR",
+        help="Where the adapters are kept.",
+        default_factory=from_file("adapters-dir", _FOLDER),
+        show_default=_FOLDER,
+    ),
 ]
+_COLUMNS = tuple(map(Column, ("number", "time", "by", "adapter", "what")))
 
 
 def backup(
     destination: Annotated[
         str, typer.Argument(help="An empty folder, or s3://, gs:// or az:// with a free prefix.")
     ],
-    adapters_dir: Store = _FOLDER,
+    adapters_dir: Store,
+    as_json: AsJson = False,
 ) -> None:
     """Copy all adapters, with their revisions and history, as they are at one moment. Servers may
     run meanwhile.
@@ -38,7 +49,7 @@ def backup(
     """
     with _told("backup"):
         made = back_up(_place(adapters_dir), _place(destination))
-    typer.echo(f"{destination} holds {made.adapters} adapters, as of event {made.events}")
+    _print(made, as_json, destination)
     if made.damaged:
         typer.echo(
             f"infuse backup: the files of {', '.join(made.damaged)} are damaged and not in the "
@@ -50,7 +61,8 @@ def backup(
 
 def restore(
     source: Annotated[str, typer.Argument(help="What `infuse backup` has written.")],
-    adapters_dir: Store = _FOLDER,
+    adapters_dir: Store,
+    as_json: AsJson = False,
 ) -> None:
     """Make the adapters of a backup anew, in a folder or bucket that has none. Servers start there
     afterwards.
@@ -59,7 +71,7 @@ def restore(
     """
     with _told("restore"):
         made = restore_from(_place(source), _place(adapters_dir))
-    typer.echo(f"{adapters_dir} holds {made.adapters} adapters, as of event {made.events}")
+    _print(made, as_json, adapters_dir)
     if made.damaged:
         typer.echo(f"The backup was made without the files of {', '.join(made.damaged)}", err=True)
 
@@ -70,7 +82,9 @@ def verify(
         str | None,
         typer.Option(help="What this command printed before, kept out of the store's reach."),
     ] = None,
-    adapters_dir: Store = _FOLDER,
+    *,
+    adapters_dir: Store,
+    as_json: AsJson = False,
 ) -> None:
     """Check that no change was edited, removed, added or moved since it was recorded.
 
@@ -88,13 +102,14 @@ def verify(
             "they are checked as they were at the first chained event.",
             err=True,
         )
-    typer.echo(f"{len(found.entries)} events are as they were recorded; head: {found.head}")
+    text = f"{len(found.entries)} events are as they were recorded; head: {found.head}"
+    print_done({"events": len(found.entries), "head": found.head}, as_json, text)
 
 
 @audit_app.command("list")
 def list_changes(
-    adapters_dir: Store = _FOLDER,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each event as JSON.")] = False,
+    adapters_dir: Store,
+    as_json: AsJson = False,
 ) -> None:
     """List all changes: number, time, key, adapter, what was done.
 
@@ -102,20 +117,20 @@ def list_changes(
     """
     with _told("audit list"):
         entries = entries_of(_place(adapters_dir))
-    for entry in entries:
-        event = entry.event or {"event": "damaged"}
-        if as_json:
-            typer.echo(json.dumps({"number": entry.number, **event}))
-        elif event.get("event") not in _UNSEEN:
-            typer.echo("\t".join([str(entry.number), *_columns(event)]))
+    events = [{"number": each.number, **(each.event or {"event": "damaged"})} for each in entries]
+    if as_json:
+        for event in events:
+            typer.echo(json.dumps(event))
+    else:
+        print_table(_COLUMNS, (_row(each) for each in events if each.get("event") not in _UNSEEN))
 
 
 _UNSEEN = ("opened", "void")
 """Events in a bucket that change no adapter."""
 
 
-def _columns(event: Event) -> list[str]:
-    who = [str(event.get(each) or "-") for each in ("time", "by", "name")]
+def _row(event: Event) -> list[Any]:
+    who = [event.get(each) or None for each in ("number", "time", "by", "name")]
     match event.get("event"):
         case "revision":
             done = f"revision {event.get('number')} by {event.get('source')}"
@@ -124,8 +139,12 @@ def _columns(event: Event) -> list[str]:
             done = f"details {json.dumps({n: event.get(n) for n in names}, ensure_ascii=False)}"
         case other:
             done = str(other)
-    # Whoever named a source must not write lines of this list.
-    return ["".join(c if c.isprintable() else "?" for c in text) for text in [*who, done]]
+    return [*who, done]
+
+
+def _print(made: Backup, as_json: bool, where: str) -> None:
+    text = f"{where} holds {made.adapters} adapters, as of event {made.events}"
+    print_done(asdict(made), as_json, text)
 
 
 def _place(text: str) -> Path | str:

@@ -21,7 +21,7 @@ from infuse.server.observability.metrics import HttpMetrics
 log = logging.getLogger(__name__)
 
 _QUIET = ("/metrics", "/health", "/health/live", "/health/ready")
-"""Scrapes and probes come every few seconds, so only those that fail are told of."""
+"""Scrapes and probes come every few seconds, so only debug tells of those that succeed."""
 _MOST_PATH = 200
 """How many characters of a path are logged."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -174,8 +174,7 @@ class Observe:
         ended = time.perf_counter()
         self._metrics.requests.labels(method, route, str(request.status)).inc()
         self._metrics.seconds.labels(route).observe(ended - request.started)
-        if request.status < 400 and scope["path"] in _QUIET:
-            return
+        is_quiet = request.status < 400 and scope["path"] in _QUIET
         caller, client = scope.get(SCOPE_KEY), scope.get("client")
         told = EndedRequest(
             id=id_,
@@ -191,9 +190,10 @@ class Observe:
             answered=None if request.answered is None else request.answered(),
         )
         level = logging.WARNING if told.status >= 500 else logging.INFO
-        log.log(level, "request", extra=told.fields)
-        for tell in self._tell:
-            tell(told)
+        log.log(logging.DEBUG if is_quiet else level, "request", extra=told.fields)
+        if not is_quiet:
+            for tell in self._tell:
+                tell(told)
 
 
 def _trace_context(headers: Headers) -> dict[str, str]:

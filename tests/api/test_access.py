@@ -133,6 +133,16 @@ def test_scrapes_and_probes_have_no_line(client: httpx.Client, lines: Lines) -> 
     assert only(lines)["path"] == "/v1/models"
 
 
+def test_scrapes_and_probes_have_a_line_where_one_asks_for_it(
+    client: httpx.Client, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "infuse.server.observability.access")
+    assert client.get("/metrics").status_code == 200
+
+    line = only(lines)
+    assert (line["levelname"], line["path"]) == ("DEBUG", "/metrics")
+
+
 def test_a_scrape_or_probe_that_fails_has_one(
     client: httpx.Client, server: RunningServer, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """`infuse backup` and `infuse restore`, as they are typed."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -72,3 +73,17 @@ def test_what_goes_wrong_is_said_in_a_line(
     # Typer draws a box around what it says itself.
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
+
+
+def test_the_config_file_says_where_the_store_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("infuse.toml").write_text(f"adapters-dir = '{folder}'\nport = 8123\n")
+    made = infuse("backup", "saved", "--json")
+    Path("infuse.toml").write_text("adapters-dir = ")
+    broken = infuse("backup", "again")
+
+    assert json.loads(made.stdout) == {"adapters": 2, "events": 2, "damaged": []}
+    assert broken.exit_code == 2
+    assert "infuse.toml cannot be read" in broken.stderr
