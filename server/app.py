@@ -39,6 +39,7 @@ from infuse.server.api import (
     merges,
     models,
     rank,
+    responses,
     tokenize,
     usage,
     vectors,
@@ -126,7 +127,7 @@ def create_app(settings: Settings) -> FastAPI:
     add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
-    generating = (completions, chat, rank, embeddings, tokenize)
+    generating = (completions, chat, responses, rank, embeddings, tokenize)
     for module in (*generating, models, vectors, adapters, merges, usage, debug):
         app.include_router(module.router, dependencies=[Depends(_BEARER)])
     app.include_router(health.router)

@@ -1,6 +1,7 @@
 """The bodies and answers of `POST /v1/chat/completions`, in OpenAI's shape."""
 
-from typing import Annotated, Any, Literal, TypedDict
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import (
     BaseModel,
@@ -25,6 +26,7 @@ from infuse.server.api.tool_schemas import (
     ToolCall,
     ToolChoice,
     Tools,
+    check_choice,
 )
 
 MAX_MESSAGES = 4096
@@ -40,26 +42,35 @@ class TextPart(BaseModel):
     text: str = Field(description="The text.", examples=["Where is my order?"])
 
 
-def _join_text_parts(content: object, info: ValidationInfo) -> object:
-    """A message's content as one text; its parts are joined by line breaks."""
-    if content is None:
-        if info.data.get("role") == "assistant":
-            return None
-        raise ValueError("is missing; every message but an assistant's needs a text")
+def join_parts(content: object, fields: Mapping[str, str]) -> object:
+    """The parts of a content as one text, joined by line breaks; what is no list, as it is.
+
+    `fields`: type of part -> the field of its text. Raises ValueError.
+    """
     if not isinstance(content, list):
         return content
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if not isinstance(part, dict) or kind not in ("text", "refusal"):
+        if not isinstance(part, dict) or not isinstance(kind, str) or kind not in fields:
             raise ValueError(
                 f"part {index} is of type {str(kind)[:40]!r}; only text parts are supported: "
-                '{"type": "text", "text": "…"}'
+                f'{{"type": "{next(iter(fields))}", "text": "…"}}'
             )
-        if not isinstance(part.get(kind), str):
+        text = part.get(fields[kind])
+        if not isinstance(text, str):
             raise ValueError(f"part {index} has no text")
-        texts.append(part[kind])
+        texts.append(text)
     return "\n".join(texts)
+
+
+def _join_text_parts(content: object, info: ValidationInfo) -> object:
+    """A message's content as one text."""
+    if content is None:
+        if info.data.get("role") == "assistant":
+            return None
+        raise ValueError("is missing; every message but an assistant's needs a text")
+    return join_parts(content, {"text": "text", "refusal": "refusal"})
 
 
 class Message(BaseModel):
@@ -159,6 +170,9 @@ class Prediction(BaseModel):
 class ChatBody(GenerationBody):
     """Answer a conversation."""
 
+    conversation_field: ClassVar[str] = "messages"
+    """How errors name what the conversation stands in."""
+
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1,
         max_length=MAX_MESSAGES,
@@ -225,14 +239,14 @@ class ChatBody(GenerationBody):
     @field_validator("tool_choice")
     @classmethod
     def _names_a_tool(cls, choice: ToolChoice, info: ValidationInfo) -> ToolChoice:
-        tools = info.data.get("tools") or []
-        if choice == "required" and not tools:
-            raise ValueError("is required, but there are no tools")
-        if isinstance(choice, NamedToolChoice):
-            names = [tool.function.name for tool in tools]
-            if choice.function.name not in names:
-                raise ValueError(f"names {choice.function.name[:80]!r}, but the tools are {names}")
+        names = [tool.function.name for tool in info.data.get("tools") or []]
+        named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        check_choice(choice == "required", named, names)
         return choice
+
+    def place_of_parameters(self, index: int) -> str:
+        """How errors name the schema of a tool's arguments."""
+        return f"tools[{index}].function.parameters"
 
     @property
     def is_constrained(self) -> bool:

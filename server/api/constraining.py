@@ -10,7 +10,6 @@ import regex
 from infuse.server.api.chat_schemas import ChatBody
 from infuse.server.api.constraint_schemas import Constraint
 from infuse.server.api.tool_formats import CallFormat, json_rule, parameters_of
-from infuse.server.api.tool_schemas import Tool
 from infuse.server.engine.constraints.grammars import Grammar, Grammars
 from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
 from infuse.server.errors import ApiError
@@ -57,8 +56,8 @@ def _refuse_two(fields: Sequence[str]) -> None:
 
 def chat_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Held:
     """The grammar of a chat's answer, if it must match one. Raises BadConstraint, ApiError 400."""
-    formats = [each for each in body.constraints if each.field == "response_format"]
-    others = [each.field for each in body.constraints if each.field != "response_format"]
+    formats = body.format_constraints
+    others = [each.field for each in body.constraints if each not in formats]
     if others and body.offered_tools:
         _refuse_two(["tools", *others])
     if body.tools_to_call:
@@ -78,7 +77,7 @@ def chat_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -
 def _calls_grammar(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -> Grammar:
     for index, tool in enumerate(body.offered_tools):
         if tool in body.tools_to_call:
-            grammars.compile("json", parameters_of(tool), _place(index))
+            grammars.compile("json", parameters_of(tool), body.place_of_parameters(index))
     rules = _writable(calls).rules(body.tools_to_call, body.calls_several)
     return grammars.compile("grammar", f"start: calls\n{rules}", "tools")
 
@@ -98,7 +97,7 @@ def _begun_calls(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -
     except ConstraintsUnavailable:
         return FREE
     except BadConstraint:
-        schemas = _schemas_that_hold(grammars, tools)
+        schemas = _schemas_that_hold(grammars, body)
         try:
             grammar = compiled(schemas)
         except BadConstraint:
@@ -107,16 +106,16 @@ def _begun_calls(grammars: Grammars, body: ChatBody, calls: CallFormat | None) -
     return Held(grammar, calls.beginning_of(tools))
 
 
-def _schemas_that_hold(grammars: Grammars, tools: Sequence[Tool]) -> dict[str, Any]:
+def _schemas_that_hold(grammars: Grammars, body: ChatBody) -> dict[str, Any]:
     """Each function's schema; any object for a schema that cannot be compiled and is not strict.
 
     Raises BadConstraint for a strict one.
     """
     schemas: dict[str, Any] = {}
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(body.offered_tools):
         schema = parameters_of(tool)
         try:
-            grammars.compile("json", schema, _place(index))
+            grammars.compile("json", schema, body.place_of_parameters(index))
         except BadConstraint:
             if tool.function.strict:
                 raise
@@ -125,16 +124,12 @@ def _schemas_that_hold(grammars: Grammars, tools: Sequence[Tool]) -> dict[str, A
     return schemas
 
 
-def _place(index: int) -> str:
-    return f"tools[{index}].function.parameters"
-
-
 def _writable(calls: CallFormat | None) -> CallFormat:
     if calls is None or not calls.writes:
         raise ApiError(
             400,
             "How this model writes its calls is not known, so it cannot be held to them; leave "
-            'tool_choice at "auto", without a response_format.',
+            'tool_choice at "auto", without a format.',
             param="tool_choice",
         )
     return calls

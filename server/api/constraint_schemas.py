@@ -12,7 +12,7 @@ MAX_ALTERNATIVES = 4096
 Alternative = Annotated[str, Field(min_length=1)]
 Alternatives = Annotated[list[Alternative], Field(min_length=1, max_length=MAX_ALTERNATIVES)]
 
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class ResponseFormat(BaseModel):
             case ResponseFormat(value=dict(schema)) if schema:
                 return [Constraint("json", schema, f"{where}.value")]
             case _:
-                return [Constraint("json", _ANY_OBJECT, where)]
+                return [Constraint("json", ANY_OBJECT, where)]
 
 
 _ATTRIBUTES = {"schema": "schema_", "value": "value"}
@@ -170,5 +170,5 @@ class StructuredOutputs(BaseModel):
         }
         found = [Constraint(k, v, f"{prefix}{k}") for k, v in given.items() if v is not None]
         if self.json_object:
-            found.append(Constraint("json", _ANY_OBJECT, f"{prefix}json_object"))
+            found.append(Constraint("json", ANY_OBJECT, f"{prefix}json_object"))
         return found

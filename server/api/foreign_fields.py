@@ -162,11 +162,39 @@ REFUSED: Mapping[str, Refusal] = {
     "xtc_probability": _SAMPLING,
 }
 
+_NOT_STORED = Refusal(
+    "nothing is stored here; send the whole conversation as 'input'", (None, False, "", {})
+)
+REFUSED_OF_RESPONSES: Mapping[str, Refusal] = {
+    "access_programs": _LEAVE_OUT,
+    "background": Refusal("leave it out; with 'stream' the answer comes as it is generated"),
+    "background_options": _LEAVE_OUT,
+    "context_management": Refusal("leave early items out yourself"),
+    "conversation": _NOT_STORED,
+    "logprobs": Refusal("say it with 'include': [\"message.output_text.logprobs\"]"),
+    "max_completion_tokens": Refusal("say it with 'max_output_tokens'", (None,)),
+    "max_tokens": Refusal("say it with 'max_output_tokens'", (None,)),
+    "messages": Refusal("send them as 'input'"),
+    "n": Refusal("send several requests", (None, 1)),
+    "previous_response_id": _NOT_STORED,
+    "prompt": Refusal("no prompts are stored here; write it into 'instructions' and 'input'"),
+    "reasoning": Refusal(_TEMPLATE_KWARGS.mend, (None, {})),
+    "response_format": Refusal("say it with 'text': {\"format\": …}"),
+    "store": Refusal(_NOT_STORED.mend, (None, False)),
+    "truncation": Refusal(
+        "leave early items out, or cut the prompt with 'truncate_prompt_tokens'",
+        (None, "disabled"),
+    ),
+}
+"""Those of the Responses API, and those that it has another name for."""
+HARMLESS_IN_RESPONSES = frozenset({"image", "max_tool_calls", "stream_options"})
+"""Of images and of OpenAI's own tools, which are refused; and how events are padded."""
 
-def refuse_foreign(fields: Mapping[str, Any]) -> None:
+
+def refuse_foreign(fields: Mapping[str, Any], refused: Mapping[str, Refusal] = REFUSED) -> None:
     """Refuse fields that are not served and ask for another answer. Raises ApiError 400."""
     for name, value in fields.items():
-        refusal = REFUSED.get(name)
+        refusal = refused.get(name)
         if refusal is not None and not any(_is(value, nothing) for nothing in refusal.passes):
             raise ApiError(
                 400, f"{name} is not served here: {refusal.mend}.", param=name, code="not_served"

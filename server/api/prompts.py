@@ -56,7 +56,7 @@ def encode_conversation(
         raise ApiError(
             400,
             "This model has no chat template; use /v1/completions and write the prompt yourself.",
-            param="messages",
+            param=body.conversation_field,
         )
     text = _render(vocabulary, body, body.offered_tools)
     if body.offered_tools and text == _render(vocabulary, body, []):
@@ -67,7 +67,8 @@ def encode_conversation(
             param="tools",
         )
     adds = bool(body.add_special_tokens)
-    return text, _encode_text(model, vocabulary, text, "messages", add_special_tokens=adds)
+    where = body.conversation_field
+    return text, _encode_text(model, vocabulary, text, where, add_special_tokens=adds)
 
 
 def encode_prediction(

@@ -83,43 +83,13 @@ class StreamOptions(BaseModel):
     )
 
 
-class GenerationBody(ModelBody):
-    """What both generation endpoints take. Fields that are not listed here are ignored, or refused
-    where OpenAI or another server would answer differently for them.
+class SamplingBody(ModelBody):
+    """How an answer is generated.
 
     Where a default is "the model's", it comes from the base model's `generation_config` if that
     says `do_sample`; otherwise it is OpenAI's.
     """
 
-    stream: bool | None = Field(
-        None,
-        description="Send the answer as server-sent events while it is generated.",
-        examples=[False],
-    )
-    stream_options: StreamOptions | None = Field(
-        None,
-        description="Options of a stream; only together with `stream`.",
-        examples=[{"include_usage": True}],
-    )
-    n: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_CHOICES,
-        description="How many choices to generate for each prompt (default 1).",
-        examples=[1],
-    )
-    max_tokens: int | None = Field(
-        None,
-        ge=0,
-        description="At most this many tokens are generated. 0 only scores the prompt (`echo`).",
-        examples=[64],
-    )
-    max_completion_tokens: int | None = Field(
-        None,
-        ge=0,
-        description="The newer name of `max_tokens`; wins where both are given.",
-        examples=[64],
-    )
     temperature: float | None = Field(
         None,
         ge=0,
@@ -255,11 +225,6 @@ class GenerationBody(ModelBody):
         "answer, sooner where it copies or repeats. Default: the server's setting.",
         examples=[True],
     )
-    response_format: ResponseFormat | None = Field(
-        None,
-        description="Hold the answer to JSON, or to a JSON schema.",
-        examples=[{"type": "json_object"}],
-    )
     structured_outputs: StructuredOutputs | None = Field(
         None,
         description="Hold the answer to a JSON schema, a regular expression, a choice or a "
@@ -287,6 +252,53 @@ class GenerationBody(ModelBody):
         examples=['start: "yes" | "no"'],
     )
 
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _keeps_something(cls, tokens: int | None) -> int | None:
+        if tokens == 0:
+            raise ValueError("must be at least 1, or -1 for as many as fit")
+        return tokens
+
+
+class GenerationBody(SamplingBody):
+    """What completions and chat completions take. Fields that are not listed here are ignored, or
+    refused where OpenAI or another server would answer differently for them."""
+
+    stream: bool | None = Field(
+        None,
+        description="Send the answer as server-sent events while it is generated.",
+        examples=[False],
+    )
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="Options of a stream; only together with `stream`.",
+        examples=[{"include_usage": True}],
+    )
+    n: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="How many choices to generate for each prompt (default 1).",
+        examples=[1],
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="At most this many tokens are generated. 0 only scores the prompt (`echo`).",
+        examples=[64],
+    )
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="The newer name of `max_tokens`; wins where both are given.",
+        examples=[64],
+    )
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="Hold the answer to JSON, or to a JSON schema.",
+        examples=[{"type": "json_object"}],
+    )
+
     @field_validator("stream_options")
     @classmethod
     def _only_of_a_stream(
@@ -295,13 +307,6 @@ class GenerationBody(ModelBody):
         if options is not None and not info.data.get("stream"):
             raise ValueError("needs stream: true; leave it out otherwise")
         return options
-
-    @field_validator("truncate_prompt_tokens")
-    @classmethod
-    def _keeps_something(cls, tokens: int | None) -> int | None:
-        if tokens == 0:
-            raise ValueError("must be at least 1, or -1 for as many as fit")
-        return tokens
 
     @property
     def choices_per_prompt(self) -> int:
@@ -317,10 +322,15 @@ class GenerationBody(ModelBody):
             grammar=self.guided_grammar,
         )
         return [
-            *([] if self.response_format is None else self.response_format.constraints),
+            *self.format_constraints,
             *([] if self.structured_outputs is None else self.structured_outputs.constraints()),
             *guided.constraints("guided_"),
         ]
+
+    @property
+    def format_constraints(self) -> list[Constraint]:
+        """Those of `constraints` that are the form of the answer's text: OpenAI's."""
+        return [] if self.response_format is None else self.response_format.constraints
 
     @property
     def is_constrained(self) -> bool:

@@ -75,11 +75,23 @@ def _is_choice(value: object) -> object:
     )
 
 
-def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
-    names = [tool.function.name for tool in tools]
+def check_names(names: Sequence[str]) -> None:
+    """Check the names of all tools. Raises ValueError where two are alike."""
     for index, name in enumerate(names):
         if name in names[:index]:
             raise ValueError(f"[{index}] is a second function named {name!r}; rename one")
+
+
+def check_choice(is_required: bool, named: str | None, names: Sequence[str]) -> None:
+    """Check that there is a tool to call. `named`: the one function to call. Raises ValueError."""
+    if is_required and not names:
+        raise ValueError("is required, but there are no tools")
+    if named is not None and named not in names:
+        raise ValueError(f"names {named[:80]!r}, but the tools are {names}")
+
+
+def _have_different_names(tools: Sequence[Tool]) -> Sequence[Tool]:
+    check_names([tool.function.name for tool in tools])
     return tools
 
 

@@ -25,6 +25,7 @@ from infuse.server.observability.answered import Answered
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
+    "/v1/responses": "chat",
     "/v1/rank": "rank",
 }
 """Route -> `gen_ai.operation.name`. The conventions have none for ranking."""

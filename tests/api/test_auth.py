@@ -28,6 +28,7 @@ COMPLETION = {"json": PROMPT | {"model": "tiny"}}
 GENERATE: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/completions", COMPLETION),
     ("POST", "/v1/chat/completions", {"json": {"model": "tiny", "messages": []}}),
+    ("POST", "/v1/responses", {"json": {"model": "tiny", "input": []}}),
     ("GET", "/v1/models", {}),
     ("GET", "/v1/models/tiny", {}),
     ("POST", "/tokenize", {"json": {"prompt": "a"}}),
@@ -365,13 +366,14 @@ def test_a_request_is_charged_to_its_key(
     for path, json_body in (
         ("/v1/completions", PROMPT | body),
         ("/v1/chat/completions", chat),
+        ("/v1/responses", {"model": "tiny", "max_output_tokens": 1, "input": "Hi"}),
         ("/v1/rank", ranking),
     ):
         for key in ("everything", "generate"):
             answer = client.post(path, headers=bearer(key), json=json_body)
             assert answer.status_code == 200, answer.text
 
-    assert tenants == ["everything", "generate"] * 3
+    assert tenants == ["everything", "generate"] * 4
 
 
 # What a key can learn of another

@@ -87,7 +87,9 @@ def test_another_encoding_is_refused_with_what_is_read(client: httpx.Client, enc
     assert "gzip" in error["message"]
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/rank", "/v1/adapters/combine"])
+@pytest.mark.parametrize(
+    "path", [COMPLETIONS, CHAT, "/v1/responses", "/v1/rank", "/v1/adapters/combine"]
+)
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
 def test_a_body_that_is_not_said_to_be_json_names_the_header(
     client: httpx.Client, path: str, kind: str | None

@@ -75,6 +75,7 @@ NAMES = ["default", "queries", "mlp", "tiny", "default@1", "mlp@2", "new", "org/
 PLAIN: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "Once upon"},
     "/v1/chat/completions": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]},
+    "/v1/responses": {"model": "mlp", "input": "Hi."},
     "/v1/rank": {"model": "mlp", "inputs": [{"prompt": "Two", "choices": [" plus", " and"]}]},
     "/v1/adapters/combine": {
         "name": "new",
@@ -88,6 +89,12 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 HALF = "\ud800"
 """Half a surrogate pair: JSON can carry it, UTF-8 cannot."""
+LIMITS = {
+    "/v1/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/responses": ("max_output_tokens",),
+}
+"""The fields that bound an answer's length."""
 LONGEST = 8
 """Tokens of an answer, so that 20,000 take minutes. Nothing else of a case is held back."""
 
@@ -157,15 +164,15 @@ def lacks_key(path: str, caller: str) -> bool:
 
 def shorten(case: Case) -> None:
     """Bound the answer's tokens; a limit beyond the window is left, as it is refused."""
-    body = case.body
-    if not isinstance(body, dict) or "completions" not in case.path:
+    body, names = case.body, LIMITS.get(case.path)
+    if not isinstance(body, dict) or names is None:
         return
-    limits = [name for name in ("max_tokens", "max_completion_tokens") if body.get(name)]
+    limits = [name for name in names if body.get(name)]
     for name in limits:
         if isinstance(body[name], int) and LONGEST < body[name] < 256:
             body[name] = LONGEST
     if not limits:
-        body["max_tokens"] = LONGEST
+        body[names[0]] = LONGEST
 
 
 @st.composite

@@ -9,6 +9,8 @@ from infuse.server.api import (
     completion_schemas,
     model_schemas,
     models,
+    response_output_schemas,
+    response_schemas,
     schemas,
 )
 from infuse.server.api.constraint_schemas import StructuredOutputs
@@ -22,6 +24,8 @@ def _models() -> list[type[BaseModel]]:
         completion_schemas,
         chat_schemas,
         models,
+        response_schemas,
+        response_output_schemas,
     )
     values = [value for module in modules for value in vars(module).values()]
     found = {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}

@@ -23,6 +23,9 @@ BODY = (408, 413)
 STATUSES = {
     ("post", "/v1/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/v1/chat/completions"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/v1/responses"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("get", "/v1/responses/{id}"): {*KEYED, 404},
+    ("delete", "/v1/responses/{id}"): {*KEYED, 404},
     ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/tokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/detokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},

@@ -20,7 +20,7 @@ from tests.api.test_streaming import eventually
 from tests.issuers import AUDIENCE, LocalIssuer, local_issuer
 
 ADAPTERS, MERGES, USAGE = "/v1/adapters", "/v1/merges", "/v1/usage"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 MINE, THEIRS, NOBODYS = "acme/support", "globex/offers", "globex/absent"
 ABSENT_MERGE = "merge-20261124061500123456-9f3a"
 
@@ -187,6 +187,9 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
     ],
     ("POST", COMPLETIONS): generating(COMPLETIONS, prompt="x"),
     ("POST", CHAT): generating(CHAT, messages=[{"role": "user", "content": "Hi"}]),
+    ("POST", RESPONSES): generating(RESPONSES, input="Hi", max_tokens=None, max_output_tokens=1),
+    ("GET", f"{RESPONSES}/{{id}}"): NAMES_NOTHING,
+    ("DELETE", f"{RESPONSES}/{{id}}"): NAMES_NOTHING,
     ("POST", "/v1/rank"): generating("/v1/rank", inputs=[{"prompt": "a", "choices": [" b"]}]),
     ("POST", "/tokenize"): [
         lambda name: {"url": "/tokenize", "json": {"model": name, "prompt": "a"}},

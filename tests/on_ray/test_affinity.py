@@ -27,6 +27,15 @@ def test_a_conversation_keeps_its_affinity_as_it_grows() -> None:
     assert of(**chat("Hello")) == of(**chat("Hello", "And then?", "Go on."))
 
 
+def test_a_conversation_of_items_keeps_its_affinity_as_it_grows() -> None:
+    body = {"model": "a", "instructions": "Answer briefly. " * 40}
+    items = [{"role": "user", "content": "Hello"}, {"type": "function_call", "name": "look"}]
+
+    assert of(**body, input=items) == of(**body, input=[*items, *items])
+    assert of(**body, input=items) != of(model="a", instructions="Be kind.", input=items)
+    assert of(model="a", input="An order") != of(model="a", input="The order")
+
+
 def test_prompts_that_begin_alike_have_one_affinity() -> None:
     long = "The order arrived. " * 40
 
