@@ -42,6 +42,7 @@ from infuse.server.api.response_schemas import (
     TextFormat,
 )
 from tests.api.test_bad_generation_input import refused
+from tests.api.test_foreign_fields import VLLM
 from tests.api.test_responses import LOGPROBS, RESPONSES, WEATHER
 
 BODY: dict[str, Any] = {"model": "tiny", "input": "Hi", "max_output_tokens": 2, "temperature": 0}
@@ -83,6 +84,7 @@ def test_no_field_of_a_client_is_ignored_unknowingly() -> None:
     known = names_of(ResponseBody) | ALL_REFUSED.keys() | HARMLESS | HARMLESS_IN_RESPONSES
 
     assert get_type_hints(ResponseCreateParamsBase).keys() - known == set()
+    assert set(VLLM[RESPONSES]) - known == set()
 
 
 def test_no_field_stands_in_two_lists() -> None:

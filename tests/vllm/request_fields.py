@@ -13,11 +13,13 @@ def request_fields() -> dict[str, list[str]]:
     """Path -> the fields that vLLM reads there."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
     types = {
         "/v1/chat/completions": ChatCompletionRequest,
         "/v1/completions": CompletionRequest,
+        "/v1/responses": ResponsesRequest,
         "/tokenize": TokenizeChatRequest,
     }
     return {path: sorted(kind.model_fields) for path, kind in types.items()}
