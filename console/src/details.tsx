@@ -154,7 +154,6 @@ function Revisions({ revisions, current, rollBack }: RevisionsProps) {
           <tr>
             <th scope="col">Revision</th>
             <th scope="col">Made</th>
-            <th scope="col">From</th>
             <th scope="col" class="number">
               Size
             </th>
@@ -167,8 +166,10 @@ function Revisions({ revisions, current, rollBack }: RevisionsProps) {
           {revisions.map((each) => (
             <tr key={each.revision}>
               <th scope="row" class="narrow">{each.revision}</th>
-              <td>{moment(each.created)}</td>
-              <td>{[each.source, each.by].filter(Boolean).join(", by ")}</td>
+              <td>
+                {moment(each.created)}
+                <small>{[each.source, each.by].filter(Boolean).join(", by ")}</small>
+              </td>
               <td class="number">{bytes(each.size)}</td>
               <td>
                 {each.revision === current ? (

@@ -132,7 +132,9 @@ def test_the_name_that_a_request_gives_the_server_opens_no_port(guarded: Ports) 
 
 
 @pytest.mark.parametrize("path", [*HEALTH, *DOCS, "/", "/console/console.js"])
-def test_health_the_documentation_and_the_console_are_on_both_ports(guarded: Ports, path: str) -> None:
+def test_health_the_documentation_and_the_console_are_on_both_ports(
+    guarded: Ports, path: str
+) -> None:
     for url in (guarded.public, guarded.admin):
         assert httpx.get(url + path).status_code == 200
 

@@ -99,6 +99,9 @@ def test_serve(screen: Screen, url: str) -> None:
     try:
         screen.open("serve")
         screen.page.get_by_role("group", name="The batch now").get_by_role("row").nth(3).wait_for()
+        for _ in range(8):
+            with screen.page.expect_request("**/debug/batch"):
+                pass
         take(screen, "serve")
         screen.check_for_everybody()
     finally:

@@ -13,6 +13,7 @@ GUIDE = [
         for name in (
             "installing",
             "quickstart",
+            "console",
             "your-adapters",
             "generation",
             "combine-and-merge",
