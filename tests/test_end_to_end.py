@@ -3,7 +3,9 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -56,6 +58,36 @@ def test_logprobs_say_how_sure_the_base_was(client: OpenAI) -> None:
         assert token.top_logprobs[0].token == token.token
         assert token.logprob <= 0
         assert len(token.top_logprobs) == 3
+
+
+WEATHER: Any = {
+    "name": "get_weather",
+    "description": "Say the weather of a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_the_base_calls_a_tool_and_reads_its_result(client: OpenAI) -> None:
+    asked: list[Any] = [{"role": "user", "content": "How is the weather in Paris?"}]
+    tools: Any = [{"type": "function", "function": WEATHER}]
+    ask = partial(client.chat.completions.create, model=BASE, tools=tools, temperature=0)
+    called = ask(messages=asked, tool_choice="required", parallel_tool_calls=False, max_tokens=64)
+    message = called.choices[0].message
+    assert message.tool_calls is not None
+    [call] = message.tool_calls
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}
+    told = ask(messages=[*asked, message, result], tool_choice="none", max_tokens=8)
+
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    assert told.choices[0].message.content
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -133,6 +133,16 @@ FORMATS = (
         arguments="arguments",
         begin=regex.compile("<tool_call>"),
     ),
+    # SmolLM2.
+    CallFormat(
+        mark="<tool_call>",
+        opening="[",
+        separator=",",
+        closing="] </tool_call>",
+        end="</tool_call>",
+        arguments="arguments",
+        begin=regex.compile("<tool_call>"),
+    ),
     # Mistral.
     CallFormat(
         mark="[TOOL_CALLS]",

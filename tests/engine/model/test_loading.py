@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from infuse.server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, model_files
 from infuse.server.engine.native import load_model
@@ -155,6 +156,35 @@ def test_the_default_model_is_fetched_where_it_is_not_installed(
 
     assert files_of(fetched) == files_of(installed)
     assert list(tmp_path.iterdir()) == [fetched]
+
+
+@pytest.mark.real
+def test_the_default_model_has_its_own_chat_template_and_a_place_for_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / model_files.DEFAULT_MODEL
+    shutil.copytree(
+        model_files.default_model_folder(), kept, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    (kept / "chat_template.jinja").write_text("one of an older version")
+    monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+
+    render = AutoTokenizer.from_pretrained(model_files.default_model_folder()).apply_chat_template
+    hi = [{"role": "user", "content": "Hi"}]
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+
+    assert render(hi, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    be_brief = [{"role": "system", "content": "Be brief."}, *hi]
+    assert render(be_brief, tokenize=False) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+    with_tools = render(be_brief, tools=[tool], tokenize=False)
+    assert with_tools.startswith("<|im_start|>system\nBe brief.\n\nYou are an expert")
+    assert '<tools>[{"type": "function", "function": {"name": "look_up"' in with_tools
+    assert with_tools.count("Be brief.") == 1
 
 
 @pytest.mark.real
