@@ -23,6 +23,9 @@ AdapterError
 ├── StoreFull            the disk or the bucket has no room left
 ├── StoreUnreachable     the bucket refuses or does not answer, or the folder was removed
 ├── TemplateRefused      a chat template refuses a conversation, or takes too long to render it
+├── NotSigned            no trusted signer has signed exactly the files of an upload
+├── SignersUnreadable    the keys of those who are trusted to sign adapters cannot be read
+├── CannotSign           the private key or its certificate cannot be used
 ├── SandboxUnavailable   no process is available to read an adapter's tokenizer or chat template
 ├── StoreDamaged         files that were stored in the bucket are missing or changed
 ├── BackupRefused        there is no backup or store to copy, or something at the destination
@@ -202,6 +205,23 @@ class Overtaken(AdapterError):
 
 
 class TemplateRefused(AdapterError):
+    pass
+
+
+class NotSigned(AdapterError):
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem} Have a trusted signer sign the folder (`infuse adapters sign`), and upload "
+            "all of it, as an archive."
+        )
+
+
+class SignersUnreadable(AdapterError):
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"The trusted signers of adapters cannot be read: {problem}.")
+
+
+class CannotSign(AdapterError):
     pass
 
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -78,11 +78,14 @@ class AdapterRegistry:
         reserved: Collection[str] = (),
         tokenizer: PreTrainedTokenizerFast | None = None,
         host_bytes: int = 0,
+        signer_of: Callable[[Path], str] | None = None,
     ) -> None:
         """`reserved`: the base's names, which no adapter may take; the first is the served one.
         `tokenizer`: the base's; without it, adapters' own tokenizers and templates are ignored.
-        `host_bytes`: see `Residency`."""
+        `host_bytes`: see `Residency`. `signer_of`: returns who has signed the files in a folder, or
+        raises NotSigned; without it, uploads need no signature."""
         self._store = store
+        self._signer_of = signer_of
         self._modules = modules
         self._layouts = Layouts(modules)
         self._reserved = tuple(reserved)
@@ -122,6 +125,13 @@ class AdapterRegistry:
 
         Whole modules have shapes and no values: the check does not load them into memory.
         """
+        self._signer(staged)
+        return self._check(staged)
+
+    def _signer(self, staged: Path) -> str | None:
+        return None if self._signer_of is None else self._signer_of(staged)
+
+    def _check(self, staged: Path) -> tuple[AdapterVectors, list[str]]:
         checkpoint = staged_checkpoint(staged)
         check_texts(checkpoint.config)
         vectors = effective_vectors(checkpoint, self._modules)
@@ -146,7 +156,8 @@ class AdapterRegistry:
     ) -> tuple[Revision, list[str]]:
         """Store a new adapter; return its first revision, and warnings."""
         self.check_name(name)
-        _, warnings = self.check(staged)
+        origin = replace(origin, signer=self._signer(staged))
+        _, warnings = self._check(staged)
         return self._store.create(name, staged, origin, quota), warnings
 
     def replace(
@@ -159,7 +170,8 @@ class AdapterRegistry:
     ) -> tuple[Revision, bool, list[str]]:
         """Store a new revision; return the current one, whether anything changed, and warnings."""
         self._store.current(name)
-        _, warnings = self.check(staged)
+        origin = replace(origin, signer=self._signer(staged))
+        _, warnings = self._check(staged)
         with self._changing_name(name):
             revision, changed = self._store.replace(name, staged, if_match, origin, quota)
         return revision, changed, warnings
@@ -227,7 +239,9 @@ class AdapterRegistry:
         with self.staging() as staged:
             write_checkpoint(checkpoint, staged)
             origin = Origin(source="combine", by=by, recipe=record)
-            revision, warnings = self.add(name, staged, origin, quota)
+            # Made here, of what is here, it needs no signature.
+            _, warnings = self._check(staged)
+            revision = self._store.create(name, staged, origin, quota)
         return revision, [*warnings, *recipe.warnings]
 
     def delete(self, name: str, if_match: str | None = None, by: str | None = None) -> None:

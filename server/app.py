@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
@@ -16,18 +15,18 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from infuse.adapters.checkpoint.config import CONFIG_FILE, IA3Config
-from infuse.adapters.errors import AdapterError, BaseNameTaken, UnknownAdapter
+from infuse.adapters.errors import AdapterError
 from infuse.adapters.registry import AdapterRegistry
 from infuse.adapters.residency import Residency
 from infuse.adapters.sources.source_url import parse_prefixes
 from infuse.adapters.sources.sources import Sources
 from infuse.adapters.storage.bucket import BucketStorage
 from infuse.adapters.storage.objects import Objects
-from infuse.adapters.storage.revision import Origin
 from infuse.adapters.storage.shared_bucket import SharedBucketStorage
 from infuse.adapters.storage.shared_folder import SharedFolderStorage
 from infuse.adapters.storage.storage import Storage
 from infuse.adapters.storage.store import AdapterStore
+from infuse.server.answer_all import AnswerAll
 from infuse.server.api import (
     adapters,
     chat,
@@ -50,7 +49,7 @@ from infuse.server.engine.fair_turns import FairTurns
 from infuse.server.engine.model_files import cache_dir
 from infuse.server.engine.threads import on_passing_thread
 from infuse.server.engines import open_engine
-from infuse.server.errors import AnswerAll, install_error_handlers
+from infuse.server.errors import install_error_handlers
 from infuse.server.gzip_bodies import GunzipBodies
 from infuse.server.jobs import MergeJobs
 from infuse.server.keys.keyring import open_keyring
@@ -62,9 +61,11 @@ from infuse.server.observability.metrics import Metrics, build_info
 from infuse.server.observability.otlp import open_traces
 from infuse.server.openapi import Application
 from infuse.server.outside import layers
+from infuse.server.preloading import folders_to_preload, preload, refuse_taken
 from infuse.server.services import Services
 from infuse.server.setting_types import origins_of
 from infuse.server.settings import MEBIBYTE, Settings
+from infuse.server.signers import signers_of
 from infuse.server.streams import Streams
 from infuse.server.uploads import UploadBudget
 
@@ -72,7 +73,6 @@ log = logging.getLogger(__name__)
 
 _BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
 """For the OpenAPI document only: `Authorize` has checked the key already."""
-_PRELOADED = Origin(source="preload")
 _HOUR = 3600.0
 _NAMES_AT_ONCE = 10
 """Of how many adapters old revisions are dropped together."""
@@ -172,6 +172,7 @@ def load_services(settings: Settings) -> Services:
 
 
 def _load_services(settings: Settings) -> Services:
+    signer_of = signers_of(settings.trusted_signers)
     store = AdapterStore(_storage(settings), settings.keep_revisions)
     try:
         opened = open_engine(settings, _known_configs(store, settings.preload_adapters))
@@ -184,6 +185,7 @@ def _load_services(settings: Settings) -> Services:
             reserved=(name,),
             tokenizer=opened.tokenizer,
             host_bytes=settings.max_host_adapter_bytes,
+            signer_of=signer_of,
         )
         engine = opened.engine(registry.residency)
         registry.wake = engine.wake
@@ -278,59 +280,6 @@ def _known_configs(store: AdapterStore, preloaded: Path | None) -> Iterator[IA3C
 
     with ThreadPoolExecutor(_CONFIGS_AT_ONCE) as threads:
         yield from filter(None, threads.map(read, store.names()))
-    for folder in {} if preloaded is None else _folders_to_preload(preloaded).values():
+    for folder in {} if preloaded is None else folders_to_preload(preloaded).values():
         with suppress(AdapterError, OSError):
             yield IA3Config.parse((folder / CONFIG_FILE).read_bytes())
-
-
-def refuse_taken(base: str, store: AdapterStore, preloaded: Path | None) -> None:
-    """Raises BaseNameTaken where one name would be the base model's and an adapter's, also with a
-    revision: a base called `a@1` hides the first revision of `a`."""
-    mend = "serve the base under another name (--served-model-name)"
-    for name in (base, base.partition("@")[0]):
-        if name in store:
-            raise BaseNameTaken(
-                f"the base model is to be served as '{base}', and there is an adapter '{name}': "
-                f"{mend}, or do so once to delete the adapter"
-            )
-        if preloaded is not None and name in _folders_to_preload(preloaded):
-            raise BaseNameTaken(
-                f"the base model is to be served as '{base}', and {preloaded} holds an adapter "
-                f"'{name}': {mend}, or rename that folder"
-            )
-
-
-def _folders_to_preload(folder: Path) -> dict[str, Path]:
-    """Name -> folder, in order of names: each sub-folder, and `owner/name` for what lies in a
-    sub-folder that is no adapter itself."""
-    found = {}
-    for source in (path for path in folder.iterdir() if path.is_dir()):
-        inner = [path for path in source.iterdir() if (path / CONFIG_FILE).is_file()]
-        if inner and not (source / CONFIG_FILE).exists():
-            found.update({f"{source.name}/{path.name}": path for path in inner})
-        else:
-            found[source.name] = source
-    return dict(sorted(found.items()))
-
-
-def preload(registry: AdapterRegistry, folder: Path) -> None:
-    """Add the adapters in a folder, or replace what an earlier preload added. An adapter that does
-    not fit is left out; one that an operator has changed or deleted since stays as it is."""
-    stored = registry.stored
-    for name, source in _folders_to_preload(folder).items():
-        if name in stored and stored.current(name).origin != _PRELOADED:
-            continue
-        if stored.was_deleted(name):
-            log.info("The adapter %s in %s was deleted, and stays so.", name, source)
-            continue
-        with registry.staging() as staged:
-            for file in source.iterdir():
-                if file.is_file():
-                    shutil.copyfile(file, staged / file.name)
-            try:
-                try:
-                    registry.replace(name, staged, origin=_PRELOADED)
-                except UnknownAdapter:
-                    registry.add(name, staged, _PRELOADED)
-            except AdapterError as error:
-                log.warning("The adapter in %s is not offered: %s", source, error)

@@ -19,6 +19,7 @@ from infuse.server.commands.keys import keys_app
 from infuse.server.commands.merge import merge
 from infuse.server.commands.merges import merges_app
 from infuse.server.commands.settings import read_settings
+from infuse.server.commands.signing import sign, verify
 from infuse.server.commands.stores import audit_app, backup, restore
 from infuse.server.observability import logs
 from infuse.server.on_ray.settings import DeploySettings
@@ -194,6 +195,8 @@ def _refuse(reason: str, command: str = "serve") -> NoReturn:
 
 app.command()(chat)
 app.add_typer(adapters_app, name="adapters")
+adapters_app.command()(sign)
+adapters_app.command()(verify)
 app.command()(merge)
 app.add_typer(merges_app, name="merges")
 app.add_typer(keys_app, name="keys")

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx2
 
 from infuse.adapters.checkpoint.adapter_files import folder_with_adapter, missing_files
-from infuse.adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, FILES, README_FILE, WEIGHTS_FILE
 from infuse.adapters.errors import Fault, InvalidAdapter
 
 _TIMEOUT = 60.0
@@ -102,9 +102,9 @@ class Client:
     def download(self, name: str, folder: Path, progress: Progress) -> None:
         """Write the files of an adapter to a folder that is there."""
         etags = set()
-        for file in (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES):
+        for file in FILES:
             with self._streamed("GET", f"{_path(name)}/files/{file}") as response:
-                if response.status_code == 404 and file in TEXT_FILES:
+                if response.status_code == 404 and file not in (CONFIG_FILE, WEIGHTS_FILE):
                     continue
                 _check(response)
                 etags.add(response.headers["ETag"])
@@ -251,20 +251,21 @@ def _write(response: httpx2.Response, path: Path, progress: Progress) -> None:
 
 
 def _files_of(folder: Path, archive: IO[bytes]) -> dict[str, Any]:
-    """The form's files: the two of every adapter, or an archive where it has its own texts.
+    """The form's files: the two of every adapter, or an archive where it has texts of its own or is
+    signed.
 
     Raises InvalidAdapter where one of the two is missing.
     """
     if faults := missing_files({file.name for file in folder.iterdir() if file.is_file()}):
         raise InvalidAdapter(faults)
-    texts = [name for name in TEXT_FILES if (folder / name).is_file()]
-    if not texts:
+    found = [name for name in FILES if (folder / name).is_file()]
+    if not {*found} - {CONFIG_FILE, WEIGHTS_FILE, README_FILE}:
         return {
             "config": (CONFIG_FILE, (folder / CONFIG_FILE).read_bytes()),
             "weights": (WEIGHTS_FILE, (folder / WEIGHTS_FILE).read_bytes()),
         }
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name in (CONFIG_FILE, WEIGHTS_FILE, *texts):
+        for name in found:
             tar.add(folder / name, arcname=name)
     archive.seek(0)
     return {"archive": ("adapter.tar", archive)}

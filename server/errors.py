@@ -1,9 +1,8 @@
 """Maps errors to HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
 
-import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from infuse.adapters.errors import (
     AdapterDisabled,
@@ -26,10 +25,12 @@ from infuse.adapters.errors import (
     Fault,
     InvalidAdapter,
     MergeNotDone,
+    NotSigned,
     QuotaExceeded,
     RevisionConflict,
     RevisionDamaged,
     SandboxUnavailable,
+    SignersUnreadable,
     SourceError,
     SourceFailed,
     SourceNotAllowed,
@@ -176,47 +177,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unforeseen)
 
 
-class AnswerAll:
-    """ASGI middleware: however a request ends, an answer of our shape is sent if none has begun.
-
-    Only the drain cancels a request. Starlette's handlers do not catch a BaseException, such as a
-    panic in a library's Rust code.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        has_begun = False
-
-        def noting(message: Message) -> Awaitable[None]:
-            """Not a coroutine: it is called for every token of a stream."""
-            nonlocal has_begun
-            has_begun = True
-            return send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-        except asyncio.CancelledError:
-            if has_begun:
-                raise
-            await error_response(_cut_short(scope["method"]))(scope, receive, send)
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-
-def _cut_short(method: str) -> ApiError:
-    doubt = "" if method == "GET" else " Look first whether it was done."
-    message = f"The server is shutting down and could not finish this; send it again.{doubt}"
-    headers = RETRY_SOON | {"Connection": "close"}
-    return ApiError(503, message, code="stopping", headers=headers)
-
-
 def _type(status: int) -> str:
     known = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     return known.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -270,6 +230,10 @@ def from_adapter_error(error: AdapterError) -> ApiError:
             return ApiError(429, str(error), code="too_many_merges", headers=headers)
         case QuotaExceeded():
             return ApiError(403, str(error), code="quota_exceeded")
+        case NotSigned():
+            return ApiError(403, str(error), code="not_signed")
+        case SignersUnreadable():
+            return ApiError(503, str(error), code="signers_unreadable", headers=RETRY_SOON)
         case SourceError():
             status, code = SOURCE_ERRORS[type(error)]
             return ApiError(status, str(error), code=code, param="source")

@@ -288,6 +288,12 @@ class Settings(BaseSettings):
         "hf://, s3://, gs://, az:// or file://. Default: nothing is fetched.",
         examples=["hf://my-org/,s3://my-bucket/adapters/"],
     )
+    trusted_signers: Path | None = Field(
+        None,
+        description="Take only adapters that one of these has signed: a PEM file, or a folder of "
+        "them, with public keys or with certificates of authorities. Default: take unsigned ones.",
+        examples=["/etc/infuse/signers"],
+    )
     source_timeout: float = Field(
         60.0, gt=0, le=3600, description="Seconds that a fetch may take.", examples=[60.0]
     )

@@ -16,14 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
 from infuse.adapters.checkpoint.adapter_files import adapter_folder, missing_files
-from infuse.adapters.checkpoint.config import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, FILES, WEIGHTS_FILE
 from infuse.adapters.errors import Fault, InvalidAdapter
 from infuse.server.errors import RETRY_SOON, ApiError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_WANTED = {CONFIG_FILE, WEIGHTS_FILE, "README.md", *TEXT_FILES}
 _MAX_ENTRIES = 1000
 _MAX_READ = 1 << 20
 """The most bytes that are read at once. Parsers would read as many as a header names."""
@@ -160,7 +159,7 @@ def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
             where = _folder([path for path, _ in files])
             left = limit
             for path, opener in files:
-                if path.parent == where and path.name in _WANTED:
+                if path.parent == where and path.name in FILES:
                     with opener as source:
                         left -= _copy(source, folder / path.name, left, limit, take)
     except (InvalidAdapter, ApiError):
@@ -295,7 +294,7 @@ def _folder(paths: list[PurePosixPath]) -> PurePosixPath:
     names = [path.name for path in paths if path.parent == where]
     faults = [
         Fault("archive", f"holds {wanted} more than once", "send one adapter in one archive")
-        for wanted in sorted(_WANTED)
+        for wanted in sorted(FILES)
         if names.count(wanted) > 1
     ]
     missing = missing_files(names)

@@ -52,6 +52,7 @@ VALUES = {
     "receive_timeout": "2.0",
     "send_timeout": "3.0",
     "source_prefixes": "hf://org/,s3://bucket/a",
+    "trusted_signers": "/etc/signers",
     "source_timeout": "2.5",
     "keys_file": __file__,
     "oidc_issuer": "https://login.example.com/realms/acme",

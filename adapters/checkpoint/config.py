@@ -22,6 +22,10 @@ TEXT_FILES = (
     CHAT_TEMPLATE_FILE,
 )
 """Files that may lie beside an adapter's two. `added_tokens.json` repeats `tokenizer.json`."""
+README_FILE = "README.md"
+SIGNATURE_FILE = "model.sig"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES, README_FILE, SIGNATURE_FILE)
+"""All files of an adapter that are kept."""
 
 Names = list[str] | str | None
 """Module names or suffixes; or one regular expression; or None, PEFT's default for the model."""

@@ -20,7 +20,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from infuse.adapters.checkpoint.adapter_files import PICKLED, PICKLED_FILE
-from infuse.adapters.checkpoint.config import CONFIG_FILE, WEIGHTS_FILE
+from infuse.adapters.checkpoint.config import CONFIG_FILE, FILES, WEIGHTS_FILE
 from infuse.adapters.errors import (
     InvalidAdapter,
     SourceFailed,
@@ -34,15 +34,6 @@ from infuse.adapters.sources.source_http import GuardedHttp
 from infuse.adapters.sources.source_url import Source, parse_source
 
 REQUIRED = (CONFIG_FILE, WEIGHTS_FILE)
-WANTED = (
-    *REQUIRED,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-"""The only files that are fetched. Those after the first two are optional."""
 _AT_ONCE = 4
 """How many fetches run at once; more wait."""
 _CHUNK = 1 << 16
@@ -135,7 +126,7 @@ class Sources:
         self, place: _Place, source: Source, folder: Path, take: Callable[[int], object]
     ) -> None:
         left = self._max_bytes
-        for name in WANTED:
+        for name in FILES:
             async with place.open(name) as chunks:
                 if chunks is None:
                     continue
@@ -257,7 +248,7 @@ class _Bucket:
 
 async def sign(source: Source, seconds: float) -> dict[str, str]:
     """Return a signed URL for each file. Raises SourceRefused where no credentials work."""
-    names = [*WANTED, PICKLED_FILE]
+    names = [*FILES, PICKLED_FILE]
     bucket, *folders = source.path
     paths = ["/".join([*folders, name]) for name in names]
     try:

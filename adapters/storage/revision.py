@@ -19,6 +19,8 @@ class Origin:
     source: str = "upload"
     by: str | None = None
     """The name of the API key that made the change."""
+    signer: str | None = None
+    """Who has signed the files; None where nobody asked."""
     recipe: Mapping[str, Any] | None = None
     """The recipe of an adapter that was combined of others."""
 
@@ -79,6 +81,7 @@ def revision_to_json(revision: Revision) -> dict[str, object]:
         "created": revision.created.isoformat(),
         "size": revision.size,
         "source": revision.origin.source,
+        "signer": revision.origin.signer,
         "recipe": revision.origin.recipe,
     }
 
@@ -94,7 +97,13 @@ def revision_from_json(event: Event) -> Revision:
         digest=str(event["digest"]),
         created=datetime.fromisoformat(str(event["created"])),
         size=int(event["size"]),
-        origin=Origin(source=str(event["source"]), by=event["by"], recipe=event["recipe"]),
+        origin=Origin(
+            source=str(event["source"]),
+            by=event["by"],
+            # Earlier releases have not written it.
+            signer=event.get("signer"),
+            recipe=event["recipe"],
+        ),
     )
 
 

@@ -59,6 +59,11 @@ class AdapterRevision(BaseModel):
     by: str | None = Field(
         description="The key that made it; null where that is another tenant's.", examples=["ops"]
     )
+    signer: str | None = Field(
+        description="Who has signed it, as `--trusted-signers` names them; null where the server "
+        "did not ask for a signature.",
+        examples=["release"],
+    )
     recipe: dict[str, Any] | None = Field(
         description="How it was combined out of others; null where the key may not see them all.",
         examples=[{"method": "ties", "adapters": [{"name": "a@1", "weight": 1.0}]}],
@@ -253,6 +258,7 @@ def _shown(services: Services, caller: Caller, revision: Revision) -> dict[str, 
         "created": revision.created,
         "source": revision.origin.source,
         "by": by if caller.owns(by) else None,
+        "signer": revision.origin.signer,
         "recipe": None if recipe is None or not _is_visible(recipe, caller) else dict(recipe),
         "damaged": services.registry.stored.is_damaged(revision),
     }

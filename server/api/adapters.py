@@ -86,7 +86,9 @@ IfMatch = Annotated[
     ),
 ]
 DryRun = Annotated[bool, Query(description="Check the upload and keep nothing.", examples=[True])]
-_NOT_ALLOWED = "The key may not do this, or the source is not allowed."
+_NOT_ALLOWED = (
+    "The key may not do this, the source is not allowed, or no trusted signer has signed the files."
+)
 _CREATED = {"headers": ETAG | {"Location": header("The new adapter.")}}
 _FILE: dict[str, object] = {"application/json": {}, "application/octet-stream": {}}
 
@@ -328,18 +330,22 @@ def download(
             "special_tokens_map.json",
             "added_tokens.json",
             "chat_template.jinja",
+            "README.md",
+            "model.sig",
         ],
         Path(description="Which file.", examples=["adapter_config.json"]),
     ],
     services: ServicesDep,
 ) -> FileResponse:
     """A file as it was uploaded: `PeftModel.from_pretrained` loads the first two, and
-    `AutoTokenizer.from_pretrained` the others, where the adapter has them."""
+    `AutoTokenizer.from_pretrained` the others but its card and its signature, where the adapter has
+    them."""
     revision = services.registry.stored.current(name)
     path = services.registry.stored.verified(revision) / file
     if not path.is_file():
         raise ApiError(404, f"The adapter '{name}' has no {file}.", param="file")
-    return File(path, filename=file, headers={"ETag": revision.etag})
+    kind = "application/json" if path.suffix == ".json" else "application/octet-stream"
+    return File(path, filename=file, media_type=kind, headers={"ETag": revision.etag})
 
 
 class File(FileResponse):

@@ -50,6 +50,7 @@ _SHOWN = (
     *_LISTED,
     Column("source"),
     Column("by"),
+    Column("signer"),
     Column("digest"),
     Column("parent"),
     Column("description"),

@@ -134,6 +134,8 @@ def _row(event: Event) -> list[Any]:
     match event.get("event"):
         case "revision":
             done = f"revision {event.get('number')} by {event.get('source')}"
+            if signer := event.get("signer"):
+                done += f", signed by {signer}"
         case "details":
             names = ("description", "tags", "pinned", "enabled")
             done = f"details {json.dumps({n: event.get(n) for n in names}, ensure_ascii=False)}"

@@ -1,0 +1,60 @@
+"""`infuse adapters sign` and `infuse adapters verify`, which need no server."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infuse.adapters.checkpoint.adapter_files import folder_with_adapter
+from infuse.adapters.errors import AdapterError
+from infuse.server.signers import signatures
+
+Folder = Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.")]
+
+
+def sign(
+    folder: Folder,
+    key: Annotated[Path, typer.Option(help="The private key: ECDSA, in PEM.")],
+    certificate: Annotated[
+        list[Path] | None,
+        typer.Option(help="The key's certificate; again for those between it and a trusted one."),
+    ] = None,
+) -> None:
+    """Sign an adapter: write model.sig beside its files.
+
+    Example: infuse adapters sign ./out/support-de --key release.key
+    """
+    with _told("sign"):
+        signature = signatures().sign(folder_with_adapter(folder), key, certificate or ())
+    typer.echo(f"{signature} signs the adapter")
+
+
+def verify(
+    folder: Folder,
+    trusted_signers: Annotated[
+        Path,
+        typer.Option(
+            envvar="INFUSE_TRUSTED_SIGNERS",
+            help="A PEM file, or a folder of them: public keys, or certificates of authorities.",
+        ),
+    ],
+) -> None:
+    """Say who has signed an adapter, as a server with the same trusted signers would.
+
+    Example: infuse adapters verify ./out/support-de --trusted-signers release.pub
+    """
+    with _told("verify"):
+        signer = signatures().Signers(trusted_signers).verify(folder_with_adapter(folder))
+    typer.echo(f"{folder} is signed by {signer}")
+
+
+@contextmanager
+def _told(command: str) -> Iterator[None]:
+    """What goes wrong ends the command."""
+    try:
+        yield
+    except (AdapterError, OSError) as error:
+        typer.echo(f"infuse adapters {command}: {error}", err=True)
+        raise typer.Exit(1) from None
