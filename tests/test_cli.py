@@ -185,7 +185,9 @@ def test_a_server_that_is_not_there_is_said() -> None:
         "revisions",
         "rollback",
         "show",
+        "sign",
         "update",
+        "verify",
     ],
 )
 def test_every_command_shows_an_example(command: str) -> None:

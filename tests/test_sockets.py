@@ -114,6 +114,8 @@ def test_tls_serves_those_who_trust_its_authority_and_asks_for_their_certificate
         assert client.post(url + COMPLETIONS, json=BODY).json()["usage"]["completion_tokens"] == 4
         with client.stream("POST", url + COMPLETIONS, json=BODY | {"stream": True}) as stream:
             assert stream.read().endswith(b"data: [DONE]\n\n")
+        too_large = {"content": b"x" * (8 << 20), "headers": {"Connection": "close"}}
+        assert client.post(url + COMPLETIONS, **too_large).status_code == 413
     with trusting(made) as stranger, pytest.raises(httpx.TransportError):
         stranger.get(f"{url}/health/live")
     with pytest.raises(httpx.ConnectError, match="certificate"):

@@ -9,6 +9,7 @@ import typer
 
 from infuse.adapters.checkpoint.adapter_files import folder_with_adapter
 from infuse.adapters.errors import AdapterError
+from infuse.server.commands.output import AsJson, print_done
 from infuse.server.signers import signatures
 
 Folder = Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.")]
@@ -21,6 +22,7 @@ def sign(
         list[Path] | None,
         typer.Option(help="The key's certificate; again for those between it and a trusted one."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Sign an adapter: write model.sig beside its files.
 
@@ -28,7 +30,7 @@ def sign(
     """
     with _told("sign"):
         signature = signatures().sign(folder_with_adapter(folder), key, certificate or ())
-    typer.echo(f"{signature} signs the adapter")
+    print_done({"signature": str(signature)}, as_json, f"{signature} signs the adapter")
 
 
 def verify(
@@ -40,6 +42,7 @@ def verify(
             help="A PEM file, or a folder of them: public keys, or certificates of authorities.",
         ),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Say who has signed an adapter, as a server with the same trusted signers would.
 
@@ -47,7 +50,7 @@ def verify(
     """
     with _told("verify"):
         signer = signatures().Signers(trusted_signers).verify(folder_with_adapter(folder))
-    typer.echo(f"{folder} is signed by {signer}")
+    print_done({"signer": signer}, as_json, f"{folder} is signed by {signer}")
 
 
 @contextmanager
