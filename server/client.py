@@ -83,6 +83,10 @@ class Client:
     def adapter(self, name: str) -> dict[str, Any]:
         return self._send("GET", _path(name))
 
+    def vectors(self, name: str) -> dict[str, Any]:
+        """What the adapter does to each module, in numbers."""
+        return self._send("GET", f"{_path(name)}/vectors")
+
     def describe(self, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         return self._send("PATCH", _path(name), json=changes)
 

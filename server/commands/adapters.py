@@ -8,6 +8,7 @@ import typer
 
 from infuse.adapters.checkpoint.adapter_files import folder_with_adapter
 from infuse.adapters.errors import InvalidAdapter
+from infuse.server.commands.heat_map import print_heat_map
 from infuse.server.commands.options import HERE, ApiKey, Url, connected, weighted
 from infuse.server.commands.output import (
     AsJson,
@@ -101,15 +102,27 @@ def list_adapters(url: Url = HERE, api_key: ApiKey = None, as_json: AsJson = Fal
 
 
 @adapters_app.command()
-def show(name: Name, url: Url = HERE, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """Show an adapter: its revision, where that came from, its details.
+def show(
+    name: Name,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Show what it amplifies and inhibits, by layer.")
+    ] = False,
+    url: Url = HERE,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show an adapter: its revision, where that came from, its details; or its vectors.
 
     Example: infuse adapters show support-de
+
+    Example: infuse adapters show support-de --plot
     """
     with connected(url, api_key) as client:
-        adapter = client.adapter(name)
+        adapter = client.vectors(name) if plot else client.adapter(name)
     if as_json:
         print_json(adapter)
+    elif plot:
+        print_heat_map(adapter)
     else:
         print_record(_SHOWN, [adapter[column.title] for column in _SHOWN])
 

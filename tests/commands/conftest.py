@@ -93,7 +93,7 @@ def typed(environment: None, monkeypatch: pytest.MonkeyPatch) -> Typed:  # noqa:
                 app([str(word) for word in words], standalone_mode=False)
         os.close(keyboard)
         os.close(screen)
-        return re.sub(r"\x1b\[\d*m", "", seen.result().decode())
+        return re.sub(r"\x1b\[[\d;]*m", "", seen.result().decode())
 
     return run
 

@@ -51,6 +51,28 @@ def test_an_adapter_is_shown_with_what_was_said_of_it(
     assert whole["description"] == "Says\tyes\x1b[2J"
 
 
+def test_a_plot_shows_what_is_amplified_and_inhibited_by_layer(
+    infuse: Infuse, typed: Typed
+) -> None:
+    whole = json.loads(infuse("adapters", "show", "first", "--plot", "--json").stdout)
+    lines = infuse("adapters", "show", "first", "--plot").stdout.splitlines()
+    drawn = typed("adapters", "show", "first", "--plot").splitlines()
+
+    means = {(each["kind"], each["layer"]): each["mean"] for each in whole["modules"]}
+    assert [line.split("\t")[0] for line in lines] == [
+        "mlp.down_proj (input)",
+        "self_attn.k_proj (output)",
+        "self_attn.v_proj (output)",
+    ]
+    keys = [float(value) for value in lines[1].split("\t")[1:]]
+    kind = "model.layers.*.self_attn.k_proj"
+    assert keys == [means[kind, 0] - 1, means[kind, 1] - 1]
+    assert drawn[0].startswith("mlp.down_proj (input)")
+    largest = max(means.values(), key=lambda mean: abs(mean - 1))
+    assert ("+" if largest > 1 else "-") in "".join(drawn[:3])
+    assert drawn[3].startswith("2 layers from left to right; ")
+
+
 def test_an_update_without_a_change_names_what_there_is_to_change(infuse: Infuse) -> None:
     refused = infuse("adapters", "update", "first")
 
