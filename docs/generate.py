@@ -218,7 +218,9 @@ def _drawn(module: ModuleType) -> dict[str, str]:
 
 _ERRORS = _drawn(adapter_errors) | _drawn(engine_errors)
 _SHAPE = """\
-Every error has OpenAI's shape, also as an event within a stream:
+Every error has OpenAI's shape, also as an event within a stream. Only the routes of
+[Anthropic's](../guide/generation.md#anthropics-messages-api) and
+[Ollama's](../guide/generation.md#ollamas-api) APIs have theirs, with the same statuses.
 
 ```json
 {"error": {"message": "…", "type": "…", "param": "…", "code": "…",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from infuse.adapters.checkpoint.config import CONFIG_FILE, IA3Config
 from infuse.adapters.errors import AdapterError
@@ -36,14 +36,18 @@ from infuse.server.api import (
     embeddings,
     health,
     merges,
+    messages,
     models,
+    ollama,
+    ollama_models,
+    other_servers,
     rank,
     responses,
     tokenize,
     usage,
     vectors,
 )
-from infuse.server.auth import Authorize
+from infuse.server.auth import KEY_HEADER, Authorize
 from infuse.server.documentation import add_pages
 from infuse.server.engine.fair_turns import FairTurns
 from infuse.server.engine.model_files import cache_dir
@@ -71,7 +75,11 @@ from infuse.server.uploads import UploadBudget
 
 log = logging.getLogger(__name__)
 
-_BEARER = HTTPBearer(auto_error=False, description="A key, where the server has a keys file.")
+_A_KEY = "A key, where the server has a keys file."
+_KEYED = [
+    Depends(HTTPBearer(auto_error=False, description=_A_KEY)),
+    Depends(APIKeyHeader(name=KEY_HEADER, auto_error=False, description=_A_KEY)),
+]
 """For the OpenAPI document only: `Authorize` has checked the key already."""
 _HOUR = 3600.0
 _NAMES_AT_ONCE = 10
@@ -127,9 +135,11 @@ def create_app(settings: Settings) -> FastAPI:
     add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
-    generating = (completions, chat, responses, rank, embeddings, tokenize)
-    for module in (*generating, models, vectors, adapters, merges, usage, debug):
-        app.include_router(module.router, dependencies=[Depends(_BEARER)])
+    generating = (completions, chat, responses, messages, ollama, rank, embeddings, tokenize)
+    listing = (models, ollama_models, vectors, adapters, merges, usage, debug)
+    for module in (*generating, *listing):
+        app.include_router(module.router, dependencies=_KEYED)
+    app.include_router(other_servers.router)
     app.include_router(health.router)
     app.include_router(console.router)
     app.add_middleware(LimitBodies, settings=settings)

@@ -16,9 +16,18 @@ from infuse.server.keys.keyring import Keyring, NoEntry
 from infuse.server.keys.tokens import BadToken
 from infuse.server.keys.usage import Usage
 
+KEY_HEADER = "x-api-key"
+"""Anthropic's header for a key, taken where there is no bearer."""
 _METRICS = "/metrics"
 _DEBUG = "/debug/"
 _ADMIN = ("/v1/adapters", "/v1/merges", "/v1/usage", _DEBUG)
+LORA_ROUTES = (
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+)
+"""By which vLLM and SGLang are given adapters. Any key is told what does the same here."""
 _HEALTH = "/health"
 _DOCS = ("/docs", "/redoc", "/openapi.json")
 _NOWHERE = "/v1"
@@ -93,13 +102,16 @@ async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _key(keyring: Keyring, scope: Scope) -> Key:
     """The key that a request gives. Raises ApiError 401, 403, 429, 503."""
-    header = Headers(scope=scope).get("authorization", "")
-    scheme, _, given = header.partition(" ")
-    key = await _entry(keyring, given.strip()) if scheme.lower() == "bearer" else None
+    headers = Headers(scope=scope)
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get(KEY_HEADER, "")
+    key = await _entry(keyring, given.strip()) if given else None
     if key is None:
         raise ApiError(
             401,
-            "No valid API key was given; send it as 'Authorization: Bearer <key>'.",
+            "No valid API key was given; send it as 'Authorization: Bearer <key>', or as "
+            "'x-api-key: <key>'.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -154,6 +166,8 @@ def _roles(path: str) -> tuple[Role, ...]:
         return "metrics", "admin"
     if _is_at(path, _DOCS):
         return "generate", "admin", "metrics"
+    if path in LORA_ROUTES:
+        return "generate", "admin"
     return ("admin",) if path.startswith(_ADMIN) else ("generate",)
 
 

@@ -49,7 +49,7 @@ from infuse.adapters.errors import (
     UnknownMerge,
     UnknownRevision,
 )
-from infuse.server import request_id
+from infuse.server import error_forms, request_id
 from infuse.server.engine.errors import (
     BadConstraint,
     ConstraintsUnavailable,
@@ -150,6 +150,7 @@ def error_body(error: ApiError) -> str:
 
 
 def error_json(error: ApiError) -> dict[str, Any]:
+    """An error in the form of the current request's API."""
     info = {
         "message": error.message,
         "type": _type(error.status),
@@ -160,7 +161,8 @@ def error_json(error: ApiError) -> dict[str, Any]:
             for fault in error.details
         ],
     }
-    return {"error": info}
+    form = error_forms.current.get()
+    return {"error": info} if form is None else form.write(error.status, info)
 
 
 def error_response(error: ApiError) -> Response:

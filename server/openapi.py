@@ -6,15 +6,19 @@ where a body is read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp
 
+from infuse.server.error_forms import FORMS, form_of
 from infuse.server.errors import ErrorBody
 from infuse.server.outside import Layer
 
 Json = dict[str, Any]
+_SCHEMAS = "#/components/schemas/"
 
 
 def header(text: str, *, kind: str = "string", always: bool = True) -> Json:
@@ -85,22 +89,36 @@ class Application(FastAPI):
     def openapi(self) -> Json:
         if self.openapi_schema is None:
             document = super().openapi()
-            for operations in document["paths"].values():
+            for path, operations in document["paths"].items():
+                form = form_of(path)
                 for operation in operations.values():
-                    _complete(operation)
+                    _complete(operation, ErrorBody if form is None else form.model)
+            schemas = document["components"]["schemas"]
             for of_fastapi in ("HTTPValidationError", "ValidationError"):
-                document["components"]["schemas"].pop(of_fastapi, None)
+                schemas.pop(of_fastapi, None)
+            schemas |= _schemas([form.model for form in FORMS])
         return super().openapi()
 
 
-def _complete(operation: Json) -> None:
+def _schemas(models: Sequence[type[BaseModel]]) -> Json:
+    """The schemas of models, and of those inside of them, by their names."""
+    written: Literal["serialization"] = "serialization"
+    of_each = [(model, written) for model in models]
+    _, together = models_json_schema(of_each, ref_template=f"{_SCHEMAS}{{model}}")
+    return dict(together["$defs"])
+
+
+def _complete(operation: Json, error: type[BaseModel]) -> None:
+    """`error`: what the operation's errors look like."""
     responses = operation["responses"]
     # FastAPI adds a 422 wherever there is a parameter; here a 400 stands where one is checked.
     responses.pop("422", None)
     for status in _derived(operation):
-        schema = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
-        answer = {**_ERRORS[status], "content": {"application/json": {"schema": schema}}}
-        responses.setdefault(str(status), answer)
+        responses.setdefault(str(status), dict(_ERRORS[status]))
+    schema = {"$ref": f"{_SCHEMAS}{error.__name__}"}
+    for status, answer in responses.items():
+        if int(status) >= 400:
+            answer["content"] = {"application/json": {"schema": schema}}
     operation["responses"] = dict(sorted(responses.items()))
 
 

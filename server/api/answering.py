@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pydantic_core
 from fastapi import Request
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import format_sse_event
 from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from infuse.server.api.answer_schemas import Usage
@@ -24,6 +24,8 @@ from infuse.server.openapi import READS, errors, header
 
 log = logging.getLogger(__name__)
 
+EVENTS = "text/event-stream"
+LINES = "application/x-ndjson"
 Chunk = Mapping[str, object]
 """An event of a stream, as it becomes JSON. A pydantic model would take four times as long for
 every token."""
@@ -32,6 +34,8 @@ every token."""
 class Writer(ABC):
     """Writes an order's outputs in the shape of one endpoint."""
 
+    media_type: ClassVar[str] = EVENTS
+    """A stream's. Each chunk is an event, or one of LINES of JSON; the last line ends a stream."""
     is_typed: ClassVar[bool] = False
     """Whether a stream's events are named by their `type`, and the last of them ends it. Otherwise
     they have no names, and `[DONE]` ends it."""
@@ -57,14 +61,16 @@ class Writer(ABC):
 
 
 def documented_answers(
-    whole: type[BaseModel], events: str = 'data: {"id": "…"}\n\ndata: [DONE]\n\n'
+    whole: type[BaseModel],
+    events: str = 'data: {"id": "…"}\n\ndata: [DONE]\n\n',
+    media_type: str = EVENTS,
 ) -> dict[int | str, dict[str, Any]]:
     """A generation endpoint's answers in the OpenAPI document. `events`: how its streams look."""
     which = header("Which revision answered; the base has none.", always=False)
     answer = {
         "model": whole,
-        "description": "The answer; with `stream`, its chunks as events.",
-        "content": {"text/event-stream": {"example": events}},
+        "description": "The answer; with `stream`, its chunks.",
+        "content": {media_type: {"example": events}},
         "headers": {"Infuse-Adapter": which},
     }
     disabled = "The key may not do this, or the adapter is disabled."
@@ -87,14 +93,16 @@ def whole_answer(generation: Generation, answer: BaseModel) -> Response:
     return Response(text, media_type="application/json", headers=generation.order.headers)
 
 
-class GenerationStream(EventSourceResponse):
-    """Streams the outputs as server-sent events; a client that leaves early cancels the rest."""
+class GenerationStream(StreamingResponse):
+    """Streams the outputs; a client that leaves early cancels the rest."""
 
     def __init__(self, generation: Generation, writer: Writer, body: GenerationBody) -> None:
         self._generation = generation
         headers = {"X-Accel-Buffering": "no"}
         super().__init__(
-            _events(generation, writer, body), headers=headers | generation.order.headers
+            _events(generation, writer, body),
+            headers=headers | generation.order.headers,
+            media_type=writer.media_type,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,7 +140,7 @@ async def _events(
     except Exception as error:
         log.error("The stream %s failed.", generation.order.id, exc_info=error)
         events.append(_failure(writer, ApiError(500, "The server failed; its log says why.")))
-    if not writer.is_typed:
+    if writer.media_type == EVENTS and not writer.is_typed:
         events.append(format_sse_event(data_str="[DONE]"))
     yield b"".join(events)
 
@@ -148,4 +156,6 @@ def _failure(writer: Writer, error: ApiError) -> bytes:
 
 
 def _written(writer: Writer, chunk: Chunk, text: str) -> bytes:
+    if writer.media_type == LINES:
+        return text.encode() + b"\n"
     return format_sse_event(data_str=text, event=str(chunk["type"]) if writer.is_typed else None)

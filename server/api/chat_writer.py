@@ -106,7 +106,7 @@ class ChatWriter(Writer):
         message = AssistantMessage(role="assistant", content=said.content)
         if said.calls:
             message.content = said.content or None
-            message.tool_calls = _joined(said.calls)
+            message.tool_calls = joined(said.calls)
         return ChatChoice(
             index=number,
             message=message,
@@ -148,7 +148,7 @@ def _call_delta(part: CallPart) -> dict[str, Any]:
     }
 
 
-def _joined(parts: Sequence[CallPart]) -> list[ToolCall]:
+def joined(parts: Sequence[CallPart]) -> list[ToolCall]:
     calls: list[ToolCall] = []
     for part in parts:
         if part.name is not None and part.id is not None:

@@ -5,13 +5,13 @@ answered with less than was asked for. A field that changes no answer is harmles
 are fields that nobody knows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from infuse.server.errors import ApiError
 
-_NOTHING: tuple[object, ...] = (None, False, 0, "", [], {}, "auto")
+NOTHING: tuple[object, ...] = (None, False, 0, "", [], {}, "auto")
 """Values by which most fields ask for nothing."""
 
 
@@ -20,7 +20,7 @@ class Refusal:
     """How a client can mend a refused field, and the field's values that ask for nothing."""
 
     mend: str
-    passes: tuple[object, ...] = _NOTHING
+    passes: tuple[object, ...] = NOTHING
 
 
 HARMLESS = frozenset(
@@ -87,9 +87,9 @@ REFUSED: Mapping[str, Refusal] = {
     "merged_adapters": _ADAPTER,
     # OpenAI's.
     "audio": _TEXT_ONLY,
-    "function_call": Refusal("use 'tools' and 'tool_choice'", (*_NOTHING, "none")),
+    "function_call": Refusal("use 'tools' and 'tool_choice'", (*NOTHING, "none")),
     "functions": Refusal("use 'tools'"),
-    "modalities": Refusal(_TEXT_ONLY.mend, (*_NOTHING, ["text"])),
+    "modalities": Refusal(_TEXT_ONLY.mend, (*NOTHING, ["text"])),
     "moderation": _LEAVE_OUT,
     "reasoning_effort": Refusal(_TEMPLATE_KWARGS.mend, (None,)),
     "suffix": Refusal("leave it out, and write the insertion's place into the prompt"),
@@ -196,12 +196,19 @@ HARMLESS_IN_RESPONSES = frozenset({"image", "max_tool_calls", "stream_options"})
 
 def refuse_foreign(fields: Mapping[str, Any], refused: Mapping[str, Refusal] = REFUSED) -> None:
     """Refuse fields that are not served and ask for another answer. Raises ApiError 400."""
+    for name, refusal in unserved(fields, refused):
+        message = f"{name} is not served here: {refusal.mend}."
+        raise ApiError(400, message, param=name, code="not_served")
+
+
+def unserved(
+    fields: Mapping[str, Any], refused: Mapping[str, Refusal]
+) -> Iterator[tuple[str, Refusal]]:
+    """The fields that are refused and ask for something."""
     for name, value in fields.items():
         refusal = refused.get(name)
         if refusal is not None and not any(_is(value, nothing) for nothing in refusal.passes):
-            raise ApiError(
-                400, f"{name} is not served here: {refusal.mend}.", param=name, code="not_served"
-            )
+            yield name, refusal
 
 
 def _is(value: object, nothing: object) -> bool:

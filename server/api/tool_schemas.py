@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_TOOLS = 128
+FUNCTION_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -16,9 +17,7 @@ class FunctionDefinition(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Its name.", examples=["get_weather"]
-    )
+    name: str = Field(pattern=FUNCTION_NAME, description="Its name.", examples=["get_weather"])
     description: str | None = Field(
         None, description="What it does, for the model.", examples=["The weather of a city."]
     )

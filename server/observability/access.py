@@ -12,7 +12,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infuse.server import request_id
+from infuse.server import error_forms, request_id
 from infuse.server.caller import SCOPE_KEY
 from infuse.server.headers import RAW_SAFE
 from infuse.server.observability.answered import Answered
@@ -152,6 +152,7 @@ class Observe:
         id_ = request_id.id_of(Headers(scope=scope))
         # A request has a task of its own, which ends with it.
         request_id.current.set(id_)
+        error_forms.current.set(error_forms.form_of(scope["path"]))
         _current.set(request)
         added = [*RAW_SAFE, (request_id.HEADER.lower().encode(), id_.encode())]
 

@@ -24,6 +24,9 @@ from infuse.server.observability.answered import Answered
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/api/chat": "chat",
+    "/api/generate": "chat",
     "/v1/completions": "text_completion",
     "/v1/responses": "chat",
     "/v1/rank": "rank",

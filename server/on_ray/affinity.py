@@ -19,7 +19,15 @@ MERGES = "merges"
 """The affinity of requests about merges: they are jobs of one replica."""
 _HEADER = b"x-session-id"
 """What Serve hands its router as a request's session."""
-_GENERATION = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/rank")
+_GENERATION = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/rank",
+    "/api/chat",
+    "/api/generate",
+)
 _MERGES = "/v1/merges"
 _MOST_BYTES = 1 << 20
 _SECONDS = 5.0
@@ -101,7 +109,7 @@ def _beginning(body: Mapping[str, Any]) -> str:
     messages = body.get("messages", body.get("input"))
     if isinstance(messages, list):
         shown = [[each.get("role"), each.get("content")] for each in messages[:8] if _is_map(each)]
-        return _json([body.get("instructions"), shown])[:_BEGINNING]
+        return _json([body.get("system", body.get("instructions")), shown])[:_BEGINNING]
     prompt = body.get("prompt", body.get("input"))
     return _json(prompt[:_BEGINNING] if isinstance(prompt, str | list) else prompt)[:_BEGINNING]
 

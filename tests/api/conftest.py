@@ -23,6 +23,7 @@ from infuse.server.listener import Server
 from infuse.server.services import Services
 from infuse.server.settings import MEBIBYTE, Settings
 from tests.api.documented import Documented
+from tests.chat_templates import HERMES
 from tests.factories import save_adapter, save_tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -138,6 +139,16 @@ def server(serve_adapters: ServeAdapters) -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.base_url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def url_with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model has a chat template with tools, as Qwen's."""
+    root = tmp_path_factory.mktemp("tools")
+    model = save_model(root / "model", HERMES, max_position_embeddings=2048)
+    settings = Settings(model=str(model), served_model_name="tiny", adapters_dir=root / "store")
+    with run_server(settings) as (url, _):
+        yield url
 
 
 @pytest.fixture

@@ -113,6 +113,67 @@ def test_nothing_is_done_without_a_key(
     assert response.headers["www-authenticate"] == "Bearer"
 
 
+OTHER_FORMS: list[tuple[str, str, dict[str, Any]]] = [
+    ("POST", "/v1/messages", {"json": {"model": "tiny", "messages": [], "max_tokens": 1}}),
+    ("POST", "/v1/messages/count_tokens", {"json": {"model": "tiny", "messages": []}}),
+    ("POST", "/api/chat", {"json": {"model": "tiny"}}),
+    ("POST", "/api/generate", {"json": {"model": "tiny"}}),
+    ("POST", "/api/show", {"json": {"model": "tiny"}}),
+    ("GET", "/api/tags", {}),
+    ("GET", "/api/ps", {}),
+    ("GET", "/api/version", {}),
+    ("POST", "/api/pull", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), OTHER_FORMS)
+def test_nothing_is_done_without_a_key_over_the_apis_of_others(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any]
+) -> None:
+    unknown = client.request(method, path, **body)
+    wrong = client.request(method, path, **body, headers=bearer("admin"))
+
+    assert (unknown.status_code, wrong.status_code) == (401, 403)
+    assert unknown.headers["www-authenticate"] == "Bearer"
+    if path.startswith("/v1/"):
+        assert unknown.json()["error"]["type"] == "authentication_error"
+        assert wrong.json()["error"]["type"] == "permission_error"
+    else:
+        assert "x-api-key" in unknown.json()["error"]
+        assert "lacks the role 'generate'" in wrong.json()["error"]
+    allowed = client.request(method, path, **body, headers={"x-api-key": key_of("generate")})
+    assert allowed.status_code in (200, 400)
+
+
+@pytest.mark.parametrize(("method", "path", "body"), [*GENERATE, *ADMIN, ("GET", "/metrics", {})])
+def test_a_key_may_come_in_anthropics_header(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any]
+) -> None:
+    statuses = [
+        client.request(method, path, headers=headers, **body).status_code
+        for headers in (bearer("everything"), {"x-api-key": key_of("everything")})
+    ]
+
+    assert statuses[0] == statuses[1] not in (401, 403)
+    wrong = client.request(method, path, headers={"x-api-key": "wrong"}, **body)
+    assert error_of(wrong, 401)["code"] == "invalid_api_key"
+
+
+def test_a_bearer_counts_before_anthropics_header(client: httpx.Client) -> None:
+    both = {"Authorization": "Bearer wrong", "x-api-key": key_of("everything")}
+    other = {"Authorization": "Basic eA==", "x-api-key": key_of("everything")}
+
+    assert client.get("/v1/models", headers=both).status_code == 401
+    assert client.get("/v1/models", headers=other).status_code == 200
+
+
+@pytest.mark.parametrize("role", ["generate", "admin"])
+def test_any_key_that_may_ask_is_told_how_adapters_come(client: httpx.Client, role: str) -> None:
+    answer = client.post("/v1/load_lora_adapter", json={"lora_name": "a"}, headers=bearer(role))
+
+    assert "PUT /v1/adapters/{name}" in error_of(answer, 400)["message"]
+
+
 def test_a_path_that_only_begins_like_an_open_one_is_not_open(client: httpx.Client) -> None:
     for path in ("/healthy", "/docs-of-mine", "/openapi.json5"):
         assert client.get(path, headers={"Authorization": ""}).status_code == 401

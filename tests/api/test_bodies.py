@@ -102,6 +102,20 @@ def test_a_body_that_is_not_said_to_be_json_names_the_header(
     assert "application/json" in error["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/chat", "/api/show"])
+def test_the_apis_of_others_read_packed_bodies_and_name_what_is_wrong_with_one(
+    client: httpx.Client, path: str
+) -> None:
+    said = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    body = said if path == "/v1/messages" else {"model": "tiny"}
+    packed = gzip.compress(json.dumps(body).encode())
+
+    assert client.post(path, content=packed, headers=PACKED).status_code == 200
+    for headers, name in ((JSON, "Content-Encoding: gzip"), ({}, "Content-Type")):
+        error = client.post(path, content=packed, headers=headers).json()["error"]
+        assert name in (error if path.startswith("/api/") else error["message"])
+
+
 def test_a_gzip_body_that_is_not_said_to_be_one_names_the_header(client: httpx.Client) -> None:
     error = refused(send(client, gzip.compress(json.dumps(BODY).encode()), JSON))
 

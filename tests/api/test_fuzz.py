@@ -54,7 +54,7 @@ MANY = {"get": 150, "delete": 150, "post": 270, "put": 270, "patch": 270}
 def no_failure_of_the_server(context: Any, answer: Any, case: Case) -> bool | None:
     """The time that a request itself allows may be over."""
     if answer.status_code == 504 and HEADER in case.headers:
-        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        assert "time is over" in answer.text
         return None
     return not_a_server_error(context, answer, case)
 
@@ -76,6 +76,12 @@ PLAIN: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "Once upon"},
     "/v1/chat/completions": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]},
     "/v1/responses": {"model": "mlp", "input": "Hi."},
+    "/v1/messages": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]}
+    | {"max_tokens": 8},
+    "/v1/messages/count_tokens": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]},
+    "/api/chat": {"model": "mlp", "messages": [{"role": "user", "content": "Hi."}]},
+    "/api/generate": {"model": "mlp", "prompt": "Once upon"},
+    "/api/show": {"model": "mlp"},
     "/v1/rank": {"model": "mlp", "inputs": [{"prompt": "Two", "choices": [" plus", " and"]}]},
     "/v1/adapters/combine": {
         "name": "new",
@@ -89,10 +95,12 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 HALF = "\ud800"
 """Half a surrogate pair: JSON can carry it, UTF-8 cannot."""
+OLLAMAS = ("/api/chat", "/api/generate")
 LIMITS = {
     "/v1/completions": ("max_tokens", "max_completion_tokens"),
     "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
     "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
 }
 """The fields that bound an answer's length."""
 LONGEST = 8
@@ -165,13 +173,18 @@ def lacks_key(path: str, caller: str) -> bool:
 def shorten(case: Case) -> None:
     """Bound the answer's tokens; a limit beyond the window is left, as it is refused."""
     body, names = case.body, LIMITS.get(case.path)
+    if isinstance(body, dict) and case.path in OLLAMAS:
+        options = {} if body.get("options") is None else body["options"]
+        if isinstance(options, dict) and options.get("num_predict") in (None, *range(-2, 256)):
+            body["options"] = options | {"num_predict": LONGEST}
     if not isinstance(body, dict) or names is None:
         return
     limits = [name for name in names if body.get(name)]
     for name in limits:
         if isinstance(body[name], int) and LONGEST < body[name] < 256:
             body[name] = LONGEST
-    if not limits:
+    # Messages need a limit, so that one without it is refused.
+    if not limits and case.path != "/v1/messages":
         body[names[0]] = LONGEST
 
 
@@ -309,7 +322,8 @@ def test_the_edges_of_every_field_are_answered(fuzzed: Fuzzed, operation: tuple[
     fuzzed.restore()
     for case in edges(fuzzed, fuzzed.document[path][method]):
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body["model"] = "default"
+            # A name that is too long is what the case is about.
+            case.body["model"] = case.body["model"] if path == "/api/show" else "default"
         shorten(case)
         fuzzed.send(case, "everything", negative_data_rejection)
     fuzzed.check()

@@ -133,6 +133,22 @@ def test_a_failure_within_a_stream_is_an_event(
     assert eventually(lambda: at_rest(server))
 
 
+@pytest.mark.native
+def test_a_failure_within_a_stream_has_the_form_of_its_api(
+    client: httpx.Client, server: RunningServer, overflowing: str
+) -> None:
+    body = {"model": overflowing, "stream": True, **PROMPTS[CHAT]}
+    anthropics = client.post("/v1/messages", json=body | {"max_tokens": 9})
+    ollamas = client.post("/api/chat", json=body)
+
+    *_, name, data = anthropics.text.strip().split("\n")
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (name, error["type"]) == ("event: error", "api_error")
+    assert "not finite" in error["message"]
+    assert "not finite" in json.loads(ollamas.text.splitlines()[-1])["error"]
+    assert eventually(lambda: at_rest(server))
+
+
 def test_a_full_queue_says_when_to_come_back(start_server: StartServer) -> None:
     url, services = start_server(max_batch_rows=1, max_queue=2)
     two = LONG | {"model": "tiny", "n": 2}

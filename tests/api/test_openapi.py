@@ -15,7 +15,17 @@ from tests.api.conftest import RunningServer
 Json = dict[str, Any]
 E = TypeVar("E", bound=Exception)
 EXAMPLES = ("example", "examples")
-ERROR = {"$ref": "#/components/schemas/ErrorBody"}
+ERRORS = {
+    "/v1/messages": "AnthropicErrorBody",
+    "/v1/messages/count_tokens": "AnthropicErrorBody",
+    "/api/chat": "OllamaErrorBody",
+    "/api/generate": "OllamaErrorBody",
+    "/api/show": "OllamaErrorBody",
+    "/api/tags": "OllamaErrorBody",
+    "/api/ps": "OllamaErrorBody",
+    "/api/version": "OllamaErrorBody",
+}
+"""Paths whose errors do not have OpenAI's form."""
 KEYED = (401, 403, 429, 503)
 """No key, one that may not or that asks too much at once; and the server may be stopping."""
 BODY = (408, 413)
@@ -26,6 +36,14 @@ STATUSES = {
     ("post", "/v1/responses"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("get", "/v1/responses/{id}"): {*KEYED, 404},
     ("delete", "/v1/responses/{id}"): {*KEYED, 404},
+    ("post", "/v1/messages"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/v1/messages/count_tokens"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/api/chat"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/api/generate"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("post", "/api/show"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
+    ("get", "/api/tags"): {200, *KEYED},
+    ("get", "/api/ps"): {200, *KEYED},
+    ("get", "/api/version"): {200, *KEYED},
     ("post", "/v1/rank"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/tokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
     ("post", "/detokenize"): {200, 400, *KEYED, 404, *BODY, 500, 504, 507},
@@ -171,12 +189,13 @@ def test_every_error_of_ours_is_one_that_some_operation_names() -> None:
     assert errors <= set.union(*STATUSES.values())
 
 
-def test_every_error_has_the_one_shape(page: Json) -> None:
+def test_every_error_has_the_form_of_its_api(page: Json) -> None:
     for method, path, operation in operations(page):
         for status, response in operation["responses"].items():
             if not status.startswith("2"):
                 where = (method, path, status)
-                assert response["content"]["application/json"]["schema"] == ERROR, where
+                form = {"$ref": f"#/components/schemas/{ERRORS.get(path, 'ErrorBody')}"}
+                assert response["content"]["application/json"]["schema"] == form, where
                 assert response["description"], where
 
 
@@ -186,9 +205,10 @@ def test_no_status_is_promised_that_never_comes(page: Json) -> None:
 
 
 def test_the_page_says_where_a_key_goes(page: Json) -> None:
-    [scheme] = page["components"]["securitySchemes"].values()
+    bearer, header = page["components"]["securitySchemes"].values()
 
-    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert (bearer["type"], bearer["scheme"]) == ("http", "bearer")
+    assert (header["type"], header["in"], header["name"]) == ("apiKey", "header", "x-api-key")
     for _, path, operation in operations(page):
         is_open = path.startswith("/health") or path == "/metrics"
-        assert ("security" in operation) is not is_open, path
+        assert len(operation.get("security", [])) == (0 if is_open else 2), path

@@ -13,11 +13,10 @@ from pydantic import BaseModel
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
 from infuse.server.api.tool_formats import find_format
-from infuse.server.settings import Settings
-from tests.api.conftest import RunningServer, run_server, save_model
+from tests.api.conftest import RunningServer, save_model
 from tests.api.test_bad_generation_input import refused
 from tests.api.test_streaming import CHAT
-from tests.chat_templates import HERMES, MISTRAL
+from tests.chat_templates import MISTRAL
 from tests.factories import TOKENS, tiny_tokenizer
 
 ASKED: list[Any] = [{"role": "user", "content": "Is it warm?"}]
@@ -35,14 +34,9 @@ STOP: Any = {"type": "function", "function": {"name": "stop"}}
 NAMED: Any = {"type": "function", "function": {"name": "stop"}}
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server whose model has a chat template with tools, as Qwen's."""
-    root = tmp_path_factory.mktemp("tools")
-    model = save_model(root / "model", HERMES, max_position_embeddings=2048)
-    settings = Settings(model=str(model), served_model_name="tiny", adapters_dir=root / "store")
-    with run_server(settings) as (url, _):
-        yield url
+@pytest.fixture
+def url(url_with_tools: str) -> str:
+    return url_with_tools
 
 
 @pytest.fixture

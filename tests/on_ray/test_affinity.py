@@ -101,6 +101,20 @@ def test_a_body_is_passed_on_as_it_came() -> None:
     assert asked.session == affinity_of(body)
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/chat", "/api/generate", "/v1/rank"])
+def test_every_way_to_generate_has_an_affinity(path: str) -> None:
+    body = json.dumps(chat("Hello") | {"prompt": "Hello"}).encode()
+
+    assert ask(path, parts(body, 100)).session == affinity_of(body) != ""
+
+
+def test_a_system_prompt_beside_the_messages_is_part_of_their_beginning() -> None:
+    asked = {"model": "a", "messages": [{"role": "user", "content": "Hello"}]}
+
+    assert of(**asked, system="Be brief.") != of(**asked, system="Be kind.")
+    assert of(**asked, system="x" * 600) == of(**asked | {"messages": []}, system="x" * 600)
+
+
 def test_a_body_that_is_too_large_to_read_ahead_is_passed_on_without_an_affinity() -> None:
     messages = parts(json.dumps({"model": "a", "prompt": "x" * (3 << 20)}).encode(), 1 << 16)
     asked = ask("/v1/completions", messages)
