@@ -32,7 +32,13 @@ function useAnswers(base: string) {
     void run(column, ask, base, abort.signal, (answer) => {
       // A run that another one has replaced has nothing to say.
       if (running.current.get(column.id) !== abort) return;
-      setAnswers((before) => new Map(before).set(column.id, answer));
+      setAnswers((before) => {
+        // What was answered last stays until the first token comes, and who reads it at its place.
+        const waits = answer.state === "running" && answer.tokens.length === 0;
+        const last = waits ? before.get(column.id) : undefined;
+        const shown = last === undefined ? answer : { ...last, state: answer.state, error: null };
+        return new Map(before).set(column.id, shown);
+      });
     });
   }
   const stopAll = () => running.current.forEach((abort) => abort.abort());
