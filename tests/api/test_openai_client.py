@@ -29,6 +29,7 @@ def oracle(model_folder: Path) -> Oracle:
     return Oracle(model_folder)
 
 
+@pytest.mark.client("openai", "models, listed and looked up")
 def test_it_lists_and_finds_models(ai: OpenAI, base: str, adapter_folders: dict[str, Path]) -> None:
     names = [model.id for model in ai.models.list()]
 
@@ -39,6 +40,7 @@ def test_it_lists_and_finds_models(ai: OpenAI, base: str, adapter_folders: dict[
         ai.models.retrieve("nobody")
 
 
+@pytest.mark.client("openai", "completions, whole and streamed")
 def test_it_completes_and_streams_the_same_text(ai: OpenAI, base: str, oracle: Oracle) -> None:
     whole = ai.completions.create(
         model=base, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
@@ -62,6 +64,7 @@ def test_it_completes_and_streams_the_same_text(ai: OpenAI, base: str, oracle: O
     assert whole.usage.completion_tokens == 12
 
 
+@pytest.mark.client("openai", "chats with log-probabilities and several choices")
 def test_it_chats_with_logprobs(ai: OpenAI, adapter_folders: dict[str, Path]) -> None:
     name = next(iter(adapter_folders))
 
@@ -85,6 +88,7 @@ def test_it_chats_with_logprobs(ai: OpenAI, adapter_folders: dict[str, Path]) ->
             assert len(token.top_logprobs) == 2
 
 
+@pytest.mark.client("openai", "chats, streamed, with usage")
 def test_it_streams_a_chat(ai: OpenAI, base: str) -> None:
     messages = [{"role": "user", "content": "Where is my order?"}]
     whole = ai.chat.completions.create(
@@ -137,6 +141,7 @@ def test_its_token_scores_have_the_expected_types(ai: OpenAI, base: str) -> None
     assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(PROMPT)
 
 
+@pytest.mark.client("openai", "errors with `code` and `param`")
 def test_its_errors_carry_ours(ai: OpenAI, base: str) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         ai.completions.create(model="nobody", prompt=PROMPT)
