@@ -51,9 +51,9 @@ def _draw(changes: Changes, layers: list[int | None]) -> None:
 def _cell(change: float | None, largest: float) -> tuple[str, str]:
     """A cell's text and its style: red where features are amplified, blue where inhibited."""
     if change is None:
-        return "  ", ""
+        return " ", ""
     share = abs(change) / largest if largest else 0.0
     sign = " " if share < _CLEAR else "+" if change > 0 else "-"
     bright = round(_DARK + (_LIGHT - _DARK) * share)
     red, blue = (bright, _DARK) if change > 0 else (_DARK, bright)
-    return f"{sign} ", f"bright_white on rgb({red},{_DARK},{blue})"
+    return sign, f"bright_white on rgb({red},{_DARK},{blue})"
