@@ -425,3 +425,28 @@ def test_there_is_no_stored_response(server: RunningServer, method: str, path: s
 def test_a_stored_response_is_told_as_missing_by_openais_client(ai: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="stores none"):
         ai.responses.retrieve("resp_1")
+
+
+# What is told of it
+
+
+def test_a_request_is_counted_by_its_route_and_has_a_deadline(
+    ai: OpenAI, server: RunningServer
+) -> None:
+    respond(ai)
+    late = {"X-Request-Timeout": "1e-9"}
+    with pytest.raises(openai.APIStatusError) as over:
+        respond(ai, extra_headers=late)
+
+    assert (over.value.status_code, over.value.code) == (504, "deadline_exceeded")
+    counted = [
+        f'infuse_http_requests_total{{method="POST",route="{RESPONSES}",status="{status}"}}'
+        for status in (200, 504)
+    ]
+
+    def are_counted() -> bool:
+        metrics = httpx.get(f"{server.base_url}/metrics").text
+        return all(series in metrics for series in counted)
+
+    # An answer is counted once it has been sent.
+    assert eventually(are_counted)
