@@ -185,3 +185,33 @@ def test_openais_agents_answer_by_the_responses_api(api: str) -> None:
     agent = Agent(name="guide", model=model, model_settings=ModelSettings(temperature=0))
 
     assert Runner.run_sync(agent, QUESTION).final_output == ANSWER
+
+
+@pytest.mark.client("anthropic", "messages, whole and streamed; tokens counted")
+def test_anthropics_client_gets_messages(url: str) -> None:
+    from anthropic import Anthropic
+
+    client = Anthropic(base_url=url, api_key="none")
+    asked = {"model": MODEL, "messages": MESSAGES}
+    limits = {"max_tokens": 32, "extra_body": {"temperature": 0}}
+    whole = client.messages.create(**asked, **limits)
+    with client.messages.stream(**asked, **limits) as stream:
+        streamed = "".join(stream.text_stream)
+
+    assert [block.text for block in whole.content] == [ANSWER]
+    assert streamed == ANSWER
+    assert client.messages.count_tokens(**asked).input_tokens == whole.usage.input_tokens
+
+
+@pytest.mark.client("ollama", "chat, whole and streamed; adapters listed as models")
+def test_ollamas_client_chats(url: str) -> None:
+    from ollama import Client
+
+    client = Client(host=url)
+    greedy = {"temperature": 0}
+    whole = client.chat(MODEL, messages=MESSAGES, options=greedy)
+    streamed = client.chat(MODEL, messages=MESSAGES, options=greedy, stream=True)
+
+    assert whole.message.content == ANSWER
+    assert "".join(each.message.content or "" for each in streamed) == ANSWER
+    assert any("sentiment" in str(each.model) for each in client.list().models)
