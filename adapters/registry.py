@@ -61,6 +61,8 @@ class RegistryStats(ResidencyStats):
     registered: int
     damaged: int
     """Revisions whose files were found to differ from what was stored."""
+    read_only: bool
+    """Whether the store can be read and not changed, as far as was noticed."""
 
 
 class AdapterRegistry:
@@ -366,6 +368,7 @@ class AdapterRegistry:
         return RegistryStats(
             registered=len(self._store),
             damaged=self._store.damaged,
+            read_only=self._store.is_read_only,
             **asdict(self.residency.stats()),
         )
 

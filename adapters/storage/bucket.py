@@ -120,6 +120,8 @@ class BucketStorage:
     def turn(self) -> AbstractContextManager[object]:
         return nullcontext()
 
+    is_read_only = False
+
     def check(self) -> None:
         """Do nothing: each change asks the bucket, and a cache that was removed is made again."""
 

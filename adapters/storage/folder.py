@@ -127,6 +127,7 @@ class FolderStorage(ContentFolder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
+        self.is_read_only = False
         try:
             with room():
                 self._journal = Journal(folder / "journal.jsonl")
@@ -157,6 +158,8 @@ class FolderStorage(ContentFolder):
                 "server runs, so no change would last: put it back as it was, or restart the "
                 "server."
             )
+        if os.statvfs(self._folder).f_flag & os.ST_RDONLY:
+            self.is_read_only = True
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -188,12 +191,16 @@ class FolderStorage(ContentFolder):
 
     @contextmanager
     def _checked_on_failure(self) -> Iterator[None]:
-        """Where the disk fails, say so if the folder is no longer there."""
+        """Where the disk fails, say so if the folder is no longer there, and note whether the disk
+        is read-only: after an error of its own, ext4 says that to those who write alone."""
         try:
             yield
-        except StoreUnreachable:
+        except StoreUnreachable as error:
+            cause = error.__cause__
+            self.is_read_only = isinstance(cause, OSError) and cause.errno == errno.EROFS
             self.check()
             raise
+        self.is_read_only = False
 
 
 def digest_of(folder: Path) -> tuple[str, int]:

@@ -63,6 +63,11 @@ class Storage(Protocol):
         """Raises StoreUnreachable where it is known that no change would last."""
         ...
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether what is stored can be read and not changed, as far as was noticed."""
+        ...
+
     def staging(self) -> AbstractContextManager[Path]:
         """A private local folder to write files in; it is removed afterwards."""
         ...

@@ -99,6 +99,11 @@ class AdapterStore:
             self._replicas.check()
 
     @property
+    def is_read_only(self) -> bool:
+        """Whether adapters can be read and not changed, as far as was noticed."""
+        return self._storage.is_read_only
+
+    @property
     def is_behind(self) -> bool:
         """Whether changes of other servers may be unknown for a moment only: this process was
         stopped or had no processor, and will read them as soon as it can. Cheap."""

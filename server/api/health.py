@@ -26,6 +26,14 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(description="All is well.", examples=["ok"])
 
 
+class Readiness(Health):
+    changes: Literal["accepted", "read_only"] = Field(
+        description="Of adapters. `read_only`: their disk is mounted so, or became so by an error; "
+        "what there is is served.",
+        examples=["accepted"],
+    )
+
+
 _LIVE = errors(said={503: "The model has ended or hangs: restart the server."})
 
 
@@ -39,8 +47,9 @@ async def live(services: ServicesDep) -> Health:
 
 
 @router.get("/health/ready", responses=errors(503))
-async def ready(services: ServicesDep) -> Health:
-    """Requests are welcome, and changes of adapters would last."""
+async def ready(services: ServicesDep) -> Readiness:
+    """Requests are welcome, and changes of adapters would last, or are refused for a disk that is
+    read-only."""
     stats = services.engine.stats()
     if not stats.alive:
         raise EngineDead
@@ -64,7 +73,8 @@ async def ready(services: ServicesDep) -> Health:
             )
     except TimeoutError:
         raise StoreUnreachable("The storage does not answer.") from None
-    return Health(status="ok")
+    is_read_only = services.registry.stored.is_read_only
+    return Readiness(status="ok", changes="read_only" if is_read_only else "accepted")
 
 
 @router.get(

@@ -248,6 +248,10 @@ class _Gauges(Collector):
                 "Revisions whose stored files were found damaged; they are not served.",
                 registry.damaged,
             ),
+            "infuse_adapters_read_only": (
+                "1 if the adapters' disk is read-only, as the latest change found.",
+                int(registry.read_only),
+            ),
             "infuse_adapters_resident": ("Adapters on the device.", registry.resident),
             "infuse_adapters_resident_limit": ("Slots of the bank.", registry.capacity),
             "infuse_adapters_pinned": ("Adapters that running sequences use.", registry.pinned),

@@ -64,7 +64,8 @@ BROKEN: dict[str, tuple[Callable[[Disk], None], str]] = {
     "The file system becomes read-only while the server runs",
     by="an error that ext4 finds in itself",
     promise="Changes are refused with 503 and the reason, and change nothing; every revision is "
-    "served. Mounted anew, the disk has what was acknowledged.",
+    "served; `/health/ready` and `infuse_adapters_read_only` say so. Mounted anew, the disk has "
+    "what was acknowledged.",
     case="read-only",
 )
 @pytest.mark.fault(
@@ -103,6 +104,9 @@ def test_a_disk_that_breaks_refuses_changes_with_the_reason_and_what_can_be_read
         first = complete(client, "mine@1")
         if how == "read-only":
             assert first.status_code == 200
+            ready = client.get("/health/ready")
+            assert (ready.status_code, ready.json()["changes"]) == (200, "read_only")
+            assert "infuse_adapters_read_only 1.0" in client.get("/metrics").text
         else:
             assert error_of(first, 503)["code"] == "storage_unavailable"
         assert client.get("/health/live").status_code == 200

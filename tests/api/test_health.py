@@ -25,11 +25,19 @@ MANY = 40
 """Threads that FastAPI has for all routes that block."""
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
-def test_a_running_server_is_alive_and_ready(client: httpx.Client, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/health/live", {"status": "ok"}),
+        ("/health/ready", {"status": "ok", "changes": "accepted"}),
+    ],
+)
+def test_a_running_server_is_alive_and_ready(
+    client: httpx.Client, path: str, body: dict[str, str]
+) -> None:
     response = client.get(path)
 
-    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+    assert (response.status_code, response.json()) == (200, body)
 
 
 def test_a_stopped_engine_is_alive_and_not_ready(start_server: StartServer) -> None:

@@ -226,7 +226,7 @@ def proxy(
 def test_an_answer_through_the_proxy_is_the_servers_own(proxy: Proxied) -> None:
     with proxy.server.client() as direct:
         assert text_of(proxy.public, "tiny") == text_of(direct, "tiny")
-    assert proxy.public.get("/health/ready").json() == {"status": "ok"}
+    assert proxy.public.get("/health/ready").json()["status"] == "ok"
     assert proxy.public.get("/v1/models/tiny").json()["id"] == "tiny"
 
 
