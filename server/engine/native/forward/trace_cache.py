@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from infuse import adapters
 from infuse.adapters.model.slots import IA3Slots
+from infuse.adapters.storage.scratch import scratch_folder
 from infuse.server import engine
 from infuse.server.engine.native.attention import LayerAttention, StepContext
 from infuse.server.engine.native.forward.linear_sites import (
@@ -156,8 +156,8 @@ def _write(folder: Path, trace: Trace, base: PreTrainedModel) -> None:
         if isinstance(each, torch.Tensor) and each.dim():
             raise ValueError(f"it holds a tensor {list(each.shape)} that is no buffer of the model")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as part:
-        whole = Path(part, file.name)
+    with scratch_folder(folder, ".tracing-") as part:
+        whole = part / file.name
         with whole.open("wb") as opened:
             _Pickler(opened).dump(_Kept(_nodes_of(trace.graph), constants, trace.layers))
         whole.replace(file)

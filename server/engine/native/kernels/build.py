@@ -8,10 +8,11 @@ import hashlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
+
+from infuse.adapters.storage.scratch import scratch_folder
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-c")
 # Linking is a step of its own: with -ffast-math the linker adds code that turns subnormal numbers
@@ -48,8 +49,8 @@ def load_kernel(
         return ctypes.CDLL(str(library))
     except OSError:  # The file is missing or damaged.
         cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cache) as folder:
-            part, linked = f"{folder}/part.o", Path(folder, library.name)
+        with scratch_folder(cache, ".building-") as folder:
+            part, linked = f"{folder}/part.o", folder / library.name
             subprocess.run([*command, "-o", part], check=True, capture_output=True)
             link = [get_cpp_compiler(), *_LINK, part, *libraries, "-o", str(linked)]
             subprocess.run(link, check=True, capture_output=True)
