@@ -104,9 +104,7 @@ class SlotNow(BaseModel):
 
 class Batch(BaseModel):
     batch_rows: int = Field(description="How many sequences may run at once.", examples=[32])
-    running: list[RequestNow] = Field(
-        description="The longest in flight first; on vLLM, what vLLM has.", examples=[[]]
-    )
+    running: list[RequestNow] = Field(description="The longest in flight first.", examples=[[]])
     waiting: list[RequestNow] = Field(description="The longest in flight first.", examples=[[]])
     preparing: list[PreparedNow] = Field(
         description="Those that the engine does not have yet.", examples=[[]]

@@ -65,6 +65,18 @@ def test_a_request_can_be_cancelled_before_it_has_started(engine: VllmHarness) -
     assert engine.answers["leaves"].finish is FinishReason.CANCELLED
 
 
+def test_what_waits_within_vllm_is_not_said_to_run(engine: VllmHarness) -> None:
+    """vLLM is given a quarter more than its batch has rows."""
+    seen = []
+    for number in range(80):
+        engine.submit(str(number), [5 + number], max_tokens=50)
+    while now := engine.engine.in_flight():
+        seen.append(now)
+
+    assert max(sum(each.is_running for each in now) for now in seen) <= 40
+    assert all(each.started is None for now in seen for each in now if not each.is_running)
+
+
 def test_a_waiting_request_can_be_cancelled(engine: VllmHarness) -> None:
     with engine.held():
         for number in range(60):  # More than vLLM is given at once.

@@ -70,14 +70,15 @@ class Answer:
         if self._lacked_slot is None:
             self._lacked_slot = time.perf_counter()
 
-    def in_flight(self, waits_for: WaitsFor) -> InFlight:
-        """How far it is. `waits_for`: while it waits. Any thread may call this."""
+    def in_flight(self, waits_for: WaitsFor | None) -> InFlight:
+        """How far it is. `waits_for`: in our queue or in vLLM's; None: it runs. Any thread may call
+        this."""
         return InFlight(
             request=self.request,
-            is_running=self._started is not None,
-            waits_for=waits_for,
+            is_running=waits_for is None,
+            waits_for=waits_for or WaitsFor.TURN,
             answer_tokens=self._tokens,
-            started=self._started,
+            started=self._started if waits_for is None or self._tokens else None,
             first_token=self._first_token,
         )
 

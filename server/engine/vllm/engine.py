@@ -136,8 +136,12 @@ class Engine:
     def has_started(self, request_id: str) -> bool:
         """Whether a request that has not ended has left the queue: ours, and vLLM's, which takes a
         few ahead and runs them in the order in which they come."""
-        first = list(self._started.copy())[: max(1, self._llm.counts.running)]
-        return request_id in first
+        return request_id in self._run_by_vllm
+
+    @property
+    def _run_by_vllm(self) -> frozenset[str]:
+        """The requests that vLLM runs. Any thread may read this."""
+        return frozenset(list(self._started.copy())[: max(1, self._llm.counts.running)])
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
@@ -190,11 +194,15 @@ class Engine:
         """Every request that has not ended, those first that vLLM has."""
         # Copies, as the loop may change both meanwhile.
         answers = [*self._running.copy().values(), *self._waiting.copy().values()]
-        return [answer.in_flight(self._waits_for(answer)) for answer in answers]
+        run = self._run_by_vllm
+        return [
+            answer.in_flight(None if answer.request.id in run else self._waits_for(answer))
+            for answer in answers
+        ]
 
     def _waits_for(self, answer: Answer) -> WaitsFor:
-        """What keeps a request in our queue. Any thread may call this."""
-        if len(self._started) >= self._most_started:
+        """What keeps a request in our queue, or in vLLM's. Any thread may call this."""
+        if answer.request.id in self._running or len(self._started) >= self._most_started:
             return WaitsFor.ROW
         return WaitsFor.SLOT if answer is self._slotless else WaitsFor.TURN
 
