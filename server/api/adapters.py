@@ -41,14 +41,14 @@ from infuse.server.settings import MEBIBYTE
 from infuse.server.uploads import Take
 
 
-class _NameConvertor(StringConvertor):
+class NameConvertor(StringConvertor):
     """Matches a name in a path. It may hold one slash, as it is or as %2F; what follows a name in
     other paths is no part of it (see `infuse.adapters.storage.names`)."""
 
     regex = r"[^/]+(?:/(?!(?:files|revisions|rollback|vectors)(?:/|$))[^/]+)?"
 
 
-register_url_convertor("adapter", _NameConvertor())
+register_url_convertor("adapter", NameConvertor())
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 ServicesDep = Annotated[Services, Depends(get_services)]

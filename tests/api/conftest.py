@@ -48,8 +48,8 @@ ServeAdapters = Callable[..., contextlib.AbstractContextManager[RunningServer]]
 def run_server(settings: Settings) -> Iterator[tuple[str, Services]]:
     app = create_app(settings)
     strays: list[str] = []
-    app.add_middleware(Documented, document=app.openapi(), strays=strays)
     ports = [0] if settings.admin_port is None else [0, settings.admin_port]
+    app.add_middleware(Documented, document=app.openapi(), strays=strays, has_ports=len(ports) > 1)
     listening = [bind("127.0.0.1", port) for port in ports]
     drain = min(settings.drain_timeout, 5.0)
     quiet = settings.model_copy(update={"log_level": "warning", "drain_timeout": drain})

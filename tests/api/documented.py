@@ -7,11 +7,14 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infuse.server.api.adapters import NameConvertor
 from infuse.server.errors import CLIENT_GONE
 
 UNFORESEEN = b"The server failed; its log says why."
 NOTHING = b"There is nothing at "
-"""The answer for what is on another port."""
+"""The answer for what is on another port, where there is one."""
+NAMES = {"{name}": NameConvertor.regex, "{model}": ".+"}
+"""What parameters of paths take; others take what has no slash."""
 UNDOCUMENTED = (405, CLIENT_GONE)
 """Statuses that no OpenAPI document names: of a method that there is not, so of no operation; and
 what nobody is left to read."""
@@ -23,7 +26,7 @@ class Document:
     def __init__(self, document: dict[str, Any]) -> None:
         # The paths with the most text of their own come first.
         self._paths = [
-            (re.compile(re.sub(r"\\{.*?\\}", ".+", re.escape(path))), operations)
+            (_pattern(path), operations)
             for path, operations in sorted(
                 document["paths"].items(), key=lambda item: -len(re.sub(r"\{.*?\}", "", item[0]))
             )
@@ -34,7 +37,7 @@ class Document:
     ) -> list[str]:
         """What an answer has that the document does not name, or lacks. `body`: its beginning."""
         operation = self._operation(method, path)
-        if operation is None or status in UNDOCUMENTED or UNFORESEEN in body or NOTHING in body:
+        if operation is None or status in UNDOCUMENTED or UNFORESEEN in body:
             return []
         where = f"{method} {path}: {status}"
         documented = operation["responses"].get(str(status))
@@ -56,11 +59,25 @@ class Document:
         return None
 
 
+def _pattern(path: str) -> re.Pattern[str]:
+    """What a path of the document stands for."""
+    parts = re.split(r"(\{.*?\})", path)
+    return re.compile(
+        "".join(
+            NAMES.get(part, "[^/]+") if part.startswith("{") else re.escape(part) for part in parts
+        )
+    )
+
+
 class Documented:
     """ASGI middleware that adds each answer that is not as documented to `strays`."""
 
-    def __init__(self, app: ASGIApp, document: dict[str, Any], strays: list[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, document: dict[str, Any], strays: list[str], has_ports: bool
+    ) -> None:
+        """`has_ports`: administration has a port of its own, and the document has both."""
         self._app = app
+        self._has_ports = has_ports
         self._document = Document(document)
         self._strays = strays
 
@@ -73,7 +90,8 @@ class Documented:
             elif start:
                 request, headers = (scope["method"], scope["path"]), Headers(raw=start["headers"])
                 body = message.get("body", b"")
-                self._strays += self._document.strays(*request, start["status"], headers, body)
+                if not (self._has_ports and NOTHING in body):
+                    self._strays += self._document.strays(*request, start["status"], headers, body)
                 start.clear()
             await send(message)
 

@@ -11,6 +11,7 @@ from infuse.adapters.errors import AdapterError, Fault
 from infuse.server.engine.errors import EngineError
 from infuse.server.errors import from_adapter_error, from_engine_error
 from tests.api.conftest import RunningServer
+from tests.api.documented import Document
 
 Json = dict[str, Any]
 E = TypeVar("E", bound=Exception)
@@ -212,3 +213,19 @@ def test_the_page_says_where_a_key_goes(page: Json) -> None:
     for _, path, operation in operations(page):
         is_open = path.startswith("/health") or path == "/metrics"
         assert len(operation.get("security", [])) == (0 if is_open else 2), path
+
+
+@pytest.mark.parametrize(
+    ("path", "strays"),
+    [("/v1/models", 1), ("/v1/adapters/a/b/c", 0), ("/v1/adapters/a/files/b/c", 0), ("/v2", 0)],
+)
+def test_a_404_is_documented_where_the_document_has_the_path(
+    client: httpx.Client, path: str, strays: int
+) -> None:
+    """Though it says that there is nothing, as for a path that there is not."""
+    document = Document(client.get("/openapi.json").json())
+    answer = client.get("/v2")
+
+    found = document.strays("GET", path, 404, answer.headers, answer.content)
+
+    assert len(found) == strays
