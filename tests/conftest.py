@@ -26,10 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Report(path))
     # A process of pytest-xdist sees some of the tests; the one that started it hears of all.
     if config.getoption("--full") and not hasattr(config, "workerinput"):
+        from tests.cases import Cases
         from tests.clients_page import ClientsPage
         from tests.engine.models_page import ModelsPage
         from tests.reliability_page import ReliabilityPage
 
+        config.pluginmanager.register(Cases())
         config.pluginmanager.register(ModelsPage())
         config.pluginmanager.register(ClientsPage())
         if not config.option.keyword:

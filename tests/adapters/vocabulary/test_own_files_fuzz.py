@@ -169,6 +169,7 @@ def check(
     new_folder: Callable[[str], Path],
     cases: int,
     threads: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     with ThreadPoolExecutor(threads) as pool:
         runs = [
@@ -179,14 +180,16 @@ def check(
             run.result()
     children = psutil.Process().children(recursive=True)
     assert not any(child.status() == psutil.STATUS_ZOMBIE for child in children)
+    record_property("cases", cases)
 
 
 def test_hundreds_of_mutated_files_harm_no_other_request(
     base: PreTrainedTokenizerFast,
     vocabularies: Vocabularies,
     tmp_path_factory: pytest.TempPathFactory,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    check(base, vocabularies, tmp_path_factory.mktemp, FEW // 2, 2)
+    check(base, vocabularies, tmp_path_factory.mktemp, FEW // 2, 2, record_property)
 
 
 @pytest.mark.full
@@ -194,5 +197,6 @@ def test_thousands_of_mutated_files_harm_no_other_request(
     base: PreTrainedTokenizerFast,
     vocabularies: Vocabularies,
     tmp_path_factory: pytest.TempPathFactory,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    check(base, vocabularies, tmp_path_factory.mktemp, MANY // 2, 4)
+    check(base, vocabularies, tmp_path_factory.mktemp, MANY // 2, 4, record_property)
