@@ -12,13 +12,13 @@ the journal is read again: it has gone on to a moment at which nothing has that 
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 from infuse.adapters.errors import BackupRefused, StoreDamaged
@@ -36,7 +36,6 @@ from infuse.adapters.storage.outside import (
     objects_at,
     opened,
 )
-from infuse.adapters.storage.scratch import scratch_folder
 
 _FORMAT = 1
 _MANIFEST = "backup.json"
@@ -144,7 +143,8 @@ def _copy(digests: Collection[str], source: Contents, target: Contents | None = 
     """Copy contents, or only look at them; return those that are not whole."""
 
     def is_whole(digest: str) -> bool:
-        with scratch_folder(Path(gettempdir()), "infuse-backup-") as folder:
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
             keys = source.objects.list(source.place_of(digest))
             source.objects.fetch_all({key: folder / key.rpartition("/")[2] for key in keys})
             if digest_of(folder)[0] != digest:
