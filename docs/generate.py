@@ -38,7 +38,8 @@ _OTHER_VARIABLES = {
     "is in a bucket. Default: `~/.cache/infuse`.",
     "`HF_TOKEN`, `AWS_*`, `GOOGLE_*`, `AZURE_*`": "Credentials for the hub and for buckets, as "
     "their own tools read them.",
-    "`OTEL_*`": "Where [traces](../guide/production.md#traces) go, and which of them, as "
+    "`OTEL_*`": "Where [traces](../guide/production.md#traces) and "
+    "[metrics](../guide/production.md#metrics-over-otlp) are sent, and which of them, as "
     "OpenTelemetry's SDK reads them.",
     "`FORWARDED_ALLOW_IPS`": "Addresses of [proxies](../guide/operations.md#behind-a-proxy) "
     "that may say in `X-Forwarded-For` who their client is. Default: this machine's.",

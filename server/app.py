@@ -62,7 +62,7 @@ from infuse.server.observability.access import Observe, Routes
 from infuse.server.observability.latest import LatestAnswers
 from infuse.server.observability.metering import Meter
 from infuse.server.observability.metrics import Metrics, build_info
-from infuse.server.observability.otlp import open_traces
+from infuse.server.observability.otlp import open_metrics, open_traces
 from infuse.server.openapi import Application
 from infuse.server.outside import layers
 from infuse.server.preloading import folders_to_preload, preload, refuse_taken
@@ -96,7 +96,9 @@ def create_app(settings: Settings) -> FastAPI:
     if keyring is not None:
         services.metrics.keys_file_broken.set_function(lambda: keyring.is_broken)
         services.metrics.issuer_unreachable.set_function(lambda: keyring.lacks_issuer)
-    traces = open_traces(build_info(settings.engine)["version"])
+    version = build_info(settings.engine)["version"]
+    traces = open_traces(version)
+    sent_metrics = open_metrics(services.metrics.families, version)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -117,6 +119,8 @@ def create_app(settings: Settings) -> FastAPI:
             await to_thread.run_sync(services.merges.close, limiter=own)
             # The drain has let requests finish: nobody waits for outputs now.
             await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
+            if sent_metrics is not None:
+                await to_thread.run_sync(sent_metrics.close, limiter=own)
             await to_thread.run_sync(services.registry.close, limiter=own)
             await to_thread.run_sync(services.meter.close, limiter=own)
             services.probing.shutdown(wait=False)

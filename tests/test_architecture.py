@@ -41,6 +41,8 @@ FORBIDDEN = {
 ON_RAY = ROOT / "server/on_ray"
 RAYLESS = {"settings.py", "affinity.py", "folders.py", "metrics.py"}
 """Files of that room that are imported where Ray may not be installed, or work without it."""
+SENDING = ("traces.py", "sent_metrics.py", "resource.py")
+"""Files of `server/observability/` that are imported where a collector is named."""
 THREADED = {"engine.py", "inbox.py"}
 """Files of our own engine that know threads."""
 
@@ -83,9 +85,9 @@ def test_ray_is_imported_in_one_room(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_opentelemetry_is_imported_in_one_file(path: Path) -> None:
+def test_opentelemetry_is_imported_where_something_is_sent(path: Path) -> None:
     """It is not installed everywhere."""
-    if path != ROOT / "server/observability/traces.py":
+    if path not in {ROOT / "server/observability" / name for name in SENDING}:
         assert not any(module.startswith("opentelemetry") for module in imports(path))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -124,6 +124,10 @@ class Metrics:
         if len(self._labels) < _MAX_ADAPTER_LABELS:
             self._labels.add(adapter)
         return RequestMetrics(self, adapter if adapter in self._labels else "other")
+
+    def families(self) -> Iterable[Metric]:
+        """All values, as they are now."""
+        return self._collectors.collect()
 
     def expose(self) -> bytes:
         """Prometheus' text format."""

@@ -8,11 +8,9 @@ environment variables say where they go and which are sampled.
 import threading
 import time
 from collections.abc import Mapping
-from uuid import uuid4
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
@@ -21,6 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from infuse.server.engine.request import FinishReason
 from infuse.server.observability.access import EndedRequest
 from infuse.server.observability.answered import Answered
+from infuse.server.observability.resource import own_resource
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -51,11 +50,7 @@ class Traces:
     not take them, spans are dropped."""
 
     def __init__(self, version: str) -> None:
-        own = {"service.name": "infuse", "service.version": version}
-        resource = Resource.create(own | {"service.instance.id": str(uuid4())})
-        # What the environment says counts more.
-        resource = resource.merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=own_resource(version), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("infuse", version)
         self._traceparent = TraceContextTextMapPropagator()

@@ -6,22 +6,34 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """Keeps the spans that were sent to it."""
+    """Keeps the spans that were sent to it, and the latest metrics."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.resource: dict[str, Any] = {}
+        self.metrics: dict[str, Metric] = {}
+        """By name."""
         self._spans: list[Span] = []
         self._more = threading.Condition()
+
+    def take_metrics(self, body: bytes) -> None:
+        for each in ExportMetricsServiceRequest.FromString(body).resource_metrics:
+            self.resource = attributes_of(each.resource)
+            scopes = each.scope_metrics
+            self.metrics = {metric.name: metric for scope in scopes for metric in scope.metrics}
 
     def take(self, body: bytes) -> None:
         with self._more:
@@ -65,7 +77,8 @@ def collector() -> Iterator[Collector]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            found.take(self.rfile.read(int(self.headers["Content-Length"])))
+            take = found.take_metrics if self.path == "/v1/metrics" else found.take
+            take(self.rfile.read(int(self.headers["Content-Length"])))
             answer = ExportTraceServiceResponse().SerializeToString()
             self.send_response(200)
             self.send_header("Content-Type", "application/x-protobuf")
