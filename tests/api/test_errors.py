@@ -61,8 +61,8 @@ def test_a_wrong_method_is_told_all_that_the_path_has(
         wrong = {method: each for method, each in answers.items() if each.status_code == 405}
         for method, answer in wrong.items():
             if method != "HEAD":
-                message = error_of(answer, 405)["message"]
-                assert f"{method} is not allowed at {path}" in message
+                # Anthropic's and Ollama's paths have errors of their own form.
+                assert f"{method} is not allowed at {path}" in answer.text
             allowed = answer.headers["allow"].split(", ")
             assert sorted(allowed) == sorted(METHODS - wrong.keys()), path
 
@@ -106,11 +106,7 @@ def test_every_fault_of_a_body_is_listed(client: httpx.Client) -> None:
 
     error = error_of(client.post("/v1/completions", json=body), 400)
 
-    assert [detail["field"] for detail in error["details"]] == [
-        "model",
-        "max_tokens",
-        "temperature",
-    ]
+    assert [each["field"] for each in error["details"]] == ["model", "temperature", "max_tokens"]
     assert error["message"].startswith("model: ")
 
 
