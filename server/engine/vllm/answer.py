@@ -53,6 +53,10 @@ class Answer:
         self._first_token: float | None = None
 
     @property
+    def has_tokens(self) -> bool:
+        return self._tokens > 0
+
+    @property
     def used_tokens(self) -> int:
         return len(self.request.prompt) - self._cached + self._tokens
 
@@ -78,7 +82,7 @@ class Answer:
             is_running=waits_for is None,
             waits_for=waits_for or WaitsFor.TURN,
             answer_tokens=self._tokens,
-            started=self._started if waits_for is None or self._tokens else None,
+            started=self._started if waits_for is None else None,
             first_token=self._first_token,
         )
 

@@ -136,12 +136,14 @@ class Engine:
     def has_started(self, request_id: str) -> bool:
         """Whether a request that has not ended has left the queue: ours, and vLLM's, which takes a
         few ahead and runs them in the order in which they come."""
-        return request_id in self._run_by_vllm
+        return request_id in self._run_by_vllm()
 
-    @property
     def _run_by_vllm(self) -> frozenset[str]:
-        """The requests that vLLM runs. Any thread may read this."""
-        return frozenset(list(self._started.copy())[: max(1, self._llm.counts.running)])
+        """The requests that vLLM runs. Its count of them comes after their tokens. Any thread may
+        call this."""
+        first = list(self._started.copy())[: max(1, self._llm.counts.running)]
+        running = self._running.copy().values()
+        return frozenset([*first, *(each.request.id for each in running if each.has_tokens)])
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
@@ -194,7 +196,7 @@ class Engine:
         """Every request that has not ended, those first that vLLM has."""
         # Copies, as the loop may change both meanwhile.
         answers = [*self._running.copy().values(), *self._waiting.copy().values()]
-        run = self._run_by_vllm
+        run = self._run_by_vllm()
         return [
             answer.in_flight(None if answer.request.id in run else self._waits_for(answer))
             for answer in answers
