@@ -347,6 +347,7 @@ def test_a_named_function_is_called(ai: OpenAI) -> None:
     assert response.tool_choice.name == "get_weather"
 
 
+@pytest.mark.native  # What a seed gives differs between engines; here its calls end.
 def test_streamed_calls_are_the_whole_ones(ai: OpenAI) -> None:
     body = CALLS | {"max_output_tokens": 400, "temperature": 1, "extra_body": {"seed": 3}}
     whole = respond(ai, **body)
