@@ -205,6 +205,7 @@ def test_beside_changes_a_backup_is_the_store_at_one_moment_since_it_began(
         changes = Changes([stack.enter_context(closing(store)) for store in opened])
         stack.enter_context(changes)
         for _ in range(6):
+            changes.allow(40)
             before = changes.wait_for_more(6)
             saved, again = make_place("folder"), make_place("folder")
             back_up(live.where, saved.where)
@@ -212,15 +213,18 @@ def test_beside_changes_a_backup_is_the_store_at_one_moment_since_it_began(
             with closing(again.open()) as store:
                 found = state_of(store)
             # The last event that was backed up may not be acknowledged yet.
+            changes.allow(2)
             changes.wait_for_more(2)
             assert found in changes.states[before:]
 
 
 class Changes:
-    """A thread that changes stores, one change after the other, and keeps each state."""
+    """A thread that changes stores, one change after the other, and keeps each state. It makes as
+    many as it is allowed: a backup that has to be faster than it would test the machine."""
 
     def __init__(self, stores: list[AdapterStore]) -> None:
         self.states: list[State] = [{}]
+        self._allowed = 0
         self._stores = stores
         self._more = threading.Condition()
         self._ended = threading.Event()
@@ -231,8 +235,15 @@ class Changes:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self.allow(1)
         self._thread.shutdown()
         self._done.result()
+
+    def allow(self, changes: int) -> None:
+        """Allow more changes."""
+        with self._more:
+            self._allowed += changes
+            self._more.notify_all()
 
     def wait_for_more(self, changes: int) -> int:
         """Wait for changes; return the index of the newest state."""
@@ -244,6 +255,9 @@ class Changes:
 
     def _run(self) -> None:
         for number in count():
+            with self._more:
+                self._more.wait_for(lambda: self._allowed > 0)
+                self._allowed -= 1
             if self._ended.is_set():
                 return
             store, name = self._stores[number % len(self._stores)], f"a{number % 5}"
