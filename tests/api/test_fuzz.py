@@ -98,6 +98,11 @@ PLAIN: dict[str, dict[str, Any]] = {
     "/v1/adapters/{name}/rollback": {"revision": 1},
     "/v1/merges": {"adapter": "default"},
     "/v1/adapters": {"name": "new"},
+    "/v1/adapters/vectors": {"adapters": [{"name": "default", "weight": 0.5}, {"name": "mlp"}]},
+    "/v1/adapters/similarity": {"adapters": ["default", "mlp"]},
+    "/v1/embeddings": {"input": "A text"},
+    "/tokenize": {"model": "mlp", "prompt": "Once upon"},
+    "/detokenize": {"model": "mlp", "tokens": [5, 6]},
 }
 HALF = "\ud800"
 """Half a surrogate pair: JSON can carry it, UTF-8 cannot."""
@@ -264,7 +269,7 @@ def half_bodies(fuzzed: Fuzzed, method: str, path: str) -> Iterator[Any]:
     if "$ref" in schema:
         schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     yield from halved(PLAIN[path])
-    for name, field in schema["properties"].items():
+    for name, field in schema.get("properties", {}).items():
         for half in halved(field["examples"][0]):
             yield PLAIN[path] | {name: half}
 

@@ -22,6 +22,7 @@ GUIDE = [
             "operations",
             "alerts",
             "vllm",
+            "clients",
             "as-a-library",
             "troubleshooting",
         )

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from tests.vllm.request_fields import LIST, request_fields
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: constraints-vllm.txt")
 
 
 def test_the_list_of_vllms_fields_is_that_of_the_installed_vllm() -> None:

@@ -32,8 +32,9 @@ from tests.publishers import bucket as bucket
 from tests.publishers import hub as hub
 
 FILES: Files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 1000}
-MORE: Files = {"tokenizer.json": b"tokens", "chat_template.jinja": b"{{ messages }}"}
-UNWANTED: Files = {"README.md": b"# x", "training_args.bin": b"x", "pytorch_model.bin": b"x"}
+BESIDE: Files = {"README.md": b"# x", "model.sig": b"{}"}
+MORE: Files = BESIDE | {"tokenizer.json": b"tokens", "chat_template.jinja": b"{{ messages }}"}
+UNWANTED: Files = {"training_args.bin": b"x", "pytorch_model.bin": b"x"}
 
 
 def fetch(
@@ -102,7 +103,7 @@ def test_the_wanted_files_come_and_no_others(publish: Publish, staged: Path) -> 
 
 
 def test_a_place_without_an_adapter_is_said_to_have_none(publish: Publish, staged: Path) -> None:
-    url = publish(UNWANTED)
+    url = publish(BESIDE | UNWANTED)
 
     with pytest.raises(SourceNotFound, match="There is no adapter at"):
         fetch(url, staged)

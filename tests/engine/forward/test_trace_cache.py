@@ -114,7 +114,7 @@ def test_a_model_with_hooks_finds_no_trace_either(tmp_path: Path) -> None:
 
 def test_what_is_kept_depends_on_all_code_of_the_engine_and_of_the_adapters() -> None:
     root = Path(__file__).parents[3]
-    rooms = (root / "adapters", root / "server" / "engine")
+    rooms = (root / "infuse" / "adapters", root / "infuse" / "server" / "engine")
     code = {file for room in rooms for end in ("py", "cpp", "h") for file in room.rglob(f"*.{end}")}
 
     assert set(sources()) == code
