@@ -13,7 +13,7 @@ from typing import Any
 
 PREFIX = "infuse." if (Path(os.environ["PYTHONPATH"]) / "infuse").exists() else ""
 """The earlier release installed `adapters`."""
-LEASE = 2.0
+LEASE = 10.0
 
 
 def ours(module: str) -> Any:
