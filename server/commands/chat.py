@@ -58,7 +58,7 @@ def chat(
             typer.echo("/help lists what else there is to type.", err=True)
             _converse(playground)
         else:
-            playground.answer(sys.stdin.read())
+            playground.answer(sys.stdin.read().rstrip("\n"))
 
 
 class _Playground:

@@ -32,7 +32,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def test_a_message_that_is_piped_in_is_answered_by_the_adapter(infuse: Infuse, server: str) -> None:
-    given = {"input": "Hello,\nthere"}
+    given = {"input": "Hello,\nthere\n"}  # `echo` ends its line.
     plain = json.loads(infuse("chat", *SHORT, "--json", **given).stdout)
     one = json.loads(infuse("chat", "first", *SHORT, "--json", **given).stdout)
     some = json.loads(infuse("chat", "first=0.5", *SHORT, "--json", **given).stdout)
