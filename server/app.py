@@ -68,7 +68,7 @@ from infuse.server.outside import layers
 from infuse.server.preloading import folders_to_preload, preload, refuse_taken
 from infuse.server.services import Services
 from infuse.server.setting_types import origins_of
-from infuse.server.settings import MEBIBYTE, Settings
+from infuse.server.settings import Settings
 from infuse.server.signers import signers_of
 from infuse.server.streams import Streams
 from infuse.server.uploads import UploadBudget
@@ -147,7 +147,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(console.router)
     app.add_middleware(LimitBodies, settings=settings)
-    app.add_middleware(GunzipBodies, limit=settings.max_upload_bytes + MEBIBYTE)
+    app.add_middleware(GunzipBodies, limit=settings.form_bytes)
     app.add_middleware(HeadAsGet)
     if settings.shared_store:
         app.add_middleware(CatchUp, stored=services.registry.stored)

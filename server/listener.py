@@ -25,7 +25,7 @@ from infuse.server.headers import SAFE
 from infuse.server.lingering import LingeringTransport
 from infuse.server.observability.metrics import HttpMetrics
 from infuse.server.services import Services
-from infuse.server.settings import MEBIBYTE, Settings
+from infuse.server.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class Server(uvicorn.Server):
             settings.max_connections,
             settings.receive_timeout,
             settings.send_timeout,
-            2 * max(settings.max_upload_bytes + MEBIBYTE, settings.max_body_bytes),
+            2 * max(settings.form_bytes, settings.max_body_bytes),
         )
         services: Services = state.services
         self._metrics = services.metrics.http

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infuse.adapters.storage.stored import StoredAdapters
 from infuse.server.errors import ApiError, error_response
-from infuse.server.settings import MEBIBYTE, Settings
+from infuse.server.settings import Settings
 
 _UPLOADS = "/v1/adapters"
 _SLOWEST = 16 << 10
@@ -61,8 +61,7 @@ class LimitBodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._upload_limit = settings.max_upload_bytes + MEBIBYTE
-        """A form takes some bytes beside its files."""
+        self._upload_limit = settings.form_bytes
         self._body_limit = settings.max_body_bytes
         self._seconds = settings.receive_timeout
 

@@ -370,9 +370,14 @@ class Settings(BaseSettings):
         return init_settings, env_settings, ConfigFile(settings_cls)
 
     @property
+    def form_bytes(self) -> int:
+        """Bytes that an upload may take as a form, which has some beside those of its files."""
+        return self.max_upload_bytes + MEBIBYTE
+
+    @property
     def uploads_bytes(self) -> int:
         """Bytes that all uploads in progress may take together."""
-        return self.max_uploads_bytes or 4 * (self.max_upload_bytes + MEBIBYTE)
+        return self.max_uploads_bytes or 4 * self.form_bytes
 
     @property
     def tenants_uploads_bytes(self) -> int:

@@ -37,7 +37,6 @@ from infuse.server.caller import Caller
 from infuse.server.errors import ApiError, error_response
 from infuse.server.openapi import CHANGES, ETAG, READS, errors, header
 from infuse.server.services import Services, get_services
-from infuse.server.settings import MEBIBYTE
 from infuse.server.uploads import Take
 
 
@@ -143,7 +142,7 @@ async def _read(request: Request, services: Services, take: Take, named: bool) -
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() == "application/json":
         return await read_published(request, named)
-    return await read_form(request, named, take, services.settings.max_upload_bytes + MEBIBYTE)
+    return await read_form(request, named, take, services.settings.form_bytes)
 
 
 async def _check(
