@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from enum import Enum, auto
 from functools import partial
@@ -136,14 +136,17 @@ class Engine:
     def has_started(self, request_id: str) -> bool:
         """Whether a request that has not ended has left the queue: ours, and vLLM's, which takes a
         few ahead and runs them in the order in which they come."""
-        return request_id in self._run_by_vllm()
+        answer = self._running.get(request_id)
+        return answer is not None and self._is_run(answer, self._first_started())
 
-    def _run_by_vllm(self) -> frozenset[str]:
-        """The requests that vLLM runs. Its count of them comes after their tokens. Any thread may
-        call this."""
-        first = list(self._started.copy())[: max(1, self._llm.counts.running)]
-        running = self._running.copy().values()
-        return frozenset([*first, *(each.request.id for each in running if each.has_tokens)])
+    def _first_started(self) -> Collection[str]:
+        """As many of the requests that vLLM has as it counted running, in their order. Any thread
+        may call this."""
+        return list(self._started.copy())[: max(1, self._llm.counts.running)]
+
+    def _is_run(self, answer: Answer, first: Collection[str]) -> bool:
+        """Whether vLLM runs a request. Its count comes after tokens, which say it first."""
+        return answer.has_tokens or answer.request.id in first
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
@@ -196,9 +199,9 @@ class Engine:
         """Every request that has not ended, those first that vLLM has."""
         # Copies, as the loop may change both meanwhile.
         answers = [*self._running.copy().values(), *self._waiting.copy().values()]
-        run = self._run_by_vllm()
+        first = frozenset(self._first_started())
         return [
-            answer.in_flight(None if answer.request.id in run else self._waits_for(answer))
+            answer.in_flight(None if self._is_run(answer, first) else self._waits_for(answer))
             for answer in answers
         ]
 
