@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from infuse.server.commands.output import AsJson, Column, print_done, print_json, print_table
+from infuse.server.commands.output import (
+    AsJson,
+    Column,
+    ended_by,
+    print_done,
+    print_json,
+    print_table,
+)
 from infuse.server.commands.settings import from_file
 from infuse.server.keys.key_file import BadKeysFile, Entry, Key, edited, read_entries
 from infuse.server.keys.secrets import hash_key, new_key
@@ -135,7 +142,7 @@ def list_keys(file: File, as_json: AsJson = False) -> None:
 
     Example: infuse keys list --json
     """
-    with _told():
+    with ended_by("keys", BadKeysFile):
         entries = [_without_secrets(each) for each in read_entries(file)]
     if as_json:
         print_json(entries)
@@ -220,18 +227,8 @@ def _without_secrets(entry: Entry) -> dict[str, Any]:
 
 @contextmanager
 def _edited(file: Path) -> Iterator[list[Entry]]:
-    with _told(), edited(file) as entries:
+    with ended_by("keys", BadKeysFile), edited(file) as entries:
         yield entries
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with the keys file ends the command."""
-    try:
-        yield
-    except BadKeysFile as error:
-        typer.echo(f"infuse keys: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _row(entry: Entry) -> list[Any]:

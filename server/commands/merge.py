@@ -7,7 +7,7 @@ import typer
 
 from infuse.adapters.errors import AdapterError
 from infuse.server.commands.options import weighted
-from infuse.server.commands.output import AsJson, print_done
+from infuse.server.commands.output import AsJson, ended_by, print_done
 from infuse.server.commands.progress import progress_bar
 
 
@@ -39,7 +39,7 @@ def merge(
 
     folders, weights = zip(*map(weighted, adapters), strict=True)
     name = None if model is None or Path(model).is_dir() else model
-    try:
+    with ended_by("merge", AdapterError, EngineError, OSError):
         base = BaseCheckpoint(model_folder(model), name)
         vectors = [effective_vectors(read_checkpoint(Path(each)), base.modules) for each in folders]
         merged = mix(vectors, Recipe(method=composition, weights=weights))
@@ -47,8 +47,5 @@ def merge(
         with progress_bar("Merging") as progress:
             recipe = f"{composition} of {', '.join(adapters)}"
             merge_into(base, merged, output, recipe, progress)
-    except (AdapterError, EngineError, OSError) as error:
-        typer.echo(f"infuse merge: {error}", err=True)
-        raise typer.Exit(1) from None
     done = {"folder": str(output), "adapters": adapters, "composition": composition}
     print_done(done, as_json, f"{output} holds the merged model")

@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -72,6 +73,16 @@ def print_done(result: Any, as_json: bool, text: str) -> None:
         print_json(result)
     else:
         typer.echo(text)
+
+
+@contextmanager
+def ended_by(command: str, *errors: type[Exception]) -> Iterator[None]:
+    """Within, these errors end the command, which says what they say."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(f"infuse {command}: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def print_json(value: Any) -> None:

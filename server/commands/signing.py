@@ -1,7 +1,5 @@
 """`infuse adapters sign` and `infuse adapters verify`, which need no server."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +7,7 @@ import typer
 
 from infuse.adapters.checkpoint.adapter_files import folder_with_adapter
 from infuse.adapters.errors import AdapterError
-from infuse.server.commands.output import AsJson, print_done
+from infuse.server.commands.output import AsJson, ended_by, print_done
 from infuse.server.signers import signatures
 
 Folder = Annotated[Path, typer.Argument(help="The folder that PEFT's save_pretrained wrote.")]
@@ -28,7 +26,7 @@ def sign(
 
     Example: infuse adapters sign ./out/support-de --key release.key
     """
-    with _told("sign"):
+    with ended_by("adapters sign", AdapterError, OSError):
         signature = signatures().sign(folder_with_adapter(folder), key, certificate or ())
     print_done({"signature": str(signature)}, as_json, f"{signature} signs the adapter")
 
@@ -48,16 +46,6 @@ def verify(
 
     Example: infuse adapters verify ./out/support-de --trusted-signers release.pub
     """
-    with _told("verify"):
+    with ended_by("adapters verify", AdapterError, OSError):
         signer = signatures().Signers(trusted_signers).verify(folder_with_adapter(folder))
     print_done({"signer": signer}, as_json, f"{folder} is signed by {signer}")
-
-
-@contextmanager
-def _told(command: str) -> Iterator[None]:
-    """What goes wrong ends the command."""
-    try:
-        yield
-    except (AdapterError, OSError) as error:
-        typer.echo(f"infuse adapters {command}: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -2,8 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ from infuse.adapters.storage.audit import audit, entries_of
 from infuse.adapters.storage.backup import Backup, back_up
 from infuse.adapters.storage.backup import restore as restore_from
 from infuse.adapters.storage.chain import Event
-from infuse.server.commands.output import AsJson, Column, print_done, print_table
+from infuse.server.commands.output import AsJson, Column, ended_by, print_done, print_table
 from infuse.server.commands.settings import from_file
 from infuse.server.setting_types import BUCKET
 
@@ -47,7 +45,7 @@ def backup(
 
     Example: infuse backup s3://my-backups/monday --adapters-dir ./data/adapters
     """
-    with _told("backup"):
+    with ended_by("backup", AdapterError, OSError):
         made = back_up(_place(adapters_dir), _place(destination))
     _print(made, as_json, destination)
     if made.damaged:
@@ -69,7 +67,7 @@ def restore(
 
     Example: infuse restore s3://my-backups/monday --adapters-dir ./data/adapters
     """
-    with _told("restore"):
+    with ended_by("restore", AdapterError, OSError):
         made = restore_from(_place(source), _place(adapters_dir))
     _print(made, as_json, adapters_dir)
     if made.damaged:
@@ -90,7 +88,7 @@ def verify(
 
     Example: infuse audit verify --adapters-dir s3://my-bucket/adapters
     """
-    with _told("audit verify"):
+    with ended_by("audit verify", AdapterError, OSError):
         found = audit(_place(adapters_dir), head)
     for fault in found.faults:
         typer.echo(f"infuse audit verify: {fault}", err=True)
@@ -115,7 +113,7 @@ def list_changes(
 
     Example: infuse audit list --adapters-dir ./data/adapters
     """
-    with _told("audit list"):
+    with ended_by("audit list", AdapterError, OSError):
         entries = entries_of(_place(adapters_dir))
     events = [{"number": each.number, **(each.event or {"event": "damaged"})} for each in entries]
     if as_json:
@@ -157,13 +155,3 @@ def _place(text: str) -> Path | str:
     raise typer.BadParameter(
         f"'{text}' is no folder and no bucket: give a path, s3://…, gs://… or az://…"
     )
-
-
-@contextmanager
-def _told(command: str) -> Iterator[None]:
-    """What goes wrong ends the command."""
-    try:
-        yield
-    except (AdapterError, OSError) as error:
-        typer.echo(f"infuse {command}: {error}", err=True)
-        raise typer.Exit(1) from None
