@@ -1,5 +1,6 @@
 """What `make test-full` runs beyond `make test`, and what it says of it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def run(folder: Path, *flags: str) -> tuple[str, str]:
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
+        env=os.environ | {"PYTEST_ADDOPTS": ""},
         check=False,
     )
     return done.stdout.splitlines()[-1], report.read_text()

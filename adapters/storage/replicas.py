@@ -58,6 +58,8 @@ class Replicas:
         """`seconds`: how long this server may answer without reaching the store, at most."""
         self._objects = objects
         self._seconds = seconds
+        self.pause = seconds / _LOOKS
+        """Seconds between two looks for changes."""
         self._key: str | None = None
         self._applied = 0
         """The number that this server shows."""
@@ -66,11 +68,6 @@ class Replicas:
         """When the last showing of this server began."""
         self._until = -math.inf
         """Until when this server knows all changes that others have acknowledged."""
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two looks for changes."""
-        return self._seconds / _LOOKS
 
     @property
     def is_current(self) -> bool:

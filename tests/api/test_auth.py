@@ -236,7 +236,7 @@ def test_a_key_is_asked_for_before_the_body(
     head = f"POST {ADAPTERS} HTTP/1.1\r\nHost: x\r\n{length}\r\n{expect}"
     kind = "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
 
-    with socket.create_connection((url.host, url.port or 80), timeout=10) as connection:
+    with socket.create_connection((url.host, url.port or 80), timeout=60) as connection:
         connection.sendall((head + kind).encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 

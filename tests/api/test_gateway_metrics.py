@@ -214,8 +214,8 @@ def prometheus(folder: Path, url: str, key: str) -> Iterator[httpx.Client]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://{address}", timeout=10) as api:
-            assert eventually(lambda: _is_ready(api), seconds=30), "Prometheus does not start"
+        with httpx.Client(base_url=f"http://{address}", timeout=60) as api:
+            assert eventually(lambda: _is_ready(api), seconds=60), "Prometheus does not start"
             yield api
     finally:
         process.terminate()

@@ -88,7 +88,7 @@ class Lives:
             each.result()
         for command in self.commands:
             command.check()
-        assert psutil.wait_procs(children, timeout=10)[1] == []
+        assert psutil.wait_procs(children, timeout=60)[1] == []
         self.servers.replace(server)
         self.check(self.servers.alive[0].client)
 

@@ -335,7 +335,7 @@ def test_open_connections_and_refused_ones_are_counted(client: httpx.Client) -> 
     refused = series("infuse_http_connections_refused_total", code="invalid_request")
     before = scrape(client).get(refused, 0.0)
     host, port = client.base_url.host, client.base_url.port
-    with socket.create_connection((host, port), timeout=10) as connection:
+    with socket.create_connection((host, port), timeout=60) as connection:
         connection.sendall(b"no request at all\r\n\r\n")
         assert connection.recv(99).startswith(b"HTTP/1.1 400")
 

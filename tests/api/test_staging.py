@@ -72,7 +72,7 @@ def while_uploads_hang(
     url, services = start_server(source_prefixes="hf://org/")
     folder, threads = adapter_folders["default"], int(services.staging.total_tokens)
     hanging = Mock(side_effect=hangs_until(gate))
-    with httpx.Client(base_url=url, timeout=10) as client, ThreadPoolExecutor(threads) as others:
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(threads) as others:
         upload(client, "there", folder)
         monkeypatch.setattr(services.registry, "add", hanging)
         for number in range(threads):
@@ -114,7 +114,7 @@ def test_other_routes_answer_while_many_combinations_hang(
     monkeypatch.setattr(services.registry, "combine", hanging)
     combination = {"name": "new", "adapters": [{"name": "there"}], "method": "linear"}
 
-    with httpx.Client(base_url=url, timeout=10) as client, ThreadPoolExecutor(MANY) as others:
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(MANY) as others:
         upload(client, "there", adapter_folders["default"])
         for _ in range(MANY):
             others.submit(httpx.post, f"{url}{ADAPTERS}/combine", json=combination, timeout=60)

@@ -88,7 +88,7 @@ def test_an_engine_that_hangs_ends_its_requests_once_and_takes_no_more(
     start: Callable[..., Harness], gate: threading.Event
 ) -> None:
     base = run_by_modules(tiny_model("llama"))
-    engine = start(base, {}, hang_timeout=1.0, max_rows=1)
+    engine = start(base, {}, hang_timeout=3.0, max_rows=1)
     base.register_forward_pre_hook(held_by(gate))
     assert engine.ask([5]).finish is FinishReason.LENGTH
     gate.clear()
@@ -110,7 +110,7 @@ def test_a_model_thread_that_comes_back_delivers_nothing_and_gives_everything_ba
 ) -> None:
     base = run_by_modules(tiny_model("llama"))
     others = set(threading.enumerate())
-    engine = start(base, hang_timeout=1.0)
+    engine = start(base, hang_timeout=3.0)
     base.register_forward_pre_hook(held_by(gate))
     gate.clear()
     engine.submit("runs", [5, 6], "default", max_tokens=20)

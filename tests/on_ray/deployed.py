@@ -111,7 +111,7 @@ def deployed(folder: Path, count: int, flags: Sequence[str]) -> Iterator[Deploym
         try:
             assert started.wait(60) == 0, log.read_text()
         finally:
-            _, left = psutil.wait_procs(others, timeout=10)
+            _, left = psutil.wait_procs(others, timeout=60)
             for each in [*left, *([process] if started.poll() is None else [])]:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()

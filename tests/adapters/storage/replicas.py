@@ -13,8 +13,11 @@ from infuse.adapters.storage.shared_folder import SharedFolderStorage
 from infuse.adapters.storage.storage import Storage
 from infuse.adapters.storage.store import AdapterStore
 
-LEASE = 2.0
-"""Long enough for a machine with much to do."""
+LEASE = 30.0
+"""Longer than a machine with much to do may hold a server up."""
+SHORT = 2.0
+"""For a server that others wait for because it is away."""
+PAUSE = 0.04
 
 _CACHES = itertools.count()
 
@@ -66,13 +69,26 @@ def own_cache(folder: Path) -> Path:
     return folder.with_name(f"cache{next(_CACHES)}")
 
 
-def shared_bucket(folder: Path, objects: Objects | None = None) -> Storage:
-    objects = objects or bucket_in(folder)
-    return SharedBucketStorage(objects, objects, own_cache(folder), LEASE)
+def shared_bucket(
+    folder: Path, objects: Objects | None = None, lease_seconds: float = LEASE
+) -> Storage:
+    return shared_objects(objects or bucket_in(folder), own_cache(folder), lease_seconds)
+
+
+def shared_objects(objects: Objects, cache: Path, lease_seconds: float = LEASE) -> Storage:
+    storage = SharedBucketStorage(objects, objects, cache, lease_seconds)
+    storage.replicas.pause = PAUSE
+    return storage
+
+
+def shared_folder(folder: Path, lease_seconds: float = LEASE) -> Storage:
+    storage = SharedFolderStorage(folder, lease_seconds)
+    storage.replicas.pause = PAUSE
+    return storage
 
 
 STORAGES: dict[str, Callable[[Path], Storage]] = {
-    "a folder": lambda folder: SharedFolderStorage(folder, LEASE),
+    "a folder": shared_folder,
     "a bucket": shared_bucket,
 }
 

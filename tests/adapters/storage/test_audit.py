@@ -18,10 +18,9 @@ from infuse.adapters.storage.bucket import BucketStorage
 from infuse.adapters.storage.bucket_journal import COMPACT_EVERY
 from infuse.adapters.storage.objects import Objects
 from infuse.adapters.storage.revision import DetailsChange
-from infuse.adapters.storage.shared_bucket import SharedBucketStorage
-from infuse.adapters.storage.shared_folder import SharedFolderStorage
+from infuse.adapters.storage.storage import Storage
 from infuse.adapters.storage.store import AdapterStore
-from tests.adapters.storage.replicas import LEASE
+from tests.adapters.storage.replicas import shared_folder, shared_objects
 from tests.adapters.storage.store_contents import create, replace
 
 Open = Callable[[], AdapterStore]
@@ -44,9 +43,9 @@ def open_server(request: pytest.FixtureRequest, place: Path | str, tmp_path: Pat
 
     def shared() -> AdapterStore:
         if isinstance(place, Path):
-            return AdapterStore(SharedFolderStorage(place, LEASE))
-        objects, cache = Objects.at(place), tmp_path / f"cache{next(numbers)}"
-        return AdapterStore(SharedBucketStorage(objects, objects, cache, LEASE))
+            return AdapterStore(shared_folder(place))
+        cache = tmp_path / f"cache{next(numbers)}"
+        return AdapterStore(shared_objects(Objects.at(place), cache))
 
     return alone if request.param == "alone" else shared
 
@@ -76,11 +75,10 @@ def test_what_servers_write_is_chained_over_restarts(place: Path | str, open_ser
 def test_what_two_servers_write_by_turns_is_one_chain(
     folder: Path, s3: str, tmp_path: Path
 ) -> None:
-    def in_bucket(number: int) -> SharedBucketStorage:
-        objects = Objects.at(s3)
-        return SharedBucketStorage(objects, objects, tmp_path / f"cache{number}", LEASE)
+    def in_bucket(number: int) -> Storage:
+        return shared_objects(Objects.at(s3), tmp_path / f"cache{number}")
 
-    shared = {folder: lambda _: SharedFolderStorage(folder, LEASE), s3: in_bucket}
+    shared = {folder: lambda _: shared_folder(folder), s3: in_bucket}
     for place, opened in shared.items():
         with closing(AdapterStore(opened(0))) as one, closing(AdapterStore(opened(1))) as two:
             for number in range(20):

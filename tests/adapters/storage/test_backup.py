@@ -28,10 +28,8 @@ from infuse.adapters.storage.backup import back_up, restore
 from infuse.adapters.storage.bucket import BucketStorage
 from infuse.adapters.storage.objects import Objects
 from infuse.adapters.storage.revision import DetailsChange
-from infuse.adapters.storage.shared_bucket import SharedBucketStorage
-from infuse.adapters.storage.shared_folder import SharedFolderStorage
 from infuse.adapters.storage.store import AdapterStore
-from tests.adapters.storage.replicas import LEASE
+from tests.adapters.storage.replicas import shared_folder, shared_objects
 from tests.adapters.storage.store_contents import create, replace
 from tests.bad_s3 import BadS3, bad_s3
 
@@ -54,10 +52,9 @@ class Place:
 
     def share(self, server: int) -> AdapterStore:
         if isinstance(self.where, Path):
-            return AdapterStore(SharedFolderStorage(self.where, LEASE), KEEP)
+            return AdapterStore(shared_folder(self.where), KEEP)
         objects = Objects.at(self.where)
-        cache = self.caches / f"{server}"
-        return AdapterStore(SharedBucketStorage(objects, objects, cache, LEASE), KEEP)
+        return AdapterStore(shared_objects(objects, self.caches / f"{server}"), KEEP)
 
 
 MakePlace = Callable[..., Place]

@@ -28,11 +28,13 @@ from infuse.adapters.storage.revision import DetailsChange
 from infuse.adapters.storage.store import AdapterStore
 from tests.adapters.buckets import open_bucket
 from tests.adapters.storage.replicas import (
+    SHORT,
     STORAGES,
     CutOff,
     bucket_in,
     replica,
     shared_bucket,
+    shared_folder,
 )
 from tests.adapters.storage.store_contents import content_of, create, replace, write
 
@@ -254,7 +256,7 @@ def test_a_server_that_cannot_reach_the_bucket_answers_no_more_until_it_can(fold
     objects = bucket_in(folder)
     with (
         closing(AdapterStore(shared_bucket(folder))) as store,
-        closing(AdapterStore(shared_bucket(folder, objects))) as away,
+        closing(AdapterStore(shared_bucket(folder, objects, SHORT))) as away,
     ):
         create(store, "support", "a")
         objects.is_away = True
@@ -295,7 +297,7 @@ class Held(CutOff):
 
 def test_a_server_is_behind_until_it_has_read_on_or_failed_to(folder: Path) -> None:
     objects = Held(folder)
-    with closing(AdapterStore(shared_bucket(folder, objects))) as store:
+    with closing(AdapterStore(shared_bucket(folder, objects, SHORT))) as store:
         assert not store.is_behind
         objects.goes_on.clear()
         wait_until(lambda: store.is_behind)
@@ -329,7 +331,7 @@ def wait_until_current(store: AdapterStore) -> AdapterStore:
 
 
 def test_a_shared_folder_that_was_removed_is_not_made_again(folder: Path) -> None:
-    with closing(replica("a folder", folder)) as store:
+    with closing(AdapterStore(shared_folder(folder, SHORT))) as store:
         create(store, "support", "a")
         folder.rename(folder.with_name("elsewhere"))
         with pytest.raises(StoreUnreachable, match="was removed, moved or replaced"):
@@ -354,7 +356,7 @@ def test_a_dead_server_is_waited_for_once(folder: Path) -> None:
     objects = bucket_in(folder)
     with (
         closing(AdapterStore(shared_bucket(folder))) as store,
-        closing(AdapterStore(shared_bucket(folder, objects))),
+        closing(AdapterStore(shared_bucket(folder, objects, SHORT))),
     ):
         objects.is_away = True
         shown = list(folder.glob("replicas/*"))
