@@ -54,6 +54,7 @@ from infuse.server.engine.model_files import cache_dir
 from infuse.server.engine.threads import on_passing_thread
 from infuse.server.engines import open_engine
 from infuse.server.errors import install_error_handlers
+from infuse.server.freed_memory import give_back_freed_memory
 from infuse.server.gzip_bodies import GunzipBodies
 from infuse.server.jobs import MergeJobs
 from infuse.server.keys.keyring import open_keyring
@@ -103,7 +104,9 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.engine.start(services.streams.deliver)
-        tasks = [] if keyring is None else [asyncio.create_task(keyring.follow())]
+        tasks = [asyncio.create_task(give_back_freed_memory())]
+        if keyring is not None:
+            tasks.append(asyncio.create_task(keyring.follow()))
         if settings.keep_days is not None:
             dropping = _drop_old_revisions(services.registry, timedelta(days=settings.keep_days))
             tasks.append(asyncio.create_task(dropping))
