@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +43,7 @@ from infuse.adapters.storage.folder import writing
 from infuse.adapters.storage.journal import is_at, sync
 from infuse.server.engine import EngineError
 from infuse.server.engine.model_files import model_folder
-from infuse.server.engine.threads import on_passing_thread
+from infuse.server.engine.threads import compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -232,16 +231,13 @@ class MergeJobs:
 
     def _work(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        compute_alone()
         while (task := self._next()) is not None:
             job = self._jobs[task.id]
             output = self._folder / task.id
             try:
                 self._check_folder()
-                on_passing_thread(
-                    partial(
-                        merge, task.base, task.vectors, output, _recipe_text(job), self._watch(task)
-                    )
-                )
+                merge(task.base, task.vectors, output, _recipe_text(job), self._watch(task))
                 self._succeed(task, output)
             except _Interrupted:
                 if task.cancelled.is_set():

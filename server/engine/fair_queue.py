@@ -7,6 +7,7 @@ used the fewest. An idle tenant saves up no credit. A tenant is an API key.
 """
 
 import itertools
+import math
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ HEADROOM = 64
 them, so that keys seldom move soon after."""
 _SWEEP_FROM = 64
 """Number of shares from which on idle ones are removed."""
+_LATELY = 10.0
+"""Seconds. A tenant that has sent a request so long ago may send another one soon."""
 _SEQ_ID = attrgetter("seq_id")
 _RANK = attrgetter("rank")
 
@@ -268,6 +271,11 @@ class FairQueue(Generic[Q]):
         self._tenants = _Shares[_Tenant[Q]](lambda: _Tenant(now))
         self._numbers = itertools.count(1)
         self._preempted: list[Q] = []
+        self._now = now
+        self._latest = ("", -math.inf)
+        """The tenant whose sequence was added last, and when."""
+        self._another_at = -math.inf
+        """When a sequence of another tenant than that was last added."""
 
     def __iter__(self) -> Iterator[Q]:
         yield from self._preempted
@@ -277,10 +285,19 @@ class FairQueue(Generic[Q]):
     def __len__(self) -> int:
         return len(self._preempted) + sum(tenant.waiting for tenant in self._tenants)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether sequences of several tenants were added lately."""
+        return self._another_at > self._now() - _LATELY
+
     def add(self, sequence: Q) -> None:
         if sequence.has_started:
             insort(self._preempted, sequence, key=_RANK)
             return
+        latest, at = self._latest
+        if sequence.request.tenant != latest:
+            self._another_at = at
+        self._latest = (sequence.request.tenant, self._now())
         tenant = self._tenants.wait(sequence.request.tenant)
         tenant.adapters.wait(sequence.request.adapter)
         tenant.add(sequence)

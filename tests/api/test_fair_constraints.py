@@ -1,6 +1,7 @@
 """A key's slow constraints delay no other key, and no constraint that is compiled already."""
 
 import asyncio
+import os
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -120,6 +121,19 @@ def test_what_a_client_left_behind_stops(
         asyncio.run(ask(count))
         assert eventually(lambda: processes[-1].returncode is not None)
         assert processes[-1].returncode == -9
+
+
+def test_a_constraint_that_takes_long_gives_way_to_the_model(
+    guarded: tuple[str, Services], processes: list[Process]
+) -> None:
+    async def run() -> None:
+        async with client_of(guarded, "everything") as client:
+            asked = asyncio.create_task(client.post(COMPLETIONS, json=body(json=SLOW[27])))
+            while not processes or os.getpriority(os.PRIO_PROCESS, processes[0].pid) == 0:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+
+    asyncio.run(run())
 
 
 def test_one_constraint_of_many_requests_is_compiled_once_and_its_refusal_remembered(

@@ -91,7 +91,9 @@ class Machine:
             max_rows=rows,
             chunk_tokens=CHUNK,
             prefix_cache=prefix_cache,
+            now=lambda: self.seconds,
         )
+        self.seconds = 0.0
         self.finished: list[int] = []
         self.computed = 0
         self.seq_id = 0
@@ -218,6 +220,34 @@ def test_short_prompts_overtake_a_long_one_and_it_gets_on(registry: AdapterRegis
     least = CHUNK // 4
     assert machine.step().prefill == [(long, least), (one, 20), (other, CHUNK - least - 20)]
     assert machine.step().prefill == [(long, least), (other, CHUNK - least)]
+    machine.run()
+
+
+def test_long_prompts_get_few_tokens_of_a_step_while_tenants_share_the_model(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    [long] = machine.add(Ask(prompt=140, answer=1, adapter=None, priority=0, tenant="a"))
+    assert machine.step().prefill == [(long, CHUNK)]
+    [short] = machine.add(Ask(prompt=8, answer=1, adapter=None, priority=0, tenant="b"))
+
+    assert machine.step().prefill == [(long, 1), (short, 8)]
+    assert machine.step().prefill == [(long, 4)], "the other tenant may come back soon"
+    machine.seconds += 11
+    assert machine.step().prefill == [(long, CHUNK)]
+    machine.run()
+
+
+def test_steps_are_short_for_as_long_as_a_row_of_another_tenant_runs(
+    registry: AdapterRegistry,
+) -> None:
+    machine = Machine(registry)
+    machine.add(Ask(prompt=1, answer=50, adapter=None, priority=0, tenant="a"))
+    machine.step()
+    machine.seconds += 11
+    [long] = machine.add(Ask(prompt=140, answer=1, adapter=None, priority=0, tenant="b"))
+
+    assert machine.step().prefill == [(long, 4)]
     machine.run()
 
 

@@ -1,7 +1,9 @@
 """Laws that hold for any traffic, and bounds that a queue in order of arrival would break."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from random import Random
+from statistics import quantiles
 
 import pytest
 from hypothesis import given, settings
@@ -211,6 +213,35 @@ def ttft_without_and_with_a_flood() -> tuple[float, float]:
     quiet = Simulation(rows=8).run(modest)
     flooded = Simulation(rows=8).run([*modest, *greedy])
     return worst_ttft(quiet), worst_ttft(flooded, tenant="modest")
+
+
+def test_a_flood_of_long_prompts_leaves_others_their_time_to_the_first_token() -> None:
+    assert slowed_by_long_prompts() < 1.5
+
+
+def test_with_long_steps_it_would_take_several_times_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "AMONG_TENANTS", 1)
+
+    assert slowed_by_long_prompts() > 3
+
+
+def slowed_by_long_prompts() -> float:
+    """How many times as long the 99th of a hundred first tokens takes beside a flood."""
+    random = Random(3)
+    times = accumulate(random.expovariate(4.0) for _ in range(240))
+    modest = [Arrival(at=at, prompt=64, answer=8, tenant="modest") for at in times]
+    greedy = [Arrival(at=n / 0.75, prompt=1000, answer=1, tenant="greedy") for n in range(1, 45)]
+
+    def slow(traffic: list[Arrival]) -> float:
+        machine = Simulation(
+            rows=32, chunk=512, window=1024, step_seconds=0.02, token_seconds=0.0013
+        )
+        journeys = machine.run(traffic)
+        return quantiles([j.ttft for j in journeys if j.is_like(tenant="modest")], n=100)[-1]
+
+    return slow([*modest, *greedy]) / slow(modest)
 
 
 def test_short_prompts_do_not_wait_for_one_as_long_as_the_window() -> None:

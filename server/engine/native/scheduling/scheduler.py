@@ -20,6 +20,10 @@ from infuse.server.engine.request import WaitsFor
 
 _FIRST_SHARE = 4
 """The prompt of the highest rank gets at least a step's prompt tokens divided by this."""
+AMONG_TENANTS = 8
+"""While several tenants use the model, long prompts get a step's prompt tokens divided by this."""
+_SHORT = 2
+"""Prompts of so many times those tokens are short (docs/decisions/0061-short-steps.md)."""
 _RANK = attrgetter("rank")
 
 
@@ -98,7 +102,8 @@ class Scheduler:
         speculation: Speculation | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall.
+        """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
+        while several tenants use the model, an eighth of it bounds those of long prompts.
         With `whole_prompts` a prompt is not divided, and `chunk_tokens` bounds their sum. Without
         `prefix_cache`, only the requests of one order share prefixes. Without `speculation`, no
         tokens are drafted."""
@@ -166,21 +171,34 @@ class Scheduler:
         return step if self._speculation is None else self._speculation.draft(step, self.prefixes)
 
     def _prefill(self) -> list[tuple[Sequence, int]]:
-        """Choose chunks of prompts: the shortest first, but some of the highest in rank always."""
+        """Choose chunks of prompts: the shortest first, but some of the highest in rank always.
+
+        While several tenants use the model, long prompts get few tokens of a step: none waits long
+        for a step that computes another's.
+        """
         prompts = [s for s in self.running if s.uncomputed > 1]
         if not prompts:
             return []
+        of_long = self._chunk_tokens
+        if self.is_shared:
+            of_long = max(1, of_long // AMONG_TENANTS)
         first = min(prompts, key=_RANK)
-        least = max(1, self._chunk_tokens // _FIRST_SHARE)
-        chunks = {first: self._chunk(first, least) or first.uncomputed}
-        left = self._chunk_tokens - chunks[first]
+        chunks = {first: self._chunk(first, max(1, of_long // _FIRST_SHARE)) or first.uncomputed}
+        taken = chunks[first]
         for sequence in sorted(prompts, key=lambda s: (s.uncomputed, s.rank)):
             given = chunks.get(sequence, 0)
-            tokens = self._chunk(sequence, given + left)
+            most = self._chunk_tokens if sequence.uncomputed <= _SHORT * of_long else of_long
+            tokens = self._chunk(sequence, given + max(0, most - taken))
             if tokens > given:
                 chunks[sequence] = tokens
-                left -= tokens - given
+                taken += tokens - given
         return list(chunks.items())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several tenants use the model now, or have lately."""
+        running = {sequence.request.tenant for sequence in self.running}
+        return len(running) > 1 or self._queue.is_shared
 
     def _chunk(self, sequence: Sequence, most: int) -> int:
         """How many tokens of a sequence to compute, at most `most`. 0 if it must be computed as a
