@@ -4,15 +4,15 @@ A test that runs a client says so: `@pytest.mark.client(package, what)`, and wit
 gets an error that says so.
 """
 
-import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.marks import ROOT, read_marks
+
 PAGE = ROOT / "docs" / "guide" / "clients.md"
 NOT_RUN = "not run"
 _ABOUT = """# Clients
@@ -42,20 +42,9 @@ class Use:
     """Why the server refuses it; empty: it works."""
 
 
-def marked(tests: Path = ROOT / "tests") -> list[Use]:
+def marked() -> list[Use]:
     """What tests are marked with, in the page's order."""
-    found = [use for path in sorted(tests.rglob("test_*.py")) for use in _marks_in(path)]
-    return sorted(found, key=lambda use: (use.package, bool(use.refused)))
-
-
-def _marks_in(path: Path) -> Iterator[Use]:
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.client":
-                    given = [ast.literal_eval(each) for each in mark.args]
-                    named = {str(k.arg): ast.literal_eval(k.value) for k in mark.keywords}
-                    yield Use(f"{path.relative_to(ROOT)}::{node.name}", *given, **named)
+    return sorted(read_marks("client", Use), key=lambda use: (use.package, bool(use.refused)))
 
 
 def page(uses: Iterable[Use], versions: Mapping[Use, str]) -> str:

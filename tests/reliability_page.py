@@ -4,16 +4,16 @@ A test that injects a fault says so: `@pytest.mark.fault(group, what, by=…, pr
 injects several has a mark for each, with the word of its cases: `case="hangs"`.
 """
 
-import ast
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.marks import ROOT, read_marks
+
 PAGE = ROOT / "docs" / "reliability.md"
 FIGURE = "figure"
 """The property by which a test says how much it injected: `record_property(FIGURE, "30 kills")`."""
@@ -60,21 +60,10 @@ class Fault:
         return function == self.test and self.case in bracket + case
 
 
-def marked(tests: Path = ROOT / "tests") -> list[Fault]:
+def marked() -> list[Fault]:
     """Return the faults that tests are marked with, in the page's order."""
-    found = [fault for path in sorted(tests.rglob("test_*.py")) for fault in _marks_in(path)]
     order = list(GROUPS)
-    return sorted(found, key=lambda fault: order.index(fault.group))
-
-
-def _marks_in(path: Path) -> Iterator[Fault]:
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
-                    given = [ast.literal_eval(each) for each in mark.args]
-                    named = {str(k.arg): ast.literal_eval(k.value) for k in mark.keywords}
-                    yield Fault(f"{path.relative_to(ROOT)}::{node.name}", *given, **named)
+    return sorted(read_marks("fault", Fault), key=lambda fault: order.index(fault.group))
 
 
 def page(faults: Sequence[Fault], seen: Mapping[Fault, str]) -> str:
