@@ -407,8 +407,9 @@ def test_what_a_killed_server_was_staging_is_removed_by_the_next_one_and_no_othe
     folder: Path,
 ) -> None:
     code = "import sys; from pathlib import Path;"
-    code += "from tests.adapters.storage.replicas import replica;"
-    code += "staging = replica('a folder', Path(sys.argv[1])).staging();"
+    code += "from infuse.adapters.storage.store import AdapterStore;"
+    code += "from tests.adapters.storage.replicas import SHORT, shared_folder;"
+    code += "staging = AdapterStore(shared_folder(Path(sys.argv[1]), SHORT)).staging();"
     code += "(staging.__enter__() / 'weights').touch();"
     code += "print('staged', flush=True); sys.stdin.read()"
     with closing(replica("a folder", folder)) as store, store.staging() as staged:
