@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 from weakref import WeakValueDictionary
 
 from anyio import CapacityLimiter
+from fastapi import Depends
 from starlette.requests import Request
 
 from infuse.adapters.registry import AdapterRegistry
@@ -76,3 +78,6 @@ async def get_services(request: Request) -> Services:
     """FastAPI dependency. Async, as FastAPI runs others in a thread."""
     services: Services = request.app.state.services
     return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]

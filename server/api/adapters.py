@@ -36,7 +36,7 @@ from infuse.server.auth import CallerDep
 from infuse.server.caller import Caller
 from infuse.server.errors import ApiError, error_response
 from infuse.server.openapi import CHANGES, ETAG, READS, errors, header
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 from infuse.server.uploads import Take
 
 
@@ -50,7 +50,6 @@ class NameConvertor(StringConvertor):
 register_url_convertor("adapter", NameConvertor())
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
-ServicesDep = Annotated[Services, Depends(get_services)]
 Name = Annotated[
     str, Path(description="The adapter's name.", examples=["support-de"], max_length=MAX_NAME)
 ]

@@ -1,9 +1,8 @@
 """`POST /v1/chat/completions`."""
 
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
@@ -29,7 +28,7 @@ from infuse.server.auth import CallerDep
 from infuse.server.caller import Caller
 from infuse.server.engine import Engine, ServedModel
 from infuse.server.errors import ApiError
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["generation"])
 
@@ -43,7 +42,7 @@ router = APIRouter(tags=["generation"])
 async def create_chat_completion(
     body: ChatBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> Response:

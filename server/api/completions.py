@@ -1,8 +1,6 @@
 """`POST /v1/completions`."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
@@ -21,7 +19,7 @@ from infuse.server.api.sampling import sampling_params
 from infuse.server.auth import CallerDep
 from infuse.server.engine import Engine, ServedModel
 from infuse.server.errors import ApiError
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default."""
@@ -38,7 +36,7 @@ router = APIRouter(tags=["generation"])
 async def create_completion(
     body: CompletionBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> Response:

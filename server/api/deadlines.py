@@ -9,7 +9,7 @@ from fastapi import Depends, Header
 
 from infuse.server.errors import ApiError
 from infuse.server.observability import access
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 HEADER = "X-Request-Timeout"
 
@@ -40,7 +40,7 @@ class Deadline:
 
 
 async def get_deadline(
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     asked: Annotated[
         float | None,
         Header(

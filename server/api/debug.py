@@ -4,14 +4,14 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from infuse.adapters.residency import SlotUse
 from infuse.server.engine.request import InFlight, WaitsFor
 from infuse.server.observability.access import EndedRequest
 from infuse.server.preparations import Awaits, Preparation
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 router = APIRouter(tags=["operations"])
 
@@ -116,7 +116,7 @@ class Batch(BaseModel):
 
 
 @router.get("/debug/batch", summary="Show what runs and waits now")
-async def show_batch(services: Annotated[Services, Depends(get_services)]) -> Batch:
+async def show_batch(services: ServicesDep) -> Batch:
     """The requests in flight with where their time goes, and the bank's slots."""
     now = time.perf_counter()
     stats = services.engine.stats()
@@ -204,7 +204,7 @@ class Slowest(BaseModel):
 
 @router.get("/debug/slowest", summary="Show the slowest of the latest answers")
 async def show_slowest(
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="How many.", examples=[20])] = 20,
 ) -> Slowest:
     """The slowest of the latest 1000 answers, with where their time went."""

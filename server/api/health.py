@@ -2,21 +2,20 @@
 
 import asyncio
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from infuse.adapters.errors import StoreUnreachable
 from infuse.server.engine.errors import EngineDead
 from infuse.server.errors import RETRY_SOON, ApiError
 from infuse.server.openapi import errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 router = APIRouter(tags=["operations"])
 
-ServicesDep = Annotated[Services, Depends(get_services)]
 
 PROBE_SECONDS = 5.0
 """Seconds in which the storage must answer a probe."""

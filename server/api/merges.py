@@ -14,11 +14,10 @@ from infuse.adapters.errors import MergeNotDone, UnknownMerge
 from infuse.server.api.merge_schemas import Merge, MergeBody, MergeList
 from infuse.server.auth import CallerDep
 from infuse.server.openapi import READS, errors, header
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"])
 
-ServicesDep = Annotated[Services, Depends(get_services)]
 Id = Annotated[
     str,
     Path(

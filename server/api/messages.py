@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from infuse.server.api.answering import documented_answers, respond
@@ -34,7 +34,7 @@ from infuse.server.api.prompts import encode_conversation
 from infuse.server.api.translating import chat_body
 from infuse.server.auth import CallerDep
 from infuse.server.openapi import READS, errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 router = APIRouter(tags=["generation"])
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -50,7 +50,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 async def create_message(
     body: MessagesBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> Response:
@@ -79,7 +79,7 @@ async def create_message(
 async def count_tokens(
     body: CountTokensBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> TokenCount:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from infuse.adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
@@ -13,7 +13,7 @@ from infuse.adapters.storage.revision import Revision
 from infuse.server.api.leasing import unknown_model
 from infuse.server.auth import CallerDep
 from infuse.server.openapi import errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["models"])
 
@@ -72,7 +72,7 @@ class ModelList(BaseModel):
 @router.get("/v1/models", summary="List the models")
 @router.get("/v1/models/", include_in_schema=False)
 def list_models(
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     limit: Annotated[
         int | None, Query(ge=1, le=1000, description="Page size; default: all.", examples=[100])
@@ -102,7 +102,7 @@ def list_models(
 )
 async def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
 ) -> Model:
     """The base model, an adapter, or one revision of an adapter (`name@revision`)."""

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from itertools import count
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from infuse.server.api.answering import LINES, documented_answers, respond
@@ -35,10 +35,9 @@ from infuse.server.api.preparing import prepared
 from infuse.server.api.translating import chat_body
 from infuse.server.auth import CallerDep
 from infuse.server.caller import Caller
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["generation"])
-ServicesDep = Annotated[Services, Depends(get_services)]
 
 _AS_THEY_ARE = (
     "temperature",

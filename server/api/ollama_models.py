@@ -4,9 +4,9 @@ them."""
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from infuse.adapters.errors import UnknownAdapter, UnknownRevision
@@ -18,10 +18,9 @@ from infuse.server.api.preparing import prepared
 from infuse.server.api.tool_formats import find_format
 from infuse.server.auth import CallerDep
 from infuse.server.openapi import READS, errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["models"])
-ServicesDep = Annotated[Services, Depends(get_services)]
 
 OLLAMA = "0.12.11"
 """The version of Ollama whose API this is; clients ask for it before they use what is newer."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
@@ -27,7 +27,7 @@ from infuse.server.api.texts import check_text
 from infuse.server.auth import CallerDep
 from infuse.server.engine import ServedModel
 from infuse.server.engine.request import Output, SamplingParams
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 MAX_INPUTS = 1024
 MAX_CHOICES = 256
@@ -112,7 +112,7 @@ class RankAnswer(BaseModel):
 async def rank(
     body: RankBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> Response:

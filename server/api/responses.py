@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from infuse.adapters.errors import TemplateRefused
@@ -37,7 +37,7 @@ from infuse.server.api.tool_schemas import (
 from infuse.server.auth import CallerDep
 from infuse.server.errors import ApiError, from_adapter_error
 from infuse.server.openapi import errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import ServicesDep
 
 router = APIRouter(tags=["generation"])
 _REFUSED = {**REFUSED, **REFUSED_OF_RESPONSES}
@@ -52,7 +52,7 @@ _REFUSED = {**REFUSED, **REFUSED_OF_RESPONSES}
 async def create_response(
     body: ResponseBody,
     request: Request,
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     deadline: DeadlineDep,
 ) -> Response:

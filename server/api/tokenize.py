@@ -3,7 +3,7 @@ tokens or score texts without a copy of the tokenizer."""
 
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infuse.adapters.vocabulary.vocabulary import Vocabulary
@@ -18,11 +18,9 @@ from infuse.server.api.tool_schemas import Tools
 from infuse.server.auth import CallerDep
 from infuse.server.errors import ApiError
 from infuse.server.openapi import errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["models"])
-
-ServicesDep = Annotated[Services, Depends(get_services)]
 
 
 class _TokensBody(BaseModel):

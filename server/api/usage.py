@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator, BaseModel, Field
 
 from infuse.server.auth import CallerDep
@@ -16,7 +16,7 @@ from infuse.server.errors import ApiError
 from infuse.server.observability import metering
 from infuse.server.observability.metering import HOUR, BadUsageFile, Row
 from infuse.server.openapi import errors
-from infuse.server.services import Services, get_services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(tags=["operations"])
 
@@ -99,7 +99,7 @@ class UsageReport(BaseModel):
     | {200: {"content": {"text/csv": {}}, "description": "The rows; as CSV, they alone."}},
 )
 async def usage(
-    services: Annotated[Services, Depends(get_services)],
+    services: ServicesDep,
     caller: CallerDep,
     start: Annotated[
         Time | None,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from infuse.adapters.checkpoint.checkpoint import AdapterVectors
 from infuse.adapters.derive.combine import combine
 from infuse.adapters.derive.summary import similarity
-from infuse.server.api.adapters import SeenName, ServicesDep
+from infuse.server.api.adapters import SeenName
 from infuse.server.api.model_schemas import AdapterWeight
 from infuse.server.api.vector_schemas import (
     COLUMNS,
@@ -19,7 +19,7 @@ from infuse.server.api.vector_schemas import (
 )
 from infuse.server.auth import CallerDep
 from infuse.server.openapi import READS, errors
-from infuse.server.services import Services
+from infuse.server.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
