@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -10,8 +10,11 @@ from pydantic import BaseModel, Field
 
 from infuse.adapters.errors import InvalidAdapter, UnknownAdapter, UnknownRevision
 from infuse.adapters.storage.revision import Revision
+from infuse.server.api.anthropic_models import AnthropicModel, AnthropicModels, AnthropicVersion
 from infuse.server.api.leasing import unknown_model
 from infuse.server.auth import CallerDep
+from infuse.server.caller import Caller
+from infuse.server.errors import ApiError
 from infuse.server.openapi import errors
 from infuse.server.services import Services, ServicesDep
 
@@ -80,8 +83,21 @@ def list_models(
     after: Annotated[
         str | None, Query(description="The last id of the page before.", examples=["a"])
     ] = None,
-) -> ModelList:
+    after_id: Annotated[
+        str | None, Query(description="The same, by Anthropic's name.", examples=["a"])
+    ] = None,
+    before_id: Annotated[str | None, Query(include_in_schema=False)] = None,
+    version: AnthropicVersion = None,
+) -> ModelList | AnthropicModels:
     """The base model and the current revision of every adapter that the key may see."""
+    if before_id is not None:
+        message = "Pages go forward only: ask for the next one by after_id, not by before_id."
+        raise ApiError(400, message, param="before_id")
+    page = _page(services, caller, limit, after_id if after is None else after)
+    return page if version is None else _anthropics_page(services, page)
+
+
+def _page(services: Services, caller: Caller, limit: int | None, after: str | None) -> ModelList:
     # The base stands first, whatever its name.
     begins = after is None or after == services.model_name
     first = [_base(services)] if after is None else []
@@ -104,9 +120,15 @@ async def get_model(
     model: Annotated[str, Path(description="What to look up.", examples=["support-intent@3"])],
     services: ServicesDep,
     caller: CallerDep,
-) -> Model:
+    version: AnthropicVersion = None,
+) -> Model | AnthropicModel:
     """The base model, an adapter, or one revision of an adapter (`name@revision`)."""
     # Not on a thread: it reads memory alone, and requests that hang may hold all threads.
+    found = _find(services, caller, model)
+    return found if version is None else _anthropics(services, found)
+
+
+def _find(services: Services, caller: Caller, model: str) -> Model:
     if model == services.model_name:
         return _base(services)
     stored = services.registry.stored
@@ -146,6 +168,26 @@ def _adapter(services: Services, model: str, revision: Revision) -> Model:
         root=f"{revision.name}@{revision.number}",
         parent=services.model_name,
         max_model_len=services.engine.model.max_model_len,
+    )
+
+
+def _anthropics_page(services: Services, page: ModelList) -> AnthropicModels:
+    data = [_anthropics(services, each) for each in page.data]
+    return AnthropicModels(
+        data=data,
+        has_more=page.next is not None,
+        first_id=data[0].id if data else None,
+        last_id=page.next or (data[-1].id if data else None),
+    )
+
+
+def _anthropics(services: Services, model: Model) -> AnthropicModel:
+    return AnthropicModel(
+        id=model.id,
+        display_name=model.id,
+        created_at=datetime.fromtimestamp(model.created, UTC),
+        max_input_tokens=model.max_model_len,
+        max_tokens=services.engine.model.room_after(1),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+import httpx
 import pytest
 
 from infuse.server.api.messages_schemas import (
@@ -120,6 +121,28 @@ def test_its_errors_are_of_their_classes(ai: Anthropic) -> None:
 
     assert bad.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
     assert bad.value.body["request_id"]  # type: ignore[index]
+
+
+@pytest.mark.client("anthropic", "models, listed page by page and looked up")
+def test_it_lists_and_finds_models(ai: Anthropic, client: httpx.Client) -> None:
+    named = [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+    for limit in (1, 2, 1000):
+        listed = list(ai.models.list(limit=limit))
+        assert [model.id for model in listed] == named
+    for model in listed:
+        types.ModelInfo.model_validate(model.to_dict())
+        assert model.display_name == model.id
+        assert model.max_tokens < model.max_input_tokens  # type: ignore[operator]
+        assert ai.models.retrieve(model.id) == model
+    assert ai.models.list().has_next_page() is False
+    with pytest.raises(anthropic.NotFoundError, match="no model 'nobody'"):
+        ai.models.retrieve("nobody")
+
+
+def test_it_is_told_that_pages_go_forward_only(ai: Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="by after_id"):
+        ai.models.list(before_id="tiny")
 
 
 WALK: list[tuple[Any, Any]] = [

@@ -192,7 +192,10 @@ ROUTES: dict[tuple[str, str], list[Probe]] = {
         lambda name: {"url": USAGE, "params": {"key": name}},
         lambda name: {"url": USAGE, "params": {"adapter": name, "format": "csv"}},
     ],
-    ("GET", "/v1/models"): [lambda name: {"url": "/v1/models", "params": {"after": name}}],
+    ("GET", "/v1/models"): [
+        lambda name: {"url": "/v1/models", "params": {"after": name}},
+        lambda name: {"url": "/v1/models", "params": {"after_id": name}},
+    ],
     ("GET", "/v1/models/{model}"): [
         lambda name: {"url": f"/v1/models/{name}"},
         lambda name: {"url": f"/v1/models/{name}@1"},
