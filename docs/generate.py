@@ -272,7 +272,7 @@ def _families() -> Iterator[Metric]:
     engine = EngineStats(**dict.fromkeys(required, 1))
     registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
     metrics = Metrics(lambda: engine, lambda: registry, build_info("native"))
-    request = metrics.request_started("base")
+    request = metrics.generation.request_started("base")
     request.started(0.0)
     request.token(1)
     metrics.http.requests.labels("GET", "/v1/models", "200").inc()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI
@@ -57,7 +58,7 @@ from infuse.server.errors import install_error_handlers
 from infuse.server.freed_memory import give_back_freed_memory
 from infuse.server.gzip_bodies import GunzipBodies
 from infuse.server.jobs import MergeJobs
-from infuse.server.keys.keyring import open_keyring
+from infuse.server.keys.keyring import Keyring, open_keyring
 from infuse.server.middleware import CatchUp, HeadAsGet, LimitBodies
 from infuse.server.observability.access import Observe, Routes
 from infuse.server.observability.latest import LatestAnswers
@@ -73,6 +74,10 @@ from infuse.server.settings import Settings
 from infuse.server.signers import signers_of
 from infuse.server.streams import Streams
 from infuse.server.uploads import UploadBudget
+
+if TYPE_CHECKING:
+    from infuse.server.observability.sent_metrics import SentMetrics
+    from infuse.server.observability.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -100,40 +105,10 @@ def create_app(settings: Settings) -> FastAPI:
     version = build_info(settings.engine)["version"]
     traces = open_traces(version)
     sent_metrics = open_metrics(services.metrics.families, version)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.engine.start(services.streams.deliver)
-        tasks = [asyncio.create_task(give_back_freed_memory())]
-        if keyring is not None:
-            tasks.append(asyncio.create_task(keyring.follow()))
-        if settings.keep_days is not None:
-            dropping = _drop_old_revisions(services.registry, timedelta(days=settings.keep_days))
-            tasks.append(asyncio.create_task(dropping))
-        log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            # Requests that hang may hold all threads of the default limiter.
-            own = CapacityLimiter(1)
-            await to_thread.run_sync(services.merges.close, limiter=own)
-            # The drain has let requests finish: nobody waits for outputs now.
-            await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
-            if sent_metrics is not None:
-                await to_thread.run_sync(sent_metrics.close, limiter=own)
-            await to_thread.run_sync(services.registry.close, limiter=own)
-            await to_thread.run_sync(services.meter.close, limiter=own)
-            services.probing.shutdown(wait=False)
-            if traces is not None:
-                await to_thread.run_sync(traces.close, limiter=own)
-
     app = Application(
         title="Infuse",
         summary="One base model, thousands of IA3 adapters, one batch.",
-        lifespan=lifespan,
+        lifespan=lambda _: _running(services, keyring, traces, sent_metrics),
         docs_url=None,
         redoc_url=None,
         servers=[{"url": settings.root_path}] if settings.root_path else None,
@@ -142,6 +117,48 @@ def create_app(settings: Settings) -> FastAPI:
     add_pages(app, settings.root_path)
     app.state.services = services
     install_error_handlers(app)
+    _include_routers(app)
+    _add_middleware(app, services, keyring, traces)
+    return app
+
+
+@asynccontextmanager
+async def _running(
+    services: Services,
+    keyring: Keyring | None,
+    traces: "Traces | None",
+    sent_metrics: "SentMetrics | None",
+) -> AsyncIterator[None]:
+    """Within, the engine runs. Afterwards everything is closed."""
+    services.engine.start(services.streams.deliver)
+    tasks = [asyncio.create_task(give_back_freed_memory())]
+    if keyring is not None:
+        tasks.append(asyncio.create_task(keyring.follow()))
+    if (keep_days := services.settings.keep_days) is not None:
+        dropping = _drop_old_revisions(services.registry, timedelta(days=keep_days))
+        tasks.append(asyncio.create_task(dropping))
+    log.info("Serving %s with %d adapters.", services.model_name, len(services.registry.stored))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # Requests that hang may hold all threads of the default limiter.
+        own = CapacityLimiter(1)
+        await to_thread.run_sync(services.merges.close, limiter=own)
+        # The drain has let requests finish: nobody waits for outputs now.
+        await to_thread.run_sync(services.engine.stop, 0.0, limiter=own)
+        if sent_metrics is not None:
+            await to_thread.run_sync(sent_metrics.close, limiter=own)
+        await to_thread.run_sync(services.registry.close, limiter=own)
+        await to_thread.run_sync(services.meter.close, limiter=own)
+        services.probing.shutdown(wait=False)
+        if traces is not None:
+            await to_thread.run_sync(traces.close, limiter=own)
+
+
+def _include_routers(app: FastAPI) -> None:
     generating = (completions, chat, responses, messages, ollama, rank, embeddings, tokenize)
     listing = (models, ollama_models, vectors, adapters, merges, usage, debug)
     for module in (*generating, *listing):
@@ -149,24 +166,29 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(other_servers.router)
     app.include_router(health.router)
     app.include_router(console.router)
+
+
+def _add_middleware(
+    app: FastAPI, services: Services, keyring: Keyring | None, traces: "Traces | None"
+) -> None:
+    """Each one is around those before it, and all are around the routes."""
+    settings = services.settings
     app.add_middleware(LimitBodies, settings=settings)
     app.add_middleware(GunzipBodies, limit=settings.form_bytes)
     app.add_middleware(HeadAsGet)
     if settings.shared_store:
         app.add_middleware(CatchUp, stored=services.registry.stored)
-    most_at_once = max(1, settings.max_connections // 2)
     app.add_middleware(
         Authorize,
         keyring=keyring,
         admin_port=settings.admin_port,
         open_docs=settings.open_docs,
-        most_at_once=most_at_once,
+        most_at_once=max(1, settings.max_connections // 2),
     )
     app.add_middleware(AnswerAll)
     routes = Routes(app.openapi()["paths"])
     tell = [services.latest.tell] if traces is None else [services.latest.tell, traces.tell]
     app.add_middleware(Observe, metrics=services.metrics.http, routes=routes, tell=tell)
-    return app
 
 
 async def _drop_old_revisions(registry: AdapterRegistry, age: timedelta) -> None:

@@ -67,7 +67,7 @@ def metric_names() -> set[str]:
     engine = EngineStats(**dict.fromkeys(required, 1))
     registry = RegistryStats(**{field.name: 1 for field in fields(RegistryStats)})
     metrics = Metrics(lambda: engine, lambda: registry, build_info("native"))
-    request = metrics.request_started("sentiment")
+    request = metrics.generation.request_started("sentiment")
     metrics.http.requests.labels("GET", "/v1/models", "200").inc()
     metrics.http.seconds.labels("/v1/models").observe(0)
     request.started(0.0)

@@ -91,11 +91,12 @@ class Generation:
         """Why the server has ended it before the engine did."""
         self._stream = Stream(self._numbers)
         self._streams.open(self._numbers, self)
-        self._label = services.metrics.label_of(services.model_name, order.adapter)
+        metrics = services.metrics.generation
+        self._label = metrics.label_of(services.model_name, order.adapter)
         caller, count = order.caller, len(order.requests)
         # The engine may run a request before `submit` returns.
         self._running = {
-            request.id: _Running(request, caller, services.metrics.request_started(self._label))
+            request.id: _Running(request, caller, metrics.request_started(self._label))
             for request in order.requests
         }
         try:

@@ -252,7 +252,7 @@ def test_however_many_adapters_come_their_series_are_few(alone: tuple[str, Servi
     metrics = Metrics(services.engine.stats, services.registry.stats, build_info("native"))
 
     for number in range(1000):
-        metrics.request_started(f"a{number}").finished("stop", 1, 1)
+        metrics.generation.request_started(f"a{number}").finished("stop", 1, 1)
 
     exposed = metrics.expose().decode()
     assert exposed.count("infuse_requests_total{") == 101
