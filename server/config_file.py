@@ -3,8 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, TomlConfigSettingsSource
 
 CONFIG_FILE = Path("infuse.toml")
@@ -14,7 +16,7 @@ OTHER_VARIABLES = ("URL", "API_KEY", "CACHE_DIR", "IA3_ADAPTERS", "SERVER_PID")
 
 
 class BadConfigFile(ValueError):
-    """A config file cannot be read, or sets what is no setting."""
+    """A config file cannot be read, or sets what is no setting, or a value that it cannot have."""
 
 
 class ConfigFile(TomlConfigSettingsSource):
@@ -36,7 +38,22 @@ class ConfigFile(TomlConfigSettingsSource):
         for key in given:
             if key not in fields:
                 raise BadConfigFile(f"{path}: '{key}' is no setting{_nearest(key, fields)}")
+            self._check(path, key, fields[key], given[key])
         return {fields[key]: value for key, value in given.items()}
+
+    def _check(self, path: Path, key: str, name: str, value: object) -> None:
+        """Check a value here, where it is known to be the file's."""
+        field = self.settings_cls.model_fields[name]
+        kind: Any = Annotated[field.annotation, field]
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise BadConfigFile(f"{path}: {key}: {reason_of(error.errors()[0])}") from None
+
+
+def reason_of(error: ErrorDetails) -> str:
+    """Why a value was refused, in pydantic's words or ours."""
+    return error["msg"].removeprefix("Value error, ")
 
 
 def flag_of(name: str) -> str:

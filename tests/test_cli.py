@@ -237,7 +237,7 @@ def test_a_model_folder_that_does_not_exist_is_one_clear_line(tmp_path: Path) ->
         (["--host", "example.org"], {}, "no IP address"),
         (["--keys-file", "/no/keys"], {}, "no keys file at /no/keys"),
         (["--source-prefixes", "org/"], {}, "--source-prefixes: The URL begins with none of hf://"),
-        ([], {"INFUSE_MAX_QUEUE": "0"}, "--max-queue: Input should be greater"),
+        ([], {"INFUSE_MAX_QUEUE": "0"}, "INFUSE_MAX_QUEUE: Input should be greater"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(

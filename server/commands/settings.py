@@ -11,7 +11,13 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, TomlConfigSettingsSource
 
-from infuse.server.config_file import CONFIG_FILE, BadConfigFile, flag_of, unknown_variables
+from infuse.server.config_file import (
+    CONFIG_FILE,
+    BadConfigFile,
+    flag_of,
+    reason_of,
+    unknown_variables,
+)
 from infuse.server.observability import logs
 from infuse.server.on_ray.settings import DeploySettings
 from infuse.server.settings import MEBIBYTE, Settings
@@ -40,21 +46,26 @@ _SECONDS = ("_seconds", "_timeout", "_lease")
 def read_settings(command: str, arguments: list[str], kind: type[_S]) -> _S:
     """Read settings from flags, environment and config file, and set up the log. What is wrong with
     them ends the command."""
+    flags = _flags(command, kind)
     try:
-        settings = CliApp.run(kind, arguments, _flags(command, kind))
+        settings = CliApp.run(kind, arguments, flags)
     except BadConfigFile as error:
         typer.echo(f"infuse {command}: {error}", err=True)
         raise typer.Exit(2) from None
     except ValidationError as error:
         for each in error.errors():
-            where = " ".join(f"--{flag_of(str(part))}" for part in each["loc"])
-            said = each["msg"].removeprefix("Value error, ")
-            typer.echo(f"infuse {command}: {where or 'settings'}: {said}", err=True)
+            where = _given_by(str(each["loc"][0]), flags) if each["loc"] else "settings"
+            typer.echo(f"infuse {command}: {where}: {reason_of(each)}", err=True)
         raise typer.Exit(2) from None
     logs.set_up(settings.log_level, settings.log_format)
     for said in unknown_variables(DeploySettings, os.environ):
         log.warning(said)
     return settings
+
+
+def _given_by(name: str, flags: CliSettingsSource[ArgumentParser]) -> str:
+    """The flag or the variable that gave a setting its value: the config file checks its own."""
+    return f"--{flag_of(name)}" if name in flags() else f"INFUSE_{name.upper()}"
 
 
 def from_file(key: str, default: str) -> Callable[[], str]:

@@ -65,7 +65,9 @@ def test_another_file_takes_the_place_of_the_one_in_the_working_folder(
         ("config = 'x'", "'config' is no setting"),
         ("[server]\nport = 1", "'server' is no setting"),
         ("port 8000", "infuse.toml cannot be read: "),
-        ("port = 70000", "--port: Input should be less than or equal to 65535"),
+        ("port = 70000", "infuse.toml: port: Input should be less than or equal to 65535"),
+        ("host = 'nowhere'", "infuse.toml: host: 'nowhere' is no IP address and not localhost"),
+        ("adapters-dir = 5", "infuse.toml: adapters-dir: Input is not a valid path"),
     ],
 )
 def test_what_is_wrong_with_the_file_is_one_line(
