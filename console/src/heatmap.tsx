@@ -31,11 +31,17 @@ export function HeatMaps({ modules }: { modules: Module[] }) {
   }
   return (
     <>
-      <p class="legend">
-        <span class="swatch inhibit" /> inhibited, to {(1 - reach).toFixed(2)}
-        <span class="swatch" /> as the base
-        <span class="swatch amplify" /> amplified, to {(1 + reach).toFixed(2)}
-      </p>
+      <ul class="legend">
+        <li>
+          <span class="swatch inhibit" /> inhibited, to {(1 - reach).toFixed(2)}
+        </li>
+        <li>
+          <span class="swatch" /> as the base
+        </li>
+        <li>
+          <span class="swatch amplify" /> amplified, to {(1 + reach).toFixed(2)}
+        </li>
+      </ul>
       <div class="maps">
         {[...groups].map(([group, of]) => (
           <HeatMap key={group} name={group} modules={of} reach={reach} />

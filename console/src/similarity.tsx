@@ -30,7 +30,7 @@ export function SimilarityTable({ names, first }: { names: string[]; first: stri
                   <span class="hidden">Adapter</span>
                 </th>
                 {value.adapters.map((name) => (
-                  <th key={name} scope="col">
+                  <th key={name} scope="col" class="number">
                     {name}
                   </th>
                 ))}

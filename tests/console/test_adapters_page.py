@@ -10,7 +10,7 @@ import pytest
 
 from tests.api.conftest import RunningServer
 from tests.api.oracle import upload
-from tests.console.screen import Screen
+from tests.console.screen import PHONE, Screen
 
 ADAPTERS = "/v1/adapters"
 _NAMES = itertools.count()
@@ -57,6 +57,19 @@ def test_what_is_on_the_device_and_asked_for_is_shown(
 
     row.get_by_text("on the device").wait_for()
     assert row.get_by_role("cell").last.inner_text() != "0"
+
+
+def test_on_a_phone_names_stay_in_view_while_the_other_columns_scroll(screen: Screen) -> None:
+    screen.page.set_viewport_size(PHONE)
+    screen.open("adapters")
+    table = screen.page.get_by_role("group", name="Adapters")
+    table.get_by_role("columnheader", name="Requests").wait_for()
+    table.evaluate("wide => wide.scrollLeft = wide.scrollWidth")
+
+    for role, name in (("columnheader", "Name"), ("columnheader", "Requests"), ("link", "queries")):
+        place = table.get_by_role(role, name=name).bounding_box()
+        assert place["x"] >= 0
+        assert place["x"] + place["width"] <= PHONE["width"]
 
 
 def test_a_folder_is_uploaded(screen: Screen, client: httpx.Client, adapter_folder: Path) -> None:

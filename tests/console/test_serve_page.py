@@ -60,6 +60,7 @@ def test_merges_are_shown_with_their_progress_and_deleted(
     screen.open("serve")
     row = screen.page.get_by_role("group", name="Merges").get_by_role("row").filter(has_text="mlp")
     row.get_by_text("succeeded").wait_for()
+    screen.check_for_everybody()
     row.get_by_role("button").click()
     row.get_by_text("Delete for good").click()
     row.wait_for(state="detached")
