@@ -48,14 +48,22 @@ test-vllm: .venv-vllm/.installed
 	$(OF_API) .venv-vllm/bin/python -m pytest \
 		$(ON_VLLM:%=tests/api/test_%.py) $(ARGS)
 
-# Other programs, as they are: their versions and the server's exclude each other.
-test-clients: .venv-clients/.installed install
+# Other programs, as they are: their versions and the server's exclude each other. inference-perf needs
+# Python 3.12; without it, its test is skipped.
+NEWER := $(shell python3.12 --version > /dev/null 2>&1 && echo .venv-inference-perf/.installed)
+
+test-clients: .venv-clients/.installed $(NEWER) install
 	.venv-clients/bin/python -m pytest --confcutdir tests/clients $(or $(ARGS),tests/clients)
 
 .venv-clients/.installed: constraints-clients.txt tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --constraint constraints-clients.txt \
 		--requirement tests/clients/requirements.txt
+	touch $@
+
+.venv-inference-perf/.installed: constraints-inference-perf.txt
+	python3.12 -m venv .venv-inference-perf
+	.venv-inference-perf/bin/pip install --quiet --constraint constraints-inference-perf.txt inference-perf
 	touch $@
 
 test coverage test-full: export OMP_NUM_THREADS := 1

@@ -31,8 +31,12 @@ class Chat(HttpUser):
 """
 
 
-def run(program: str, *arguments: object, folder: Path) -> None:
-    command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
+INFERENCE_PERF = ROOT / ".venv-inference-perf" / "bin" / "inference-perf"
+"""It has an environment of its own, with a newer Python."""
+
+
+def run(program: str | Path, *arguments: object, folder: Path) -> None:
+    command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -98,3 +102,28 @@ def test_aiperf_profiles(url: str, tmp_path: Path) -> None:
 
     report = json.loads((tmp_path / "profile_export_aiperf.json").read_text())
     assert report["request_count"]["avg"] == 2
+
+
+@pytest.mark.client("inference-perf", "load of streamed chats, split among adapters")
+@pytest.mark.skipif(not INFERENCE_PERF.exists(), reason="inference-perf needs Python 3.12")
+def test_inference_perf_loads_adapters(url: str, tmp_path: Path) -> None:
+    names = ["sentiment", "support-intent"]
+    config = {
+        "api": {"type": "chat", "streaming": True},
+        "data": {"type": "mock"},
+        "load": {
+            "type": "concurrent",
+            "stages": [{"num_requests": 4, "concurrency_level": 2}],
+            "num_workers": 1,
+            "lora_traffic_split": [{"name": name, "split": 0.5} for name in names],
+        },
+        "server": {"model_name": MODEL, "base_url": url},
+        "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)},
+        "storage": {"local_storage": {"path": str(tmp_path)}},
+    }
+    (tmp_path / "config.yml").write_text(json.dumps(config))
+
+    run(INFERENCE_PERF, "--config_file", "config.yml", folder=tmp_path)
+
+    report = json.loads((tmp_path / "summary_lifecycle_metrics.json").read_text())
+    assert (report["successes"]["count"], report["failures"]["count"]) == (4, 0)
