@@ -28,6 +28,10 @@ _MAX_READ = 1 << 20
 """The most bytes that are read at once. Parsers would read as many as a header names."""
 _TAR_ROOM = 4 << 20
 """Bytes of headers and padding around a tar's files."""
+_MAX_HEADERS = 2 << 20
+"""Bytes that describe a tar's files, such as the holes of sparse ones: they become objects."""
+_MAX_COMMON = 64
+"""Headers of a tar that hold for all files after them: each file gets a copy."""
 _ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
 _XZ_MEMORY = 70 << 20
 """Bytes that unpacking xz may take: an archive says itself how many, and `xz -9` needs 65 MiB."""
@@ -174,7 +178,8 @@ def unpack(archive: IO[bytes], folder: Path, limit: int, take: Take) -> None:
 
 
 class _Bounded:
-    """The file that an archive's parser reads: at most _MAX_READ bytes at once, none past `end`.
+    """The file that an archive's parser reads: at most _MAX_READ bytes at once, none past `end`,
+    and no more than _MAX_HEADERS together while it lists a tar's files.
 
     A tar is read through its decompressor, so what is skipped in it costs time as well.
     """
@@ -182,15 +187,21 @@ class _Bounded:
     def __init__(self, file: IO[bytes], end: int | None = None) -> None:
         self._file = file
         self._end = end
+        self.left: int | None = None
+        """The bytes that may still be read. None: any."""
         self.tell = file.tell
         self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
         if size > _MAX_READ:
-            problem = f"says that a part of its directory takes {size} bytes"
-            raise InvalidAdapter([Fault("archive", problem, "send the adapter's folder alone")])
+            raise _too_much(f"says that a part of its directory takes {size} bytes")
         self._check_end(self._file.tell() + size)
-        return self._file.read(size)
+        data = self._file.read(size)
+        if self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:
+                raise _too_much(f"has more than {_MAX_HEADERS} bytes of headers")
+        return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence == 0:
@@ -267,22 +278,29 @@ def _zip_entries(archive: _Bounded) -> Iterator[_Entries]:
 
 @contextmanager
 def _tar_entries(archive: _Bounded) -> Iterator[_Entries]:
+    archive.left = _MAX_HEADERS
     with tarfile.open(fileobj=cast(IO[bytes], archive), mode="r:") as opened:
         files: _Entries = []
         for number, info in enumerate(opened, start=1):
             _check_count(number)
+            if len(opened.pax_headers) > _MAX_COMMON:
+                raise _too_much(f"has more than {_MAX_COMMON} headers for all files")
             if info.isdir():
                 continue
             if not info.isreg():
                 raise _not_allowed(info.name, "is a link or a device")
             files.append((PurePosixPath(info.name), _Opener(opened, info)))
+        archive.left = None
         yield files
 
 
 def _check_count(count: int) -> None:
     if count > _MAX_ENTRIES:
-        problem = f"has more than {_MAX_ENTRIES} entries"
-        raise InvalidAdapter([Fault("archive", problem, "send the adapter's folder alone")])
+        raise _too_much(f"has more than {_MAX_ENTRIES} entries")
+
+
+def _too_much(problem: str) -> InvalidAdapter:
+    return InvalidAdapter([Fault("archive", problem, "send the adapter's folder alone")])
 
 
 def _folder(paths: list[PurePosixPath]) -> PurePosixPath:

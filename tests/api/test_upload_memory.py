@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,32 +112,83 @@ def memory(pid: int, what: str) -> int:
 def test_an_archive_of_zeros_takes_no_more_memory_than_any_other(
     process: tuple[str, int], adapter_folders: dict[str, Path], kind: str, at_once: int
 ) -> None:
-    url, pid = process
     file, start, status = ARCHIVES[kind]
     files = read_adapter(adapter_folders["mlp"])
     packed = archive_of_zeros(files, file, start)
     assert len(packed) < MEBIBYTE
+    answers, risen = add_at_once(process, adapter_folders["mlp"], [packed] * at_once)
+
+    assert [answer.status_code for answer in answers] == [status] * at_once
+    assert risen < MAY_RISE, f"{risen / MEBIBYTE:.0f} MiB"
+
+
+def tar_gz(entries: Iterable[tuple[tarfile.TarInfo, bytes]], common: dict[str, str]) -> bytes:
+    """`common`: headers that hold for all files."""
+    packed = io.BytesIO()
+    form = {"format": tarfile.PAX_FORMAT, "pax_headers": common, "compresslevel": 1}
+    with tarfile.open(fileobj=packed, mode="w:gz", **form) as archive:
+        for entry, data in entries:
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def of_holes() -> bytes:
+    """A file that is a list of eight million holes."""
+    entry = tarfile.TarInfo(WEIGHTS)
+    entry.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    return tar_gz([(entry, b"4000000\n" + b"0\n" * 8_000_000)], {})
+
+
+def of_common_headers() -> bytes:
+    """Empty files, for each of which 50,000 headers hold."""
+    entries = [(tarfile.TarInfo(str(number)), b"") for number in range(200)]
+    return tar_gz(entries, {str(number): "" for number in range(50_000)})
+
+
+HEADERS = {
+    "holes": (of_holes, "bytes of headers"),
+    "headers for all files": (of_common_headers, "headers for all files"),
+}
+
+
+@pytest.mark.parametrize(("made", "problem"), HEADERS.values(), ids=HEADERS)
+def test_a_tar_cannot_fill_memory_with_what_it_says_of_its_files(
+    process: tuple[str, int],
+    adapter_folders: dict[str, Path],
+    made: Callable[[], bytes],
+    problem: str,
+) -> None:
+    [answer], risen = add_at_once(process, adapter_folders["mlp"], [made()])
+
+    assert answer.status_code == 400
+    assert problem in answer.json()["error"]["message"]
+    assert risen < MAY_RISE, f"{risen / MEBIBYTE:.0f} MiB"
+
+
+def add_at_once(
+    process: tuple[str, int], adapter: Path, archives: Sequence[bytes]
+) -> tuple[list[httpx.Response], int]:
+    """The answers to uploads of archives, all at once, and by how many bytes the peak of the
+    server's memory rises meanwhile."""
+    url, pid = process
     with httpx.Client(base_url=url, timeout=120) as client:
-        assert upload(client, "small", adapter_folders["mlp"]).status_code == 201
+        assert upload(client, "small", adapter).status_code == 201
         client.delete(f"{ADAPTERS}/small")
         # The peak is counted from here on.
         Path(f"/proc/{pid}/clear_refs").write_text("5")
         before = memory(pid, "VmRSS")
-        names = [f"zeros-{number}" for number in range(at_once)]
-        with ThreadPoolExecutor(at_once) as threads:
-            answers = list(
-                threads.map(
-                    lambda name: client.post(
-                        ADAPTERS, data={"name": name}, files={"archive": packed}
-                    ),
-                    names,
-                )
-            )
+        forms = [{"name": f"packed-{number}"} for number in range(len(archives))]
+
+        def add(form: dict[str, str], packed: bytes) -> httpx.Response:
+            return client.post(ADAPTERS, data=form, files={"archive": packed})
+
+        with ThreadPoolExecutor(len(archives)) as threads:
+            answers = list(threads.map(add, forms, archives))
         risen = memory(pid, "VmHWM") - before
-        assert [answer.status_code for answer in answers] == [status] * at_once
-        assert risen < MAY_RISE, f"{risen / MEBIBYTE:.0f} MiB"
-        for name in names:
-            client.delete(f"{ADAPTERS}/{name}")
+        for form in forms:
+            client.delete(f"{ADAPTERS}/{form['name']}")
+    return answers, risen
 
 
 # The budget of all together
