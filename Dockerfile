@@ -17,7 +17,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m pip --python /opt/venv/bin/python install \
         --no-deps --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = p['optional-dependencies']; print(*p['dependencies'], *extras['otlp'], *(extras['$VLLM'] if '$ENGINE' == 'vllm' else []), sep='\n')" \
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = p['optional-dependencies']; print(*p['dependencies'], *extras['otlp'], *extras['signing'], *(extras['$VLLM'] if '$ENGINE' == 'vllm' else []), sep='\n')" \
         > requirements.txt \
     && python3 -m pip --python /opt/venv/bin/python install \
         --constraint constraints.txt --requirement requirements.txt

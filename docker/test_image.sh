@@ -86,6 +86,20 @@ key=$(python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["key"])' < "$w
 inside infuse adapters add uploaded /opt/infuse/adapters/sentiment
 inside grep -q uploaded /data/adapters/journal.jsonl || fail 'the upload is not in the volume'
 
+say 'signing an adapter, and verifying it'
+inside python -c '
+import shutil
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP256R1())
+private = pem.PrivateFormat.PKCS8, pem.NoEncryption()
+open("/data/release.key", "wb").write(key.private_bytes(pem.Encoding.PEM, *private))
+public = pem.PublicFormat.SubjectPublicKeyInfo
+open("/data/release.pub", "wb").write(key.public_key().public_bytes(pem.Encoding.PEM, public))
+shutil.copytree("/opt/infuse/adapters/sentiment", "/data/signed")'
+inside infuse adapters sign /data/signed --key /data/release.key
+inside infuse adapters verify /data/signed --trusted-signers /data/release.pub
+
 say 'killing it, and starting it on its volume'
 kill_at_once
 start

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import stat
+import tomllib
 from collections import Counter
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
@@ -168,6 +171,22 @@ def test_the_image_has_the_default_model_of_the_makefile() -> None:
     (wanted,) = re.findall(r"^DEFAULT_MODEL := (\S+)$", (ROOT / "Makefile").read_text(), re.M)
 
     assert f"--no-deps {wanted}\n" in DOCKERFILE
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(each).name) for each in requirements}
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])
+def test_what_the_image_installs_is_pinned_for_either_engine(file: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    chosen = re.findall(r"extras\['(\w+)'\]", DOCKERFILE)
+    wanted = [*project["dependencies"], *(line for name in chosen for line in extras[name])]
+    pinned = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+
+    assert chosen == ["otlp", "signing"]
+    assert names_of(wanted) <= names_of(pinned)
 
 
 def test_the_code_that_converts_the_model_needs_no_more_than_is_copied_for_it() -> None:
