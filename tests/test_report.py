@@ -44,7 +44,7 @@ def run(folder: Path, *flags: str) -> tuple[str, str]:
 PROCESSES = ("-n", "2")
 
 
-@pytest.mark.parametrize("flags", [(), PROCESSES])
+@pytest.mark.parametrize("flags", [(), pytest.param(PROCESSES, marks=pytest.mark.full)])
 def test_a_test_marked_full_is_left_out_and_reported(
     tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
@@ -56,7 +56,9 @@ def test_a_test_marked_full_is_left_out_and_reported(
     assert "no such machine" in report
 
 
-@pytest.mark.parametrize("flags", [("-m", "full"), ("--full", *PROCESSES)])
+@pytest.mark.parametrize(
+    "flags", [("-m", "full", *PROCESSES), pytest.param(("--full",), marks=pytest.mark.full)]
+)
 def test_it_runs_when_asked_for(tmp_path: Path, flags: tuple[str, ...]) -> None:
     last, report = run(tmp_path, *flags)
 
