@@ -91,16 +91,18 @@ def test_a_compiled_step_calls_its_kernels_without_python(
     check_all(engine, llama, one)
 
 
-@pytest.mark.parametrize("module", ["k_proj", "input_layernorm"])
-def test_an_adapter_may_bring_a_module_of_a_compiled_block(
-    start: Callable[..., Harness], tmp_path: Path, cache: Path, module: str
+def test_adapters_may_bring_modules_of_a_compiled_block(
+    start: Callable[..., Harness], tmp_path: Path, cache: Path
 ) -> None:
     model = tiny_model("llama")
     targets = {"target_modules": ["v_proj"], "feedforward_modules": []}
     brings = {
         "plain": save_adapter(model, tmp_path / "plain", seed=1, **targets),
-        "brings": save_adapter(
-            model, tmp_path / "brings", seed=2, modules_to_save=[module], **targets
+        "linear": save_adapter(
+            model, tmp_path / "linear", seed=2, modules_to_save=["k_proj"], **targets
+        ),
+        "norm": save_adapter(
+            model, tmp_path / "norm", seed=3, modules_to_save=["input_layernorm"], **targets
         ),
     }
     engine = start(tiny_model("llama"), brings, compile_cache=cache)
@@ -109,7 +111,7 @@ def test_an_adapter_may_bring_a_module_of_a_compiled_block(
     check_all(engine, model, brings)
 
 
-@pytest.mark.parametrize("fastest", ["onednn", "kernel"])
+@pytest.mark.parametrize("fastest", [pytest.param("onednn", marks=pytest.mark.full), "kernel"])
 def test_a_model_in_bfloat16_is_compiled_to_the_bit(
     start: Callable[..., Harness],
     adapters: dict[str, Path],
