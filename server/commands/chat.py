@@ -84,7 +84,10 @@ class _Playground:
         if len(parts) > 1:
             self._target |= {"adapters": parts}
         elif parts:
-            self._target = {"model": parts[0]["name"], "strength": parts[0]["weight"]}
+            self._target = {"model": parts[0]["name"]}
+            # With a strength, be it 1, it would be a mixture.
+            if parts[0]["weight"] != 1:
+                self._target["strength"] = parts[0]["weight"]
         self._adapters = adapters
 
     def begin(self, system: str | None = None) -> None:

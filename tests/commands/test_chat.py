@@ -6,6 +6,7 @@ import re
 import httpx
 import pytest
 
+from tests.api.test_streaming import eventually
 from tests.commands.conftest import Infuse, Typed
 
 pytestmark = pytest.mark.usefixtures("added")
@@ -45,6 +46,18 @@ def test_a_message_that_is_piped_in_is_answered_by_the_adapter(infuse: Infuse, s
     assert some["content"] == answered(server, messages=messages, model="first", strength=0.5)
     assert mixed["content"] == answered(server, messages=messages, adapters=parts)
     assert mixed["model"] == "first=0.5 second"
+
+
+def test_an_adapter_that_one_chats_with_is_counted_by_its_name(infuse: Infuse, server: str) -> None:
+    def asked() -> float:
+        headers = {"Authorization": "Bearer the-key-of-admin"}
+        text = httpx.get(f"{server}/metrics", headers=headers).text
+        return sum(map(float, re.findall(r'^infuse_requests_total{.*"first".*} (\S+)', text, re.M)))
+
+    before = asked()
+    infuse("chat", "first", *SHORT, input="A")
+
+    assert eventually(lambda: asked() > before)
 
 
 def test_a_conversation_changes_whom_it_is_with(typed: Typed) -> None:
