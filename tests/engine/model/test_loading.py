@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from infuse.server.engine import DoesNotFit, ModelNotFound, UnsupportedModel, model_files
 from infuse.server.engine.native import load_model
@@ -158,16 +158,30 @@ def test_the_default_model_is_fetched_where_it_is_not_installed(
     assert list(tmp_path.iterdir()) == [fetched]
 
 
-@pytest.mark.real
-def test_the_default_model_has_its_own_chat_template_and_a_place_for_tools(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default model in a cache of its own, without weights."""
     kept = tmp_path / model_files.DEFAULT_MODEL
     shutil.copytree(
         model_files.default_model_folder(), kept, ignore=shutil.ignore_patterns("*.safetensors")
     )
-    (kept / "chat_template.jinja").write_text("one of an older version")
     monkeypatch.setenv("INFUSE_CACHE_DIR", str(tmp_path))
+    return kept
+
+
+@pytest.mark.real
+def test_the_default_model_samples_as_its_card_does_and_keeps_its_ends(kept: Path) -> None:
+    (kept / "generation_config.json").write_text('{"eos_token_id": 2}')
+
+    config = GenerationConfig.from_pretrained(model_files.default_model_folder())
+
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.2, 0.9)
+    assert config.eos_token_id == 2
+
+
+@pytest.mark.real
+def test_the_default_model_has_its_own_chat_template_and_a_place_for_tools(kept: Path) -> None:
+    (kept / "chat_template.jinja").write_text("one of an older version")
 
     render = AutoTokenizer.from_pretrained(model_files.default_model_folder()).apply_chat_template
     hi = [{"role": "user", "content": "Hi"}]
