@@ -134,7 +134,7 @@ def test_every_flag_and_variable_that_a_page_names_is_one(page: Path) -> None:
     code = [*re.findall(r"`[^`\n]+`", text), *chain.from_iterable(lines)]
     known = {"--" + name.replace("_", "-") for name in DeploySettings.model_fields} | _flags()
     known |= {f"--no-{flag[2:]}" for flag in known}
-    others = ("curl", "docker", "helm", "make test", "pip", "uvx", "vllm serve")
+    others = ("benchmarks", "curl", "docker", "helm", "make test", "pip", "uvx", "vllm serve")
     for command in (each for each in code if not any(other in each for other in others)):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", command)) <= known, command
 
