@@ -81,6 +81,8 @@ class Connection(asyncio.Protocol):
         """Whether a part of the next request has come."""
         self._in_head = False
         self._head_bytes = 0
+        self._heads = 0
+        """How many heads have begun in the data that came last."""
         self._in_body = False
         self._discarded_bytes = 0
         """How much of an answered request has come since its answer."""
@@ -123,10 +125,11 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
         if self.transport.is_closing():
             return
-        was_in_head = self._in_head
-        self._has_begun = True
+        was_between = not (self._in_head or self._in_body)
+        self._has_begun, self._heads = True, 0
         super().data_received(data)
-        if was_in_head and self._in_head:
+        # Data in which another request ended does not count.
+        if self._in_head and self._heads == was_between:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 message = f"The request's headers are larger than {MAX_HEAD_BYTES} bytes."
@@ -136,6 +139,7 @@ class Connection(asyncio.Protocol):
         """httptools reads a head of any size; h11 has a bound of its own, and never calls this."""
         super().on_message_begin()  # type: ignore[misc]
         self._in_head, self._head_bytes = True, 0
+        self._heads += 1
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True

@@ -133,7 +133,10 @@ def test_over_tls_headers_that_are_too_large_are_refused_before_they_end(
         socket.create_connection((address.host, address.port)) as plain,
         context.wrap_socket(plain, server_hostname=address.host) as connection,
     ):
+        # All of it is there when the server reads on.
+        server.send_signal(signal.SIGSTOP)
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 2 * MAX_HEAD_BYTES)
+        server.send_signal(signal.SIGCONT)
         assert b" 431 " in connection.recv(4096)
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
