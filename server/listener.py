@@ -128,6 +128,8 @@ class Connection(asyncio.Protocol):
         was_between = not (self._in_head or self._in_body)
         self._has_begun, self._heads = True, 0
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         # Data in which another request ended does not count.
         if self._in_head and self._heads == was_between:
             self._head_bytes += len(data)
