@@ -125,13 +125,13 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
         if self.transport.is_closing():
             return
-        was_between = not (self._in_head or self._in_body)
+        begins = 0 if self._in_head or self._in_body else 1
         self._has_begun, self._heads = True, 0
         super().data_received(data)
         if self.transport.is_closing():
             return
-        # Data in which another request ended does not count.
-        if self._in_head and self._heads == was_between:
+        # With more heads in it than that, a part of the data was another request's.
+        if self._in_head and self._heads == begins:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 message = f"The request's headers are larger than {MAX_HEAD_BYTES} bytes."

@@ -25,13 +25,17 @@ class Gauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, registry = self._engine(), self._registry()
-        for values in (_of_engine(engine), _of_registry(registry)):
-            for name, (text, value) in values.items():
-                yield GaugeMetricFamily(name, text, value=value)
+        yield from _gauges(_of_engine(engine))
+        yield from _gauges(_of_registry(registry))
         yield _memory(engine, registry)
         for name, (text, value) in _counted(engine, registry).items():
             yield CounterMetricFamily(name, text, value=value)
         yield from _read_by_gateways(engine, registry)
+
+
+def _gauges(values: _Values) -> Iterator[Metric]:
+    for name, (text, value) in values.items():
+        yield GaugeMetricFamily(name, text, value=value)
 
 
 def _of_engine(engine: EngineStats) -> _Values:
@@ -128,7 +132,7 @@ def _counted(engine: EngineStats, registry: RegistryStats) -> _Values:
 def _read_by_gateways(engine: EngineStats, registry: RegistryStats) -> Iterator[Metric]:
     """The gauges that inference gateways choose a server by, under vLLM's names: see Kubernetes'
     gateway-api-inference-extension, proposal 003, "Model Server Protocol"."""
-    gauges = {
+    gauges: _Values = {
         "vllm:num_requests_running": ("As infuse_requests_running.", engine.running),
         "vllm:num_requests_waiting": ("As infuse_requests_waiting.", engine.waiting),
         "vllm:kv_cache_usage_perc": (
@@ -136,8 +140,7 @@ def _read_by_gateways(engine: EngineStats, registry: RegistryStats) -> Iterator[
             engine.kv_tokens_used / engine.kv_tokens_total,
         ),
     }
-    for name, (text, value) in gauges.items():
-        yield GaugeMetricFamily(name, text, value=value)
+    yield from _gauges(gauges)
     adapters = {
         "max_lora": str(registry.capacity),
         "running_lora_adapters": ",".join(sorted(engine.running_adapters)),
