@@ -215,7 +215,7 @@ def prometheus(folder: Path, url: str, key: str) -> Iterator[httpx.Client]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://{address}", timeout=60) as api:
-            assert eventually(lambda: _is_ready(api), seconds=60), "Prometheus does not start"
+            assert eventually(lambda: _is_ready(api)), "Prometheus does not start"
             yield api
     finally:
         process.terminate()

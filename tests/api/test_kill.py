@@ -193,7 +193,7 @@ def library_of(client: httpx.Client, folders: dict[str, Path], root: Path) -> Li
         assert client.delete(f"{ADAPTERS}/made").status_code == 204
     job = client.post(MERGES, json={"adapter": FIXED[0]}).json()["id"]
     path = f"{MERGES}/{job}"
-    assert eventually(lambda: client.get(path).json()["state"] == "succeeded", 60)
+    assert eventually(lambda: client.get(path).json()["state"] == "succeeded")
     merged = merged_weights(client, job)
     assert client.delete(path).status_code == 204
     return Library(kinds, combined, files, merged)

@@ -164,7 +164,7 @@ def test_merges_begin_in_turns_among_keys(model_folder: Path, tmp_path: Path, ga
     flood = [jobs.submit(AdapterVectors({}), recipe, "flood").id for _ in range(3)]
     other = [jobs.submit(AdapterVectors({}), recipe, "other").id for _ in range(2)]
     gate.open.set()
-    assert eventually(lambda: all(jobs.get(each).ended for each in (*flood, *other)), 60)
+    assert eventually(lambda: all(jobs.get(each).ended for each in (*flood, *other)))
     ended = sorted(jobs.page(None, 10), key=lambda job: str(job.finished))
     jobs.close()
 

@@ -57,10 +57,10 @@ class Rotation:
         """Return once no client has a request with the server."""
         self._servers = tuple(each for each in self._servers if each is not server)
         known = self._known
-        assert eventually(lambda: all(each is self._servers for each in known.copy().values()), 60)
+        assert eventually(lambda: all(each is self._servers for each in known.copy().values()))
 
     def put_in(self, server: Replica) -> None:
-        assert eventually(lambda: server.client.get("/health/ready").status_code == 200, 60)
+        assert eventually(lambda: server.client.get("/health/ready").status_code == 200)
         self._servers = (*self._servers, server)
 
 
