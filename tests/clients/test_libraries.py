@@ -200,7 +200,8 @@ def test_anthropics_client_gets_messages(url: str) -> None:
 
     assert [block.text for block in whole.content] == [ANSWER]
     assert streamed == ANSWER
-    assert client.messages.count_tokens(**asked).input_tokens == whole.usage.input_tokens
+    used = whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
+    assert client.messages.count_tokens(**asked).input_tokens == used
 
 
 @pytest.mark.client("ollama", "chat, whole and streamed; adapters listed as models")
