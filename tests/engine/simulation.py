@@ -15,7 +15,7 @@ from infuse.adapters.checkpoint.checkpoint import AdapterVectors
 from infuse.adapters.checkpoint.targets import Target
 from infuse.adapters.residency import Lease, Residency
 from infuse.server.engine.native.cache.kv_cache import StripCache
-from infuse.server.engine.native.scheduling.scheduler import Scheduler
+from infuse.server.engine.native.scheduling.scheduler import AMONG_TENANTS, Scheduler
 from infuse.server.engine.native.sequences.sequence import Sequence
 from infuse.server.engine.native.sequences.step import Step
 from infuse.server.engine.request import GenerationRequest, SamplingParams
@@ -235,7 +235,7 @@ class Simulation:
         pinned = {s.adapter for s in running if s.adapter}
         assert self.residency.stats().pinned == len(pinned) <= self.slots.capacity
         prompts = sum(s.uncomputed for s in running if s.uncomputed > 1)
-        least = self.chunk // 8 if self.scheduler.is_shared else self.chunk
+        least = self.chunk // AMONG_TENANTS if self.scheduler.is_shared else self.chunk
         assert min(prompts, least) <= sum(tokens for _, tokens in step.prefill)
 
     def check_idle(self) -> None:

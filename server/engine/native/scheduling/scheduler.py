@@ -20,9 +20,9 @@ from infuse.server.engine.request import WaitsFor
 
 _FIRST_SHARE = 4
 """The prompt of the highest rank gets at least a step's prompt tokens divided by this."""
-AMONG_TENANTS = 8
+AMONG_TENANTS = 12
 """While several tenants use the model, long prompts get a step's prompt tokens divided by this."""
-_SHORT = 2
+_SHORT = 4
 """Prompts of so many times those tokens are short (docs/decisions/0061-short-steps.md)."""
 _RANK = attrgetter("rank")
 
@@ -103,7 +103,7 @@ class Scheduler:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
-        while several tenants use the model, an eighth of it bounds those of long prompts.
+        while several tenants use the model, a twelfth of it bounds those of long prompts.
         With `whole_prompts` a prompt is not divided, and `chunk_tokens` bounds their sum. Without
         `prefix_cache`, only the requests of one order share prefixes. Without `speculation`, no
         tokens are drafted."""
