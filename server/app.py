@@ -232,7 +232,9 @@ def _load_services(settings: Settings) -> Services:
             preload(registry, settings.preload_adapters)
         meter = Meter(_folder(settings, settings.usage_dir, "usage"))
         merges_folder = _folder(settings, settings.merges_dir, "merges")
-        merges = MergeJobs(merges_folder, settings.model, opened.name)
+        merges = MergeJobs(
+            merges_folder, settings.model, opened.name, lambda: engine.stats().is_busy
+        )
     except BaseException:
         store.close()
         raise

@@ -10,7 +10,6 @@ failed.
 
 import fcntl
 import logging
-import os
 import secrets
 import shutil
 import threading
@@ -43,7 +42,7 @@ from infuse.adapters.storage.folder import writing
 from infuse.adapters.storage.journal import is_at, sync
 from infuse.server.engine import EngineError
 from infuse.server.engine.model_files import model_folder
-from infuse.server.engine.threads import compute_alone
+from infuse.server.engine.threads import REST, be_nice, compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +53,10 @@ _HARDLY = 0.01
 _RESTARTED = "the server was restarted"
 _FULL = "The disk that holds the merges is full; make room."
 _FAILS = "The disk that holds the merges fails: {error}."
-_LOWEST = 19
-"""The lowest priority: whatever else needs the processor goes first. On Linux a thread has a
-priority of its own."""
+_LOOK_SECONDS = 0.1
+"""How often a merge that rests looks whether it still has to."""
+_NICENESS = 19
+"""The lowest priority: whatever else needs the processor goes first."""
 
 
 class StoredMerge(BaseModel):
@@ -96,11 +96,21 @@ class _Interrupted(Exception):
 class MergeJobs:
     """Owns the merges folder and the worker thread. Thread-safe."""
 
-    def __init__(self, folder: Path, model: str | None, model_name: str) -> None:
-        """`model`: as in the settings. Raises StoreLocked."""
+    def __init__(
+        self,
+        folder: Path,
+        model: str | None,
+        model_name: str,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`model`: as in the settings. `is_busy`: whether the served model is in use, which merges
+        give way to. Raises StoreLocked."""
         self._folder = folder
         self._model = model
         self._model_name = model_name
+        self._is_busy = is_busy
+        self._base: BaseCheckpoint | None = None
+        """Kept once it was opened, which takes a tenth of a second of Python."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = (folder / "lock").open("w")
         try:
@@ -224,13 +234,15 @@ class MergeJobs:
             )
 
     def _open_base(self) -> BaseCheckpoint:
-        try:
-            return BaseCheckpoint(model_folder(self._model), self._model_name)
-        except EngineError as error:
-            raise CannotMerge(str(error)) from error
+        if self._base is None or not all(shard.is_file() for shard in self._base.shards):
+            try:
+                self._base = BaseCheckpoint(model_folder(self._model), self._model_name)
+            except EngineError as error:
+                raise CannotMerge(str(error)) from error
+        return self._base
 
     def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        be_nice(_NICENESS)
         compute_alone()
         while (task := self._next()) is not None:
             job = self._jobs[task.id]
@@ -276,14 +288,28 @@ class MergeJobs:
                 self._end(job, "succeeded", progress=1.0, size=size)
 
     def _watch(self, task: _Task) -> Callable[[float], None]:
+        latest = time.monotonic()
+
         def report(share: float) -> None:
-            if task.cancelled.is_set() or self._stopping.is_set():
-                raise _Interrupted
+            nonlocal latest
             with self._mutex:
                 running = self._jobs[task.id]
                 self._jobs[task.id] = running.model_copy(update={"progress": share})
+            self._rest(task, REST * (time.monotonic() - latest))
+            latest = time.monotonic()
+            if task.cancelled.is_set() or self._stopping.is_set():
+                raise _Interrupted
 
         return report
+
+    def _rest(self, task: _Task, seconds: float) -> None:
+        """Wait while the model is in use, for so long at most, or until the task is interrupted."""
+        end = time.monotonic() + seconds
+        while (
+            (left := end - time.monotonic()) > 0 and self._is_busy() and not task.cancelled.is_set()
+        ):
+            if self._stopping.wait(min(left, _LOOK_SECONDS)):
+                return
 
     def _end(self, job: StoredMerge, state: str, **more: Any) -> None:
         with self._mutex:

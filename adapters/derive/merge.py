@@ -41,10 +41,10 @@ def merge(
 ) -> None:
     """Write the merged model to `output`, which must not exist. It appears whole or not at all.
 
-    `recipe` is written to the model card. `progress` is called with 0 to 1 after each tensor, and
-    may raise to end the merge. Raises CannotMerge (the output exists, or its folder does not; a
-    target does not fit; a weight is missing, or not finite once merged) and StoreFull; as far as
-    possible before anything is written.
+    `recipe` is written to the model card. `progress` is called with 0 to 1 after each tensor and
+    each file of tensors, and may raise to end the merge. Raises CannotMerge (the output exists, or
+    its folder does not; a target does not fit; a weight is missing, or not finite once merged) and
+    StoreFull; as far as possible before anything is written.
     """
     if output.exists():
         raise CannotMerge(f"{output} exists already")
@@ -129,6 +129,7 @@ class _Merge:
         save_file(tensors, self._folder / shard.name, metadata={"format": "pt"})
         self._weight_map |= dict.fromkeys(tensors, shard.name)
         self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._progress(min(1.0, len(self._weight_map) / self._keys))
 
     def _merged_shard(self, shard: Path) -> dict[str, torch.Tensor]:
         base = self._base

@@ -63,3 +63,8 @@ class EngineStats:
     """Drafted tokens that were verified."""
     accepted_tokens: int
     """Drafted tokens that were accepted."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests run or wait."""
+        return self.running + self.waiting > 0

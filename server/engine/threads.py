@@ -5,9 +5,11 @@ as that thread lives. Once there are more workers than cores, all of them sleep 
 instead of spinning, and a step takes 1.5 times as long.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,12 +17,22 @@ from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 
+REST = 4
+"""While the model is in use, work that takes long rests so many times as long as it has worked.
+What computes beside the model takes a core from it, and a step waits for its slowest core."""
 
-def on_passing_thread(work: Callable[[], T]) -> T:
+
+def on_passing_thread(work: Callable[[], T], niceness: int = 0) -> T:
     """Run `work` on a thread of its own, whose team of workers ends with it. Return the result."""
     name = threading.current_thread().name
-    with ThreadPoolExecutor(1, thread_name_prefix=name) as thread:
+    with ThreadPoolExecutor(1, name, initializer=partial(be_nice, niceness)) as thread:
         return thread.submit(work).result()
+
+
+def be_nice(niceness: int) -> None:
+    """Lower the priority of the current thread. On Linux a thread has one of its own."""
+    if niceness:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def compute_alone() -> None:

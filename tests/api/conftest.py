@@ -191,11 +191,12 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
 
-    class GatedCheckpoint(BaseCheckpoint):
-        def parameter(self, key: str) -> str | None:
-            gate.pass_through()
-            return super().parameter(key)
+    parameter = BaseCheckpoint.parameter
 
-    monkeypatch.setattr("infuse.server.jobs.BaseCheckpoint", GatedCheckpoint)
+    def gated(checkpoint: BaseCheckpoint, key: str) -> str | None:
+        gate.pass_through()
+        return parameter(checkpoint, key)
+
+    monkeypatch.setattr(BaseCheckpoint, "parameter", gated)
     yield gate
     gate.open.set()

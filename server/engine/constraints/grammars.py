@@ -8,7 +8,9 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 import sys
+import time
 from collections import abc
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -31,6 +33,7 @@ from infuse.server.engine.constraints.kept import Key, Latest
 from infuse.server.engine.constraints.vetting import GrammarKind, compiled, error_of
 from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
 from infuse.server.engine.fair_turns import FairTurns
+from infuse.server.engine.threads import REST, on_passing_thread
 
 MAX_CHARACTERS = 1 << 16
 """The most characters of a grammar's source. More take seconds to compile."""
@@ -116,8 +119,14 @@ class Grammars:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, vocab: int, eos_token_ids: frozenset[int]
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab: int,
+        eos_token_ids: frozenset[int],
+        is_busy: abc.Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_busy`: whether the model is in use, which slow grammars give way to."""
+        self._is_busy = is_busy
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._eos = sorted(eos_token_ids)
@@ -177,11 +186,15 @@ class Grammars:
         if self._unavailable:
             raise ConstraintsUnavailable(self._unavailable)
         async with self._turns.turn(tenant):
-            problem = await _vet(key.kind, text)
+            began = time.monotonic()
+            problem = await _vet(key.kind, text, self._is_busy)
             if problem == _TOO_BUSY:
                 # Not kept: the machine may be busy only now.
                 return Refusal(problem, "mend or simplify it")
-            result = await _run_to_the_end(partial(self._compile, key.kind, text, problem))
+            niceness = _NICENESS if time.monotonic() - began > _QUICK_SECONDS else 0
+            result = await _run_to_the_end(
+                partial(self._compile, key.kind, text, problem), niceness
+            )
         if isinstance(result, Grammar):
             self._grammars.put(key, result)
         else:
@@ -267,13 +280,15 @@ def _text_of(kind: GrammarKind, source: object, where: str) -> str:
 
 
 _TOO_BUSY = "takes too long to compile"
-_QUICK_SECONDS = 0.3
-_SLOW = 10
-"""The priority of a process that has vetted a grammar for longer than that. Beside the model it
-gets a tenth of a processor."""
+_QUICK_SECONDS = 0.2
+"""A grammar that takes longer to vet is slow."""
+_NICENESS = 10
+"""The priority of slow grammars."""
+_SLICE = 0.03
+"""Seconds that a slow grammar is vetted for, between rests."""
 
 
-async def _vet(kind: GrammarKind, text: str) -> str:
+async def _vet(kind: GrammarKind, text: str, is_busy: abc.Callable[[], bool]) -> str:
     """Compile a grammar in another process, and return why it is refused. Empty: it is accepted.
 
     The process is killed if the caller is cancelled.
@@ -283,17 +298,14 @@ async def _vet(kind: GrammarKind, text: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
     )
-    vetted = asyncio.ensure_future(process.communicate(json.dumps([kind, text]).encode()))
+    slowing = asyncio.create_task(_slow_down(process, is_busy))
     try:
         async with asyncio.timeout(vetting.WALL_SECONDS):
-            done, _ = await asyncio.wait([vetted], timeout=_QUICK_SECONDS)
-            if not done:
-                with suppress(ProcessLookupError):
-                    os.setpriority(os.PRIO_PROCESS, process.pid, _SLOW)
-            said, _ = await vetted
+            said, _ = await process.communicate(json.dumps([kind, text]).encode())
     except TimeoutError:
         return _TOO_BUSY
     finally:
+        slowing.cancel()
         if process.returncode is None:
             process.kill()
             await process.wait()
@@ -302,9 +314,22 @@ async def _vet(kind: GrammarKind, text: str) -> str:
     return str(json.loads(said))
 
 
-async def _run_to_the_end(work: abc.Callable[[], _T]) -> _T:
+async def _slow_down(process: asyncio.subprocess.Process, is_busy: abc.Callable[[], bool]) -> None:
+    """Let a process that vets a slow grammar rest most of the time while the model is in use."""
+    await asyncio.sleep(_QUICK_SECONDS)
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+        while True:
+            if is_busy():
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(REST * _SLICE)
+                process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(_SLICE)
+
+
+async def _run_to_the_end(work: abc.Callable[[], _T], niceness: int) -> _T:
     """Run `work` on a thread. It cannot be stopped, so a cancelled caller waits for it too."""
-    thread = asyncio.ensure_future(asyncio.to_thread(work))
+    thread = asyncio.ensure_future(asyncio.to_thread(on_passing_thread, work, niceness))
     try:
         return await asyncio.shield(thread)
     finally:

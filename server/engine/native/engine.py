@@ -53,7 +53,10 @@ class Engine:
         `in_flight` and `running`."""
         self.model = self.core.model
         self.grammars = Grammars(
-            self.model.tokenizer, self.model.vocab_size, self.model.eos_token_ids
+            self.model.tokenizer,
+            self.model.vocab_size,
+            self.model.eos_token_ids,
+            lambda: self.stats().is_busy,
         )
         self._changed = threading.Condition()
         """Guards all attributes below, and wakes threads that wait for one of them to change."""

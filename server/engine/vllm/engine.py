@@ -75,7 +75,9 @@ class Engine:
             max_model_len=llm.max_model_len,
             decoder_start=None,
         )
-        self.grammars = Grammars(base.tokenizer, base.vocab_size, base.end_tokens)
+        self.grammars = Grammars(
+            base.tokenizer, base.vocab_size, base.end_tokens, lambda: self.stats().is_busy
+        )
         self._most_started = math.ceil(config.max_rows * _AHEAD)
         cache = settings.cache_config
         self._block_tokens = cache.block_size
