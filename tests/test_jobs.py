@@ -1,7 +1,10 @@
 """Merge jobs when a process ends, a file is damaged, or a merge fails."""
 
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -190,6 +193,60 @@ def test_two_servers_do_not_share_a_folder(
     opened()
     with pytest.raises(StoreLocked, match="another server"):
         MergeJobs(folder, model, "tiny")
+
+
+# Merges beside requests
+
+
+@pytest.fixture
+def long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infuse.server.jobs.REST", 10**9)
+
+
+@pytest.mark.usefixtures("long_rests")
+def test_a_merge_rests_while_the_model_is_in_use_and_goes_on_when_it_is_idle(
+    folder: Path, model: str
+) -> None:
+    busy = threading.Event()
+    busy.set()
+    jobs = MergeJobs(folder, model, "tiny", busy.is_set)
+    job = jobs.submit(NOTHING, RECIPE, None)
+
+    assert eventually(lambda: jobs.get(job.id).progress > 0)
+    time.sleep(0.3)
+    assert 0 < jobs.get(job.id).progress < 0.5
+    assert jobs.get(job.id).state == "running"
+    busy.clear()
+    assert done(jobs, job).state == "succeeded"
+    jobs.close()
+
+
+@pytest.mark.usefixtures("long_rests")
+def test_a_merge_that_rests_is_cancelled_and_the_next_that_rests_is_stopped(
+    folder: Path, model: str
+) -> None:
+    jobs = MergeJobs(folder, model, "tiny", lambda: True)
+    cancelled, stopped = (jobs.submit(NOTHING, RECIPE, None) for _ in range(2))
+    assert eventually(lambda: jobs.get(cancelled.id).progress > 0)
+    jobs.remove(cancelled.id)
+
+    assert done(jobs, cancelled).state == "cancelled"
+    assert eventually(lambda: jobs.get(stopped.id).progress > 0)
+    jobs.close()
+    assert names(folder) == {"lock", *(f"{each.id}.json" for each in (cancelled, stopped))}
+
+
+def test_the_base_is_opened_again_where_its_files_were_replaced_by_none(
+    folder: Path, model: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "base"))
+    jobs = MergeJobs(folder, str(copy), "tiny")
+    assert done(jobs, jobs.submit(NOTHING, RECIPE, None)).state == "succeeded"
+    (copy / "model.safetensors").unlink()
+
+    with pytest.raises(CannotMerge, match=r"holds no model\.safetensors"):
+        jobs.submit(NOTHING, RECIPE, None)
+    jobs.close()
 
 
 # Merges that fail
