@@ -42,7 +42,7 @@ from infuse.adapters.storage.folder import writing
 from infuse.adapters.storage.journal import is_at, sync
 from infuse.server.engine import EngineError
 from infuse.server.engine.model_files import model_folder
-from infuse.server.engine.threads import REST, be_nice, compute_alone
+from infuse.server.engine.threads import be_nice, compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ _HARDLY = 0.01
 _RESTARTED = "the server was restarted"
 _FULL = "The disk that holds the merges is full; make room."
 _FAILS = "The disk that holds the merges fails: {error}."
+REST = 4
+"""While the model is in use, a merge rests so many times as long as it has worked
+(docs/decisions/0062-rests.md)."""
 _LOOK_SECONDS = 0.1
 """How often a merge that rests looks whether it still has to."""
 _NICENESS = 19

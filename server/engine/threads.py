@@ -17,10 +17,6 @@ from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 
-REST = 4
-"""While the model is in use, work that takes long rests so many times as long as it has worked.
-What computes beside the model takes a core from it, and a step waits for its slowest core."""
-
 
 def on_passing_thread(work: Callable[[], T], niceness: int = 0) -> T:
     """Run `work` on a thread of its own, whose team of workers ends with it. Return the result."""

@@ -33,7 +33,7 @@ from infuse.server.engine.constraints.kept import Key, Latest
 from infuse.server.engine.constraints.vetting import GrammarKind, compiled, error_of
 from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
 from infuse.server.engine.fair_turns import FairTurns
-from infuse.server.engine.threads import REST, on_passing_thread
+from infuse.server.engine.threads import on_passing_thread
 
 MAX_CHARACTERS = 1 << 16
 """The most characters of a grammar's source. More take seconds to compile."""
@@ -286,6 +286,9 @@ _NICENESS = 10
 """The priority of slow grammars."""
 _SLICE = 0.03
 """Seconds that a slow grammar is vetted for, between rests."""
+REST = 9
+"""While the model is in use, a slow grammar rests so many times as long as it is vetted for
+(docs/decisions/0062-rests.md)."""
 
 
 async def _vet(kind: GrammarKind, text: str, is_busy: abc.Callable[[], bool]) -> str:
