@@ -7,10 +7,6 @@ and in turns among tenants. Each sequence follows it with a matcher of its own.
 import asyncio
 import hashlib
 import json
-import os
-import signal
-import sys
-import time
 from collections import abc
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -28,9 +24,15 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import PreTrainedTokenizerFast
 
-from infuse.server.engine.constraints import vetting
 from infuse.server.engine.constraints.kept import Key, Latest
 from infuse.server.engine.constraints.vetting import GrammarKind, compiled, error_of
+from infuse.server.engine.constraints.vetting_process import (
+    NICENESS,
+    TOO_BUSY,
+    Slow,
+    vet,
+    vet_slowly,
+)
 from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
 from infuse.server.engine.fair_turns import FairTurns
 from infuse.server.engine.threads import on_passing_thread
@@ -134,6 +136,7 @@ class Grammars:
         self._refusals = Latest[Refusal](MAX_REFUSALS)
         self._jobs: dict[Key, _Job] = {}
         self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
+        self._slow_turns = FairTurns(1, each=1, waiting=MAX_WAITING)
         self._unavailable = ""
         """Why the tokenizer cannot be constrained. Empty: it can, or that is not known yet."""
 
@@ -185,16 +188,20 @@ class Grammars:
     async def _make(self, tenant: str, key: Key, text: str) -> "Grammar | Refusal":
         if self._unavailable:
             raise ConstraintsUnavailable(self._unavailable)
-        async with self._turns.turn(tenant):
-            began = time.monotonic()
-            problem = await _vet(key.kind, text, self._is_busy)
-            if problem == _TOO_BUSY:
-                # Not kept: the machine may be busy only now.
-                return Refusal(problem, "mend or simplify it")
-            niceness = _NICENESS if time.monotonic() - began > _QUICK_SECONDS else 0
-            result = await _run_to_the_end(
-                partial(self._compile, key.kind, text, problem), niceness
-            )
+        try:
+            async with self._turns.turn(tenant):
+                problem = await vet(key.kind, text)
+                work = partial(self._compile, key.kind, text, problem)
+                result = await _run_to_the_end(work)
+        except Slow:
+            # It gives its turn up, so that no quick one waits for it.
+            async with self._slow_turns.turn(tenant):
+                problem = await vet_slowly(key.kind, text, self._is_busy)
+                work = partial(self._compile, key.kind, text, problem)
+                result = await _run_to_the_end(partial(on_passing_thread, work, NICENESS))
+        if isinstance(result, Refusal) and result.problem == TOO_BUSY:
+            # Not kept: the machine may be busy only now.
+            return result
         if isinstance(result, Grammar):
             self._grammars.put(key, result)
         else:
@@ -279,60 +286,9 @@ def _text_of(kind: GrammarKind, source: object, where: str) -> str:
     return text
 
 
-_TOO_BUSY = "takes too long to compile"
-_QUICK_SECONDS = 0.2
-"""A grammar that takes longer to vet is slow."""
-_NICENESS = 10
-"""The priority of slow grammars."""
-_SLICE = 0.03
-"""Seconds that a slow grammar is vetted for, between rests."""
-REST = 9
-"""While the model is in use, a slow grammar rests so many times as long as it is vetted for
-(docs/decisions/0062-rests.md)."""
-
-
-async def _vet(kind: GrammarKind, text: str, is_busy: abc.Callable[[], bool]) -> str:
-    """Compile a grammar in another process, and return why it is refused. Empty: it is accepted.
-
-    The process is killed if the caller is cancelled.
-    """
-    command = (sys.executable, "-I", vetting.__file__)
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
-    )
-    slowing = asyncio.create_task(_slow_down(process, is_busy))
-    try:
-        async with asyncio.timeout(vetting.WALL_SECONDS):
-            said, _ = await process.communicate(json.dumps([kind, text]).encode())
-    except TimeoutError:
-        return _TOO_BUSY
-    finally:
-        slowing.cancel()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        return "takes too much time or memory to compile"
-    return str(json.loads(said))
-
-
-async def _slow_down(process: asyncio.subprocess.Process, is_busy: abc.Callable[[], bool]) -> None:
-    """Let a process that vets a slow grammar rest most of the time while the model is in use."""
-    await asyncio.sleep(_QUICK_SECONDS)
-    with suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
-        while True:
-            if is_busy():
-                process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(REST * _SLICE)
-                process.send_signal(signal.SIGCONT)
-            await asyncio.sleep(_SLICE)
-
-
-async def _run_to_the_end(work: abc.Callable[[], _T], niceness: int) -> _T:
+async def _run_to_the_end(work: abc.Callable[[], _T]) -> _T:
     """Run `work` on a thread. It cannot be stopped, so a cancelled caller waits for it too."""
-    thread = asyncio.ensure_future(asyncio.to_thread(on_passing_thread, work, niceness))
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(thread)
     finally:

@@ -7,6 +7,7 @@ patterns, can take minutes. As a script, this module compiles the grammar on its
 import json
 import re
 import resource
+import signal
 import sys
 from importlib.metadata import version
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 GrammarKind = Literal["json", "regex", "choice", "grammar"]
 
+QUICK_SECONDS = 0.1
+"""Of processor time. A grammar that takes longer is slow."""
 CPU_SECONDS = 1
 """What is accepted takes as long again beside the model. The largest sources, of 64 KiB, take a
 third of that (docs/decisions/0062-rests.md)."""
@@ -106,14 +109,17 @@ def error_of(matcher: LLMatcher) -> str:
 
 
 def main() -> None:
-    """Read a kind and a source from standard input; print why it is refused, or an empty string."""
+    """Read a kind, a source and whether to stop (by SIGPROF) where it is slow from standard input.
+    Print why it is refused, or an empty string."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kind, text = json.load(sys.stdin)
+    kind, text, stops_if_slow = json.load(sys.stdin)
     if kind == "grammar":
         # The byte tokenizer that is used here does not have the model's token ids.
         text = _TOKEN.sub("<[0]>", text)
+    if stops_if_slow:
+        signal.setitimer(signal.ITIMER_PROF, QUICK_SECONDS)
     try:
         # The time that a grammar takes does not depend on the tokenizer.
         problem = error_of(compiled(kind, text, LLTokenizer("byte")))

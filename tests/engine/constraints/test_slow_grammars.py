@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infuse.server.engine.constraints import grammars as constraints
-from infuse.server.engine.constraints import vetting
+from infuse.server.engine.constraints import vetting, vetting_process
 from infuse.server.engine.constraints.grammars import Grammar, Grammars, Refusal
 from tests.api.test_streaming import eventually
 from tests.factories import TOKENS, tiny_tokenizer
@@ -46,7 +45,7 @@ async def vetting_is(wanted: tuple[str, int]) -> bool:
 
 
 def test_a_slow_grammar_rests_while_the_model_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraints, "REST", 10**6)
+    monkeypatch.setattr(vetting_process, "REST", 10**6)
 
     async def vet() -> bool:
         making = asyncio.create_task(grammars(lambda: True).make("", "", "json", SLOW))
@@ -69,13 +68,41 @@ def test_a_slow_grammar_that_rests_between_is_refused_like_any_other() -> None:
 def test_a_slow_grammar_does_not_rest_while_the_model_is_idle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(constraints, "REST", 10**6)
+    monkeypatch.setattr(vetting_process, "REST", 10**6)
 
     refused = asyncio.run(grammars(lambda: False).make("", "", "json", SLOW))
     assert isinstance(refused, Refusal)
 
 
-def test_a_simple_grammar_is_compiled_while_the_model_is_in_use() -> None:
-    made = asyncio.run(grammars(lambda: True).make("", "", "json", SIMPLE))
+def test_simple_grammars_do_not_wait_for_slow_ones_of_their_tenant_or_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vetting_process, "REST", 10**6)
+
+    async def made() -> list[Grammar | Refusal]:
+        served = grammars(lambda: True)
+        slow = [
+            asyncio.create_task(served.make(tenant, "", "json", SLOW.replace("01}", f"{n:02}}}")))
+            for tenant in "abc"
+            for n in range(1, 4)
+        ]
+        rests = await vetting_is(("T", 10))
+        simple = [await served.make(tenant, "", "json", SIMPLE) for tenant in "ad"]
+        assert rests
+        assert not any(each.done() for each in slow)
+        for each in slow:
+            each.cancel()
+        await asyncio.wait(slow)
+        return simple
+
+    assert all(isinstance(each, Grammar) for each in asyncio.run(made()))
+
+
+def test_a_grammar_that_is_slow_and_right_is_compiled() -> None:
+    """500 formats take a few tenths of a second."""
+    kinds = ["date-time", "email", "uuid", "uri", "ipv6"]
+    fields = {f"p{n}": {"type": "string", "format": kinds[n % 5]} for n in range(500)}
+    schema = json.dumps({"type": "object", "properties": fields, "required": list(fields)})
+    made = asyncio.run(grammars(lambda: True).make("", "", "json", schema))
 
     assert isinstance(made, Grammar)
