@@ -13,9 +13,9 @@ try:
 finally:
     import torch
 """
-SCRIPT = """
+WORK = """
 import os, time, torch
-from infuse.server.engine.threads import on_passing_thread
+from infuse.server.engine.threads import compute_alone, on_passing_thread
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -26,23 +26,34 @@ def work():
     return threads()
 
 before = threads()
+"""
+PASSING = """
 assert on_passing_thread(work) > before + 1, "the work had a worker beside its own thread"
 late = time.monotonic() + 10
 while threads() > before and time.monotonic() < late:
     time.sleep(0.01)
 print(threads() - before)
 """
+ALONE = "print(on_passing_thread(lambda: compute_alone() or work()) - before)"
 
 
-def test_workers_end_with_the_thread_that_they_worked_for() -> None:
+def printed(script: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", WORK + script],
         check=True,
         capture_output=True,
         text=True,
         env={"OMP_NUM_THREADS": "2"},
     )
-    assert done.stdout == "0\n"
+    return done.stdout
+
+
+def test_workers_end_with_the_thread_that_they_worked_for() -> None:
+    assert printed(PASSING) == "0\n"
+
+
+def test_a_thread_that_computes_alone_has_no_workers() -> None:
+    assert printed(ALONE) == "1\n", "itself"
 
 
 def spinning(**environment: str) -> str:
