@@ -38,7 +38,9 @@ from infuse.adapters.storage.storage import Kept
 log = logging.getLogger(__name__)
 
 _PREFIX = "content"
-_KEY = re.compile(rf"(?P<place>{_PREFIX}/(?P<digest>[^/]+)/(?P<epoch>\d+)-\d+)/[^/]+")
+_PLACE = re.compile(rf"{_PREFIX}/(?P<digest>[^/]+)/(?P<epoch>\d+)-\d+")
+"""The folder of a content."""
+_KEY = re.compile(rf"(?P<place>{_PLACE.pattern})/[^/]+")
 
 
 class BucketStorage:
@@ -250,14 +252,19 @@ def places_of(
     """Return the folder of each content that events name. `before`: what earlier ones have said.
 
     Events that were written to a folder on disk name none: what is restored of a backup of that
-    goes to a folder that no epoch uses.
+    goes to a folder that no epoch uses. A folder that is none of this content's, as another program
+    may have written it, counts as none.
     """
     places: dict[str, str] = {}
     for event in events:
         if "digest" in event:
             digest = str(event["digest"])
-            known = places.get(digest) or before.get(digest) or f"{_PREFIX}/{digest}/{0:012}-0"
-            places[digest] = str(event.get("place", known))
+            place = _PLACE.fullmatch(str(event.get("place")))
+            if place is not None and place["digest"] == digest:
+                places[digest] = place[0]
+            else:
+                unknown = f"{_PREFIX}/{digest}/{0:012}-0"
+                places[digest] = places.get(digest) or before.get(digest) or unknown
     return places
 
 

@@ -86,7 +86,10 @@ def digest_of_line(line: bytes) -> str:
 
 def _parsed(line: bytes) -> Event | None:
     try:
-        event = json.loads(line)
+        event = json.loads(line.decode())
+        if b"\\u" in line:
+            # Half a character, which no file, key or answer can have.
+            json.dumps(event, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None

@@ -1,5 +1,6 @@
 """A store in a bucket: a working S3 server behind a proxy that sometimes fails."""
 
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -132,6 +133,35 @@ def test_a_content_that_was_damaged_in_the_bucket_is_never_served(
         store.files(revision)
     replace(store, "support", "c")
     assert content_of(store, store.current("support")) == "c"
+
+
+@pytest.mark.fault(
+    "bucket",
+    "An event says that an adapter's files are where other objects are, or nowhere",
+    by="the bucket",
+    promise="The adapter is told to be damaged; no other object is read or deleted.",
+)
+@pytest.mark.parametrize("place", ["journal", "", "..", "content", "\\ud800", "content/x/1-1"])
+def test_the_files_of_an_adapter_are_looked_for_nowhere_else(
+    open_at: Open, s3: str, objects: Objects, place: str
+) -> None:
+    with closing(open_at()) as store:
+        create(store, "other", "b")
+        create(store, "support", "a")
+    *_, key = objects.list("journal")
+    line = objects.get(key) or b""
+    changed, count = re.subn(b'"place":"[^"]*"', lambda _: f'"place":"{place}"'.encode(), line)
+    assert count == 1
+    put(s3, key, changed)
+    with closing(open_at("there")) as store:
+        if "support" in store:
+            with pytest.raises(StoreDamaged):
+                content_of(store, store.current("support"))
+            store.delete("support")
+        assert content_of(store, store.current("other")) == "b"
+    with closing(open_at("elsewhere")) as store:
+        assert store.names() == ["other"]
+        assert content_of(store, store.current("other")) == "b"
 
 
 def test_contents_that_nobody_can_ask_for_leave_cache_and_bucket(
