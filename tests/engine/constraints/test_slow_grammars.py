@@ -62,7 +62,7 @@ def test_a_slow_grammar_that_rests_between_is_refused_like_any_other() -> None:
     refused = asyncio.run(grammars(lambda: True).make("", "", "json", SLOW))
 
     assert isinstance(refused, Refusal)
-    assert refused.problem == "takes too much time or memory to compile"
+    assert refused.problem.endswith("to compile")
 
 
 def test_a_slow_grammar_does_not_rest_while_the_model_is_idle(
