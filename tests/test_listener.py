@@ -124,8 +124,8 @@ def test_the_drain_answers_all_that_is_in_flight(
     }
 
     held = [
-        LONG | {"structured_outputs": {"json": SLOW_SCHEMA | {"description": name}}}
-        for name in ("one", "other")
+        LONG | {"structured_outputs": {"json": SLOW_SCHEMA | {"description": f"{number}"}}}
+        for number in range(20)
     ]
 
     async def ask() -> tuple[dict[str, httpx.Response], list[str]]:
@@ -140,7 +140,7 @@ def test_the_drain_answers_all_that_is_in_flight(
                     for name, (path, body) in many.items()
                 }
                 await until_in_flight(client, 230)
-                # One is compiled, and perhaps refused in time; the other waits for its turn.
+                # Some are compiled, and perhaps refused in time; the others wait for their turn.
                 slow = [asyncio.create_task(client.post(COMPLETIONS, json=each)) for each in held]
                 while not any("vetting" in part for part in arguments_of_children(server)):
                     await client.get("/health/live")
