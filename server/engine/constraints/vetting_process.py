@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 from infuse.server.engine.constraints import vetting
 from infuse.server.engine.constraints.vetting import GrammarKind
+from infuse.server.engine.threads import be_nice
 
 TOO_BUSY = "takes too long to compile"
 """The problem of a grammar that a busy machine could not compile in time."""
@@ -78,7 +78,7 @@ async def _result(
 
 async def _rest(process: asyncio.subprocess.Process, is_busy: Callable[[], bool]) -> None:
     with suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        be_nice(NICENESS, process.pid)
         while True:
             await asyncio.sleep(_SLICE)
             if is_busy():
