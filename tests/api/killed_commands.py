@@ -2,9 +2,10 @@
 
 import random
 import shutil
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -132,8 +133,8 @@ class Restores(Command):
     store: Where = ""
     """Where the server's adapters are: what is restored goes beside them."""
     numbers: Iterator[int] = field(default_factory=count)
-    killed: list[tuple[float, Where]] = field(default_factory=list)
-    """When a restore was killed, and where; it is not looked at yet."""
+    killed: list[Where] = field(default_factory=list)
+    """Where a restore was killed that is not looked at yet."""
 
     def begin(self) -> None:
         self.target = beside(self.store, self.folder, f"again{next(self.numbers)}")
@@ -145,19 +146,19 @@ class Restores(Command):
         if is_done:
             assert len(read_all(self.target, self.folder)) == MANY
         else:
-            self.killed.append((time.monotonic(), self.target))
-        while self.killed and time.monotonic() > self.killed[0][0] + self._owned_seconds:
-            self._look(self.killed.pop(0)[1])
+            self.killed.append(self.target)
+        if len(self.killed) >= self._at_once:
+            self.close()
 
     @property
-    def _owned_seconds(self) -> float:
-        """How long a killed restore owns what it was writing."""
-        return 0.0 if isinstance(self.store, Path) else 30.0
+    def _at_once(self) -> int:
+        """The bucket of a killed restore is free when its lease has been watched for 30 seconds."""
+        return 1 if isinstance(self.store, Path) else 32
 
     def close(self) -> None:
-        """Look at the rest; each is waited for."""
-        for _, target in self.killed:
-            self._look(target)
+        with ThreadPoolExecutor(self._at_once) as threads:
+            list(threads.map(self._look, self.killed))
+        self.killed.clear()
 
     def _look(self, target: Where) -> None:
         # In a bucket a second restore is refused once a server has started there.
@@ -177,8 +178,8 @@ def beside(store: Where, folder: Path, name: str) -> Where:
 
 def read_all(store: Where, folder: Path) -> Shown:
     """Open a store that no server has, and read it whole. Nothing else may be in it."""
-    cache = folder / "cache-of-restored"
-    opened = storage_at(str(store), None if isinstance(store, Path) else str(cache))
+    cache = tempfile.mkdtemp(dir=folder)
+    opened = storage_at(str(store), None if isinstance(store, Path) else cache)
     with closing(AdapterStore(opened)) as adapters:
         for name in adapters.names():
             for revision in adapters.revisions(name):
@@ -188,7 +189,7 @@ def read_all(store: Where, folder: Path) -> Shown:
         digests = {each[1] for state in shown.values() for each in state.revisions}
         assert {each.name for each in (store / "content").iterdir()} == digests
         assert list((store / "staging").iterdir()) == []
-    shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(cache)
     return shown
 
 
