@@ -17,7 +17,7 @@ class FairTurns:
     """Limits how many turns are held at once, by all tenants and by each. When some wait, tenants
     get turns one after the other. Belongs to one event loop at a time."""
 
-    def __init__(self, at_once: int, each: int, waiting: int | None = None) -> None:
+    def __init__(self, at_once: float, each: int, waiting: int | None = None) -> None:
         """`at_once`: how many turns all tenants may hold; `each`: how many of them one tenant may.
         `waiting`: how many callers of one tenant may wait; None: any number."""
         self._at_once = at_once

@@ -25,12 +25,12 @@ def on_passing_thread(work: Callable[[], T], niceness: int = 0) -> T:
         return thread.submit(work).result()
 
 
-def be_nice(niceness: int, process: int | None = None) -> None:
-    """Lower the priority of a process or of the current thread, which has one of its own on Linux.
-    It is never raised, which only root may do. Raises ProcessLookupError."""
-    who = threading.get_native_id() if process is None else process
-    present = os.getpriority(os.PRIO_PROCESS, who)
-    os.setpriority(os.PRIO_PROCESS, who, max(niceness, present))
+def be_nice(niceness: int) -> None:
+    """Lower the priority of the current thread, which has one of its own on Linux. It is never
+    raised, which only root may do."""
+    thread = threading.get_native_id()
+    present = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, present))
 
 
 def compute_alone() -> None:

@@ -1,8 +1,6 @@
 """A key's slow constraints delay no other key, and no constraint that is compiled already."""
 
 import asyncio
-import os
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,12 +10,14 @@ import httpx
 import pytest
 
 from infuse.server.engine.constraints import grammars as constraints
+from infuse.server.engine.constraints.vetting import NICENESS
 from infuse.server.services import Services
 from infuse.server.settings import Settings
 from tests.api.conftest import run_server
 from tests.api.test_auth import bearer, keys_file
 from tests.api.test_health import StartServer
 from tests.api.test_streaming import COMPLETIONS, eventually
+from tests.engine.constraints.processes import vetting_processes
 
 Body = dict[str, Any]
 SLOW = [{"type": "integer", "multipleOf": 9_999_900 + number} for number in range(1, 60, 2)]
@@ -48,16 +48,17 @@ def guarded(
 
 
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
-    """The processes in which grammars are tried, in the order of their starts."""
-    begun: list[Process] = []
-    begin = asyncio.create_subprocess_exec
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.StreamWriter]:
+    """The connections to the processes in which grammars are tried, in the order of their starts."""
+    begun: list[asyncio.StreamWriter] = []
+    begin = asyncio.open_unix_connection
 
-    async def noting(*arguments: Any, **options: Any) -> Process:
-        begun.append(await begin(*arguments, **options))
-        return begun[-1]
+    async def noting(**options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await begin(**options)
+        begun.append(writer)
+        return reader, writer
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", noting)
+    monkeypatch.setattr(asyncio, "open_unix_connection", noting)
     return begun
 
 
@@ -72,7 +73,7 @@ async def both(guarded: tuple[str, Services]) -> AsyncIterator[tuple[httpx.Async
 
 
 def test_a_keys_slow_constraints_hold_up_neither_another_key_nor_what_is_compiled(
-    guarded: tuple[str, Services], processes: list[Process]
+    guarded: tuple[str, Services], tried: list[asyncio.StreamWriter]
 ) -> None:
     async def run() -> None:
         async with (
@@ -84,7 +85,7 @@ def test_a_keys_slow_constraints_hold_up_neither_another_key_nor_what_is_compile
                 asyncio.create_task(slow.post(COMPLETIONS, json=body(json=schema)))
                 for schema in SLOW[:24]
             ]
-            while len(processes) < 2:
+            while len(tried) < 2:
                 await asyncio.sleep(0.01)
             again = await slow.post(COMPLETIONS, json=body(regex="known"))
             free = await slow.post(COMPLETIONS, json={"model": "tiny", "prompt": "A"})
@@ -98,38 +99,37 @@ def test_a_keys_slow_constraints_hold_up_neither_another_key_nor_what_is_compile
         assert ended <= 12, "the flood was not over"
 
     asyncio.run(run())
-    assert eventually(lambda: all(process.returncode is not None for process in processes))
+    assert eventually(lambda: all(each.is_closing() for each in tried) and not vetting_processes())
     asked, headers = body(regex="afterwards"), bearer("everything")
     after = httpx.post(guarded[0] + COMPLETIONS, json=asked, headers=headers, timeout=100)
     assert after.status_code == 200
     # The first two, the other key's, the last one, and those whose turn came meanwhile.
-    assert len(processes) <= 16, "the flood is no longer compiled"
+    assert len(tried) <= 16, "the flood is no longer compiled"
 
 
 def test_what_a_client_left_behind_stops(
-    guarded: tuple[str, Services], processes: list[Process]
+    guarded: tuple[str, Services], tried: list[asyncio.StreamWriter]
 ) -> None:
     async def ask(count: int) -> None:
         async with client_of(guarded, "everything") as client:
             asked = asyncio.create_task(client.post(COMPLETIONS, json=body(json=SLOW[25])))
-            while len(processes) < count:
+            while len(tried) < count:
                 await asyncio.sleep(0.01)
             asked.cancel()
 
     # The second begins anew: nothing of the first is left.
     for count in (1, 2):
         asyncio.run(ask(count))
-        assert eventually(lambda: processes[-1].returncode is not None)
-        assert processes[-1].returncode == -9
+        assert eventually(lambda: not vetting_processes())
 
 
 def test_a_constraint_that_takes_long_gives_way_to_the_model(
-    guarded: tuple[str, Services], processes: list[Process]
+    guarded: tuple[str, Services],
 ) -> None:
     async def run() -> None:
         async with client_of(guarded, "everything") as client:
             asked = asyncio.create_task(client.post(COMPLETIONS, json=body(json=SLOW[27])))
-            while len(processes) < 2 or os.getpriority(os.PRIO_PROCESS, processes[1].pid) == 0:
+            while NICENESS not in [niceness for _, niceness in vetting_processes()]:
                 await asyncio.sleep(0.01)
             asked.cancel()
 
@@ -137,7 +137,7 @@ def test_a_constraint_that_takes_long_gives_way_to_the_model(
 
 
 def test_one_constraint_of_many_requests_is_compiled_once_and_its_refusal_remembered(
-    guarded: tuple[str, Services], processes: list[Process]
+    guarded: tuple[str, Services], tried: list[asyncio.StreamWriter]
 ) -> None:
     async def run() -> list[httpx.Response]:
         async with client_of(guarded, "everything") as client:
@@ -151,18 +151,18 @@ def test_one_constraint_of_many_requests_is_compiled_once_and_its_refusal_rememb
     assert [answer.status_code for answer in many] == [400] * 6 + [200] * 6
     assert last.json() == many[0].json()
     assert "to compile" in last.json()["error"]["message"]
-    assert len(processes) == 3, "the slow one is begun again with slow ones"
+    assert len(tried) == 3, "the slow one is begun again with slow ones"
 
 
 def test_a_key_cannot_tell_what_another_has_compiled(
-    guarded: tuple[str, Services], processes: list[Process]
+    guarded: tuple[str, Services], tried: list[asyncio.StreamWriter]
 ) -> None:
     for key in ("everything", "generate", "generate"):
         asked = body(choice=["the secret word", "another"])
         answer = httpx.post(guarded[0] + COMPLETIONS, json=asked, headers=bearer(key), timeout=100)
         assert answer.status_code == 200
 
-    assert len(processes) == 2
+    assert len(tried) == 2
 
 
 def test_too_many_constraints_of_one_key_are_refused_with_a_time_to_come_back(

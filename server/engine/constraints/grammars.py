@@ -7,12 +7,14 @@ and in turns among tenants. Each sequence follows it with a matcher of its own.
 import asyncio
 import hashlib
 import json
+import math
+import time
 from collections import abc
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,14 +27,13 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import PreTrainedTokenizerFast
 
 from infuse.server.engine.constraints.kept import Key, Latest
-from infuse.server.engine.constraints.vetting import GrammarKind, compiled, error_of
-from infuse.server.engine.constraints.vetting_process import (
+from infuse.server.engine.constraints.vetting import (
     NICENESS,
-    TOO_BUSY,
-    Slow,
-    vet,
-    vet_slowly,
+    GrammarKind,
+    compiled,
+    error_of,
 )
+from infuse.server.engine.constraints.vetting_process import REST, TOO_BUSY, Slow, Vetting, rest
 from infuse.server.engine.errors import BadConstraint, ConstraintsUnavailable
 from infuse.server.engine.fair_turns import FairTurns
 from infuse.server.engine.threads import on_passing_thread
@@ -129,16 +130,21 @@ class Grammars:
     ) -> None:
         """`is_busy`: whether the model is in use, which slow grammars give way to."""
         self._is_busy = is_busy
-        self._tokenizer = tokenizer
-        self._vocab = vocab
-        self._eos = sorted(eos_token_ids)
+        self._lexicon: LLTokenizer | None = None
+        self._unavailable = ""
+        """Why the tokenizer cannot be constrained."""
+        try:
+            # Not on first use: for the second that it takes, it lets no other thread run Python.
+            self._lexicon = from_tokenizer(tokenizer, vocab, sorted(eos_token_ids))
+        except Exception as error:
+            self._unavailable = str(error)
+        self._vetting = Vetting()
         self._grammars = Latest[Grammar](MAX_CACHED)
         self._refusals = Latest[Refusal](MAX_REFUSALS)
         self._jobs: dict[Key, _Job] = {}
-        self._turns = FairTurns(_AT_ONCE, each=1, waiting=MAX_WAITING)
+        self._tenant_turns = FairTurns(math.inf, each=1, waiting=MAX_WAITING)
+        self._turns = FairTurns(_AT_ONCE, each=1)
         self._slow_turns = FairTurns(1, each=1, waiting=MAX_WAITING)
-        self._unavailable = ""
-        """Why the tokenizer cannot be constrained. Empty: it can, or that is not known yet."""
 
     def compile(self, kind: GrammarKind, source: object, where: str) -> Grammar:
         """The grammar of a JSON schema, a regular expression, a list of texts, or Lark or GBNF.
@@ -186,18 +192,16 @@ class Grammars:
                     del self._jobs[key]
 
     async def _make(self, tenant: str, key: Key, text: str) -> "Grammar | Refusal":
-        if self._unavailable:
+        if self._lexicon is None:
             raise ConstraintsUnavailable(self._unavailable)
+        lexicon = self._lexicon
         try:
-            async with self._turns.turn(tenant):
-                problem = await vet(key.kind, text)
-                work = partial(self._compile, key.kind, text, problem)
-                result = await _run_to_the_end(work)
+            async with self._tenant_turns.turn(tenant):
+                result = await self._make_quickly(tenant, key, text, lexicon)
         except Slow:
-            # It gives its turn up, so that no quick one waits for it.
             async with self._slow_turns.turn(tenant):
-                problem = await vet_slowly(key.kind, text, self._is_busy)
-                work = partial(self._compile, key.kind, text, problem)
+                problem = await self._vetting.vet_slowly(key.kind, text, self._is_busy)
+                work = partial(_compile, key.kind, text, lexicon, problem)
                 result = await _run_to_the_end(partial(on_passing_thread, work, NICENESS))
         if isinstance(result, Refusal) and result.problem == TOO_BUSY:
             # Not kept: the machine may be busy only now.
@@ -208,30 +212,20 @@ class Grammars:
             self._refusals.put(key, result)
         return result
 
-    @cached_property
-    def _lexicon(self) -> LLTokenizer:
-        """llguidance's tokenizer, made on first use: it takes a second, and few servers need it."""
+    async def _make_quickly(
+        self, tenant: str, key: Key, text: str, lexicon: LLTokenizer
+    ) -> "Grammar | Refusal":
+        """Raises Slow, when its tenant has rested."""
+        began = time.monotonic()
         try:
-            return from_tokenizer(self._tokenizer, n_vocab=self._vocab, eos_token=self._eos)
-        except ValueError as error:
-            self._unavailable = str(error)
-            raise ConstraintsUnavailable(self._unavailable) from error
-
-    def _compile(self, kind: GrammarKind, text: str, problem: str) -> "Grammar | Refusal":
-        """Compile a source, or explain the `problem` that vetting has found. Blocks."""
-        lexicon = self._lexicon
-        if problem:
-            return _explained(kind, text, problem)
-        try:
-            matcher = compiled(kind, text, lexicon)
-        except (ValueError, RecursionError) as error:
-            return _explained(kind, text, str(error))
-        if problem := error_of(matcher):
-            return _explained(kind, text, problem)
-        grammar = Grammar(kind, text, matcher, lexicon)
-        if problem := grammar.first.result().errors[0]:
-            return _explained(kind, text, problem)
-        return grammar
+            async with self._turns.turn(tenant):
+                began = time.monotonic()
+                problem = await self._vetting.vet(key.kind, text)
+                return await _run_to_the_end(partial(_compile, key.kind, text, lexicon, problem))
+        except Slow:
+            # A tenant whose grammars are all slow takes no more of the model's time by their tries.
+            await rest(REST * (time.monotonic() - began), self._is_busy)
+            raise
 
 
 class RequestGrammars:
@@ -305,6 +299,24 @@ def masks_of(
     fill_next_token_bitmask_par(executor, [(m, row) for row, m in enumerate(matchers)], packed)
     bits = np.unpackbits(packed.view(np.uint8), axis=1, count=vocab, bitorder="little")
     return Masks(torch.from_numpy(bits.view(np.bool_)), [error_of(m) for m in matchers])
+
+
+def _compile(
+    kind: GrammarKind, text: str, lexicon: LLTokenizer, problem: str
+) -> "Grammar | Refusal":
+    """Compile a source, or explain the `problem` that vetting has found. Blocks."""
+    if problem:
+        return _explained(kind, text, problem)
+    try:
+        matcher = compiled(kind, text, lexicon)
+    except (ValueError, RecursionError) as error:
+        return _explained(kind, text, str(error))
+    if problem := error_of(matcher):
+        return _explained(kind, text, problem)
+    grammar = Grammar(kind, text, matcher, lexicon)
+    if problem := grammar.first.result().errors[0]:
+        return _explained(kind, text, problem)
+    return grammar
 
 
 def _explained(kind: GrammarKind, text: str, reason: str) -> Refusal:

@@ -1,14 +1,16 @@
 """Vets a grammar: compiles it within limits of time and memory, in a process that can be killed.
 
 llguidance limits most of its work, but not all: a large `multipleOf`, or an intersection of
-patterns, can take minutes. As a script, this module compiles the grammar on its standard input.
+patterns, can take minutes. As a script, this module forks a process for each grammar.
 """
 
+import ctypes
 import json
+import os
 import re
 import resource
 import signal
-import sys
+import socket
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ QUICK_SECONDS = 0.1
 CPU_SECONDS = 1
 """What is accepted takes as long again beside the model. The largest sources, of 64 KiB, take a
 third of that (docs/decisions/0062-rests.md)."""
+NICENESS = 10
+"""The priority of slow grammars."""
 MEMORY_BYTES = 2 << 30
 """Bytes of address space, of which only a part is ever used."""
 WALL_SECONDS = 60.0
@@ -39,7 +43,8 @@ LIMITS = LLParserLimits(
 """The first two are at most a tenth of llguidance's defaults, so that the mask of a very ambiguous
 grammar takes tens of milliseconds, not seconds."""
 
-
+_DIES_WITH_PARENT = 1
+"""Of `prctl`."""
 _REAL_SECONDS = "^[^:]*:[0-9]{2}:[0-5]"
 """Seconds below 60. llguidance allows second 60 in any minute, but validators refuse it."""
 _TOKEN = re.compile(r"<\[\d+\]>")
@@ -108,24 +113,53 @@ def error_of(matcher: LLMatcher) -> str:
     return "comes to a dead end, where nothing matches" if error == "NoExtensionBias" else error
 
 
-def main() -> None:
-    """Read a kind, a source and whether to stop (by SIGPROF) where it is slow from standard input.
-    Print why it is refused, or an empty string."""
+def _vet(link: socket.socket) -> None:
+    """Write the number of this process, and read a kind, a source and whether to give up (by
+    SIGPROF) where it is slow. Write why it is refused, or an empty string."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    kind, text, stops_if_slow = json.load(sys.stdin)
-    if kind == "grammar":
-        # The byte tokenizer that is used here does not have the model's token ids.
-        text = _TOKEN.sub("<[0]>", text)
-    if stops_if_slow:
-        signal.setitimer(signal.ITIMER_PROF, QUICK_SECONDS)
-    try:
-        # The time that a grammar takes does not depend on the tokenizer.
-        problem = error_of(compiled(kind, text, LLTokenizer("byte")))
-    except (ValueError, RecursionError) as error:
-        problem = str(error)
-    print(json.dumps(problem))
+    with link.makefile("rw") as stream:
+        print(os.getpid(), file=stream, flush=True)
+        kind, text, gives_up_if_slow = json.loads(stream.readline())
+        if gives_up_if_slow:
+            signal.setitimer(signal.ITIMER_PROF, QUICK_SECONDS)
+        else:
+            os.nice(max(0, NICENESS - os.nice(0)))
+        if kind == "grammar":
+            # The byte tokenizer that is used here does not have the model's token ids.
+            text = _TOKEN.sub("<[0]>", text)
+        try:
+            # The time that a grammar takes does not depend on the tokenizer.
+            problem = error_of(compiled(kind, text, LLTokenizer("byte")))
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        print(json.dumps(problem), file=stream)
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> None:
+    """Fork a process for each socket that is sent on the one that is the standard input, until
+    that is closed."""
+    control, parent = socket.socket(fileno=0), os.getpid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, links, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        if os.fork() == 0:
+            try:
+                _die_with(parent)
+                _vet(socket.socket(fileno=links[0]))
+            finally:
+                os._exit(0)
+        for link in links:
+            os.close(link)
 
 
 if __name__ == "__main__":

@@ -2,38 +2,34 @@
 
 import asyncio
 import json
-import os
+import subprocess
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import psutil
 import pytest
 
 from infuse.server.engine.constraints import vetting, vetting_process
 from infuse.server.engine.constraints.grammars import Grammar, Grammars, Refusal
 from tests.api.test_streaming import eventually
+from tests.engine.constraints.processes import forks_of, vetting_processes
 from tests.factories import TOKENS, tiny_tokenizer
 
 SLOW = json.dumps({"type": "integer", "multipleOf": 9_999_901})
 """It takes minutes: it is refused after `vetting.CPU_SECONDS`."""
+RESTS = (psutil.STATUS_STOPPED, vetting.NICENESS)
 SIMPLE = json.dumps({"type": "integer"})
+
+
+VETS_SLOWLY = f"""
+import asyncio
+from infuse.server.engine.constraints.vetting_process import Vetting
+asyncio.run(Vetting().vet_slowly("json", {SLOW!r}, lambda: True))
+"""
 
 
 def grammars(is_busy: Callable[[], bool]) -> Grammars:
     return Grammars(tiny_tokenizer(), TOKENS, frozenset({2}), is_busy)
-
-
-def vetting_processes() -> list[tuple[str, int]]:
-    """The state and the niceness of each process of ours that vets a grammar."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_text()
-            state, parent, *more = (folder / "stat").read_text().rpartition(") ")[2].split()
-        except OSError:
-            continue
-        if int(parent) == os.getpid() and vetting.__file__ in command:
-            found.append((state, int(more[14])))
-    return found
 
 
 async def vetting_is(wanted: tuple[str, int]) -> bool:
@@ -49,12 +45,12 @@ def test_a_slow_grammar_rests_while_the_model_is_in_use(monkeypatch: pytest.Monk
 
     async def vet() -> bool:
         making = asyncio.create_task(grammars(lambda: True).make("", "", "json", SLOW))
-        rests = await vetting_is(("T", 10))
+        rests = await vetting_is(RESTS)
         making.cancel()
         await asyncio.wait([making])
         return rests
 
-    assert asyncio.run(vet()), "T: it is stopped"
+    assert asyncio.run(vet())
     assert eventually(lambda: not vetting_processes()), "a process that rests ends with its request"
 
 
@@ -86,7 +82,7 @@ def test_simple_grammars_do_not_wait_for_slow_ones_of_their_tenant_or_others(
             for tenant in "abc"
             for n in range(1, 4)
         ]
-        rests = await vetting_is(("T", 10))
+        rests = await vetting_is(RESTS)
         simple = [await served.make(tenant, "", "json", SIMPLE) for tenant in "ad"]
         assert rests
         assert not any(each.done() for each in slow)
@@ -106,3 +102,30 @@ def test_a_grammar_that_is_slow_and_right_is_compiled() -> None:
     made = asyncio.run(grammars(lambda: True).make("", "", "json", schema))
 
     assert isinstance(made, Grammar)
+
+
+def test_when_the_process_that_others_are_forked_from_has_ended_another_starts() -> None:
+    served, others = grammars(lambda: False), forks_of(psutil.Process())
+    asyncio.run(served.make("", "", "json", SIMPLE))
+    [forks] = set(forks_of(psutil.Process())).difference(others)
+    forks.kill()
+    assert eventually(lambda: forks.status() == psutil.STATUS_ZOMBIE)
+    made = asyncio.run(served.make("", "", "json", json.dumps({"type": "boolean"})))
+
+    assert isinstance(made, Grammar)
+    assert forks not in forks_of(psutil.Process())
+
+
+def test_the_processes_end_with_the_server_also_while_one_rests() -> None:
+    server = subprocess.Popen([sys.executable, "-c", VETS_SLOWLY])
+    seen = psutil.Process(server.pid)
+    try:
+        assert eventually(lambda: vetting_processes(seen) == [RESTS], 60)
+        [forks] = forks_of(seen)
+        processes = [forks, *forks.children()]
+    finally:
+        server.kill()
+        server.wait()
+
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert not left
