@@ -49,7 +49,7 @@ def guarded(
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.StreamWriter]:
-    """The connections to the processes in which grammars are tried, in the order of their starts."""
+    """The connections to the processes that try grammars, in the order of their starts."""
     begun: list[asyncio.StreamWriter] = []
     begin = asyncio.open_unix_connection
 
