@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from tests.api.archives import form_of, tar_of, zip_of
-from tests.api.stores import ADAPTERS, COMPLETIONS
+from tests.api.stores import ADAPTERS, ALL_USAGE, COMPLETIONS
 
 MERGES, USAGE = "/v1/merges", "/v1/usage"
 KEPT = 3
@@ -255,6 +255,6 @@ class Asker:
                 self.answered += 1
 
     def check(self, client: httpx.Client) -> None:
-        rows = client.get(USAGE, params={"period": "month"}).json()["data"]
+        rows = client.get(USAGE, params=ALL_USAGE).json()["data"]
         counted = sum(each["requests"] for each in rows)
         assert self.answered <= counted <= self.asked, (self.answered, counted, self.asked)

@@ -16,6 +16,8 @@ from tests.api.conftest import run_by_modules, run_server
 
 ADAPTERS = "/v1/adapters"
 COMPLETIONS = "/v1/completions"
+ALL_USAGE = {"period": "month", "start": "2026-01-01"}
+"""The parameters of /v1/usage, whose default is this month: one may begin while a test runs."""
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 

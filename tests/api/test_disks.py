@@ -11,7 +11,7 @@ import pytest
 
 from tests.api.archives import form_of, read_adapter
 from tests.api.oracle import upload
-from tests.api.stores import ADAPTERS, Place, Serve, complete, error_of, text_of
+from tests.api.stores import ADAPTERS, ALL_USAGE, Place, Serve, complete, error_of, text_of
 from tests.api.stores import serve as serve
 from tests.api.test_streaming import eventually
 from tests.disks import Disk, disk, fill, mounts, small_disk
@@ -198,7 +198,7 @@ def usage(client: httpx.Client) -> list[dict[str, object]]:
         return "infuse_usage_requests_unwritten 0.0" in client.get("/metrics").text
 
     assert eventually(is_written)
-    return list(client.get("/v1/usage", params={"period": "month"}).json()["data"])
+    return list(client.get("/v1/usage", params=ALL_USAGE).json()["data"])
 
 
 @pytest.mark.fault(

@@ -13,6 +13,7 @@ import pytest
 
 from infuse.server.settings import Settings
 from tests.api.conftest import RunningServer, run_by_modules, run_server, save_model
+from tests.api.stores import ALL_USAGE
 from tests.api.test_generation_lifecycle import events
 from tests.api.test_streaming import COMPLETIONS, at_rest, eventually
 
@@ -229,7 +230,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place_and_what_runs_goes_on(
 
 def used_by(client: httpx.Client, adapter: str) -> int:
     """The tokens of an adapter's answers."""
-    rows = client.get("/v1/usage", params={"adapter": adapter, "period": "month"}).json()["data"]
+    rows = client.get("/v1/usage", params=ALL_USAGE | {"adapter": adapter}).json()["data"]
     return sum(row["completion_tokens"] for row in rows)
 
 

@@ -72,7 +72,10 @@ class Vetting:
         """A process that vets one grammar. It has ended, or been killed, when the context ends."""
         reader, writer = await asyncio.open_unix_connection(sock=self._fork())
         try:
-            number = await reader.readline()
+            number = b""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(vetting.WALL_SECONDS):
+                    number = await reader.readline()
             if not number:
                 raise MemoryError("no process that vets grammars can be started")
             process = _Process(int(number), reader, writer)
