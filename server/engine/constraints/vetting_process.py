@@ -150,13 +150,10 @@ class _Process:
 
     async def rest(self, is_busy: Callable[[], bool]) -> None:
         """Stop the process again and again while the model is in use, until this is cancelled."""
-        used = -math.inf
+        in_use = _InUse(is_busy, -math.inf)
         while True:
             await asyncio.sleep(_SLICE)
-            now = time.monotonic()
-            if is_busy():
-                used = now
-            if now < used + _IDLE:
+            if in_use():
                 self._send(signal.SIGSTOP)
                 await asyncio.sleep(REST * _SLICE)
                 self._send(signal.SIGCONT)
@@ -171,11 +168,24 @@ class _Process:
                 os.kill(self._number, number)
 
 
+class _InUse:
+    """Whether the model is in use: it computed within the last `_IDLE` seconds."""
+
+    def __init__(self, is_busy: Callable[[], bool], last: float) -> None:
+        """`is_busy`: whether it computes now. `last`: when it did, on `time.monotonic`."""
+        self._is_busy = is_busy
+        self._last = last
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if self._is_busy():
+            self._last = now
+        return now < self._last + _IDLE
+
+
 async def rest(seconds: float, is_busy: Callable[[], bool]) -> None:
     """Wait so long, or until the model is not in use. `is_busy`: whether it computes now."""
-    used = time.monotonic()
-    end = used + seconds
-    while (now := time.monotonic()) < min(end, used + _IDLE):
+    now = time.monotonic()
+    end, in_use = now + seconds, _InUse(is_busy, now)
+    while time.monotonic() < end and in_use():
         await asyncio.sleep(_SLICE)
-        if is_busy():
-            used = now
