@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from openai.types import Completion
 from transformers import PreTrainedModel
@@ -197,6 +198,24 @@ def test_an_adapter_that_came_or_changed_after_the_start_is_refused_and_the_othe
     shutil.rmtree(server.adapters / "late")
     assert "there is no IA3 adapter 'late'" in server.refusal(vllm_xargs={"ia3": "late"})
     assert_equals_peft(server, llama, "support-fr", None)
+
+
+def test_an_adapter_that_was_written_just_before_the_start_is_served(
+    folder: Path, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells a start that is up to a second too early."""
+    from vllm import SamplingParams
+
+    from infuse.server.engine.vllm.plugin import NamedAdapter
+
+    adapter = save_adapter(llama, folder / "support-de")
+    written = max(path.stat().st_ctime for path in adapter.iterdir())
+    asked = SamplingParams(extra_args={"ia3": "support-de"})
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: written - 0.99)
+    NamedAdapter.validate_params(asked)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: written - 1.01)
+    with pytest.raises(ValueError, match="'support-de' was changed"):
+        NamedAdapter.validate_params(asked)
 
 
 def test_a_slot_that_a_client_names_is_passed_over(server: Server) -> None:
