@@ -1,5 +1,6 @@
 """Maps errors to HTTP: the one place where our error trees become statuses, in OpenAI's shape."""
 
+import errno
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,8 @@ RETRY_SOON = {"Retry-After": "5"}
 nobody knows how many seconds."""
 _NO_THREAD = "can't start new thread"
 """What Python says where there is no memory for a thread's stack."""
+_LACKING = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+"""What the system says where it gives no memory, no open file and no process."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SOURCE_ERRORS: dict[type[SourceError], tuple[int, str]] = {
     BadSource: (400, "invalid_source"),
@@ -367,13 +370,19 @@ async def _unforeseen(request: Request, error: Exception) -> Response:
     answer = error_response(_unforeseen_error(error))
     # Starlette sends this outside of all middleware.
     answer.headers.update(SAFE)
+    # Starlette raises the error again, and uvicorn closes the connection then.
+    answer.headers["Connection"] = "close"
     if (id_ := request_id.current.get()) is not None:
         answer.headers[request_id.HEADER] = id_
     return answer
 
 
 def _unforeseen_error(error: Exception) -> ApiError:
-    if isinstance(error, MemoryError) or _NO_THREAD in str(error):
-        message = "The server has no memory left for this now: send it again later."
+    lacks = isinstance(error, OSError) and error.errno in _LACKING
+    if lacks or isinstance(error, MemoryError) or _NO_THREAD in str(error):
+        message = (
+            "The server has no memory, open files or processes left for this now: send it again "
+            "later."
+        )
         return ApiError(503, message, code="no_memory", headers=RETRY_SOON)
     return ApiError(500, "The server failed; its log says why.")

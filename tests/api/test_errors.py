@@ -1,5 +1,6 @@
 """Every error has OpenAI's shape, and none shows the server's insides."""
 
+import errno
 import json
 import logging
 from collections.abc import Callable
@@ -153,7 +154,8 @@ class Panic(BaseException):
     [
         (Panic("hunter2"), 500, "The server failed; its log says why."),
         (BaseExceptionGroup("hunter2", [Panic()]), 500, "The server failed; its log says why."),
-        (MemoryError("hunter2"), 503, "The server has no memory left for this now"),
+        (MemoryError("hunter2"), 503, "The server has no memory, open files or processes left"),
+        (OSError(errno.EPERM, "hunter2"), 500, "The server failed; its log says why."),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", ADAPTERS])
@@ -174,12 +176,13 @@ def test_what_a_route_did_not_foresee_is_an_answer_of_our_shape(
     monkeypatch.setattr(services.registry.stored, "names", fail)
     monkeypatch.setattr(services.engine, "submit", fail)
     body = {"model": "tiny", "prompt": "A"}
-    response = httpx.get(url + path) if path == ADAPTERS else httpx.post(url + path, json=body)
+    with httpx.Client(base_url=url) as client:
+        response = client.get(path) if path == ADAPTERS else client.post(path, json=body)
+        assert client.post("/health/live").status_code == 405  # httpx sends no POST again.
 
     assert error_of(response, status)["message"].startswith(message)
     assert "hunter2" not in response.text
     assert "hunter2" in caplog.text
-    assert httpx.get(f"{url}/health/live").status_code == 200
     assert services.registry.stats().leases == 0
 
 

@@ -117,6 +117,23 @@ def test_a_server_without_open_files_left_answers_new_connections_later(server: 
 
 @pytest.mark.fault(
     "memory",
+    "The process may open no more files for what a request brings",
+    by="`RLIMIT_NOFILE` of the server's process",
+    promise="The request is answered 503 `no_memory`, and those like it as before, once others "
+    "have been closed.",
+)
+def test_a_grammar_for_which_no_file_can_be_opened_is_asked_again_later(server: Served) -> None:
+    body = {"model": "mine", "prompt": "A", "structured_outputs": {"regex": "[ab]{3}"}}
+    text_of(server.client, "mine")
+    files = psutil.Process(server.process.pid).num_fds()
+    with server.limited(resource.RLIMIT_NOFILE, files + 1):
+        refused = server.client.post(COMPLETIONS, json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_memory")
+    assert server.client.post(COMPLETIONS, json=body).status_code == 200
+
+
+@pytest.mark.fault(
+    "memory",
     "The process gets no more memory while requests run",
     by="`RLIMIT_AS` of the server's process",
     promise="Steps run again in parts. Each request is answered, with its text or with the reason. "

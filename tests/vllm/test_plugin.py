@@ -211,9 +211,9 @@ def test_an_adapter_that_was_written_just_before_the_start_is_served(
     adapter = save_adapter(llama, folder / "support-de")
     written = max(path.stat().st_ctime for path in adapter.iterdir())
     asked = SamplingParams(extra_args={"ia3": "support-de"})
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: written - 0.99)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: written - 0.99)
     NamedAdapter.validate_params(asked)
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: written - 1.01)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: written - 1.01)
     with pytest.raises(ValueError, match="'support-de' was changed"):
         NamedAdapter.validate_params(asked)
 
