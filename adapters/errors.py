@@ -152,11 +152,12 @@ class MergeNotDone(AdapterError):
 
 
 class TooManyMerges(AdapterError):
-    def __init__(self, most: int, seconds: float) -> None:
+    def __init__(self, waiting: int, seconds: float) -> None:
         self.retry_after = min(max(math.ceil(seconds), 1), 3600)
         """Whole seconds until the running merge is likely to have ended."""
         super().__init__(
-            f"{most} merges wait already; cancel some, or ask again in {self.retry_after} s."
+            f"{waiting} of your merges wait already; cancel some, or ask again in "
+            f"{self.retry_after} s."
         )
 
 

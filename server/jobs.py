@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "merge-"
 MAX_WAITING = 64
+"""How many merges may wait or run. Keys that have some may each have an equal part of these, and at
+least one."""
 _HARDLY = 0.01
 """A merge that has done less than this share has no estimated end."""
 _RESTARTED = "the server was restarted"
@@ -169,8 +172,9 @@ class MergeJobs:
             own = 1 + sum(each.by == by for each in self._jobs.values())
             if most is not None and own > most:
                 raise QuotaExceeded(f"{own} merges", f"{most}")
-            if len(self._tasks) >= MAX_WAITING:
-                raise TooManyMerges(MAX_WAITING, self._seconds_until_one_ends())
+            waiting = Counter(self._jobs[each].by for each in self._tasks)
+            if waiting[by] >= max(1, MAX_WAITING // len(waiting.keys() | {by})):
+                raise TooManyMerges(waiting[by], self._seconds_until_one_ends())
             self._keep(job)
             self._tasks[job.id] = _Task(job.id, base, vectors)
             self._submitted.notify()

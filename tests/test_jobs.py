@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from infuse.adapters.checkpoint.checkpoint import AdapterVectors
 from infuse.adapters.checkpoint.targets import Side, Target
-from infuse.adapters.errors import CannotMerge, MergeNotDone, StoreLocked, UnknownMerge
+from infuse.adapters.errors import (
+    CannotMerge,
+    MergeNotDone,
+    StoreLocked,
+    TooManyMerges,
+    UnknownMerge,
+)
 from infuse.server.jobs import MergeJobs, StoredMerge
 from tests.api.test_streaming import eventually
 from tests.factories import save_tiny_model
@@ -246,6 +253,25 @@ def test_the_base_is_opened_again_where_its_files_were_replaced_by_none(
 
     with pytest.raises(CannotMerge, match=r"holds no model\.safetensors"):
         jobs.submit(NOTHING, RECIPE, None)
+    jobs.close()
+
+
+@pytest.mark.usefixtures("long_rests")
+def test_keys_have_equal_parts_of_the_merges_that_wait(
+    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infuse.server.jobs.MAX_WAITING", 4)
+    jobs = MergeJobs(folder, model, "tiny", lambda: True)
+
+    def submitted(by: str) -> int:
+        """How many merges are taken until one is refused."""
+        before = len(jobs.page(None, 100))
+        with suppress(TooManyMerges):
+            for _ in range(10):
+                jobs.submit(NOTHING, RECIPE, by)
+        return len(jobs.page(None, 100)) - before
+
+    assert [submitted(by) for by in ("first", "second", "third", "first")] == [4, 2, 1, 0]
     jobs.close()
 
 
