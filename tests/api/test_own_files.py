@@ -35,7 +35,7 @@ StartServer = Callable[..., tuple[str, Services]]
 
 @pytest.fixture(autouse=True)
 def _low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(1, 10, 128 << 20))
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(1, 100, 128 << 20))
     monkeypatch.setattr(sandbox, "TOKENIZER", Limits(4, 30, 256 << 20))
 
 

@@ -345,7 +345,7 @@ def test_settings_that_cannot_be_are_refused(
     config: Plain,
     problem: str,
 ) -> None:
-    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(1, 10, 128 << 20))
+    monkeypatch.setattr(sandbox, "TEMPLATE", Limits(1, 100, 128 << 20))
     base.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
