@@ -1,10 +1,13 @@
 """Configures all tests: no deadlines, only the tests that are asked for, and a bucket."""
 
 import importlib.util
+import io
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import hypothesis
@@ -76,14 +79,35 @@ def free_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 with one bucket, named bucket."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    app = one_at_a_time(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.port}"
     httpx.put(f"{endpoint}/bucket").raise_for_status()
     yield endpoint
-    server.stop()
+    server.shutdown()
+    thread.join()
+
+
+def one_at_a_time(app: Any) -> Any:
+    """moto is not made for threads: a list fails while another request puts."""
+    mutex = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        # Outside of the lock: a request may come slowly, or not to its end.
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        with mutex:
+            return list(app(environ | {"wsgi.input": io.BytesIO(body)}, start_response))
+
+    return answer
 
 
 _PREFIXES = itertools.count()

@@ -274,8 +274,8 @@ class FairQueue(Generic[Q]):
         self._now = now
         self._latest = ("", -math.inf)
         """The tenant whose sequence was added last, and when."""
-        self._another_at = -math.inf
-        """When a sequence of another tenant than that was last added."""
+        self._another = ("", -math.inf)
+        """Likewise, of the tenants but that one."""
 
     def __iter__(self) -> Iterator[Q]:
         yield from self._preempted
@@ -286,17 +286,17 @@ class FairQueue(Generic[Q]):
         return len(self._preempted) + sum(tenant.waiting for tenant in self._tenants)
 
     @property
-    def is_shared(self) -> bool:
-        """Whether sequences of several tenants were added lately."""
-        return self._another_at > self._now() - _LATELY
+    def tenants_lately(self) -> set[str]:
+        """The tenants of sequences that were added lately: two, where there are more."""
+        since = self._now() - _LATELY
+        return {tenant for tenant, at in (self._latest, self._another) if at > since}
 
     def add(self, sequence: Q) -> None:
         if sequence.has_started:
             insort(self._preempted, sequence, key=_RANK)
             return
-        latest, at = self._latest
-        if sequence.request.tenant != latest:
-            self._another_at = at
+        if sequence.request.tenant != self._latest[0]:
+            self._another = self._latest
         self._latest = (sequence.request.tenant, self._now())
         tenant = self._tenants.wait(sequence.request.tenant)
         tenant.adapters.wait(sequence.request.adapter)

@@ -15,6 +15,7 @@ import psutil
 
 from infuse.adapters.errors import BackupRefused
 from infuse.adapters.storage.backup import restore
+from infuse.adapters.storage.objects import Objects
 from infuse.adapters.storage.store import AdapterStore
 from infuse.server.keys.key_file import edited, read_entries
 from tests.adapters.storage.crash_worker import storage_at
@@ -115,8 +116,7 @@ class Backups(Command):
             assert not is_done
             return
         finally:
-            if isinstance(self.target, Path):
-                shutil.rmtree(self.target, ignore_errors=True)
+            remove(self.target)
         shown = read_all(made, self.folder)
         for writer in self.writers:
             for name, passed in writer.passed.items():
@@ -145,6 +145,7 @@ class Restores(Command):
         self.done[f"restore {'done' if is_done else 'killed'}"] += 1
         if is_done:
             assert len(read_all(self.target, self.folder)) == MANY
+            remove(self.target)
         else:
             self.killed.append(self.target)
         if len(self.killed) >= self._at_once:
@@ -152,8 +153,7 @@ class Restores(Command):
 
     @property
     def _at_once(self) -> int:
-        """The bucket of a killed restore is free when its lease has been watched for 30 seconds.
-        moto's bucket is not made for many threads: it fails where 32 restore at once."""
+        """The bucket of a killed restore is free when its lease has been watched for 30 seconds."""
         return 1 if isinstance(self.store, Path) else 8
 
     def close(self) -> None:
@@ -168,13 +168,20 @@ class Restores(Command):
         with suppress(BackupRefused):
             restore(self.saved, target)
         assert len(read_all(target, self.folder)) == MANY
-        if isinstance(target, Path):
-            shutil.rmtree(target)
+        remove(target)
 
 
 def beside(store: Where, folder: Path, name: str) -> Where:
     """A place that is free, of the same kind as a store."""
     return folder / name if isinstance(store, Path) else f"{store}-{name}"
+
+
+def remove(where: Where) -> None:
+    if isinstance(where, Path):
+        shutil.rmtree(where, ignore_errors=True)
+    else:
+        with closing(Objects.at(where)) as objects:
+            objects.delete(objects.list(""))
 
 
 def read_all(store: Where, folder: Path) -> Shown:

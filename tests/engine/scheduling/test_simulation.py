@@ -216,33 +216,39 @@ def ttft_without_and_with_a_flood() -> tuple[float, float]:
     return worst_ttft(quiet), worst_ttft(flooded, tenant="modest")
 
 
-@pytest.mark.parametrize(("prompt", "rate"), [(64, 4.0), (100, 2.5), (200, 1.5)])
-def test_a_flood_of_long_prompts_leaves_others_their_time_to_the_first_token(
-    prompt: int, rate: float
+@pytest.mark.parametrize(
+    ("prompt", "rate", "flood"),
+    [(64, 4.0, 1008), (100, 2.5, 1008), (200, 1.5, 1008), (64, 4.0, 250), (64, 4.0, 150)],
+)
+def test_a_flood_of_prompts_leaves_others_their_time_to_the_first_token(
+    prompt: int, rate: float, flood: int
 ) -> None:
-    assert slowed_by_long_prompts(prompt, rate) < 1.5
+    assert slowed_by_prompts(prompt, rate, flood) < 1.5
 
 
+@pytest.mark.parametrize("flood", [1008, 150])
 def test_with_long_steps_it_would_take_several_times_as_long(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, flood: int
 ) -> None:
     monkeypatch.setattr(scheduler, "AMONG_TENANTS", 1)
 
-    assert slowed_by_long_prompts(64, 4.0) > 3
+    assert slowed_by_prompts(64, 4.0, flood) > 3
 
 
-def slowed_by_long_prompts(prompt: int, rate: float) -> float:
-    """How many times as long the 99th of a hundred first tokens takes beside four long prompts that
-    come together every 16 seconds: the mean of three times ten minutes."""
-    return fmean(_slowed_by_long_prompts(prompt, rate, seed) for seed in range(3))
+def slowed_by_prompts(prompt: int, rate: float, flood: int) -> float:
+    """How many times as long the 99th of a hundred first tokens takes beside 4,032 tokens of
+    prompts, each of `flood`, that come together every 16 seconds: the mean of three times ten
+    minutes."""
+    return fmean(_slowed_by_prompts(prompt, rate, flood, seed) for seed in range(3))
 
 
-def _slowed_by_long_prompts(prompt: int, rate: float, seed: int) -> float:
+def _slowed_by_prompts(prompt: int, rate: float, flood: int, seed: int) -> float:
     random = Random(seed)
     times = list(accumulate(random.expovariate(rate) for _ in range(int(600 * rate))))
     modest = [Arrival(at=at, prompt=prompt, answer=8, tenant="modest") for at in times]
-    long = Arrival(at=0.0, prompt=1008, answer=1, tenant="greedy")
-    greedy = [replace(long, at=at) for at in range(0, int(times[-1]), 16) for _ in range(4)]
+    one = Arrival(at=0.0, prompt=flood, answer=1, tenant="greedy")
+    starts = range(0, int(times[-1]), 16)
+    greedy = [replace(one, at=at) for at in starts for _ in range(4032 // flood)]
 
     def slow(traffic: list[Arrival]) -> float:
         machine = Simulation(
@@ -252,6 +258,16 @@ def _slowed_by_long_prompts(prompt: int, rate: float, seed: int) -> float:
         return quantiles([j.ttft for j in journeys if j.is_like(tenant="modest")], n=100)[-1]
 
     return slow([*modest, *greedy]) / slow(modest)
+
+
+def test_who_asks_now_and_then_never_waits_for_a_long_step_of_another_tenant() -> None:
+    long = Arrival(at=0.0, prompt=20_000, answer=1, tenant="greedy")
+    modest = [Arrival(at=3.0 * n, prompt=5, answer=1, tenant="modest") for n in range(9)]
+    machine = Simulation(rows=4, chunk=512, window=32_768, step_seconds=0.02, token_seconds=0.0013)
+    journeys = machine.run([long, *modest])
+
+    assert machine.now > modest[-1].at
+    assert worst_ttft(journeys, tenant="modest") < 0.25
 
 
 def test_short_prompts_do_not_wait_for_one_as_long_as_the_window() -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -20,10 +20,14 @@ from infuse.server.engine.request import WaitsFor
 
 _FIRST_SHARE = 4
 """The prompt of the highest rank gets at least a step's prompt tokens divided by this."""
-AMONG_TENANTS = 12
-"""While several tenants use the model, long prompts get a step's prompt tokens divided by this."""
-_SHORT = 4
-"""Prompts of so many times those tokens are short (docs/decisions/0061-short-steps.md)."""
+_LIGHT = 2
+"""A tenant is light while its prompts have at most a step's prompt tokens divided by this
+(docs/decisions/0061-short-steps.md)."""
+_LIGHTEST = 4
+"""While several tenants use the model, the lightest of those that are not light gets a step's
+prompt tokens divided by this, where there is another."""
+AMONG_TENANTS = 8
+"""The others get a step's prompt tokens divided by this, all together."""
 _RANK = attrgetter("rank")
 
 
@@ -103,7 +107,7 @@ class Scheduler:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`chunk_tokens` bounds the prompt tokens of a step, so that decoding rows do not stall;
-        while several tenants use the model, a twelfth of it bounds those of long prompts.
+        while several tenants use the model, less of it bounds those of tenants that send much.
         With `whole_prompts` a prompt is not divided, and `chunk_tokens` bounds their sum. Without
         `prefix_cache`, only the requests of one order share prefixes. Without `speculation`, no
         tokens are drafted."""
@@ -173,32 +177,47 @@ class Scheduler:
     def _prefill(self) -> list[tuple[Sequence, int]]:
         """Choose chunks of prompts: the shortest first, but some of the highest in rank always.
 
-        While several tenants use the model, long prompts get few tokens of a step: none waits long
-        for a step that computes another's.
+        While several tenants use the model, those that send much get few tokens of a step: no other
+        waits long for a step that computes their prompts.
         """
         prompts = [s for s in self.running if s.uncomputed > 1]
         if not prompts:
             return []
-        of_long = self._chunk_tokens
-        if self.is_shared:
-            of_long = max(1, of_long // AMONG_TENANTS)
+        bounds = self._bounds(prompts)
         first = min(prompts, key=_RANK)
-        chunks = {first: self._chunk(first, max(1, of_long // _FIRST_SHARE)) or first.uncomputed}
+        least = max(1, bounds[first.tenant] // _FIRST_SHARE)
+        chunks = {first: self._chunk(first, least) or first.uncomputed}
         taken = chunks[first]
-        for sequence in sorted(prompts, key=lambda s: (s.uncomputed, s.rank)):
+        for sequence in sorted(prompts, key=lambda s: (-bounds[s.tenant], s.uncomputed, s.rank)):
             given = chunks.get(sequence, 0)
-            most = self._chunk_tokens if sequence.uncomputed <= _SHORT * of_long else of_long
-            tokens = self._chunk(sequence, given + max(0, most - taken))
+            tokens = self._chunk(sequence, given + max(0, bounds[sequence.tenant] - taken))
             if tokens > given:
                 chunks[sequence] = tokens
                 taken += tokens - given
         return list(chunks.items())
 
+    def _bounds(self, prompts: list[Sequence]) -> dict[str, int]:
+        """Tenant -> how many prompt tokens a step may have, those of lighter tenants included, once
+        it computes any of the tenant's."""
+        tokens = Counter[str]()
+        for each in prompts:
+            # Not only what is left: the rest of a long prompt would make a long step.
+            tokens[each.tenant] += max(each.used_tokens, each.uncomputed)
+        bounds = dict.fromkeys(tokens, self._chunk_tokens)
+        if self.is_shared:
+            most = self._chunk_tokens // _LIGHT
+            heavy = sorted((n, tenant) for tenant, n in tokens.items() if n > most)
+            for _, tenant in heavy:
+                bounds[tenant] = max(1, self._chunk_tokens // AMONG_TENANTS)
+            if len(heavy) > 1:
+                bounds[heavy[0][1]] = max(1, self._chunk_tokens // _LIGHTEST)
+        return bounds
+
     @property
     def is_shared(self) -> bool:
-        """Whether several tenants use the model now, or have lately."""
+        """Whether several tenants use the model now, or have asked lately."""
         running = {sequence.request.tenant for sequence in self.running}
-        return len(running) > 1 or self._queue.is_shared
+        return len(running | self._queue.tenants_lately) > 1
 
     def _chunk(self, sequence: Sequence, most: int) -> int:
         """How many tokens of a sequence to compute, at most `most`. 0 if it must be computed as a
