@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "merge-"
 MAX_WAITING = 64
-"""How many merges may wait or run. Keys that have some may each have an equal part of these, and at
-least one."""
+"""How many merges of one key may wait or run. Where several keys have some, each may have an equal
+part of these, and at least one."""
 _HARDLY = 0.01
 """A merge that has done less than this share has no estimated end."""
 _RESTARTED = "the server was restarted"

@@ -88,7 +88,7 @@ def s3_server() -> Iterator[str]:
 
     app = one_at_a_time(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.port}"
     httpx.put(f"{endpoint}/bucket").raise_for_status()

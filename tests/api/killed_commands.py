@@ -178,7 +178,9 @@ def beside(store: Where, folder: Path, name: str) -> Where:
 
 def remove(where: Where) -> None:
     if isinstance(where, Path):
-        shutil.rmtree(where, ignore_errors=True)
+        # What was killed may have made nothing.
+        if where.exists():
+            shutil.rmtree(where)
     else:
         with closing(Objects.at(where)) as objects:
             objects.delete(objects.list(""))

@@ -183,6 +183,7 @@ def test_what_a_route_did_not_foresee_is_an_answer_of_our_shape(
     assert error_of(response, status)["message"].startswith(message)
     assert "hunter2" not in response.text
     assert "hunter2" in caplog.text
+    assert httpx.get(f"{url}/health/live").status_code == 200
     assert services.registry.stats().leases == 0
 
 

@@ -39,7 +39,7 @@ FOLDER = "INFUSE_IA3_ADAPTERS"
 """The environment variable that names the folder of adapters."""
 ADAPTER = "ia3"
 """The key of an adapter's name in a request's `vllm_xargs`."""
-START_ERROR = 1.0
+_START_ERROR = 1.0
 """Linux tells when a process started from the second in which the machine did: up to this many
 seconds too early. The workers read the folder later than that: they import torch first."""
 
@@ -136,7 +136,7 @@ class NamedAdapter(LogitsProcessor):  # type: ignore[misc]
             known = ", ".join(folders)
             raise ValueError(f"there is no IA3 adapter '{name}'; there are {known}")
         # The workers have read the folder after this process had started.
-        if _changed(folders[name]) > psutil.Process().create_time() + START_ERROR:
+        if _changed(folders[name]) > psutil.Process().create_time() + _START_ERROR:
             raise ValueError(f"the IA3 adapter '{name}' was changed: start vLLM again to serve it")
 
     def __init__(self, config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:

@@ -199,18 +199,19 @@ class Scheduler:
     def _bounds(self, prompts: list[Sequence]) -> dict[str, int]:
         """Tenant -> how many prompt tokens a step may have, those of lighter tenants included, once
         it computes any of the tenant's."""
+        bounds = {each.tenant: self._chunk_tokens for each in prompts}
+        if not self.is_shared:
+            return bounds
         tokens = Counter[str]()
         for each in prompts:
             # Not only what is left: the rest of a long prompt would make a long step.
             tokens[each.tenant] += max(each.used_tokens, each.uncomputed)
-        bounds = dict.fromkeys(tokens, self._chunk_tokens)
-        if self.is_shared:
-            most = self._chunk_tokens // _LIGHT
-            heavy = sorted((n, tenant) for tenant, n in tokens.items() if n > most)
-            for _, tenant in heavy:
-                bounds[tenant] = max(1, self._chunk_tokens // AMONG_TENANTS)
-            if len(heavy) > 1:
-                bounds[heavy[0][1]] = max(1, self._chunk_tokens // _LIGHTEST)
+        most = self._chunk_tokens // _LIGHT
+        heavy = sorted((n, tenant) for tenant, n in tokens.items() if n > most)
+        for _, tenant in heavy:
+            bounds[tenant] = max(1, self._chunk_tokens // AMONG_TENANTS)
+        if len(heavy) > 1:
+            bounds[heavy[0][1]] = max(1, self._chunk_tokens // _LIGHTEST)
         return bounds
 
     @property
